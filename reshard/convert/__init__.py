@@ -1,0 +1,1 @@
+"""Other weights out of a checkpoint's own: `--weights`."""

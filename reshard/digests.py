@@ -1,0 +1,20 @@
+"""BLAKE3 of files, block by block."""
+
+from collections.abc import Callable
+
+from blake3 import blake3
+
+from reshard.source.base import Source
+
+_BLOCK = 1 << 20
+
+
+def file_digest(source: Source, file: str, start: int = 0, stop: int | None = None, tick: Callable[[int], None] = lambda n: None) -> str:
+    """BLAKE3, hex, of a file's bytes [start, stop)."""
+    hasher = blake3()
+    end = source.files()[file] if stop is None else stop
+    for at in range(start, end, _BLOCK):
+        size = min(_BLOCK, end - at)
+        hasher.update(source.view(file, at, at + size))
+        tick(size)
+    return hasher.hexdigest()

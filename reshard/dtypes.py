@@ -1,0 +1,41 @@
+"""Element types as safetensors names them."""
+
+from math import prod
+
+# Bits of one element. Names and widths: the safetensors format, `Dtype` of safetensors 0.8.
+BITS = {
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
+
+FLOATS = frozenset({"BF16", "F16", "F32"})
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of one element of a type that fills whole bytes (every type in the split table does)."""
+    return BITS[dtype] // 8
+
+
+def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor."""
+    return prod(shape) * BITS[dtype] // 8

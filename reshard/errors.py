@@ -1,0 +1,69 @@
+"""What can go wrong, and the exit code each ends with.
+
+ReshardError                    1   something the user can mend; one line, no traceback
+├── SourceError                 1   a source cannot be read, or contradicts itself
+│   └── HeaderError             1   a safetensors header that must not be trusted
+├── SchemeError                 1   a tensor, type or layout that the split table does not know
+├── AlignmentError              1   a cut that the sizes do not allow
+├── ManifestError               1   a manifest that is missing, malformed or of an unknown version
+├── OutputError                 1   the output folder cannot be used
+│   ├── SpaceError              1   too little room
+│   └── BusyError               1   another run is writing there
+├── MissingDependencyError      1   an optional package is needed for this and is not installed
+├── UsageError                  2   options that contradict each other
+└── MismatchError               3   a check found a difference
+"""
+
+
+class ReshardError(Exception):
+    """Base of all errors that a user can cause; `exit_code` is what the command line ends with."""
+
+    exit_code = 1
+
+
+class SourceError(ReshardError):
+    """A source cannot be read, or contradicts itself."""
+
+
+class HeaderError(SourceError):
+    """A safetensors header that must not be trusted."""
+
+
+class SchemeError(ReshardError):
+    """A tensor, quantisation type or layout that the split table does not know."""
+
+
+class AlignmentError(ReshardError):
+    """A cut that the sizes do not allow."""
+
+
+class ManifestError(ReshardError):
+    """A manifest that is missing, malformed or of an unknown version."""
+
+
+class OutputError(ReshardError):
+    """The output folder cannot be used."""
+
+
+class SpaceError(OutputError):
+    """Too little room in the output folder."""
+
+
+class BusyError(OutputError):
+    """Another run is writing into the output folder."""
+
+
+class MissingDependencyError(ReshardError):
+    """An optional package is needed and is not installed."""
+
+
+class UsageError(ReshardError):
+    """Options that contradict each other."""
+
+    exit_code = 2
+
+
+class MismatchError(ReshardError):
+    """A check found a difference."""
+
+    exit_code = 3

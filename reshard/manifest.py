@@ -1,0 +1,193 @@
+"""manifest.json: what a shard set holds and where it came from, schema `denseffn-shards/1`.
+
+It is written last: a folder without it is incomplete. Unknown fields and unknown versions are errors. This is the
+only module, with `reshard.errors`, that `runtime` imports.
+"""
+
+import json
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from reshard.errors import ManifestError
+from reshard.naming import MANIFEST, shard_file
+
+SCHEMA = "denseffn-shards/1"
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="BLAKE3, hex")]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+FileName = Annotated[str, Field(pattern=r"^[^/\\]+$", description="a name without folders")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+
+
+class Generator(_Strict):
+    """What wrote the set."""
+
+    name: str
+    version: str
+
+
+class ModelDims(_Strict):
+    """Sizes of the model, unpadded."""
+
+    model_type: str
+    hidden_size: Positive
+    intermediate_size: Positive
+    num_hidden_layers: Positive | None
+
+
+class LayerSchemes(_Strict):
+    """A dense layer, and what its linears are quantised as."""
+
+    index: Count
+    gate_up_proj: str
+    down_proj: str
+
+
+class Padding(_Strict):
+    """Zero rows (gate, up) and columns (down) that were added behind intermediate_size."""
+
+    padded_intermediate_size: Positive
+    multiple: Annotated[int, Field(ge=1, description="what intermediate_size / tp_size was padded to a multiple of")]
+
+
+class SourceFile(_Strict):
+    """A file that tensors were taken from."""
+
+    name: FileName
+    size: Count
+    header_blake3: Digest
+
+
+class Source(_Strict):
+    """Where the weights come from: a folder's name, or a hub repository and its commit."""
+
+    kind: Literal["folder", "hub"]
+    name: str
+    commit: str | None
+    files: list[SourceFile]
+
+
+class Slice(_Strict):
+    """Positions start..stop of `dim` of a source tensor, placed from position `at` of that dim of the shard tensor."""
+
+    tensor: str
+    shape: list[Count]
+    dim: Annotated[int, Field(ge=0, le=1)]
+    start: Count
+    stop: Count
+    at: Count
+
+
+class Conversion(_Strict):
+    """Set where the sliced tensor is not the source's own but made from it: the rule, and the source's tensors."""
+
+    rule: str
+    inputs: list[str]
+
+
+class ShardTensor(_Strict):
+    """A tensor of a shard: `slices` of source tensors; bytes that no slice covers are zero."""
+
+    name: str
+    dtype: str
+    shape: list[Count]
+    blake3: Digest
+    slices: list[Slice]
+    same_as: Annotated[list[str], Field(description="source tensors of the same value, held once")] = []
+    conversion: Conversion | None = None
+
+
+class Shard(_Strict):
+    """One rank's file."""
+
+    tp_rank: Count
+    file: FileName
+    size: Count
+    blake3: Digest
+    tensors: list[ShardTensor]
+
+
+class Record(_Strict):
+    """A finished shard of an unfinished set, until the manifest takes it over; `fingerprint` tells whose it is."""
+
+    fingerprint: Digest
+    shard: Shard
+
+
+class SideFile(_Strict):
+    """A file copied beside the shards."""
+
+    name: FileName
+    size: Count
+    blake3: Digest
+
+
+class Manifest(_Strict):
+    """A shard set."""
+
+    schema_: Annotated[Literal["denseffn-shards/1"], Field(alias="schema")]
+    generator: Generator
+    model: ModelDims
+    scheme: Annotated[str, Field(description="the quantised linears' scheme; bf16 if none is, mixed if they differ")]
+    tp_size: Positive
+    layout: Literal["fused", "separate"]
+    padding: Padding | None
+    layers: list[LayerSchemes]
+    source: Source
+    shards: list[Shard]
+    files: list[SideFile]
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Manifest":
+        ranks = [shard.tp_rank for shard in self.shards]
+        if ranks != list(range(self.tp_size)):
+            raise ValueError(f"shards are of ranks {ranks}, tp_size {self.tp_size} wants 0 to {self.tp_size - 1}")
+        for shard in self.shards:
+            wanted = shard_file(shard.tp_rank, self.tp_size)
+            if shard.file != wanted:
+                raise ValueError(f"rank {shard.tp_rank}'s file is {shard.file}, its name must be {wanted}")
+        return self
+
+    def to_json(self) -> bytes:
+        """The file's bytes."""
+        return (self.model_dump_json(by_alias=True, indent=1) + "\n").encode()
+
+
+def parse_manifest(raw: bytes, file: str = MANIFEST) -> Manifest:
+    """A manifest from its bytes. Raises ManifestError for an unknown version, an unknown field, a wrong value."""
+    try:
+        value: Any = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{file}: not valid JSON: {error}") from error
+    version = value.get("schema") if isinstance(value, dict) else None
+    if version != SCHEMA:
+        raise ManifestError(f"{file}: schema is {version!r}, this version reads {SCHEMA!r}; use the reshard that wrote it")
+    return _validate(Manifest, raw, file)
+
+
+def parse_record(raw: bytes, file: str) -> "Record":
+    """One rank's record, as an unfinished set keeps it beside the shard."""
+    return _validate(Record, raw, file)
+
+
+def json_schema() -> str:
+    """The manifest's JSON Schema."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Manifest.model_json_schema()}
+    return json.dumps(schema, indent=2) + "\n"
+
+
+_M = TypeVar("_M", bound=BaseModel)
+
+
+def _validate(model: type[_M], raw: bytes, file: str) -> _M:
+    try:
+        return model.model_validate_json(raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise ManifestError(f"{file}: {where}: {first['msg']} (got {str(first['input'])[:80]!r})") from error

@@ -1,0 +1,53 @@
+"""Element types that numpy lacks, as bit patterns: BF16 as uint16, F8_E4M3 as uint8."""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+F32 = npt.NDArray[np.float32]
+
+_NATIVE: dict[str, type[np.generic]] = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "I8": np.int8,
+    "I32": np.int32,
+    "I64": np.int64,
+}
+
+
+def storage(dtype: str) -> type[np.generic]:
+    """The numpy type that holds a safetensors type's bits."""
+    return {"BF16": np.uint16, "F8_E4M3": np.uint8}.get(dtype) or _NATIVE[dtype]
+
+
+def bf16_to_f32(bits: Array) -> F32:
+    """Widen BF16, exactly."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def f32_to_bf16(values: F32) -> Array:
+    """Round finite values to the nearest BF16, ties to even."""
+    bits = values.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+@cache
+def _e4m3_values() -> F32:
+    """The 256 values of F8_E4M3 (OCP 8-bit floating point, E4M3: bias 7, no infinity, S.1111.111 is NaN)."""
+    code = np.arange(256, dtype=np.int64)
+    exponent, mantissa = (code >> 3) & 15, (code & 7).astype(np.float64)
+    magnitude = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
+    magnitude[(code & 127) == 127] = np.nan
+    return np.where(code > 127, -magnitude, magnitude).astype(np.float32)
+
+
+def to_f32(bits: Array, dtype: str) -> F32:
+    """Values of a stored array as float32: exact for BF16, F16, F32, F8_E4M3 and I8."""
+    if dtype == "BF16":
+        return bf16_to_f32(bits)
+    if dtype == "F8_E4M3":
+        return _e4m3_values()[bits]
+    return bits.astype(np.float32)

@@ -1,0 +1,99 @@
+"""From a source to all that a split needs; everything that can be refused is refused here, with nothing written."""
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from reshard.blocks import BlockReader, StoredReader
+from reshard.checkpoint import Checkpoint, Tensor
+from reshard.convert.rules import KEEP, converted
+from reshard.digests import file_digest
+from reshard.errors import SourceError
+from reshard.naming import MANIFEST
+from reshard.plan import Plan, make_plan
+from reshard.record import fingerprint
+from reshard.shared_values import check_shared_values
+from reshard.source.base import Source
+from reshard.source.open import describe
+from reshard.source.shardset import is_shard_set, read_manifest
+
+_SAMPLE_ROWS, _SAMPLE_BYTES = 2, 512
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What to make of a source. `weights` and `quant_format`: see reshard.convert.rules."""
+
+    tp_size: int
+    layout: str = "fused"
+    pad: bool = False
+    weights: str = KEEP
+    quant_format: str = "modelslim"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A cut that can be written. `fingerprint` is what the shards of one set share."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    readers: Mapping[str, BlockReader]
+    fingerprint: str
+
+
+def prepare(source: Source, cut: Cut) -> Prepared:
+    """Describe, convert, plan and check. Raises a ReshardError for whatever does not fit."""
+    stored = describe(source)
+    checkpoint = converted(stored, cut.weights, cut.quant_format)
+    plan = make_plan(checkpoint, cut.tp_size, cut.layout, cut.pad)
+    readers = make_readers(source, stored, checkpoint)
+    if cut.layout == "fused":
+        check_shared_values(checkpoint, lambda tensor: readers[tensor.name])
+    samples = _samples(stored, lambda tensor: StoredReader(source, tensor))
+    return Prepared(checkpoint, plan, readers, fingerprint(checkpoint, plan, samples))
+
+
+def make_readers(source: Source, stored: Checkpoint, checkpoint: Checkpoint) -> dict[str, BlockReader]:
+    """A reader for each tensor: of its bytes where they are stored, of its values where they are computed."""
+    readers: dict[str, BlockReader] = {t.name: StoredReader(source, t) for t in checkpoint.tensors() if t.parts}
+    if any(not tensor.parts for tensor in checkpoint.tensors()):
+        from reshard.convert.compute import computed_readers  # the only way to torch
+
+        readers.update(computed_readers(source, stored, checkpoint))
+    return readers
+
+
+def check_set_digests(source: Source, workers: int) -> None:
+    """A shard set that is cut again must be whole: its lineage goes on into the new manifest."""
+    if not is_shard_set(source):
+        return
+    shards = read_manifest(source).shards
+    with ThreadPoolExecutor(workers) as pool:
+        digests = pool.map(lambda shard: file_digest(source, shard.file), shards)
+        for shard, digest in zip(shards, digests, strict=True):
+            if digest != shard.blake3:
+                raise SourceError(
+                    f"{shard.file}: BLAKE3 is {digest}, {MANIFEST} says {shard.blake3}; the shard is damaged: copy it again"
+                )
+
+
+def ranges(checkpoint: Checkpoint) -> list[tuple[str, int, int]]:
+    """The (file, start, stop) that hold the stored tensors."""
+    return [
+        (part.file, part.offset, part.offset + (part.rows - 1) * part.stride + part.width)
+        for tensor in checkpoint.tensors()
+        for part in tensor.parts
+    ]
+
+
+def _samples(checkpoint: Checkpoint, reader: Callable[[Tensor], BlockReader]) -> Iterator[bytes]:
+    """Some bytes of every tensor: blocks at its start, its middle and its end."""
+    for tensor in checkpoint.tensors():
+        rows, width = min(tensor.rows, _SAMPLE_ROWS), min(tensor.row_bytes, _SAMPLE_BYTES)
+        below, beside = tensor.rows - rows, tensor.row_bytes - width
+        for row, column in ((0, 0), (below // 2, beside // 2), (below, beside)):
+            out = np.empty((rows, width), np.uint8)
+            reader(tensor).read(out, row, column)
+            yield out.tobytes()

@@ -1,0 +1,117 @@
+"""From a checkpoint, its plan and the writer's digests to manifest entries."""
+
+from collections.abc import Iterable, Sequence
+
+from blake3 import blake3
+
+from reshard import __version__
+from reshard.checkpoint import Checkpoint, Layer
+from reshard.manifest import (
+    SCHEMA,
+    Conversion,
+    Generator,
+    LayerSchemes,
+    Manifest,
+    ModelDims,
+    Padding,
+    Shard,
+    ShardTensor,
+    SideFile,
+    Slice,
+    Source,
+    SourceFile,
+)
+from reshard.naming import DOWN, GATE
+from reshard.plan import Plan, PlannedShard
+
+_UNQUANTISED = "bf16"
+
+
+def make_manifest(checkpoint: Checkpoint, plan: Plan, shards: Sequence[Shard]) -> Manifest:
+    """The manifest of a set whose shards are all there, by rank."""
+    return Manifest(shards=list(shards), **_frame(checkpoint, plan))
+
+
+def make_shard(planned: PlannedShard, size: int, digest: str, digests: Iterable[str]) -> Shard:
+    """A shard's entry: the file's digest, and its tensors' in file order."""
+    tensors = [
+        ShardTensor(
+            name=tensor.name,
+            dtype=tensor.dtype,
+            shape=list(tensor.shape),
+            blake3=tensor_digest,
+            slices=[
+                Slice(tensor=s.tensor, shape=list(s.shape), dim=s.dim, start=s.start, stop=s.stop, at=s.at)
+                for s in tensor.slices
+            ],
+            same_as=list(tensor.same_as),
+            conversion=tensor.conversion
+            and Conversion(rule=tensor.conversion.rule, inputs=list(tensor.conversion.inputs)),
+        )
+        for tensor, tensor_digest in zip(planned.tensors, digests, strict=True)
+    ]
+    return Shard(tp_rank=planned.tp_rank, file=planned.file, size=size, blake3=digest, tensors=tensors)
+
+
+def scheme_name(layers: Iterable[Layer]) -> str:
+    """One word for a checkpoint: the scheme of what is quantised, `bf16` if nothing is, `mixed` if they differ."""
+    schemes = {linear.variant.scheme for layer in layers for linear in layer.linears.values()}
+    quantised = schemes - {_UNQUANTISED}
+    if len(quantised) > 1:
+        return "mixed"
+    return next(iter(quantised or schemes))
+
+
+def fingerprint(checkpoint: Checkpoint, plan: Plan, samples: Iterable[bytes]) -> str:
+    """What two shards must share to belong to one set: all of the manifest but the shards, and the source's bytes.
+
+    samples: some bytes of every source tensor, since files of one shape have one header whatever they hold.
+    """
+    hasher = blake3()
+    frame = Manifest.model_construct(shards=[], **_frame(checkpoint, plan))
+    hasher.update(frame.to_json())
+    for sample in samples:
+        hasher.update(sample)
+    return hasher.hexdigest()
+
+
+def _frame(checkpoint: Checkpoint, plan: Plan) -> dict[str, object]:
+    """Every field of the manifest but the shards."""
+    model, identity = checkpoint.model, checkpoint.identity
+    return {
+        "schema_": SCHEMA,
+        "generator": Generator(name="reshard", version=__version__),
+        "model": ModelDims(
+            model_type=model.model_type,
+            hidden_size=model.hidden_size,
+            intermediate_size=model.intermediate_size,
+            num_hidden_layers=model.num_hidden_layers,
+        ),
+        "scheme": scheme_name(checkpoint.layers),
+        "tp_size": plan.tp_size,
+        "layout": plan.layout,
+        "padding": plan.padding
+        and Padding(
+            padded_intermediate_size=plan.padding.padded_intermediate_size, multiple=plan.padding.multiple
+        ),
+        "layers": [
+            LayerSchemes(
+                index=layer.index,
+                gate_up_proj=layer.linears[GATE].variant.scheme,
+                down_proj=layer.linears[DOWN].variant.scheme,
+            )
+            for layer in checkpoint.layers
+        ],
+        "source": Source(
+            kind=identity.kind,  # type: ignore[arg-type]  # checked by the model
+            name=identity.name,
+            commit=identity.commit,
+            files=[SourceFile(name=f.name, size=f.size, header_blake3=f.header_digest) for f in identity.files],
+        ),
+        "files": [
+            SideFile(name=name, size=len(data), blake3=blake3(data).hexdigest())
+            for name, data in sorted(checkpoint.side_files.items())
+        ],
+    }
+
+

@@ -1,0 +1,76 @@
+"""What a source offers. A folder is one; the plan and the writer know nothing of what stands behind it."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from reshard.errors import SourceError
+from reshard.source.header import LENGTH_BYTES, Header, header_length, parse_header, unique_pairs
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a source is called, free of host paths: a folder's name, or a hub repository and commit."""
+
+    kind: str
+    name: str
+    commit: str | None = None
+
+
+class Source(Protocol):
+    """Files by name, in byte ranges. Safe to use from several threads."""
+
+    @property
+    def origin(self) -> Origin:
+        """Where this is, for the manifest."""
+
+    def files(self) -> Mapping[str, int]:
+        """Every file's name and size in bytes."""
+
+    def read(self, file: str, start: int, stop: int) -> bytes:
+        """A copy of bytes [start, stop). Raises SourceError where they cannot be read."""
+
+    def view(self, file: str, start: int, stop: int) -> Bytes:
+        """Bytes [start, stop) as an array that is valid until `close`. Raises SourceError as `read` does."""
+
+    def prefetch(self, ranges: Iterable[tuple[str, int, int]]) -> None:
+        """A hint that these (file, start, stop) are wanted soon."""
+
+    def close(self) -> None:
+        """Release what views hold."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def read_header(source: Source, file: str) -> Header:
+    """A safetensors file's header. Raises HeaderError if it must not be trusted."""
+    size = source.files()[file]
+    length = header_length(source.read(file, 0, min(size, LENGTH_BYTES)), file, size)
+    return parse_header(source.read(file, 0, LENGTH_BYTES + length), file, size)
+
+
+def read_file(source: Source, file: str) -> bytes:
+    """A whole (small) file."""
+    return source.read(file, 0, source.files()[file])
+
+
+def parse_json_object(raw: bytes, file: str) -> dict[str, Any]:
+    """A JSON file that must hold one object with unique keys."""
+    try:
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_pairs)
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{file}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise SourceError(f"{file}: holds a {type(value).__name__}, a JSON object is wanted")
+    return value

@@ -1,0 +1,122 @@
+"""A Hugging Face checkpoint: which files belong to it, and which file holds each tensor."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import PurePath
+
+from reshard.checkpoint import Checkpoint, Identity, Part, SourceFile, Tensor, describe_layers
+from reshard.errors import SourceError
+from reshard.naming import CONFIG, parse_dense
+from reshard.source.base import Source, parse_json_object, read_file, read_header
+from reshard.source.header import Header
+
+_INDEX = ".safetensors.index.json"
+_WEIGHTS = ".safetensors"
+_DESCRIPTION = "quant_model_description"
+
+
+def read_checkpoint(source: Source) -> Checkpoint:
+    """Describe a source of Hugging Face files. Reads the index, the headers, config.json and the description."""
+    index_file = _only_one(source.files(), _is_index, "index")
+    index = _read_index(source, index_file) if index_file else None
+    names = sorted(set(index.values())) if index is not None else [f for f in sorted(source.files()) if _is_weights(f)]
+    if not names:
+        raise SourceError(f"{source.origin.name}: holds no safetensors file")
+    headers = {name: read_header(source, name) for name in names}
+    owners = _owners(headers)
+    if index_file and index is not None:
+        _check_index(index_file, index, headers, owners)
+    tensors = {name: _tensor(name, file, headers[file]) for name, file in owners.items() if parse_dense(name)}
+    side_files = _side_files(source)
+    description_file = next((name for name in side_files if name.startswith(_DESCRIPTION)), None)
+    description = (
+        (description_file, parse_json_object(side_files[description_file], description_file))
+        if description_file
+        else None
+    )
+    config = parse_json_object(side_files[CONFIG], CONFIG) if CONFIG in side_files else None
+    others = (name for name in owners if name not in tensors)
+    model, layers, warnings = describe_layers(tensors, others, config, description)
+    used = {part.file for layer in layers for tensor in layer.tensors() for part in tensor.parts}
+    return Checkpoint(
+        identity=Identity(
+            source.origin.kind,
+            source.origin.name,
+            source.origin.commit,
+            tuple(SourceFile(name, headers[name].file_size, headers[name].digest) for name in sorted(used)),
+        ),
+        model=model,
+        layers=layers,
+        side_files=side_files,
+        total_tensors=len(owners),
+        total_bytes=sum(header.file_size - header.data_start for header in headers.values()),
+        warnings=warnings,
+    )
+
+
+def _is_index(name: str) -> bool:
+    return name.endswith(_INDEX)
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith(_WEIGHTS)
+
+
+def is_description(name: str) -> bool:
+    """Whether a file is ModelSlim's account of each tensor's type."""
+    return name.startswith(_DESCRIPTION) and name.endswith(".json")
+
+
+def _only_one(files: Iterable[str], wanted: object, what: str) -> str | None:
+    assert callable(wanted)
+    found = sorted(name for name in files if wanted(name))
+    if len(found) > 1:
+        raise SourceError(f"two {what} files, {found[0]} and {found[1]}; keep the one that belongs to the weights")
+    return found[0] if found else None
+
+
+def _side_files(source: Source) -> dict[str, bytes]:
+    description = _only_one(source.files(), is_description, "description")
+    wanted = [CONFIG] if CONFIG in source.files() else []
+    return {name: read_file(source, name) for name in [*wanted, *([description] if description else [])]}
+
+
+def _read_index(source: Source, file: str) -> dict[str, str]:
+    weight_map = parse_json_object(read_file(source, file), file).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SourceError(f"{file}: has no weight_map")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or PurePath(name).name != name or name in {"", ".", ".."}:
+            raise SourceError(f"{file}: {tensor} is said to be in {name!r}, which is no file name in this folder")
+        if name not in source.files():
+            raise SourceError(f"{file}: {tensor} is said to be in {name}, which is missing; download it again")
+    return weight_map
+
+
+def _owners(headers: Mapping[str, Header]) -> dict[str, str]:
+    owners: dict[str, str] = {}
+    for file, header in headers.items():
+        for name in header.tensors:
+            other = owners.setdefault(name, file)
+            if other != file:
+                raise SourceError(f"{name}: stands in two files, {other} and {file}; remove the one that is stale")
+    return owners
+
+
+def _check_index(
+    file: str, index: Mapping[str, str], headers: Mapping[str, Header], owners: Mapping[str, str]
+) -> None:
+    for name, holder in index.items():
+        if name not in headers[holder].tensors:
+            found = owners.get(name)
+            where = f"{found} holds it" if found else "no file holds it"
+            raise SourceError(f"{file}: {name} is said to be in {holder}, whose header lacks it; {where}")
+    for name, holder in owners.items():
+        if name not in index and parse_dense(name):
+            raise SourceError(f"{name}: stands in {holder}, and {file} does not name it; is the index of these files?")
+
+
+def _tensor(name: str, file: str, header: Header) -> Tensor:
+    info = header.tensors[name]
+    tensor = Tensor(name, info.dtype, info.shape, ())
+    whole = Part(file, info.start, tensor.row_bytes, 0, 0, tensor.rows, tensor.row_bytes)
+    return Tensor(name, info.dtype, info.shape, (whole,))

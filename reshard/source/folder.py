@@ -1,0 +1,138 @@
+"""A folder on this host: files mapped into memory, read only where a view is taken."""
+
+import ctypes
+import errno
+import mmap
+import os
+import threading
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from reshard.errors import SourceError
+from reshard.source.base import Bytes, Origin
+
+_MADV_POPULATE_READ = 22  # linux/mman.h, since 5.14
+_PAGE = mmap.PAGESIZE
+
+
+class FolderSource:
+    """The files directly in a folder. Symlinks may not lead out of it, but into the blobs of a Hugging Face cache."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.exists():
+            raise SourceError(f"{path}: no such folder")
+        if not path.is_dir():
+            raise SourceError(f"{path}: not a folder; give the folder that holds the checkpoint's files")
+        self.path = path
+        self._maps: dict[str, Bytes] = {}
+        self._lock = threading.Lock()
+        self._libc = ctypes.CDLL(None, use_errno=True)
+
+    @property
+    def origin(self) -> Origin:
+        """The folder's name."""
+        return Origin("folder", self.path.resolve().name)
+
+    @cached_property
+    def _files(self) -> dict[str, int]:
+        try:
+            with os.scandir(self.path) as entries:
+                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+        except OSError as error:
+            raise SourceError(f"{error.filename or self.path}: {error.strerror}") from error
+
+    def files(self) -> Mapping[str, int]:
+        """Every file's name and size in bytes."""
+        return self._files
+
+    def read(self, file: str, start: int, stop: int) -> bytes:
+        """A copy of bytes [start, stop)."""
+        try:
+            with self._inside(file).open("rb", buffering=0) as stream:
+                stream.seek(start)
+                chunks = []
+                while start < stop and (chunk := stream.read(stop - start)):
+                    chunks.append(chunk)
+                    start += len(chunk)
+        except OSError as error:
+            raise SourceError(f"{self.path / file}: cannot be read: {error.strerror}") from error
+        if start < stop:
+            raise SourceError(f"{self.path / file}: ends at byte {start}, {stop} are wanted; it changed or is cut short")
+        return b"".join(chunks)
+
+    def view(self, file: str, start: int, stop: int) -> Bytes:
+        """Bytes [start, stop) of the mapped file, its pages brought in.
+
+        A page that cannot be had (a bad disk, a file cut meanwhile) is an error here, not a SIGBUS at its first use.
+        """
+        mapped = self._maps.get(file)
+        if mapped is None:
+            mapped = self._map(file)
+        if stop > mapped.size:
+            raise SourceError(f"{self.path / file}: {mapped.size} bytes, {stop} are wanted")
+        first = start // _PAGE * _PAGE
+        address = mapped.ctypes.data + first
+        # Through ctypes, not mmap.madvise: that one holds the interpreter's lock while pages are read.
+        if self._libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(stop - first), _MADV_POPULATE_READ) != 0:
+            code = ctypes.get_errno()
+            if code != errno.EINVAL:  # an older kernel: the pages come at first use
+                raise SourceError(
+                    f"{self.path / file}: bytes {start} to {stop} cannot be read ({errno.errorcode.get(code, code)}): "
+                    "the file was cut short meanwhile, or its disk is failing"
+                )
+        return mapped[start:stop]
+
+    def prefetch(self, ranges: Iterable[tuple[str, int, int]]) -> None:
+        """Ask the kernel to read ahead."""
+        for file, start, stop in ranges:
+            try:
+                descriptor = os.open(self._inside(file), os.O_RDONLY)
+            except OSError:
+                continue  # only a hint: the read that follows reports it
+            try:
+                os.posix_fadvise(descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(descriptor)
+
+    def close(self) -> None:
+        """Drop the maps; each is unmapped with its last view."""
+        self._maps.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _map(self, file: str) -> Bytes:
+        with self._lock:
+            if file not in self._maps:
+                try:
+                    with self._inside(file).open("rb") as stream:
+                        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+                except (OSError, ValueError) as error:
+                    raise SourceError(f"{self.path / file}: cannot be mapped: {error}") from error
+                self._maps[file] = np.frombuffer(mapped, np.uint8)
+            return self._maps[file]
+
+    def _inside(self, file: str) -> Path:
+        """The file's path, refused if it leads out of the folder."""
+        path = self.path / file
+        root, target = self.path.resolve(), path.resolve()
+        if Path(file).name != file or file in {"", ".", ".."}:
+            raise SourceError(f"{self.path}: {file!r} is no plain file name in this folder")
+        if target.parent == root:
+            return path
+        # Hugging Face cache: models--org--name/snapshots/<commit>/file -> ../../blobs/<hash>
+        if root.parent.name == "snapshots" and target.parent == root.parent.parent / "blobs":
+            return path
+        raise SourceError(
+            f"{path}: a link to {target}, outside the folder; give the folder that holds the files themselves"
+        )

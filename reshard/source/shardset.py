@@ -1,0 +1,131 @@
+"""A shard set read as a checkpoint: the Hugging Face tensors that its manifest's slices put together again."""
+
+from collections.abc import Iterable
+from math import prod
+
+from reshard.checkpoint import Checkpoint, Conversion, Identity, Model, Part, SourceFile, Tensor, describe_layers
+from reshard.dtypes import itemsize
+from reshard.errors import ManifestError, SourceError
+from reshard.manifest import Manifest, ShardTensor, Slice, parse_manifest
+from reshard.naming import CONFIG, MANIFEST, parse_shard_file
+from reshard.source.base import Source, parse_json_object, read_file, read_header
+from reshard.source.files import is_description
+from reshard.source.header import Header, TensorInfo
+
+
+def is_shard_set(source: Source) -> bool:
+    """Whether a source holds shards and the manifest that completes them."""
+    return MANIFEST in source.files() and any(parse_shard_file(name) for name in source.files())
+
+
+def read_manifest(source: Source) -> Manifest:
+    """The set's manifest, its files there in the sizes it names."""
+    manifest = parse_manifest(read_file(source, MANIFEST))
+    sizes = source.files()
+    for file in (*manifest.shards, *manifest.files):
+        name = file.file if hasattr(file, "file") else file.name
+        if name not in sizes:
+            raise SourceError(f"{name}: {MANIFEST} names it and it is missing; copy the whole set")
+        if sizes[name] != file.size:
+            raise SourceError(f"{name}: {sizes[name]} bytes, {MANIFEST} says {file.size}; copy it again")
+    return manifest
+
+
+def read_shard_set(source: Source) -> Checkpoint:
+    """Describe a shard set as the checkpoint it was cut from."""
+    manifest = read_manifest(source)
+    tensors = _assemble(source, manifest)
+    side_files = {file.name: read_file(source, file.name) for file in manifest.files}
+    config = parse_json_object(side_files[CONFIG], CONFIG) if CONFIG in side_files else None
+    description_file = next((name for name in side_files if is_description(name)), None)
+    description = (
+        (description_file, parse_json_object(side_files[description_file], description_file))
+        if description_file
+        else None
+    )
+    _, layers, _ = describe_layers(tensors, (), config, description)
+    dims = manifest.model
+    return Checkpoint(
+        identity=identity(manifest),
+        model=Model(dims.model_type, dims.hidden_size, dims.intermediate_size, dims.num_hidden_layers),
+        layers=layers,
+        side_files=side_files,
+        total_tensors=len(tensors),
+        total_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+    )
+
+
+def identity(manifest: Manifest) -> Identity:
+    """What the set was first cut from."""
+    source = manifest.source
+    files = tuple(SourceFile(file.name, file.size, file.header_blake3) for file in source.files)
+    return Identity(source.kind, source.name, source.commit, files)
+
+
+def check_header(header: Header, tensors: Iterable[ShardTensor], file: str) -> None:
+    """A shard's header against the manifest. Raises SourceError naming the tensor and both sides."""
+    wanted = {tensor.name: (tensor.dtype, tuple(tensor.shape)) for tensor in tensors}
+    for name in sorted(wanted.keys() ^ header.tensors.keys()):
+        side = f"{MANIFEST} names it, the file lacks it" if name in wanted else f"the file has it, {MANIFEST} does not"
+        raise SourceError(f"{file}: {name}: {side}")
+    for name, (dtype, shape) in wanted.items():
+        info = header.tensors[name]
+        if (info.dtype, info.shape) != (dtype, shape):
+            raise SourceError(
+                f"{file}: {name}: is {info.dtype} {list(info.shape)}, {MANIFEST} says {dtype} {list(shape)}"
+            )
+
+
+def _assemble(source: Source, manifest: Manifest) -> dict[str, Tensor]:
+    """Every source tensor that slices name, covered by rectangles of the shards."""
+    shapes: dict[str, tuple[str, tuple[int, ...], Conversion | None]] = {}
+    slices: dict[str, dict[tuple[int, int, int], Part]] = {}
+    aliases: dict[str, str] = {}
+    for shard in manifest.shards:
+        header = read_header(source, shard.file)
+        check_header(header, shard.tensors, shard.file)
+        for tensor in shard.tensors:
+            made = tensor.conversion and Conversion(tensor.conversion.rule, tuple(tensor.conversion.inputs))
+            for piece in tensor.slices:
+                described = (tensor.dtype, tuple(piece.shape), made)
+                if shapes.setdefault(piece.tensor, described) != described:
+                    raise ManifestError(f"{MANIFEST}: {piece.tensor} is described in two ways; the set is damaged")
+                key = (piece.dim, piece.start, piece.stop)
+                # What is replicated lies in every shard: the first one's copy is taken.
+                part = _part(shard.file, header.tensors[tensor.name], piece)
+                slices.setdefault(piece.tensor, {}).setdefault(key, part)
+            for other in tensor.same_as:
+                aliases[other] = tensor.slices[0].tensor
+    found = {}
+    for name, (dtype, shape, made) in shapes.items():
+        _check_cover(name, shape, sorted(slices[name]))
+        found[name] = Tensor(name, dtype, shape, tuple(part for _, part in sorted(slices[name].items())), made)
+    for name, original in aliases.items():
+        tensor = found[original]
+        found[name] = Tensor(name, tensor.dtype, tensor.shape, tensor.parts, tensor.conversion)
+    return found
+
+
+def _part(file: str, info: TensorInfo, piece: Slice) -> Part:
+    size, length = itemsize(info.dtype), piece.stop - piece.start
+    stride = prod(info.shape[1:]) * size
+    rows = info.shape[0] if info.shape else 1
+    extent = info.shape[piece.dim] if info.shape else 1
+    if length <= 0 or piece.at + length > extent or prod(piece.shape[1:]) == 0:
+        raise ManifestError(f"{MANIFEST}: {piece.tensor}: slice {piece.start}..{piece.stop} does not fit its shard tensor")
+    if piece.dim == 0:
+        return Part(file, info.start + piece.at * stride, stride, piece.start, 0, length, stride)
+    return Part(file, info.start + piece.at * size, stride, 0, piece.start * size, rows, length * size)
+
+
+def _check_cover(name: str, shape: tuple[int, ...], pieces: list[tuple[int, int, int]]) -> None:
+    """The slices of a tensor follow one another along one dimension, from its start to its end."""
+    at = 0
+    dim = pieces[0][0]
+    for piece_dim, start, stop in pieces:
+        if piece_dim != dim or start != at:
+            raise ManifestError(f"{MANIFEST}: {name}: no shard holds positions {at}..{start} of dim {dim}")
+        at = stop
+    extent = shape[dim] if shape else 1
+    if at != extent:
+        raise ManifestError(f"{MANIFEST}: {name}: the shards hold positions 0..{at} of dim {dim}, it has {extent}")

@@ -1,0 +1,150 @@
+"""The output folder: what it holds, temporary names, durable renames."""
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from reshard.errors import OutputError, SpaceError
+from reshard.naming import CONFIG, MANIFEST, parse_shard_file
+from reshard.source.files import is_description
+from reshard.writer.lock import LOCK_FILE
+
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}\.tmp")
+_RECORD_ENDING = ".record.json"
+_RESERVE = 1 << 20  # for the manifest, records and folder entries
+
+
+def record_file(shard: str) -> str:
+    """The name of a finished shard's record in an unfinished set."""
+    return shard.removesuffix(".safetensors") + _RECORD_ENDING
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What stands in an output folder: the manifest or not, shards by (rank, size), temporary files."""
+
+    finished: bool
+    shards: frozenset[tuple[int, int]]
+    temporaries: tuple[str, ...]
+    foreign: tuple[str, ...]
+
+
+class OutputFolder:
+    """A folder that a shard set is written into."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._created: list[Path] = []
+
+    def contents(self) -> Contents:
+        """Look at what is there. Raises OutputError if it is no folder."""
+        try:
+            names = sorted(os.listdir(self.path))
+        except FileNotFoundError:
+            names = []
+        except OSError as error:
+            raise OutputError(f"{self.path}: {error.strerror}; give a folder that can be written") from error
+        shards = frozenset(parsed for name in names if (parsed := parse_shard_file(name)))
+        return Contents(
+            finished=MANIFEST in names and bool(shards),
+            shards=shards,
+            temporaries=tuple(name for name in names if _TEMPORARY.fullmatch(name)),
+            foreign=tuple(name for name in names if not (_is_ours(name) or (shards and _is_side_file(name)))),
+        )
+
+    def create(self) -> None:
+        """Make the folder and its parents, remembering which were not there."""
+        missing = []
+        path = self.path
+        while not path.exists():
+            missing.append(path)
+            path = path.parent
+        for path in reversed(missing):
+            try:
+                path.mkdir()
+            except FileExistsError:
+                continue
+            except OSError as error:
+                raise OutputError(f"{path}: cannot be made: {error.strerror}") from error
+            self._created.append(path)
+
+    def remove_if_created(self) -> None:
+        """Undo `create` where nothing was put into what it made."""
+        for path in reversed(self._created):
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+    def check_space(self, wanted: int, reused: int) -> None:
+        """Raises SpaceError if `wanted` bytes do not fit beside `reused` that will be freed."""
+        free = shutil.disk_usage(self.path).free + reused
+        if wanted + _RESERVE > free:
+            raise SpaceError(
+                f"{self.path}: {wanted:,} bytes are to be written, {free:,} are free; make room or choose another disk"
+            )
+
+    def temporary(self, name: str) -> Path:
+        """A path of its own for a file that will be called `name`."""
+        return self.path / f".{name}.{secrets.token_hex(8)}.tmp"
+
+    def remove_temporaries(self, ranks: Collection[int] | None) -> None:
+        """Remove what killed runs left of these ranks (None: of any)."""
+        for name in self.contents().temporaries:
+            match = _TEMPORARY.fullmatch(name)
+            parsed = parse_shard_file(match[1]) if match else None
+            if ranks is None or (parsed and parsed[0] in ranks):
+                (self.path / name).unlink(missing_ok=True)
+
+    def put(self, name: str, data: bytes) -> None:
+        """A small file: written aside, made durable, renamed."""
+        temporary = self.temporary(name)
+        try:
+            with temporary.open("xb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(self.path / name)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        self.sync()
+
+    def commit(self, temporary: Path, name: str) -> None:
+        """Give a durable file its name."""
+        temporary.replace(self.path / name)
+        self.sync()
+
+    def remove_stale(self, keep: Collection[str]) -> None:
+        """Remove records, and what a set of another size or source left."""
+        self.remove([n for n in os.listdir(self.path) if (_is_shard_or_record(n) or _is_side_file(n)) and n not in keep])
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove files, durably."""
+        for name in names:
+            (self.path / name).unlink(missing_ok=True)
+        self.sync()
+
+    def sync(self) -> None:
+        """Make renames and removals durable."""
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _is_side_file(name: str) -> bool:
+    return name == CONFIG or is_description(name)
+
+
+def _is_ours(name: str) -> bool:
+    return name in {MANIFEST, LOCK_FILE} or bool(_TEMPORARY.fullmatch(name)) or _is_shard_or_record(name)
+
+
+def _is_shard_or_record(name: str) -> bool:
+    shard = name.removesuffix(_RECORD_ENDING) + ".safetensors" if name.endswith(_RECORD_ENDING) else name
+    return parse_shard_file(shard) is not None

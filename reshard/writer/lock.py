@@ -1,0 +1,85 @@
+"""Who may write which ranks of a folder: byte-range locks on one small file, byte r for rank r.
+
+The locks belong to the open file, so a killed run holds none, and runs of different ranks do not disturb each other.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from reshard.errors import BusyError, OutputError
+
+LOCK_FILE = ".reshard.lock"
+_FINISH = 1 << 40  # a byte behind every rank's: held while the manifest is written
+_REST_OF_FILE = 0
+
+
+@contextlib.contextmanager
+def locked(folder: Path, ranks: Sequence[int] | None) -> Iterator["Lock"]:
+    """Hold the ranks' bytes, all of the file if `ranks` is None. Raises BusyError if another run holds one."""
+    lock = Lock(folder)
+    try:
+        lock.acquire(ranks)
+        yield lock
+    finally:
+        lock.release()
+
+
+class Lock:
+    """An open lock file."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / LOCK_FILE
+        self._descriptor = -1
+
+    def acquire(self, ranks: Sequence[int] | None) -> None:
+        """Take the ranks' bytes or raise BusyError."""
+        while True:
+            self._descriptor = os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+            spans = [(0, _REST_OF_FILE)] if ranks is None else [(rank, 1) for rank in ranks]
+            for start, length in spans:
+                if not self._lock(fcntl.F_WRLCK, start, length):
+                    raise BusyError(
+                        f"{self._path.parent}: another run is writing "
+                        f"{'there' if ranks is None else f'rank {start} there'}; wait for it, or choose another folder"
+                    )
+            if self._is_current():
+                return
+            os.close(self._descriptor)  # a finished run removed the file between our opening and our locking
+
+    @contextlib.contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Hold the right to complete the set, waiting for it if need be."""
+        self._lock(fcntl.F_WRLCK, _FINISH, 1, wait=True)
+        yield
+
+    def release(self) -> None:
+        """Let go; the last one out removes the file."""
+        if self._descriptor < 0:
+            return
+        with contextlib.suppress(OSError):
+            if self._lock(fcntl.F_WRLCK, 0, _REST_OF_FILE) and self._is_current():
+                self._path.unlink()
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+    def _is_current(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), os.stat(self._path))
+        except FileNotFoundError:
+            return False
+
+    def _lock(self, kind: int, start: int, length: int, *, wait: bool = False) -> bool:
+        """False if another run holds some of it. The request is C's `struct flock`."""
+        request = struct.pack("@hhqqi0q", kind, os.SEEK_SET, start, length, 0)
+        try:
+            fcntl.fcntl(self._descriptor, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, request)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                return False
+            raise OutputError(f"{self._path}: cannot be locked: {error.strerror}") from error
+        return True

@@ -1,0 +1,252 @@
+"""The split itself: shards by several threads, then the manifest.
+
+Each worker takes a rank at a time and streams its file front to back. A finished shard gets its name and a record;
+when every rank's is there, the manifest takes the records over and the set is complete.
+"""
+
+import contextlib
+import errno
+import os
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from reshard.digests import file_digest
+from reshard.errors import OutputError, ReshardError, SpaceError
+from reshard.manifest import Record, Shard, parse_manifest, parse_record
+from reshard.naming import MANIFEST, shard_file
+from reshard.plan import Plan, PlannedShard
+from reshard.prepare import Prepared
+from reshard.record import make_manifest, make_shard
+from reshard.source.folder import FolderSource
+from reshard.writer.folder import OutputFolder, record_file
+from reshard.writer.lock import Lock, locked
+from reshard.writer.stream import ShardStream
+
+# More than this machine's cores: while one waits for the disk, another cuts and hashes.
+DEFAULT_WORKERS = min(8, 2 * len(os.sched_getaffinity(0)))
+
+Tick = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """How a split treats its output folder. `ranks`: those to write, None for all."""
+
+    ranks: tuple[int, ...] | None = None
+    resume: bool = False
+    overwrite: bool = False
+    workers: int = DEFAULT_WORKERS
+
+
+@dataclass(frozen=True)
+class SplitResult:
+    """What was written, what was kept from an earlier run, and which ranks the set still lacks."""
+
+    written: tuple[Shard, ...]
+    kept: tuple[Shard, ...]
+    missing: tuple[int, ...]
+
+    @property
+    def complete(self) -> bool:
+        """Whether the set has its manifest."""
+        return not self.missing
+
+
+class _Cancelled(Exception):
+    """Another worker failed."""
+
+
+def write_shards(
+    prepared: Prepared, out: Path, options: SplitOptions, tick: Tick = lambda n: None
+) -> SplitResult:
+    """Write a plan's shards; `tick` is called with the bytes of each step. Raises OutputError before anything is written where the folder does not allow it."""
+    plan = prepared.plan
+    folder = OutputFolder(out)
+    ranks = options.ranks if options.ranks is not None else tuple(range(plan.tp_size))
+    _check_folder(folder, plan, ranks, options)
+    folder.create()
+    try:
+        with _os_errors(out), locked(out, options.ranks) as lock:
+            # Again, now that no other run can change it.
+            _check_folder(folder, plan, ranks, options)
+            folder.remove_temporaries(options.ranks)
+            return _Run(prepared, folder, options, tick).run(ranks, lock)
+    finally:
+        folder.remove_if_created()
+
+
+def _check_folder(folder: OutputFolder, plan: Plan, ranks: Collection[int], options: SplitOptions) -> None:
+    contents = folder.contents()
+    if contents.foreign:
+        raise OutputError(
+            f"{folder.path}: holds {contents.foreign[0]}, which is no part of a shard set; choose an empty folder"
+        )
+    if options.overwrite:
+        if contents.finished and options.ranks is not None:
+            raise OutputError(
+                f"{folder.path}: holds a finished set, which --overwrite replaces as a whole; leave --ranks out, or "
+                "choose another folder"
+            )
+        return
+    if contents.finished and not options.resume:
+        raise OutputError(f"{folder.path}: holds a finished shard set; choose another folder, or --overwrite it")
+    other = sorted(size for _, size in contents.shards if size != plan.tp_size)
+    if other:
+        raise OutputError(
+            f"{folder.path}: holds shards of tp {other[0]}, this split is for tp {plan.tp_size}; choose another "
+            "folder, or --overwrite it"
+        )
+    there = sorted(rank for rank, _ in contents.shards if rank in ranks)
+    if there and not options.resume:
+        raise OutputError(
+            f"{folder.path}: holds rank {there[0]}'s shard of an unfinished set; go on with --resume, or start anew "
+            "with --overwrite"
+        )
+
+
+class _Run:
+    """One split into one folder."""
+
+    def __init__(self, prepared: Prepared, folder: OutputFolder, options: SplitOptions, tick: Tick) -> None:
+        self._checkpoint = prepared.checkpoint
+        self._plan = prepared.plan
+        self._readers = prepared.readers
+        self._fingerprint = prepared.fingerprint
+        self._folder = folder
+        self._options = options
+        self._tick = tick
+        self._stop = threading.Event()
+
+    def run(self, ranks: Sequence[int], lock: Lock) -> SplitResult:
+        contents = self._folder.contents()
+        kept = self._kept(ranks) if self._options.resume else {}
+        todo = [self._plan.shards[rank] for rank in ranks if rank not in kept]
+        replaced = sum(
+            (self._folder.path / name).stat().st_size
+            for shard in todo
+            if not contents.finished and (self._folder.path / (name := shard.file)).exists()
+        )
+        self._folder.check_space(sum(shard.size for shard in todo), replaced)
+        # A finished set stays whole until every new shard is durable; then they change places.
+        staged = contents.finished and self._options.overwrite
+        written = self._write(todo, staged)
+        with lock.finishing():
+            missing = self._finish({**kept, **{shard.tp_rank: shard for shard in written}})
+        return SplitResult(tuple(written), tuple(kept.values()), missing)
+
+    def _write(self, todo: Sequence[PlannedShard], staged: bool) -> list[Shard]:
+        """Write shards with several threads. What is not finished when one fails is removed."""
+        durable: list[tuple[Path, Shard]] = []  # written and not yet under their names
+        written: list[Shard] = []
+        with ThreadPoolExecutor(self._options.workers, thread_name_prefix="reshard") as pool:
+            futures = [pool.submit(self._write_shard, shard) for shard in todo]
+            try:
+                for future in as_completed(futures):
+                    durable.append(future.result())
+                    if not staged:
+                        written.append(self._commit(*durable.pop()))
+                if staged:
+                    self._folder.remove([MANIFEST])
+                    while durable:
+                        written.append(self._commit(*durable.pop()))
+            except BaseException as error:
+                self._stop.set()
+                failures = [error]
+                for future in futures:
+                    if future.cancel():
+                        continue
+                    failure = future.exception()
+                    if failure is not None:
+                        failures.append(failure)
+                    else:
+                        durable.append(future.result())
+                for temporary, _ in durable:
+                    temporary.unlink(missing_ok=True)
+                # What stopped the first worker, not how the others took it.
+                raise next((f for f in failures if not isinstance(f, _Cancelled)), error) from None
+        return sorted(written, key=lambda shard: shard.tp_rank)
+
+    def _write_shard(self, planned: PlannedShard) -> tuple[Path, Shard]:
+        stream = ShardStream(self._folder.temporary(planned.file))
+        try:
+            stream.write(planned.header)
+            digests = [stream.write_tensor(tensor, self._readers, self._advance) for tensor in planned.tensors]
+            size, digest = stream.close()
+        except BaseException:
+            stream.discard()
+            self._stop.set()
+            raise
+        return stream.path, make_shard(planned, size, digest, digests)
+
+    def _advance(self, nbytes: int) -> None:
+        if self._stop.is_set():
+            raise _Cancelled
+        self._tick(nbytes)
+
+    def _commit(self, temporary: Path, shard: Shard) -> Shard:
+        self._folder.commit(temporary, shard.file)
+        record = Record(fingerprint=self._fingerprint, shard=shard)
+        self._folder.put(record_file(shard.file), (record.model_dump_json(indent=1) + "\n").encode())
+        return shard
+
+    def _kept(self, ranks: Sequence[int]) -> dict[int, Shard]:
+        """The shards of these ranks that earlier runs finished, that are of this very set, and whole."""
+        if not ranks:
+            return {}
+        with FolderSource(self._folder.path) as there:
+            recorded = {rank: shard for rank, shard in self._recorded(there).items() if rank in ranks}
+            return {rank: s for rank, s in recorded.items() if file_digest(there, s.file) == s.blake3}
+
+    def _recorded(self, there: FolderSource) -> dict[int, Shard]:
+        """The shards that are in the folder in the size that a record of this very set (or its manifest) names."""
+        sizes, found = there.files(), {}
+        if MANIFEST in sizes:
+            manifest = parse_manifest(there.read(MANIFEST, 0, sizes[MANIFEST]))
+            if manifest != make_manifest(self._checkpoint, self._plan, manifest.shards):
+                raise OutputError(
+                    f"{self._folder.path}: holds a finished set of another source or of other options; choose another "
+                    "folder, or --overwrite it"
+                )
+            found = {shard.tp_rank: shard for shard in manifest.shards}
+        for rank in range(self._plan.tp_size):
+            name = record_file(shard_file(rank, self._plan.tp_size))
+            if rank not in found and name in sizes:
+                record = parse_record(there.read(name, 0, sizes[name]), name)
+                if record.fingerprint == self._fingerprint:
+                    found[rank] = record.shard
+        return {rank: shard for rank, shard in found.items() if sizes.get(shard.file) == shard.size}
+
+    def _finish(self, done: Mapping[int, Shard]) -> tuple[int, ...]:
+        """Write the manifest if every rank's shard is there. Returns the ranks that are not."""
+        others = [rank for rank in range(self._plan.tp_size) if rank not in done]
+        shards = {**self._kept(others), **done}
+        missing = tuple(rank for rank in range(self._plan.tp_size) if rank not in shards)
+        if missing:
+            return missing
+        for name, data in sorted(self._checkpoint.side_files.items()):
+            self._folder.put(name, data)
+        ordered = [shards[rank] for rank in range(self._plan.tp_size)]
+        self._folder.put(MANIFEST, make_manifest(self._checkpoint, self._plan, ordered).to_json())
+        keep = {MANIFEST, *self._checkpoint.side_files, *(shard.file for shard in self._plan.shards)}
+        self._folder.remove_stale(keep)
+        return ()
+
+
+@contextlib.contextmanager
+def _os_errors(path: Path) -> Iterator[None]:
+    """What the operating system refuses, as one clear line."""
+    try:
+        yield
+    except ReshardError:
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise SpaceError(
+                f"{path}: the disk is full ({error.strerror}); temporary files are removed: make room and go on with "
+                "--resume"
+            ) from error
+        raise OutputError(f"{error.filename or path}: {error.strerror}") from error
+

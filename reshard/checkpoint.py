@@ -7,7 +7,7 @@ one rectangle for a Hugging Face file, one per rank for a shard set.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 from reshard.dtypes import itemsize
 from reshard.errors import SchemeError, SourceError
@@ -109,7 +109,7 @@ class SourceFile:
 class Identity:
     """Where the weights come from; a re-cut keeps the identity of what was first cut."""
 
-    kind: str
+    kind: Literal["folder", "hub"]
     name: str
     commit: str | None
     files: tuple[SourceFile, ...]
@@ -156,7 +156,8 @@ def describe_layers(
     by_layer: dict[int, dict[str, dict[str, Tensor]]] = {}
     for name, tensor in tensors.items():
         parsed = parse_dense(name)
-        assert parsed is not None, f"{name} is no DenseFFN name"
+        if parsed is None:
+            continue
         layer, role, suffix = parsed
         if model_config is None or not _in_prediction_block(layer, model_config):
             by_layer.setdefault(layer, {}).setdefault(role, {})[suffix] = tensor
@@ -179,10 +180,8 @@ def describe_layers(
             linears[role] = Linear(variant, declared.block, suffixes)
         layers.append(Layer(index, linears))
     model = _check_shapes(layers, model_config)
-    warnings = () if config is not None else (
-        f"no {CONFIG} beside the files: the dense layers ({_numbers(by_layer)}) are taken from the tensors' names alone",
-    )
-    return model, tuple(layers), warnings
+    unchecked = f"no {CONFIG} beside the files: the dense layers ({_numbers(by_layer)}) are taken from names alone"
+    return model, tuple(layers), () if config is not None else (unchecked,)
 
 
 def _in_prediction_block(layer: int, config: ModelConfig) -> bool:
@@ -236,7 +235,7 @@ def _check_shapes(layers: list[Layer], config: ModelConfig | None) -> Model:
 
 
 def _check_pair(layer: int, gate: Linear, up: Linear) -> None:
-    """gate and up are stacked, so each of their tensors must be alike."""
+    """What gate and up have must be alike: they are stacked."""
     if gate.variant != up.variant:
         raise SchemeError(
             f"model.layers.{layer}.mlp: gate_proj is {gate.variant.scheme} ({', '.join(gate.tensors)}), up_proj is "

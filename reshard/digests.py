@@ -9,12 +9,14 @@ from reshard.source.base import Source
 _BLOCK = 1 << 20
 
 
-def file_digest(source: Source, file: str, start: int = 0, stop: int | None = None, tick: Callable[[int], None] = lambda n: None) -> str:
+def file_digest(
+    source: Source, file: str, start: int = 0, stop: int | None = None, tick: Callable[[int], None] = lambda n: None
+) -> str:
     """BLAKE3, hex, of a file's bytes [start, stop)."""
     hasher = blake3()
     end = source.files()[file] if stop is None else stop
     for at in range(start, end, _BLOCK):
         size = min(_BLOCK, end - at)
-        hasher.update(source.view(file, at, at + size))
+        hasher.update(source.view(file, at, at + size).data)
         tick(size)
     return hasher.hexdigest()

@@ -166,7 +166,9 @@ def parse_manifest(raw: bytes, file: str = MANIFEST) -> Manifest:
         raise ManifestError(f"{file}: not valid JSON: {error}") from error
     version = value.get("schema") if isinstance(value, dict) else None
     if version != SCHEMA:
-        raise ManifestError(f"{file}: schema is {version!r}, this version reads {SCHEMA!r}; use the reshard that wrote it")
+        raise ManifestError(
+            f"{file}: schema is {version!r}, this version reads {SCHEMA!r}; use the reshard that wrote it"
+        )
     return _validate(Manifest, raw, file)
 
 

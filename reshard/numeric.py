@@ -9,7 +9,9 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 F32 = npt.NDArray[np.float32]
 
-_NATIVE: dict[str, type[np.generic]] = {
+_STORAGE: dict[str, type[np.generic]] = {
+    "BF16": np.uint16,
+    "F8_E4M3": np.uint8,
     "F32": np.float32,
     "F16": np.float16,
     "I8": np.int8,
@@ -20,7 +22,7 @@ _NATIVE: dict[str, type[np.generic]] = {
 
 def storage(dtype: str) -> type[np.generic]:
     """The numpy type that holds a safetensors type's bits."""
-    return {"BF16": np.uint16, "F8_E4M3": np.uint8}.get(dtype) or _NATIVE[dtype]
+    return _STORAGE[dtype]
 
 
 def bf16_to_f32(bits: Array) -> F32:

@@ -75,7 +75,7 @@ def check_set_digests(source: Source, workers: int) -> None:
         for shard, digest in zip(shards, digests, strict=True):
             if digest != shard.blake3:
                 raise SourceError(
-                    f"{shard.file}: BLAKE3 is {digest}, {MANIFEST} says {shard.blake3}; the shard is damaged: copy it again"
+                    f"{shard.file}: BLAKE3 is {digest}, {MANIFEST} says {shard.blake3}; it is damaged: copy it again"
                 )
 
 

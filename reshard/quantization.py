@@ -18,9 +18,7 @@ Declare = Callable[[str, frozenset[str]], Declared]
 _UNQUANTISED = "FLOAT"
 
 
-def declarations(
-    description: tuple[str, Mapping[str, Any]] | None, config: Mapping[str, Any] | None
-) -> Declare:
+def declarations(description: tuple[str, Mapping[str, Any]] | None, config: Mapping[str, Any] | None) -> Declare:
     """A function that tells what is declared for a module.
 
     description: the name and content of ModelSlim's `quant_model_description*.json`, if there is one.

@@ -1,6 +1,7 @@
 """From a checkpoint, its plan and the writer's digests to manifest entries."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from blake3 import blake3
 
@@ -22,7 +23,7 @@ from reshard.manifest import (
     SourceFile,
 )
 from reshard.naming import DOWN, GATE
-from reshard.plan import Plan, PlannedShard
+from reshard.plan import Plan, PlannedShard, PlannedTensor
 
 _UNQUANTISED = "bf16"
 
@@ -45,12 +46,16 @@ def make_shard(planned: PlannedShard, size: int, digest: str, digests: Iterable[
                 for s in tensor.slices
             ],
             same_as=list(tensor.same_as),
-            conversion=tensor.conversion
-            and Conversion(rule=tensor.conversion.rule, inputs=list(tensor.conversion.inputs)),
+            conversion=_conversion(tensor),
         )
         for tensor, tensor_digest in zip(planned.tensors, digests, strict=True)
     ]
     return Shard(tp_rank=planned.tp_rank, file=planned.file, size=size, blake3=digest, tensors=tensors)
+
+
+def _conversion(tensor: PlannedTensor) -> Conversion | None:
+    made = tensor.conversion
+    return Conversion(rule=made.rule, inputs=list(made.inputs)) if made else None
 
 
 def scheme_name(layers: Iterable[Layer]) -> str:
@@ -75,7 +80,7 @@ def fingerprint(checkpoint: Checkpoint, plan: Plan, samples: Iterable[bytes]) ->
     return hasher.hexdigest()
 
 
-def _frame(checkpoint: Checkpoint, plan: Plan) -> dict[str, object]:
+def _frame(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     """Every field of the manifest but the shards."""
     model, identity = checkpoint.model, checkpoint.identity
     return {
@@ -91,9 +96,7 @@ def _frame(checkpoint: Checkpoint, plan: Plan) -> dict[str, object]:
         "tp_size": plan.tp_size,
         "layout": plan.layout,
         "padding": plan.padding
-        and Padding(
-            padded_intermediate_size=plan.padding.padded_intermediate_size, multiple=plan.padding.multiple
-        ),
+        and Padding(padded_intermediate_size=plan.padding.padded_intermediate_size, multiple=plan.padding.multiple),
         "layers": [
             LayerSchemes(
                 index=layer.index,
@@ -103,7 +106,7 @@ def _frame(checkpoint: Checkpoint, plan: Plan) -> dict[str, object]:
             for layer in checkpoint.layers
         ],
         "source": Source(
-            kind=identity.kind,  # type: ignore[arg-type]  # checked by the model
+            kind=identity.kind,
             name=identity.name,
             commit=identity.commit,
             files=[SourceFile(name=f.name, size=f.size, header_blake3=f.header_digest) for f in identity.files],
@@ -113,5 +116,3 @@ def _frame(checkpoint: Checkpoint, plan: Plan) -> dict[str, object]:
             for name, data in sorted(checkpoint.side_files.items())
         ],
     }
-
-

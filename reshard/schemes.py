@@ -61,8 +61,7 @@ class TensorRule:
 
 @dataclass(frozen=True)
 class Declared:
-    """What a checkpoint's description or config says of one linear: a kind of `VARIANTS`, the scale block, and where
-    it is said (for messages)."""
+    """What a description or config says of one linear: a kind of `VARIANTS`, its scale block, who says it."""
 
     kind: str
     block: tuple[int, int] | None
@@ -152,7 +151,7 @@ def match_variant(module: str, declared: Declared, found: Mapping[str, tuple[str
             f"has only its {', '.join(sorted(found))}"
         )
     for rule in variant.tensors:
-        dtype, shape = found[rule.suffix]
+        dtype = found[rule.suffix][0]
         if dtype not in rule.dtypes:
             raise SchemeError(
                 f"{module}.{rule.suffix}: is {dtype}, {declared.said_by} makes it {variant.scheme}, whose "
@@ -176,12 +175,13 @@ def _check_shape(
             raise SchemeError(f"{module}.{rule.suffix}: config.json gives no block size for its scales")
         allowed = [(-(-out_features // block[0]), -(-in_features // block[1]))]
     else:
-        allowed = {
+        options: dict[Shape, list[tuple[int, ...]]] = {
             Shape.OUT_IN: [weight],
             Shape.CHANNEL: [(out_features,), (out_features, 1)],
             Shape.OUT: [(out_features,)],
             Shape.ONE: [(1,), ()],
-        }[rule.shape]
+        }
+        allowed = options[rule.shape]
     if shape not in allowed:
         wanted = " or ".join(str(list(option)) for option in allowed)
         raise SchemeError(

@@ -43,9 +43,10 @@ def computed_readers(source: Source, stored: Checkpoint, checkpoint: Checkpoint)
             if made["weight"].parts:
                 continue
             values = _Values(source, before.linears[role])
-            scales = _RowScales(values, made.get("weight_scale"))
+            scales = _RowScales(values, made["weight_scale"].dtype if "weight_scale" in made else "F32")
             for suffix, tensor in made.items():
-                readers[tensor.name] = _Computed(tensor, _values_of(suffix, tensor, values, scales))
+                rule = tensor.conversion.rule if tensor.conversion else ""
+                readers[tensor.name] = _Computed(tensor, _values_of(tensor, suffix, rule, values, scales))
     return readers
 
 
@@ -53,13 +54,12 @@ Compute = Callable[[int, int, int, int], "torch.Tensor"]
 """(first row, row behind the last, first column, column behind the last) -> values in the tensor's own type."""
 
 
-def _values_of(suffix: str, tensor: Tensor, values: "_Values", scales: "_RowScales") -> Compute:
+def _values_of(tensor: Tensor, suffix: str, rule: str, values: "_Values", scales: "_RowScales") -> Compute:
     if suffix == "weight_offset":
         return lambda top, bottom, left, right: torch.zeros((bottom - top, right - left), dtype=_TORCH[tensor.dtype])
     if suffix == "weight_scale":
         return lambda top, bottom, left, right: scales.get()[top:bottom].to(_TORCH[tensor.dtype])
-    assert tensor.conversion is not None
-    if tensor.conversion.rule != QUANTISE:
+    if rule != QUANTISE:
         return lambda *block: values.get(*block).to(_TORCH[tensor.dtype])
 
     def quantise(top: int, bottom: int, left: int, right: int) -> "torch.Tensor":
@@ -120,12 +120,12 @@ class _Values:
 class _RowScales:
     """One scale per output channel over the full input dimension, computed once: [out, 1] float32.
 
-    `stored` is the tensor that will hold them: what is divided by is what a reader of the result will multiply with.
+    `dtype` is what they are stored as: what is divided by is what a reader of the result will multiply with.
     """
 
-    def __init__(self, values: _Values, stored: Tensor | None) -> None:
+    def __init__(self, values: _Values, dtype: str) -> None:
         self._values = values
-        self._stored = stored
+        self._dtype = _TORCH[dtype]
         self._lock = threading.Lock()
         self._scales: torch.Tensor | None = None
 
@@ -137,7 +137,6 @@ class _RowScales:
             return self._scales
 
     def _compute(self) -> "torch.Tensor":
-        assert self._stored is not None
         columns = self._values.weight.shape[1]
         chunks = [
             self._values.get(top, bottom, 0, columns).abs().amax(dim=1, keepdim=True)
@@ -151,7 +150,7 @@ class _RowScales:
                 "is no number cannot be quantised"
             )
         scales = torch.where(largest == 0, 1.0, largest / _INT8_MAX)  # a row of zeros: any scale will do
-        return scales.to(_TORCH[self._stored.dtype]).to(torch.float32)
+        return scales.to(self._dtype).to(torch.float32)
 
 
 def _load(reader: BlockReader, tensor: Tensor) -> "torch.Tensor":

@@ -37,7 +37,9 @@ def converted(checkpoint: Checkpoint, weights: str, quant_format: str = MODELSLI
         return checkpoint
     target = _target(weights, quant_format)
     layers = tuple(
-        Layer(layer.index, {role: _linear(layer.linears[role], module_name(layer.index, role), target) for role in ROLES})
+        Layer(
+            layer.index, {role: _linear(layer.linears[role], module_name(layer.index, role), target) for role in ROLES}
+        )
         for layer in checkpoint.layers
     )
     if layers == checkpoint.layers:
@@ -96,7 +98,9 @@ def _side_files(checkpoint: Checkpoint, layers: tuple[Layer, ...], target: Varia
         raise SchemeError(f"--quant-format {COMPRESSED_TENSORS} is told by {CONFIG}, which the source lacks")
     if target.kind == "W8A8_DYNAMIC":
         names = [tensor.name for layer in layers for tensor in layer.tensors()]
-        files[_DESCRIPTION] = _json({"version": "1.0.0", "model_quant_type": target.kind} | dict.fromkeys(names, target.kind))
+        files[_DESCRIPTION] = _json(
+            {"version": "1.0.0", "model_quant_type": target.kind} | dict.fromkeys(names, target.kind)
+        )
     return files
 
 

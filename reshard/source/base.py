@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ Bytes = npt.NDArray[np.uint8]
 class Origin:
     """What a source is called, free of host paths: a folder's name, or a hub repository and commit."""
 
-    kind: str
+    kind: Literal["folder", "hub"]
     name: str
     commit: str | None = None
 

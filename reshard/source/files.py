@@ -1,6 +1,6 @@
 """A Hugging Face checkpoint: which files belong to it, and which file holds each tensor."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import PurePath
 
 from reshard.checkpoint import Checkpoint, Identity, Part, SourceFile, Tensor, describe_layers
@@ -66,8 +66,7 @@ def is_description(name: str) -> bool:
     return name.startswith(_DESCRIPTION) and name.endswith(".json")
 
 
-def _only_one(files: Iterable[str], wanted: object, what: str) -> str | None:
-    assert callable(wanted)
+def _only_one(files: Iterable[str], wanted: Callable[[str], bool], what: str) -> str | None:
     found = sorted(name for name in files if wanted(name))
     if len(found) > 1:
         raise SourceError(f"two {what} files, {found[0]} and {found[1]}; keep the one that belongs to the weights")
@@ -102,9 +101,7 @@ def _owners(headers: Mapping[str, Header]) -> dict[str, str]:
     return owners
 
 
-def _check_index(
-    file: str, index: Mapping[str, str], headers: Mapping[str, Header], owners: Mapping[str, str]
-) -> None:
+def _check_index(file: str, index: Mapping[str, str], headers: Mapping[str, Header], owners: Mapping[str, str]) -> None:
     for name, holder in index.items():
         if name not in headers[holder].tensors:
             found = owners.get(name)

@@ -62,7 +62,9 @@ class FolderSource:
         except OSError as error:
             raise SourceError(f"{self.path / file}: cannot be read: {error.strerror}") from error
         if start < stop:
-            raise SourceError(f"{self.path / file}: ends at byte {start}, {stop} are wanted; it changed or is cut short")
+            raise SourceError(
+                f"{self.path / file}: ends at byte {start}, {stop} are wanted; it changed or is cut short"
+            )
         return b"".join(chunks)
 
     def view(self, file: str, start: int, stop: int) -> Bytes:

@@ -3,12 +3,11 @@
 from pathlib import Path
 
 from reshard.checkpoint import Checkpoint
-from reshard.errors import ManifestError
-from reshard.naming import MANIFEST, parse_shard_file
+from reshard.naming import parse_shard_file
 from reshard.source.base import Source
 from reshard.source.files import read_checkpoint
 from reshard.source.folder import FolderSource
-from reshard.source.shardset import is_shard_set, read_shard_set
+from reshard.source.shardset import read_shard_set, require_shard_set
 
 
 def open_source(address: str) -> Source:
@@ -18,11 +17,7 @@ def open_source(address: str) -> Source:
 
 def describe(source: Source) -> Checkpoint:
     """The DenseFFN of a checkpoint or of a shard set."""
-    if is_shard_set(source):
-        return read_shard_set(source)
     if any(parse_shard_file(name) for name in source.files()):
-        raise ManifestError(
-            f"{source.origin.name}: holds shards and no {MANIFEST}: the set is incomplete; "
-            "finish it with the same `reshard split … --resume`"
-        )
+        require_shard_set(source)
+        return read_shard_set(source)
     return read_checkpoint(source)

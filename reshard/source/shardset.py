@@ -1,6 +1,7 @@
 """A shard set read as a checkpoint: the Hugging Face tensors that its manifest's slices put together again."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from math import prod
 
 from reshard.checkpoint import Checkpoint, Conversion, Identity, Model, Part, SourceFile, Tensor, describe_layers
@@ -18,16 +19,34 @@ def is_shard_set(source: Source) -> bool:
     return MANIFEST in source.files() and any(parse_shard_file(name) for name in source.files())
 
 
+def require_shard_set(source: Source) -> None:
+    """Raises ManifestError where there are no shards, or shards without their manifest."""
+    if any(parse_shard_file(name) for name in source.files()):
+        if MANIFEST in source.files():
+            return
+        raise ManifestError(
+            f"{source.origin.name}: holds shards and no {MANIFEST}: the set is incomplete; "
+            "finish it with the same `reshard split … --resume`"
+        )
+    raise ManifestError(f"{source.origin.name}: is no shard set: it holds no denseffn-rank-….safetensors")
+
+
+def read_manifest_only(source: Source) -> Manifest:
+    """The set's manifest, whatever its files are."""
+    return parse_manifest(read_file(source, MANIFEST))
+
+
 def read_manifest(source: Source) -> Manifest:
     """The set's manifest, its files there in the sizes it names."""
-    manifest = parse_manifest(read_file(source, MANIFEST))
+    manifest = read_manifest_only(source)
     sizes = source.files()
-    for file in (*manifest.shards, *manifest.files):
-        name = file.file if hasattr(file, "file") else file.name
+    named = [(shard.file, shard.size) for shard in manifest.shards]
+    named += [(file.name, file.size) for file in manifest.files]
+    for name, size in named:
         if name not in sizes:
             raise SourceError(f"{name}: {MANIFEST} names it and it is missing; copy the whole set")
-        if sizes[name] != file.size:
-            raise SourceError(f"{name}: {sizes[name]} bytes, {MANIFEST} says {file.size}; copy it again")
+        if sizes[name] != size:
+            raise SourceError(f"{name}: {sizes[name]} bytes, {MANIFEST} says {size}; copy it again")
     return manifest
 
 
@@ -85,9 +104,10 @@ def _assemble(source: Source, manifest: Manifest) -> dict[str, Tensor]:
         header = read_header(source, shard.file)
         check_header(header, shard.tensors, shard.file)
         for tensor in shard.tensors:
-            made = tensor.conversion and Conversion(tensor.conversion.rule, tuple(tensor.conversion.inputs))
+            made = tensor.conversion
+            conversion = Conversion(made.rule, tuple(made.inputs)) if made else None
             for piece in tensor.slices:
-                described = (tensor.dtype, tuple(piece.shape), made)
+                described = (tensor.dtype, tuple(piece.shape), conversion)
                 if shapes.setdefault(piece.tensor, described) != described:
                     raise ManifestError(f"{MANIFEST}: {piece.tensor} is described in two ways; the set is damaged")
                 key = (piece.dim, piece.start, piece.stop)
@@ -97,12 +117,11 @@ def _assemble(source: Source, manifest: Manifest) -> dict[str, Tensor]:
             for other in tensor.same_as:
                 aliases[other] = tensor.slices[0].tensor
     found = {}
-    for name, (dtype, shape, made) in shapes.items():
+    for name, (dtype, shape, conversion) in shapes.items():
         _check_cover(name, shape, sorted(slices[name]))
-        found[name] = Tensor(name, dtype, shape, tuple(part for _, part in sorted(slices[name].items())), made)
+        found[name] = Tensor(name, dtype, shape, tuple(part for _, part in sorted(slices[name].items())), conversion)
     for name, original in aliases.items():
-        tensor = found[original]
-        found[name] = Tensor(name, tensor.dtype, tensor.shape, tensor.parts, tensor.conversion)
+        found[name] = replace(found[original], name=name)
     return found
 
 
@@ -112,7 +131,9 @@ def _part(file: str, info: TensorInfo, piece: Slice) -> Part:
     rows = info.shape[0] if info.shape else 1
     extent = info.shape[piece.dim] if info.shape else 1
     if length <= 0 or piece.at + length > extent or prod(piece.shape[1:]) == 0:
-        raise ManifestError(f"{MANIFEST}: {piece.tensor}: slice {piece.start}..{piece.stop} does not fit its shard tensor")
+        raise ManifestError(
+            f"{MANIFEST}: {piece.tensor}: slice {piece.start}..{piece.stop} does not fit its shard tensor"
+        )
     if piece.dim == 0:
         return Part(file, info.start + piece.at * stride, stride, piece.start, 0, length, stride)
     return Part(file, info.start + piece.at * size, stride, 0, piece.start * size, rows, length * size)

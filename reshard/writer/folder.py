@@ -1,11 +1,12 @@
 """The output folder: what it holds, temporary names, durable renames."""
 
 import contextlib
+import errno
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,7 +121,9 @@ class OutputFolder:
 
     def remove_stale(self, keep: Collection[str]) -> None:
         """Remove records, and what a set of another size or source left."""
-        self.remove([n for n in os.listdir(self.path) if (_is_shard_or_record(n) or _is_side_file(n)) and n not in keep])
+        self.remove(
+            [n for n in os.listdir(self.path) if (_is_shard_or_record(n) or _is_side_file(n)) and n not in keep]
+        )
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove files, durably."""
@@ -148,3 +151,17 @@ def _is_ours(name: str) -> bool:
 def _is_shard_or_record(name: str) -> bool:
     shard = name.removesuffix(_RECORD_ENDING) + ".safetensors" if name.endswith(_RECORD_ENDING) else name
     return parse_shard_file(shard) is not None
+
+
+@contextlib.contextmanager
+def os_errors(path: Path) -> Iterator[None]:
+    """What the operating system refuses, as one clear line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise SpaceError(
+                f"{path}: the disk is full ({error.strerror}); temporary files are removed: make room and try again "
+                "(a split goes on with --resume)"
+            ) from error
+        raise OutputError(f"{error.filename or path}: {error.strerror}") from error

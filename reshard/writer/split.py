@@ -4,24 +4,22 @@ Each worker takes a rank at a time and streams its file front to back. A finishe
 when every rank's is there, the manifest takes the records over and the set is complete.
 """
 
-import contextlib
-import errno
 import os
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 from reshard.digests import file_digest
-from reshard.errors import OutputError, ReshardError, SpaceError
+from reshard.errors import OutputError
 from reshard.manifest import Record, Shard, parse_manifest, parse_record
 from reshard.naming import MANIFEST, shard_file
 from reshard.plan import Plan, PlannedShard
 from reshard.prepare import Prepared
 from reshard.record import make_manifest, make_shard
 from reshard.source.folder import FolderSource
-from reshard.writer.folder import OutputFolder, record_file
+from reshard.writer.folder import OutputFolder, os_errors, record_file
 from reshard.writer.lock import Lock, locked
 from reshard.writer.stream import ShardStream
 
@@ -59,17 +57,18 @@ class _Cancelled(Exception):
     """Another worker failed."""
 
 
-def write_shards(
-    prepared: Prepared, out: Path, options: SplitOptions, tick: Tick = lambda n: None
-) -> SplitResult:
-    """Write a plan's shards; `tick` is called with the bytes of each step. Raises OutputError before anything is written where the folder does not allow it."""
+def write_shards(prepared: Prepared, out: Path, options: SplitOptions, tick: Tick = lambda n: None) -> SplitResult:
+    """Write a plan's shards; `tick` is called with the bytes of each step.
+
+    Raises OutputError before anything is written where the folder does not allow it.
+    """
     plan = prepared.plan
     folder = OutputFolder(out)
     ranks = options.ranks if options.ranks is not None else tuple(range(plan.tp_size))
     _check_folder(folder, plan, ranks, options)
     folder.create()
     try:
-        with _os_errors(out), locked(out, options.ranks) as lock:
+        with os_errors(out), locked(out, options.ranks) as lock:
             # Again, now that no other run can change it.
             _check_folder(folder, plan, ranks, options)
             folder.remove_temporaries(options.ranks)
@@ -233,20 +232,3 @@ class _Run:
         keep = {MANIFEST, *self._checkpoint.side_files, *(shard.file for shard in self._plan.shards)}
         self._folder.remove_stale(keep)
         return ()
-
-
-@contextlib.contextmanager
-def _os_errors(path: Path) -> Iterator[None]:
-    """What the operating system refuses, as one clear line."""
-    try:
-        yield
-    except ReshardError:
-        raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise SpaceError(
-                f"{path}: the disk is full ({error.strerror}); temporary files are removed: make room and go on with "
-                "--resume"
-            ) from error
-        raise OutputError(f"{error.filename or path}: {error.strerror}") from error
-

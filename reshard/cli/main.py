@@ -1,0 +1,59 @@
+"""The `reshard` program."""
+
+import signal
+import sys
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from reshard import __version__
+from reshard.cli.inspect import inspect
+from reshard.cli.merge import merge
+from reshard.cli.schema import schema
+from reshard.cli.split import split
+from reshard.cli.synth import synth
+from reshard.cli.verify import verify
+
+app = typer.Typer(
+    name="reshard",
+    help="Cut the DenseFFN weights of a checkpoint into one verified safetensors shard per rank.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+for command in (split, inspect, verify, merge, synth, schema):
+    app.command()(command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"reshard {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Cut the DenseFFN weights of a checkpoint into one verified safetensors shard per rank.
+
+    Exit codes: 0 done; 1 bad input, no space, unreadable source; 2 wrong usage; 3 a check found a mismatch;
+    130 interrupted.
+    """
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """A polite kill unwinds, so that temporary files are removed."""
+    sys.exit(128 + number)
+
+
+def main() -> None:
+    """The console script."""
+    signal.signal(signal.SIGTERM, _terminate)
+    app()

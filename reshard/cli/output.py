@@ -1,0 +1,130 @@
+"""The one sink and the one error boundary: data on stdout, progress and warnings on stderr, an exit code per error."""
+
+import contextlib
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any, Literal
+
+import typer
+
+from reshard.errors import ReshardError
+
+Format = Annotated[
+    Literal["human", "json"], typer.Option("--format", help="What stdout carries: text, or one JSON document.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+_INTERRUPTED = 130
+_LINE_STEP = 0.1  # without a terminal: a line of progress every tenth
+
+
+class Output:
+    """What a command prints with, and where its errors end."""
+
+    def __init__(self, form: str, *, quiet: bool, debug: bool) -> None:
+        self.is_json = form == "json"
+        self._quiet = quiet or self.is_json
+        self._debug = debug
+
+    @contextlib.contextmanager
+    def errors(self) -> Iterator[None]:
+        """An expected error becomes one line on stderr and its exit code; with json a document on stdout too."""
+        try:
+            yield
+        except ReshardError as error:
+            if self._debug:
+                traceback.print_exc()
+            message = " ".join(str(error).split())
+            print(f"error: {message}", file=sys.stderr)  # noqa: T201
+            if self.is_json:
+                self.json({"error": {"kind": type(error).__name__, "message": message}})
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)  # noqa: T201
+            raise typer.Exit(_INTERRUPTED) from None
+
+    def json(self, document: Any) -> None:
+        """The command's one JSON document."""
+        self.text(json.dumps(document, indent=2))
+
+    def text(self, line: str = "") -> None:
+        """A line of data."""
+        print(line)  # noqa: T201
+
+    def warn(self, line: str) -> None:
+        """A warning."""
+        print(f"warning: {line}", file=sys.stderr)  # noqa: T201
+
+    def table(self, columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> None:
+        """Rows under (title, "left" or "right") columns."""
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        for title, side in columns:
+            table.add_column(title, justify="right" if side == "right" else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        wide = None if sys.stdout.isatty() else 200  # a pipe has no width to fit
+        Console(width=wide, highlight=False, soft_wrap=False).print(table)
+
+    @contextlib.contextmanager
+    def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A callable that takes the bytes done since its last call; safe to use from several threads."""
+        if self._quiet:
+            yield lambda nbytes: None
+        elif sys.stderr.isatty():
+            with _bar(what, total) as tick:
+                yield tick
+        else:
+            yield _Lines(what, total)
+
+
+@contextlib.contextmanager
+def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda nbytes: bar.update(task, advance=nbytes)
+
+
+class _Lines:
+    """Progress where there is no terminal."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self._what, self._total = what, total
+        self._done, self._shown = 0, 0.0
+        self._start = time.monotonic()
+
+    def __call__(self, nbytes: int) -> None:
+        self._done += nbytes
+        share = self._done / self._total if self._total else 1.0
+        if share >= self._shown + _LINE_STEP:
+            self._shown = share
+            rate = self._done / max(time.monotonic() - self._start, 1e-9)
+            line = f"{self._what}: {share:4.0%} of {size_text(self._total)}, {size_text(int(rate))}/s"
+            print(line, file=sys.stderr)  # noqa: T201
+
+
+def size_text(nbytes: int) -> str:
+    """Bytes in the largest binary unit that gives at least one."""
+    value, unit = float(nbytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{nbytes} B" if unit == "B" else f"{value:.2f} {unit}"

@@ -1,0 +1,155 @@
+"""`reshard split`."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from reshard.cli.output import Debug, Format, Output, Quiet, size_text
+
+if TYPE_CHECKING:
+    from reshard.prepare import Prepared
+    from reshard.writer.split import SplitResult
+
+_SHOWN_DIGEST = 16
+
+
+def split(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint's folder, or a shard set to cut anew.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The shard set's folder: new or empty.")],
+    tp: Annotated[int, typer.Option("--tp", help="Size of the DenseFFN group: how many shards.")],
+    weights: Annotated[
+        Literal["keep", "bf16", "w8a8"], typer.Option(help="Convert while cutting; needs torch unless keep.")
+    ] = "keep",
+    quant_format: Annotated[
+        Literal["modelslim", "compressed-tensors"], typer.Option(help="How --weights w8a8 names its tensors.")
+    ] = "modelslim",
+    layout: Annotated[Literal["fused", "separate"], typer.Option(help="gate and up stacked, or apart.")] = "fused",
+    ranks: Annotated[str | None, typer.Option(help="Write only these ranks, such as 0-3,7.")] = None,
+    pad: Annotated[bool, typer.Option("--pad", help="Add zero rows and columns where sizes do not divide.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep finished shards whose digests match.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in OUT when all is written.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written; write nothing.")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads. The bytes do not depend on it.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub repository.")] = None,
+    form: Format = "human",
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Cut SRC's DenseFFN weights into one shard per rank, with a manifest."""
+    output = Output(form, quiet=quiet, debug=debug)
+    with output.errors():
+        from reshard.errors import UsageError
+        from reshard.prepare import Cut, check_set_digests, prepare, ranges
+        from reshard.source.open import open_source
+        from reshard.writer.split import DEFAULT_WORKERS, SplitOptions, write_shards
+
+        if resume and overwrite:
+            raise UsageError("--resume keeps what is there, --overwrite replaces it: give one of them")
+        if revision is not None:
+            raise UsageError(f"--revision {revision}: {source} is a folder, which has no revisions")
+        chosen = _parse_ranks(ranks, tp)
+        threads = workers or DEFAULT_WORKERS
+        with open_source(source) as opened:
+            prepared = prepare(opened, Cut(tp, layout, pad, weights, quant_format))
+            for line in prepared.checkpoint.warnings:
+                output.warn(line)
+            if dry_run:
+                _report(output, prepared, out, None)
+                return
+            check_set_digests(opened, threads)
+            opened.prefetch(ranges(prepared.checkpoint))
+            total = sum(s.size for s in prepared.plan.shards if chosen is None or s.tp_rank in chosen)
+            options = SplitOptions(chosen, resume, overwrite, threads)
+            with output.progress("split", total) as tick:
+                result = write_shards(prepared, out, options, tick)
+            _report(output, prepared, out, result)
+
+
+def _parse_ranks(text: str | None, tp: int) -> tuple[int, ...] | None:
+    """Ranks such as `0-3,7`. Raises UsageError for anything else, or a rank outside the group."""
+    from reshard.errors import UsageError
+
+    if text is None:
+        return None
+    found: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if match is None:
+            raise UsageError(f"--ranks {text}: {part!r} is no rank and no range; write them as 0-3,7")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if first > last or last >= tp:
+            raise UsageError(f"--ranks {text}: {part.strip()} is not within 0 to {tp - 1}, the ranks of --tp {tp}")
+        found.update(range(first, last + 1))
+    return tuple(sorted(found))
+
+
+def _report(output: Output, prepared: "Prepared", out: Path, result: "SplitResult | None") -> None:
+    """The closing table, or the document; without a result, what would be written."""
+    from reshard.naming import MANIFEST
+    from reshard.record import scheme_name
+
+    plan = prepared.plan
+    entries = {shard.tp_rank: shard for shard in (*result.written, *result.kept)} if result else {}
+    kept = {shard.tp_rank for shard in result.kept} if result else set()
+    shown = [shard for shard in plan.shards if not result or shard.tp_rank in entries]
+    whole = prepared.checkpoint.nbytes
+    largest = max(shard.size for shard in plan.shards)
+    document: dict[str, Any] = {
+        "out": str(out),
+        "dry_run": result is None,
+        "complete": bool(result and result.complete),
+        "missing_ranks": list(result.missing) if result else [],
+        "scheme": scheme_name(prepared.checkpoint.layers),
+        "tp_size": plan.tp_size,
+        "layout": plan.layout,
+        "padded_intermediate_size": plan.padding.padded_intermediate_size if plan.padding else None,
+        "layers": [layer.index for layer in prepared.checkpoint.layers],
+        "unsplit_bytes": whole,
+        "saved_bytes_per_device": whole - largest,
+        "shards": [
+            {
+                "tp_rank": shard.tp_rank,
+                "file": shard.file,
+                "size": shard.size,
+                "blake3": entries[shard.tp_rank].blake3 if shard.tp_rank in entries else None,
+                "kept": shard.tp_rank in kept,
+            }
+            for shard in shown
+        ],
+    }
+    if output.is_json:
+        output.json(document)
+        return
+    output.table(
+        [("rank", "right"), ("file", "left"), ("size", "right"), ("blake3", "left"), ("", "left")],
+        [
+            [
+                str(shard.tp_rank),
+                shard.file,
+                size_text(shard.size),
+                entries[shard.tp_rank].blake3[:_SHOWN_DIGEST] if shard.tp_rank in entries else "",
+                "kept" if shard.tp_rank in kept else "" if result else "not written",
+            ]
+            for shard in shown
+        ],
+    )
+    layers = len(document["layers"])
+    output.text()
+    output.text(
+        f"{document['scheme']}, {layers} dense {'layer' if layers == 1 else 'layers'}: {size_text(whole)} unsplit; "
+        f"each device holds {size_text(largest)} and saves {size_text(max(0, whole - largest))}"
+    )
+    if plan.padding:
+        output.text(
+            f"padded: intermediate_size {prepared.checkpoint.model.intermediate_size} to "
+            f"{plan.padding.padded_intermediate_size}"
+        )
+    if result is None:
+        output.text("dry run: nothing was written")
+    elif result.complete:
+        output.text(f"{out / MANIFEST} completes the set")
+    else:
+        lacking = ", ".join(map(str, result.missing))
+        output.text(f"the set still lacks ranks {lacking}: write them, then run the same command with --resume")

@@ -1,0 +1,79 @@
+"""`reshard verify`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from reshard.cli.output import Debug, Format, Output, Quiet, size_text
+
+_MISMATCH = 3
+
+
+def verify(
+    shards: Annotated[Path, typer.Argument(metavar="SHARDS", help="A shard set's folder.")],
+    source: Annotated[
+        str | None,
+        typer.Option("--source", metavar="SRC", help="What it was cut from: compare every byte, and the computation."),
+    ] = None,
+    form: Format = "human",
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Check a shard set against its manifest and, with --source, against what it was cut from."""
+    output = Output(form, quiet=quiet, debug=debug)
+    with output.errors():
+        from reshard.source.open import describe, open_source
+        from reshard.source.shardset import read_manifest_only, require_shard_set
+        from reshard.verify.compute import LayerResult, compare_computation
+        from reshard.verify.digests import verify_digests
+        from reshard.verify.source import compare_with_source
+        from reshard.writer.split import DEFAULT_WORKERS
+
+        computed: list[LayerResult] = []
+        with open_source(str(shards)) as opened:
+            require_shard_set(opened)
+            manifest = read_manifest_only(opened)
+            nbytes = sum(shard.size for shard in manifest.shards)
+            with output.progress("digests", nbytes) as tick:
+                findings = verify_digests(shards, opened, manifest, DEFAULT_WORKERS, tick)
+            unreadable = any(finding.check in {"file", "size", "header"} for finding in findings)
+            if source is not None and not unreadable:
+                with open_source(source) as original:
+                    checkpoint = describe(original)
+                    with output.progress("source", nbytes) as tick:
+                        findings += compare_with_source(opened, manifest, original, checkpoint, tick)
+                    if not any(finding.check == "names" for finding in findings):
+                        with output.progress("computation", nbytes) as tick:
+                            found, computed = compare_computation(opened, manifest, original, checkpoint, tick=tick)
+                            findings += found
+        if output.is_json:
+            output.json(
+                {
+                    "ok": not findings,
+                    "shards": len(manifest.shards),
+                    "bytes": nbytes,
+                    "against_source": source is not None and not unreadable,
+                    "layers": [vars(layer) for layer in computed],
+                    "findings": [vars(finding) for finding in findings],
+                }
+            )
+        else:
+            for finding in findings:
+                output.text(f"{finding.check}: {finding.where}: {finding.message}")
+            tensors = sum(len(shard.tensors) for shard in manifest.shards)
+            if findings:
+                output.text(f"{len(findings)} differences")
+            else:
+                output.text(
+                    f"digests: {len(manifest.shards)} shards, {tensors} tensors, {size_text(nbytes)}: as written"
+                )
+                if source is not None:
+                    output.text(f"source: every byte is {source}'s")
+                    worst = max(layer.difference for layer in computed)
+                    output.text(
+                        f"computation: {len(computed)} layers on random tokens, split against unsplit: largest "
+                        f"difference {worst:.1e} of the bound"
+                    )
+        if findings:
+            raise typer.Exit(_MISMATCH)

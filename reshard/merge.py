@@ -1,0 +1,115 @@
+"""A shard set back to Hugging Face files: names, shapes, types and bytes as in what was cut."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from reshard.blocks import BlockReader, StoredReader
+from reshard.checkpoint import Checkpoint, Layer, Tensor
+from reshard.errors import OutputError
+from reshard.plan import PlannedTensor, Slice
+from reshard.source.base import Source
+from reshard.source.header import encode_header
+from reshard.writer.folder import OutputFolder, os_errors
+from reshard.writer.lock import locked
+from reshard.writer.stream import ShardStream
+
+INDEX = "model.safetensors.index.json"
+_FILE_BYTES = 5_000_000_000  # a file is closed when the next layer would take it past this, as transformers does
+_HEADER_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class MergedFile:
+    """A file that was written."""
+
+    name: str
+    size: int
+    blake3: str
+    tensors: int
+
+
+def merge(
+    source: Source, checkpoint: Checkpoint, out: Path, tick: Callable[[int], None] = lambda n: None
+) -> list[MergedFile]:
+    """Write a shard set's tensors into a new or empty folder, with index, config.json and description.
+
+    Raises OutputError where the folder holds anything.
+    """
+    folder = OutputFolder(out)
+    _check_empty(folder)
+    folder.create()
+    temporaries: list[tuple[Path, str]] = []
+    try:
+        with os_errors(out), locked(out, None):
+            _check_empty(folder)
+            folder.remove_temporaries(None)
+            folder.check_space(checkpoint.nbytes, 0)
+            readers = {tensor.name: StoredReader(source, tensor) for tensor in checkpoint.tensors()}
+            groups = _groups(checkpoint.layers)
+            files: list[MergedFile] = []
+            weight_map: dict[str, str] = {}
+            for number, layers in enumerate(groups, 1):
+                name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+                tensors = [tensor for layer in layers for tensor in layer.tensors()]
+                temporary = folder.temporary(name)
+                temporaries.append((temporary, name))
+                files.append(_write(temporary, name, tensors, readers, tick))
+                weight_map |= {tensor.name: name for tensor in tensors}
+            while temporaries:
+                folder.commit(*temporaries.pop(0))
+            for name, data in checkpoint.side_files.items():
+                folder.put(name, data)
+            index = {"metadata": {"total_size": checkpoint.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
+            folder.put(INDEX, (json.dumps(index, indent=2) + "\n").encode())
+    finally:
+        for temporary, _ in temporaries:
+            temporary.unlink(missing_ok=True)
+        folder.remove_if_created()
+    return files
+
+
+def _check_empty(folder: OutputFolder) -> None:
+    contents = folder.contents()
+    there = [*contents.foreign, *(["a shard set"] if contents.shards else [])]
+    if there:
+        raise OutputError(f"{folder.path}: holds {there[0]}; merge into a new or empty folder")
+
+
+def _groups(layers: Sequence[Layer]) -> list[list[Layer]]:
+    """Whole layers, file by file."""
+    groups: list[list[Layer]] = []
+    size = 0
+    for layer in layers:
+        nbytes = sum(tensor.nbytes for tensor in layer.tensors())
+        if not groups or size + nbytes > _FILE_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(layer)
+        size += nbytes
+    return groups
+
+
+def _write(
+    path: Path,
+    name: str,
+    tensors: Sequence[Tensor],
+    readers: Mapping[str, BlockReader],
+    tick: Callable[[int], None],
+) -> MergedFile:
+    entries, at = {}, 0
+    for tensor in tensors:
+        entries[tensor.name] = (tensor.dtype, tensor.shape, at, at + tensor.nbytes)
+        at += tensor.nbytes
+    stream = ShardStream(path)
+    try:
+        stream.write(encode_header(entries, {"format": "pt"}, _HEADER_ALIGNMENT))
+        for tensor in tensors:
+            whole = Slice(tensor.name, tensor.shape, 0, 0, tensor.rows, 0)
+            stream.write_tensor(PlannedTensor(tensor.name, tensor.dtype, tensor.shape, (whole,)), readers, tick)
+        size, digest = stream.close()
+    except BaseException:
+        stream.discard()
+        raise
+    return MergedFile(name, size, digest, len(tensors))

@@ -1,0 +1,151 @@
+"""Bad files: headers that must not be trusted, indexes and folders that do not hold what they say."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from reshard.errors import HeaderError, SourceError
+from tests.builders import Spec, build
+from tests.corrupt import (
+    DOWN,
+    EMBED,
+    FIRST,
+    GATE,
+    INDEX,
+    SECOND,
+    UP,
+    Case,
+    both,
+    config,
+    edited_json,
+    entry,
+    header,
+    header_text,
+    linked_outside,
+    mapped,
+    removed,
+    resized,
+    shifted,
+    written,
+)
+
+AGAIN = "download it again|copy it again|copy the file again"
+UP_WEIGHT, GATE_WEIGHT, DOWN_WEIGHT = f"{UP}.weight", f"{GATE}.weight", f"{DOWN}.weight"
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+def _as_file(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_bytes(b"")
+
+
+def _only_experts(folder: Path) -> None:
+    shutil.rmtree(folder)
+    build(folder, Spec(dense=0))
+
+
+def _named(tensor: str) -> Any:
+    return lambda entries: entries.update({tensor: entries.pop(UP_WEIGHT) | {"dtype": "F7"}})
+
+
+def _moved(tensor: str, by: int) -> Any:
+    def change(entries: dict[str, Any]) -> None:
+        found = entries[tensor]
+        found["data_offsets"] = [offset + by for offset in found["data_offsets"]]
+
+    return change
+
+
+# embed_tokens is 16 x 256 BF16 = 8192 bytes at 0, up_proj 512 x 256 BF16 = 262144 bytes behind it.
+_HEADERS = [
+    Case("empty file", written(FIRST, b""), (FIRST, "empty"), AGAIN),
+    Case("shorter than a length", written(FIRST, b"abc"), (FIRST, "3 bytes", "8"), AGAIN),
+    Case("header beyond the file", header_text(b"{}", 100), (FIRST, "100", "2"), AGAIN),
+    Case(
+        "header over 100 MB",
+        header_text(b"{}", 100_000_001),
+        (FIRST, "100000001", "100000000"),
+        "is it a safetensors file?",
+    ),
+    Case(
+        "a web page instead",
+        written(FIRST, b"<!DOCTYPE html><html>"),
+        (FIRST, str(int.from_bytes(b"<!DOCTYP", "little"))),
+        "is it a safetensors file?",
+    ),
+    Case("header not JSON", header_text(b'{"a":'), (FIRST, "JSON"), AGAIN),
+    Case("header not an object", header_text(b"[1, 2]"), (FIRST, "object"), AGAIN),
+    Case("header begins with a space", header_text(b" {}"), (FIRST, "object"), AGAIN),
+    Case("header not UTF-8", header_text(b'{"\xff": 1}'), (FIRST, "UTF-8", "byte 2"), AGAIN),
+    Case("header nested deep", header_text(b'{"a":' * 9000 + b"1" + b"}" * 9000), (FIRST, "nested"), AGAIN),
+    Case("header with a key twice", header_text(b'{"a": 1, "a": 2}'), (FIRST, "'a'", "twice"), AGAIN),
+    Case("metadata not strings", header(lambda e: e.update(__metadata__={"a": 1})), (FIRST, "__metadata__"), AGAIN),
+    Case("unknown dtype", entry(UP_WEIGHT, dtype="F7"), (FIRST, UP_WEIGHT, "'F7'", "BF16"), "known are"),
+    Case("newline in a tensor's name", header(_named("a\nb\x1b[31m")), (FIRST, "a\\nb\\x1b[31m", "'F7'"), "known are"),
+    Case("unknown field", entry(UP_WEIGHT, extra=1), (FIRST, UP_WEIGHT, "extra", "data_offsets"), AGAIN),
+    Case("negative offsets", entry(UP_WEIGHT, data_offsets=[-8, 2]), (FIRST, UP_WEIGHT, "[-8, 2]"), AGAIN),
+    Case("offsets backwards", entry(UP_WEIGHT, data_offsets=[9, 2]), (FIRST, UP_WEIGHT, "[9, 2]", "262144"), AGAIN),
+    Case("fractional shape", entry(UP_WEIGHT, shape=[512, 256.0]), (FIRST, UP_WEIGHT, "[512, 256.0]"), AGAIN),
+    Case(
+        "shape and bytes disagree",
+        entry(UP_WEIGHT, shape=[512, 255]),
+        (FIRST, UP_WEIGHT, "[512, 255]", "261120", "262144"),
+        AGAIN,
+    ),
+    Case(
+        "shape overflows",
+        entry(UP_WEIGHT, shape=[2**32, 2**32]),
+        (FIRST, UP_WEIGHT, f"[{2**32}, {2**32}]", "overflow"),
+        AGAIN,
+    ),
+    Case("tensors overlap", shifted(UP_WEIGHT, -2), (FIRST, UP_WEIGHT, EMBED, "8190", "8192", "overlap"), AGAIN),
+    Case("tensors leave a hole", shifted(UP_WEIGHT, 8, bytes(8)), (FIRST, UP_WEIGHT, EMBED, "8200", "8192", "hole"), AGAIN),
+    Case(
+        "tensors leave a hole, entries unsorted",
+        shifted(UP_WEIGHT, 8, bytes(8), reverse=True),
+        (FIRST, UP_WEIGHT, EMBED, "8200", "8192", "hole"),
+        AGAIN,
+    ),
+    Case("hole at the start", shifted(EMBED, 8, bytes(8)), (FIRST, EMBED, "begins at 8", "ends at 0", "hole"), AGAIN),
+    Case(
+        "offsets far beyond the file",
+        header(_moved(UP_WEIGHT, 10**12)),
+        (FIRST, UP_WEIGHT, str(10**12 + 8192), "hole"),
+        AGAIN,
+    ),
+    Case("data cut short", resized(FIRST, -100), (FIRST,), AGAIN),
+    Case("bytes after the last tensor", resized(FIRST, 16), (FIRST, "16 bytes after the last tensor"), AGAIN),
+]
+
+_FOLDERS = [
+    Case("index names a missing file", mapped(GATE_WEIGHT, "gone.safetensors"), (INDEX, GATE_WEIGHT, "gone.safetensors"), AGAIN),
+    Case("file missing", removed(SECOND), (INDEX, SECOND), AGAIN),
+    Case("index leads to ..", mapped(GATE_WEIGHT, "../x.safetensors"), (INDEX, GATE_WEIGHT, "'../x.safetensors'"), "beside the index"),
+    Case("index leads to a root", mapped(GATE_WEIGHT, "/etc/passwd"), (INDEX, GATE_WEIGHT, "'/etc/passwd'"), "beside the index"),
+    Case("index leads into a folder", mapped(GATE_WEIGHT, "a/b"), (INDEX, GATE_WEIGHT, "'a/b'"), "beside the index"),
+    Case("index names no string", edited_json(INDEX, lambda i: i["weight_map"].update(a=1)), (INDEX, "a", "1"), "beside the index"),
+    Case("index without a map", written(INDEX, b"{}"), (INDEX, "weight_map"), AGAIN),
+    Case("index not JSON", written(INDEX, b"{"), (INDEX, "JSON"), AGAIN),
+    Case("link out of the folder", linked_outside(FIRST), (FIRST, f"elsewhere/{FIRST}"), "the files themselves"),
+    Case("config linked out of the folder", linked_outside("config.json"), ("elsewhere/config.json",), "the files themselves"),
+    Case("dangling link", both(removed(FIRST), lambda folder: (folder / FIRST).symlink_to(folder / "gone")), (INDEX, FIRST), AGAIN),
+    Case("folder in a file's place", both(removed(FIRST), lambda folder: (folder / FIRST).mkdir()), (INDEX, FIRST), AGAIN),
+    Case("index names a tensor that its file lacks", mapped(GATE_WEIGHT, FIRST), (INDEX, GATE_WEIGHT, FIRST, SECOND), AGAIN),
+    Case("index names a tensor that no file has", mapped("model.gone", FIRST), (INDEX, "model.gone", FIRST, "no file"), AGAIN),
+    Case("index lacks a dense tensor", mapped(GATE_WEIGHT, None), (INDEX, GATE_WEIGHT, SECOND), "is the index of these files?"),
+    Case(
+        "tensor in two files",
+        header(lambda entries: entries.update({GATE_WEIGHT: entries.pop(UP_WEIGHT)})),
+        (GATE_WEIGHT, FIRST, SECOND),
+        "remove the one that is stale",
+    ),
+    Case("two indexes", written("other.safetensors.index.json", b"{}"), (INDEX, "other.safetensors.index.json"), "keep the one"),
+    Case("no safetensors file", removed(FIRST, SECOND, INDEX), ("model", "no safetensors file"), "give the folder"),
+    Case("source missing", shutil.rmtree, ("model", "no such folder"), "give the folder"),
+    Case("source is a file", _as_file, ("model", "not a folder"), "give the folder"),
+    Case("config not JSON", written("config.json", b"{"), ("config.json", "JSON"), AGAIN),
+    Case("config with a key twice", written("config.json", b'{"a": 1, "a": 2}'), ("config.json", "'a'", "twice"), "remove|keep"),
+    Case("config not an object", written("config.json", b"[]"), ("config.json", "list", "object"), AGAIN),
+    Case("config lacks a size", config(hidden_size=None), ("config.json", "hidden_size", "None"), "is it a language model's config?"),
+]

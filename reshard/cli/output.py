@@ -19,7 +19,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stder
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 _INTERRUPTED = 130
-_LINE_STEP = 0.1  # without a terminal: a line of progress every tenth
+_LINE_SECONDS = 5.0  # without a terminal: how often a line of progress is written at most
 
 
 class Output:
@@ -82,7 +82,9 @@ class Output:
             with _bar(what, total) as tick:
                 yield tick
         else:
-            yield _Lines(what, total)
+            lines = _Lines(what, total)
+            yield lines
+            lines.finish()
 
 
 @contextlib.contextmanager
@@ -103,21 +105,29 @@ def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 class _Lines:
-    """Progress where there is no terminal."""
+    """Progress where there is no terminal: a line now and then, and one at the end."""
 
     def __init__(self, what: str, total: int) -> None:
-        self._what, self._total = what, total
-        self._done, self._shown = 0, 0.0
-        self._start = time.monotonic()
+        self._what, self._total, self._done = what, total, 0
+        self._start = self._shown = time.monotonic()
 
     def __call__(self, nbytes: int) -> None:
         self._done += nbytes
-        share = self._done / self._total if self._total else 1.0
-        if share >= self._shown + _LINE_STEP:
-            self._shown = share
-            rate = self._done / max(time.monotonic() - self._start, 1e-9)
-            line = f"{self._what}: {share:4.0%} of {size_text(self._total)}, {size_text(int(rate))}/s"
-            print(line, file=sys.stderr)  # noqa: T201
+        now = time.monotonic()
+        if now >= self._shown + _LINE_SECONDS:
+            self._shown = now
+            share = self._done / self._total if self._total else 1.0
+            self._print(f"{share:.0%} of {size_text(self._total)}, {self._rate(now)}")
+
+    def finish(self) -> None:
+        now = time.monotonic()
+        self._print(f"{size_text(self._done)} in {now - self._start:.2f} s, {self._rate(now)}")
+
+    def _rate(self, now: float) -> str:
+        return f"{size_text(int(self._done / max(now - self._start, 1e-9)))}/s"
+
+    def _print(self, text: str) -> None:
+        print(f"{self._what}: {text}", file=sys.stderr)  # noqa: T201
 
 
 def size_text(nbytes: int) -> str:

@@ -123,14 +123,15 @@ def _report(output: Output, prepared: "Prepared", out: Path, result: "SplitResul
         output.json(document)
         return
     output.table(
-        [("rank", "right"), ("file", "left"), ("size", "right"), ("blake3", "left"), ("", "left")],
+        [("rank", "right"), ("file", "left"), ("size", "right"), ("blake3", "left")],
         [
             [
                 str(shard.tp_rank),
                 shard.file,
                 size_text(shard.size),
-                entries[shard.tp_rank].blake3[:_SHOWN_DIGEST] if shard.tp_rank in entries else "",
-                "kept" if shard.tp_rank in kept else "" if result else "not written",
+                entries[shard.tp_rank].blake3[:_SHOWN_DIGEST] + (" (kept)" if shard.tp_rank in kept else "")
+                if shard.tp_rank in entries
+                else "not written",
             ]
             for shard in shown
         ],

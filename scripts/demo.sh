@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# The main job on a model of DeepSeek-R1's shape, 1/16 of its size: a W8A8 checkpoint, cut for 4 ranks.
+set -euo pipefail
+
+show() {
+  printf '\n$ %s\n' "$*"
+  "$@"
+}
+
+rm -rf demo
+show reshard synth configs/deepseek-r1.json demo/model --scheme w8a8_dynamic --scale 1/16 --layers 5 --quiet
+show reshard inspect demo/model
+show reshard split demo/model demo/tp4 --tp 4 --quiet
+show reshard verify demo/tp4 --source demo/model --quiet
+show reshard merge demo/tp4 demo/merged --quiet
+
+printf '\nMerged back, is it the same? The shards against what was merged from them:\n'
+show reshard verify demo/tp4 --source demo/merged --quiet
+printf '\nAnd cut again for 2 ranks, from the shards alone:\n'
+show reshard split demo/tp4 demo/tp2 --tp 2 --quiet
+show reshard verify demo/tp2 --source demo/model --quiet

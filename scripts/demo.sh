@@ -14,8 +14,9 @@ show reshard split demo/model demo/tp4 --tp 4 --quiet
 show reshard verify demo/tp4 --source demo/model --quiet
 show reshard merge demo/tp4 demo/merged --quiet
 
-printf '\nMerged back, is it the same? The shards against what was merged from them:\n'
-show reshard verify demo/tp4 --source demo/merged --quiet
-printf '\nAnd cut again for 2 ranks, from the shards alone:\n'
+printf '\nMerged back, is it the same? Cut it again, and compare the shards byte by byte:\n'
+show reshard split demo/merged demo/again --tp 4 --quiet
+for shard in demo/tp4/*.safetensors; do cmp "$shard" "demo/again/${shard##*/}" && echo "${shard##*/}: the same"; done
+printf '\nAnd cut for 2 ranks, from the 4 shards alone:\n'
 show reshard split demo/tp4 demo/tp2 --tp 2 --quiet
 show reshard verify demo/tp2 --source demo/model --quiet

@@ -124,6 +124,7 @@ RECIPES = {
     "bf16": Recipe("bf16", {"weight": ("BF16", "out,in")}),
     "fp16": Recipe("bf16", {"weight": ("F16", "out,in")}),
     "fp32": Recipe("bf16", {"weight": ("F32", "out,in")}),
+    "modelslim_float": Recipe("bf16", {"weight": ("BF16", "out,in")}, "FLOAT", **_SLIM),
     "modelslim_dynamic": Recipe("w8a8_dynamic", {"weight": ("I8", "out,in"), **_CHANNEL}, "W8A8_DYNAMIC", **_SLIM),
     "modelslim_v0_dynamic": Recipe(
         "w8a8_dynamic",

@@ -1,14 +1,13 @@
 """Bad files: headers that must not be trusted, indexes and folders that do not hold what they say."""
 
-import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from reshard.errors import HeaderError, SourceError
-from tests.builders import Spec, build
+from reshard.errors import HeaderError
 from tests.corrupt import (
-    DOWN,
+    AGAIN,
     EMBED,
     FIRST,
     GATE,
@@ -30,19 +29,14 @@ from tests.corrupt import (
     written,
 )
 
-AGAIN = "download it again|copy it again|copy the file again"
-UP_WEIGHT, GATE_WEIGHT, DOWN_WEIGHT = f"{UP}.weight", f"{GATE}.weight", f"{DOWN}.weight"
-NORM = "model.layers.1.input_layernorm.weight"
+UP_WEIGHT, GATE_WEIGHT = f"{UP}.weight", f"{GATE}.weight"
+LAST = "model.layers.3.mlp.gate.weight"  # the first file's last tensor
+NOT_HERE = "beside"  # put the file beside the index
 
 
 def _as_file(folder: Path) -> None:
     shutil.rmtree(folder)
     folder.write_bytes(b"")
-
-
-def _only_experts(folder: Path) -> None:
-    shutil.rmtree(folder)
-    build(folder, Spec(dense=0))
 
 
 def _named(tensor: str) -> Any:
@@ -100,7 +94,12 @@ _HEADERS = [
         AGAIN,
     ),
     Case("tensors overlap", shifted(UP_WEIGHT, -2), (FIRST, UP_WEIGHT, EMBED, "8190", "8192", "overlap"), AGAIN),
-    Case("tensors leave a hole", shifted(UP_WEIGHT, 8, bytes(8)), (FIRST, UP_WEIGHT, EMBED, "8200", "8192", "hole"), AGAIN),
+    Case(
+        "tensors leave a hole",
+        shifted(UP_WEIGHT, 8, bytes(8)),
+        (FIRST, UP_WEIGHT, EMBED, "8200", "8192", "hole"),
+        AGAIN,
+    ),
     Case(
         "tensors leave a hole, entries unsorted",
         shifted(UP_WEIGHT, 8, bytes(8), reverse=True),
@@ -110,42 +109,98 @@ _HEADERS = [
     Case("hole at the start", shifted(EMBED, 8, bytes(8)), (FIRST, EMBED, "begins at 8", "ends at 0", "hole"), AGAIN),
     Case(
         "offsets far beyond the file",
-        header(_moved(UP_WEIGHT, 10**12)),
-        (FIRST, UP_WEIGHT, str(10**12 + 8192), "hole"),
+        header(_moved(LAST, 10**12)),
+        (FIRST, LAST, str(10**12 + 534272), "ends at 534272", "hole"),
         AGAIN,
     ),
-    Case("data cut short", resized(FIRST, -100), (FIRST,), AGAIN),
-    Case("bytes after the last tensor", resized(FIRST, 16), (FIRST, "16 bytes after the last tensor"), AGAIN),
+    Case("data cut short", resized(FIRST, -100), (FIRST, LAST, "536704", "536604"), AGAIN),
+    Case("bytes after the last tensor", resized(FIRST, 16), (FIRST, LAST, "16 bytes after the last tensor"), AGAIN),
 ]
 
 _FOLDERS = [
-    Case("index names a missing file", mapped(GATE_WEIGHT, "gone.safetensors"), (INDEX, GATE_WEIGHT, "gone.safetensors"), AGAIN),
+    Case(
+        "index names a missing file",
+        mapped(GATE_WEIGHT, "gone.safetensors"),
+        (INDEX, GATE_WEIGHT, "gone.safetensors"),
+        AGAIN,
+    ),
     Case("file missing", removed(SECOND), (INDEX, SECOND), AGAIN),
-    Case("index leads to ..", mapped(GATE_WEIGHT, "../x.safetensors"), (INDEX, GATE_WEIGHT, "'../x.safetensors'"), "beside the index"),
-    Case("index leads to a root", mapped(GATE_WEIGHT, "/etc/passwd"), (INDEX, GATE_WEIGHT, "'/etc/passwd'"), "beside the index"),
-    Case("index leads into a folder", mapped(GATE_WEIGHT, "a/b"), (INDEX, GATE_WEIGHT, "'a/b'"), "beside the index"),
-    Case("index names no string", edited_json(INDEX, lambda i: i["weight_map"].update(a=1)), (INDEX, "a", "1"), "beside the index"),
+    Case(
+        "index leads to ..",
+        mapped(GATE_WEIGHT, "../x.safetensors"),
+        (INDEX, GATE_WEIGHT, "'../x.safetensors'"),
+        NOT_HERE,
+    ),
+    Case("index leads to a root", mapped(GATE_WEIGHT, "/etc/passwd"), (INDEX, GATE_WEIGHT, "'/etc/passwd'"), NOT_HERE),
+    Case("index leads into a folder", mapped(GATE_WEIGHT, "a/b"), (INDEX, GATE_WEIGHT, "'a/b'"), NOT_HERE),
+    Case(
+        "index names no string", edited_json(INDEX, lambda i: i["weight_map"].update(a=1)), (INDEX, "a", "1"), NOT_HERE
+    ),
     Case("index without a map", written(INDEX, b"{}"), (INDEX, "weight_map"), AGAIN),
     Case("index not JSON", written(INDEX, b"{"), (INDEX, "JSON"), AGAIN),
     Case("link out of the folder", linked_outside(FIRST), (FIRST, f"elsewhere/{FIRST}"), "the files themselves"),
-    Case("config linked out of the folder", linked_outside("config.json"), ("elsewhere/config.json",), "the files themselves"),
-    Case("dangling link", both(removed(FIRST), lambda folder: (folder / FIRST).symlink_to(folder / "gone")), (INDEX, FIRST), AGAIN),
-    Case("folder in a file's place", both(removed(FIRST), lambda folder: (folder / FIRST).mkdir()), (INDEX, FIRST), AGAIN),
-    Case("index names a tensor that its file lacks", mapped(GATE_WEIGHT, FIRST), (INDEX, GATE_WEIGHT, FIRST, SECOND), AGAIN),
-    Case("index names a tensor that no file has", mapped("model.gone", FIRST), (INDEX, "model.gone", FIRST, "no file"), AGAIN),
-    Case("index lacks a dense tensor", mapped(GATE_WEIGHT, None), (INDEX, GATE_WEIGHT, SECOND), "is the index of these files?"),
+    Case(
+        "config linked out of the folder",
+        linked_outside("config.json"),
+        ("elsewhere/config.json",),
+        "the files themselves",
+    ),
+    Case(
+        "dangling link",
+        both(removed(FIRST), lambda folder: (folder / FIRST).symlink_to(folder / "gone")),
+        (INDEX, FIRST),
+        AGAIN,
+    ),
+    Case(
+        "folder in a file's place", both(removed(FIRST), lambda folder: (folder / FIRST).mkdir()), (INDEX, FIRST), AGAIN
+    ),
+    Case(
+        "index names a tensor that its file lacks",
+        mapped(GATE_WEIGHT, FIRST),
+        (INDEX, GATE_WEIGHT, FIRST, SECOND),
+        AGAIN,
+    ),
+    Case(
+        "index names a tensor that no file has",
+        mapped("model.gone", FIRST),
+        (INDEX, "model.gone", FIRST, "no file"),
+        AGAIN,
+    ),
+    Case(
+        "index lacks a dense tensor",
+        mapped(GATE_WEIGHT, None),
+        (INDEX, GATE_WEIGHT, SECOND),
+        "is the index of these files?",
+    ),
     Case(
         "tensor in two files",
         header(lambda entries: entries.update({GATE_WEIGHT: entries.pop(UP_WEIGHT)})),
         (GATE_WEIGHT, FIRST, SECOND),
         "remove the one that is stale",
     ),
-    Case("two indexes", written("other.safetensors.index.json", b"{}"), (INDEX, "other.safetensors.index.json"), "keep the one"),
-    Case("no safetensors file", removed(FIRST, SECOND, INDEX), ("model", "no safetensors file"), "give the folder"),
-    Case("source missing", shutil.rmtree, ("model", "no such folder"), "give the folder"),
+    Case(
+        "two indexes",
+        written("other.safetensors.index.json", b"{}"),
+        (INDEX, "other.safetensors.index.json"),
+        "keep the one",
+    ),
+    Case("no safetensors file", removed(FIRST, SECOND, INDEX), ("model", "no safetensors file"), "give"),
+    Case("source missing", shutil.rmtree, ("model", "no such folder"), "give"),
     Case("source is a file", _as_file, ("model", "not a folder"), "give the folder"),
     Case("config not JSON", written("config.json", b"{"), ("config.json", "JSON"), AGAIN),
-    Case("config with a key twice", written("config.json", b'{"a": 1, "a": 2}'), ("config.json", "'a'", "twice"), "remove|keep"),
+    Case(
+        "config with a key twice",
+        written("config.json", b'{"a": 1, "a": 2}'),
+        ("config.json", "'a'", "twice"),
+        "again|remove|keep",
+    ),
     Case("config not an object", written("config.json", b"[]"), ("config.json", "list", "object"), AGAIN),
-    Case("config lacks a size", config(hidden_size=None), ("config.json", "hidden_size", "None"), "is it a language model's config?"),
+    Case(
+        "config lacks a size",
+        config(hidden_size=None),
+        ("config.json", "hidden_size", "None"),
+        "is it a language model's config?",
+    ),
 ]
+
+CASES = [*(replace(case, error=HeaderError) for case in _HEADERS), *_FOLDERS]

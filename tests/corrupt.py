@@ -17,6 +17,10 @@ DESCRIPTION = "quant_model_description.json"
 EMBED = "model.embed_tokens.weight"
 GATE, UP, DOWN = (f"model.layers.0.mlp.{role}_proj" for role in ("gate", "up", "down"))
 
+# Ways out that many messages share.
+AGAIN = "again"
+OTHER_FILE = "of this checkpoint|belong|again"
+
 
 @dataclass(frozen=True)
 class Case:
@@ -158,7 +162,12 @@ def written(file: str, data: bytes) -> Damage:
 
 def removed(*files: str) -> Damage:
     """The folder without some files."""
-    return lambda folder: [(folder / file).unlink() for file in files] and None
+
+    def damage(folder: Path) -> None:
+        for file in files:
+            (folder / file).unlink()
+
+    return damage
 
 
 def linked_outside(file: str) -> Damage:
@@ -171,6 +180,27 @@ def linked_outside(file: str) -> Damage:
         (folder / file).symlink_to(outside / file)
 
     return damage
+
+
+def flipped(file: str, at: int) -> Damage:
+    """A file with one bit changed."""
+
+    def damage(folder: Path) -> None:
+        raw = bytearray((folder / file).read_bytes())
+        raw[at] ^= 1
+        write(folder / file, bytes(raw))
+
+    return damage
+
+
+def replaced(file: str, old: bytes, new: bytes) -> Damage:
+    """A file with some bytes in place of others of the same number."""
+    assert len(old) == len(new)
+    return lambda folder: write(folder / file, (folder / file).read_bytes().replace(old, new))
+
+
+def unharmed(folder: Path) -> None:
+    """No damage: the cut itself is what is refused."""
 
 
 def both(*damages: Damage) -> Damage:

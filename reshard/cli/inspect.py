@@ -7,7 +7,7 @@ import typer
 from reshard.cli.output import Debug, Format, Output, size_text
 
 if TYPE_CHECKING:
-    from reshard.checkpoint import Checkpoint, Tensor
+    from reshard.checkpoint import Checkpoint, Linear, Tensor
     from reshard.source.base import Source
 
 
@@ -66,7 +66,7 @@ def _document(checkpoint: "Checkpoint") -> dict[str, Any]:
                     role: {
                         "scheme": layer.linears[role].variant.scheme,
                         "block": layer.linears[role].block,
-                        "tensors": [_tensor(t) for t in layer.linears[role].tensors.values()],
+                        "tensors": [_tensor(t) for t in _in_table_order(layer.linears[role])],
                     }
                     for role in ROLES
                 },
@@ -74,6 +74,10 @@ def _document(checkpoint: "Checkpoint") -> dict[str, Any]:
             for layer in checkpoint.layers
         ],
     }
+
+
+def _in_table_order(linear: "Linear") -> list["Tensor"]:
+    return [linear.tensors[rule.suffix] for rule in linear.variant.tensors]
 
 
 def _tensor(tensor: "Tensor") -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """`reshard synth`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from reshard.cli.output import Debug, Format, Output, Quiet, size_text
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 
 def synth(
@@ -29,4 +32,43 @@ def synth(
     """Make a synthetic checkpoint of a model's shape: for tests, benchmarks and trying things out."""
     output = Output(form, quiet=quiet, debug=debug)
     with output.errors():
-        raise NotImplementedError(config, out, scheme, scale, layers, shards, sparse, dense_only, seed, size_text)
+        from reshard.source.base import parse_json_object
+        from reshard.synth.plan import SynthOptions, plan_checkpoint
+        from reshard.synth.write import write_checkpoint
+
+        wanted = parse_json_object(_read(config), str(config))
+        options = SynthOptions(scheme, _fraction(scale), layers, shards, sparse, dense_only, seed)
+        plan = plan_checkpoint(wanted, options)
+        with output.progress("synth", plan.size) as tick:
+            result = write_checkpoint(plan, out, tick)
+        if output.is_json:
+            output.json({"out": str(out), "scheme": scheme, **vars(result)})
+            return
+        hole = ", a hole that takes no disk" if sparse else ""
+        output.text(
+            f"{out}: {scheme}, {result.tensors:,} tensors of {size_text(result.tensor_bytes)} in {result.files} "
+            f"{'file' if result.files == 1 else 'files'}{hole}"
+        )
+
+
+def _read(path: Path) -> bytes:
+    from reshard.errors import SourceError
+
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _fraction(text: str) -> "Fraction":
+    from fractions import Fraction
+
+    from reshard.errors import UsageError
+
+    try:
+        scale = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        scale = Fraction(0)
+    if not 0 < scale <= 1:
+        raise UsageError(f"--scale {text}: a fraction above 0 and up to 1 is wanted, such as 1/16")
+    return scale

@@ -79,7 +79,7 @@ def encode_header(
 
     Padded with spaces so that the data begins on a multiple of `align`.
     """
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     for name, (dtype, shape, start, stop) in tensors.items():
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()

@@ -1,0 +1,1 @@
+"""Whole-command measurements, as ratios within one run."""

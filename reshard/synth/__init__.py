@@ -1,0 +1,1 @@
+"""Synthetic checkpoints: every tensor of a model, named, shaped and quantised as in a real one."""

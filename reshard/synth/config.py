@@ -1,0 +1,118 @@
+"""config.json of the synthetic model: the real one's, scaled down and cut to its first layers."""
+
+from collections.abc import Mapping
+from fractions import Fraction
+from math import floor
+from typing import Any
+
+from reshard.errors import SourceError, UsageError
+from reshard.modelconfig import read_model_config
+from reshard.naming import CONFIG
+
+Config = Mapping[str, Any]
+
+_TILE = 16  # sizes of matrices stay whole tiles of the matrix units
+_SPLITTABLE = 8 * _TILE  # intermediate sizes stay whole tiles over eight ranks
+_TILED = (
+    "hidden_size",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "vocab_size",
+)
+_EXPERTS = ("n_routed_experts", "num_experts")
+_PER_LAYER = ("mlp_layer_types", "layer_types", "moe_layer_freq")
+
+
+def size(config: Config, key: str, default: int | None = None) -> int:
+    """A size from 1. Raises SourceError naming the key that is missing or makes no sense."""
+    value = config.get(key)
+    if value is None:
+        value = default
+    if type(value) is not int or value < 1:
+        raise SourceError(f"{CONFIG}: {key} is {value!r}, a whole number from 1 is wanted")
+    return value
+
+
+def experts_key(config: Config) -> str | None:
+    """The key that counts a model's routed experts, None for a dense model."""
+    return next((key for key in _EXPERTS if config.get(key)), None)
+
+
+def shrink(config: Config, scale: Fraction, layers: int | None) -> dict[str, Any]:
+    """The config with its sizes scaled and only its first layers. Raises UsageError where that cannot be."""
+    if not 0 < scale <= 1:
+        raise UsageError(f"scale {scale}: a fraction above 0 and up to 1 is wanted, such as 1/16")
+    shrunk = dict(config)
+    if layers is not None:
+        _keep_layers(shrunk, layers)
+    if scale != 1:
+        _scale(shrunk, scale)
+    return shrunk
+
+
+def _keep_layers(config: dict[str, Any], layers: int) -> None:
+    before = read_model_config(config).num_hidden_layers
+    if not 1 <= layers <= before:
+        raise UsageError(f"layers {layers}: the model has {before}; give a number from 1 to {before}")
+    config["num_hidden_layers"] = layers
+    if type(config.get("first_k_dense_replace")) is int:
+        # Not above the number of layers: the prediction block behind them is a mixture of experts.
+        config["first_k_dense_replace"] = min(config["first_k_dense_replace"], layers)
+    if isinstance(config.get("mlp_only_layers"), list):
+        config["mlp_only_layers"] = [layer for layer in config["mlp_only_layers"] if layer in range(layers)]
+    for key in _PER_LAYER:
+        if isinstance(config.get(key), list):  # some lists go on with the prediction block
+            config[key] = [*config[key][:layers], *config[key][before:]]
+
+
+def _scale(config: dict[str, Any], scale: Fraction) -> None:
+    heads = size(config, "num_attention_heads")
+    if config.get("kv_lora_rank") is None:
+        # Heads get fewer, not smaller; so their size no longer follows from the two others.
+        config["head_dim"] = size(config, "head_dim", size(config, "hidden_size") // heads)
+    for key in _TILED:
+        if config.get(key) is not None:
+            config[key] = _scaled(size(config, key), scale, _TILE)
+    config["intermediate_size"] = _scaled(size(config, "intermediate_size"), scale, _SPLITTABLE)
+    config["num_attention_heads"] = _scaled(heads, scale)
+    if config.get("num_key_value_heads") is not None:
+        wanted = _scaled(size(config, "num_key_value_heads"), scale)
+        config["num_key_value_heads"] = _divisor(config["num_attention_heads"], wanted)
+    if config.get("index_n_heads") is not None:
+        config["index_n_heads"] = _scaled(size(config, "index_n_heads"), scale)
+    _scale_experts(config, scale)
+    last = size(config, "vocab_size") - 1
+    for key, value in config.items():
+        if key.endswith("_token_id") and type(value) is int:
+            config[key] = min(value, last)
+        elif key.endswith("_token_id") and isinstance(value, list):
+            config[key] = [min(token, last) if type(token) is int else token for token in value]
+
+
+def _scale_experts(config: dict[str, Any], scale: Fraction) -> None:
+    key = experts_key(config)
+    if key is None:
+        return
+    before = size(config, key)
+    experts = config[key] = min(before, max(2, _scaled(before, scale)))
+    reachable = experts
+    if config.get("n_group") is not None:
+        # A group is chosen by its two best experts.
+        groups = config["n_group"] = _divisor(experts, min(size(config, "n_group"), max(1, experts // 2)))
+        if config.get("topk_group") is not None:
+            config["topk_group"] = min(size(config, "topk_group"), groups)
+            reachable = config["topk_group"] * experts // groups
+    if config.get("num_experts_per_tok") is not None:
+        config["num_experts_per_tok"] = min(size(config, "num_experts_per_tok"), reachable)
+
+
+def _scaled(value: int, scale: Fraction, multiple: int = 1) -> int:
+    """The nearest multiple, at least one."""
+    return multiple * max(1, floor(value * scale / multiple + Fraction(1, 2)))
+
+
+def _divisor(number: int, most: int) -> int:
+    """The largest divisor up to `most`."""
+    return next(divisor for divisor in range(min(number, most), 0, -1) if number % divisor == 0)

@@ -1,0 +1,133 @@
+"""Which tensor goes into which file, and every byte that is not a tensor's: headers, index, config, description."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from reshard.errors import SourceError, UsageError
+from reshard.modelconfig import read_model_config
+from reshard.naming import CONFIG, parse_dense
+from reshard.source.header import encode_header
+from reshard.synth.config import shrink
+from reshard.synth.model import Parameter, parameters
+from reshard.synth.schemes import TensorSpec, declare_in_config, description, recipe_for, tensors_of
+
+_DESCRIPTION = "quant_model_description.json"
+_ALIGNMENT = 8
+_FILE_BYTES = 4_250_000_000  # about what DeepSeek-R1's come to: 688.6 GB in 163 files
+
+
+@dataclass(frozen=True)
+class SynthOptions:
+    """What to make of a config.json.
+
+    layers: only the first so many; shards: number of files, 0 or None for about as many as a real checkpoint has.
+    """
+
+    scheme: str = "bf16"
+    scale: Fraction = Fraction(1)
+    layers: int | None = None
+    shards: int | None = None
+    sparse: bool = False
+    dense_only: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SynthFile:
+    """A safetensors file: its header, then its tensors in that order."""
+
+    name: str
+    header: bytes
+    tensors: tuple[TensorSpec, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class SynthPlan:
+    """A checkpoint that is ready to be written. `side_files` are written after the tensors, the index last of all."""
+
+    options: SynthOptions
+    files: tuple[SynthFile, ...]
+    side_files: Mapping[str, bytes]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the safetensors files: what `tick` adds up to."""
+        return sum(file.size for file in self.files)
+
+
+def plan_checkpoint(config: Mapping[str, Any], options: SynthOptions) -> SynthPlan:
+    """Plan a checkpoint of the model of `config`. Raises UsageError, SourceError or SchemeError."""
+    recipe = recipe_for(options.scheme)
+    shrunk = shrink(config, options.scale, options.layers)
+    everything = list(parameters(shrunk))
+    declare_in_config(shrunk, recipe, everything)
+    kept = _dense(everything, shrunk) if options.dense_only else everything
+    tensors = [tensor for parameter in kept for tensor in tensors_of(parameter, recipe)]
+    types = description(recipe, kept)
+    stem = "model" if types is None else "quant_model_weights"
+    groups = _deal(tensors, options.shards or _usual_count(tensors))
+    names = [f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+    metadata = {"format": "pt"} if types is None else {}
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)},
+        "weight_map": {t.name: name for name, group in zip(names, groups, strict=True) for t in group},
+    }
+    side_files = {CONFIG: _json(shrunk)}
+    if types is not None:
+        side_files[_DESCRIPTION] = _json(types)
+    side_files[f"{stem}.safetensors.index.json"] = _json(index)
+    files = tuple(_file(name, group, metadata) for name, group in zip(names, groups, strict=True))
+    return SynthPlan(options, files, side_files)
+
+
+def _dense(everything: Sequence[Parameter], config: Mapping[str, Any]) -> list[Parameter]:
+    model = read_model_config(config)
+    kept = []
+    for parameter in everything:
+        parsed = parse_dense(parameter.name)
+        if parsed and parsed[0] in model.dense_layers:
+            kept.append(parameter)
+    if not kept:
+        raise SourceError(f"{CONFIG}: no layer of the model is dense ({model.reason})")
+    return kept
+
+
+def _usual_count(tensors: Sequence[TensorSpec]) -> int:
+    return min(len(tensors), -(-sum(tensor.nbytes for tensor in tensors) // _FILE_BYTES))
+
+
+def _deal(tensors: Sequence[TensorSpec], count: int) -> list[list[TensorSpec]]:
+    """Runs of about equal bytes, none empty."""
+    if not 1 <= count <= len(tensors):
+        raise UsageError(f"shards {count}: the checkpoint has {len(tensors)} tensors; give a number up to that")
+    total, done = sum(tensor.nbytes for tensor in tensors), 0
+    groups: list[list[TensorSpec]] = [[]]
+    for place, tensor in enumerate(tensors):
+        to_open = count - len(groups)
+        full = done * count >= total * len(groups)
+        if groups[-1] and to_open and (full or len(tensors) - place <= to_open):
+            groups.append([])
+        groups[-1].append(tensor)
+        done += tensor.nbytes
+    return groups
+
+
+def _file(name: str, group: Sequence[TensorSpec], metadata: Mapping[str, str]) -> SynthFile:
+    tensors = sorted(group, key=lambda tensor: tensor.order)
+    entries, at = {}, 0
+    for tensor in tensors:
+        entries[tensor.name] = (tensor.dtype, tensor.shape, at, at + tensor.nbytes)
+        at += tensor.nbytes
+    return SynthFile(name, encode_header(entries, metadata, _ALIGNMENT), tuple(tensors))
+
+
+def _json(document: Mapping[str, Any]) -> bytes:
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,240 @@
+"""Every byte of a shard set against the source it was cut from.
+
+What each shard tensor must hold comes from reshard.verify.expect, what the source holds from
+reshard.verify.reference: nothing of the code that made the set is trusted, nor the slices that its manifest records.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from reshard.checkpoint import Checkpoint, Layer
+from reshard.dtypes import itemsize
+from reshard.errors import MismatchError
+from reshard.manifest import Manifest
+from reshard.naming import MANIFEST, module_name
+from reshard.numeric import storage, to_f32
+from reshard.source.base import Bytes, Source
+from reshard.source.header import Header, TensorInfo
+from reshard.verify.expect import Expected, Group, Piece, expect, groups, misfits, read_headers
+from reshard.verify.finding import Finding
+from reshard.verify.reference import BLOCK_BYTES, BLOCK_ELEMENTS, Grid, LinearGrids, Reference
+
+Tick = Callable[[int], None]
+
+
+@np.errstate(all="ignore")  # a wrong source may hold what is no number: a finding, not a warning
+def compare_with_source(
+    shards: Source, manifest: Manifest, source: Source, checkpoint: Checkpoint, tick: Tick = lambda n: None
+) -> list[Finding]:
+    """What differs, at most one finding for each tensor of a shard. checkpoint: `describe(source)`, unconverted.
+
+    `tick` is called with the shard bytes of each step.
+    """
+    findings = [*_check_identity(manifest, checkpoint), *_check_model(manifest, checkpoint)]
+    headers, unreadable = read_headers(shards, manifest)
+    findings += unreadable
+    reference = Reference(source, manifest)
+    wanted: dict[int, set[str]] = {rank: set() for rank in headers}
+    for layer in checkpoint.layers:
+        _prefetch(shards, manifest, headers, source, layer)
+        for group in groups(manifest.layout):
+            module = module_name(layer.index, group.module)
+            try:
+                linears = [reference.linear(layer.linears[role], module) for role in group.roles]
+                expected = {rank: expect(group, module, linears, manifest, rank) for rank in headers}
+            except MismatchError as error:
+                findings.append(Finding("conversion", module, str(error)))
+                # Its tensors are not judged, so none of them is called superfluous.
+                for rank, header in headers.items():
+                    wanted[rank] |= {name for name in header.tensors if name.rpartition(".")[0] == module}
+                continue
+            findings += _check_scheme(manifest, layer.index, group, linears[0])
+            findings += _compare_group(shards, manifest, headers, linears, expected, tick)
+            for rank, tensors in expected.items():
+                wanted[rank] |= {tensor.name for tensor in tensors}
+    for rank, header in headers.items():
+        for name in sorted(header.tensors.keys() - wanted[rank]):
+            where = f"{manifest.shards[rank].file}: {name}"
+            findings.append(Finding("names", where, "the source calls for no such tensor"))
+    return findings
+
+
+def _prefetch(shards: Source, manifest: Manifest, headers: Mapping[int, Header], source: Source, layer: Layer) -> None:
+    """Ask for a layer's bytes, of both sides."""
+    source.prefetch(
+        (part.file, part.offset, part.offset + (part.rows - 1) * part.stride + part.width)
+        for tensor in layer.tensors()
+        for part in tensor.parts
+    )
+    shards.prefetch(
+        (manifest.shards[rank].file, info.start, info.stop)
+        for rank, header in headers.items()
+        for name, info in header.tensors.items()
+        if name.startswith(module_name(layer.index, ""))
+    )
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A piece in the file that must hold it."""
+
+    file: str
+    name: str
+    info: TensorInfo
+    row_bytes: int
+    piece: Piece
+
+    @property
+    def where(self) -> str:
+        """For findings."""
+        return f"{self.file}: {self.name}"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return itemsize(self.info.dtype)
+
+    def fetch(self, shards: Source, top: int, bottom: int) -> Bytes:
+        """Rows top..bottom of the shard tensor, the piece's columns of them."""
+        start = self.info.start
+        rows = shards.view(self.file, start + top * self.row_bytes, start + bottom * self.row_bytes)
+        left = self.piece.column * self.itemsize
+        return rows.reshape(bottom - top, self.row_bytes)[:, left : left + self.piece.columns * self.itemsize]
+
+
+def _compare_group(
+    shards: Source,
+    manifest: Manifest,
+    headers: Mapping[int, Header],
+    linears: Sequence[LinearGrids],
+    expected: Mapping[int, Sequence[Expected]],
+    tick: Tick,
+) -> list[Finding]:
+    """A module's tensors in all shards: each row of the source is fetched once, and compared wherever it went."""
+    unfit = list(misfits(manifest, headers, expected))
+    found = {finding.where: finding for finding in unfit}
+    targets = []
+    for rank, tensors in expected.items():
+        file = manifest.shards[rank].file
+        for tensor in tensors:
+            if f"{file}: {tensor.name}" not in found:
+                info = headers[rank].tensors[tensor.name]
+                row_bytes = (info.stop - info.start) // (tensor.shape[0] if tensor.shape else 1)
+                targets += [_Target(file, tensor.name, info, row_bytes, piece) for piece in tensor.pieces]
+    for linear in linears:
+        for grid in linear.tensors.values():
+            own = [target for target in targets if target.piece.grid is grid]
+            size = BLOCK_ELEMENTS if grid.made_by else BLOCK_BYTES
+            for top, bottom in grid.blocks(grid.columns if grid.made_by else grid.row_bytes, size):
+                rows = grid.fetch(top, bottom)
+                for target in own:
+                    _compare(shards, target, grid, rows, top, found, tick)
+    for target in targets:
+        if target.piece.grid is None:
+            _compare_zeros(shards, target, found, tick)
+    return list(found.values())
+
+
+def _compare(
+    shards: Source, target: _Target, grid: Grid, rows: Bytes, top: int, found: dict[str, Finding], tick: Tick
+) -> None:
+    """A piece against the part of it that rows [top, top + n) of its source tensor make."""
+    piece, size = target.piece, target.itemsize
+    first, last = max(top, piece.from_row), min(top + len(rows), piece.from_row + piece.rows)
+    if first >= last or piece.columns == 0:
+        return
+    row = piece.row + first - piece.from_row  # in the shard
+    got = target.fetch(shards, row, row + last - first)
+    left = piece.from_column * size
+    wanted = rows[first - top : last - top, left : left + piece.columns * size]
+    if target.where not in found and not np.array_equal(got, wanted):
+        at, column = _first_difference(got, wanted, size)
+        made = f", by {grid.made_by}" if grid.made_by else ""
+        found[target.where] = Finding(
+            "bytes",
+            target.where,
+            f"row {row + at}, column {piece.column + column} is {_shown(got, at, column, target.info.dtype)}, must be "
+            f"{_shown(wanted, at, column, target.info.dtype)}: {grid.name} row {first + at}, column "
+            f"{piece.from_column + column}{made}",
+        )
+    tick(got.size)
+
+
+def _compare_zeros(shards: Source, target: _Target, found: dict[str, Finding], tick: Tick) -> None:
+    """A piece that no source tensor fills."""
+    piece, size = target.piece, target.itemsize
+    if piece.columns == 0:
+        return
+    height = max(1, BLOCK_BYTES // target.row_bytes)
+    for row in range(piece.row, piece.row + piece.rows, height):
+        got = target.fetch(shards, row, min(row + height, piece.row + piece.rows))
+        if target.where not in found and got.any():
+            at, column = _first_difference(got, np.zeros_like(got), size)
+            found[target.where] = Finding(
+                "bytes",
+                target.where,
+                f"row {row + at}, column {piece.column + column} is {_shown(got, at, column, target.info.dtype)}, must "
+                "be 0: nothing of the source belongs there",
+            )
+        tick(got.size)
+
+
+def _first_difference(got: Bytes, wanted: Bytes, size: int) -> tuple[int, int]:
+    """Row and column of the first element that differs."""
+    at = int(np.argmax((got != wanted).reshape(-1)))
+    return at // got.shape[1], at % got.shape[1] // size
+
+
+def _shown(block: Bytes, row: int, column: int, dtype: str) -> str:
+    """An element, as a number and as its bits."""
+    bits = np.ascontiguousarray(block[row]).view(storage(dtype))[column : column + 1]
+    pattern = int.from_bytes(bits.tobytes(), "little")
+    value = str(int(bits[0])) if dtype in {"I8", "I32", "I64"} else f"{to_f32(bits, dtype)[0]:.9g}"
+    return f"{value} (0x{pattern:0{2 * bits.itemsize}x})"
+
+
+def _check_identity(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Finding]:
+    """The files that the set was cut from against those that the source has. A folder may be called otherwise."""
+    cut = {file.name: (file.size, file.header_blake3) for file in manifest.source.files}
+    there = {file.name: (file.size, file.header_digest) for file in checkpoint.identity.files}
+    for name in sorted(cut.keys() | there.keys()):
+        if name not in there:
+            yield Finding(
+                "identity", name, f"{MANIFEST} says that the set was cut from it; the source has no such weights"
+            )
+        elif name not in cut:
+            yield Finding("identity", name, f"holds DenseFFN weights of the source; {MANIFEST} does not name it")
+        elif cut[name] != there[name]:
+            yield Finding(
+                "identity",
+                name,
+                f"the set was cut from {cut[name][0]} bytes with header {cut[name][1]}, the source has "
+                f"{there[name][0]} bytes with header {there[name][1]}",
+            )
+
+
+def _check_model(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Sizes, layers, scheme."""
+    for key in ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers"):
+        recorded, real = getattr(manifest.model, key), getattr(checkpoint.model, key)
+        if recorded != real:
+            yield Finding("model", MANIFEST, f"{key} is {recorded!r}, the source's is {real!r}")
+    recorded_layers = [layer.index for layer in manifest.layers]
+    layers = [layer.index for layer in checkpoint.layers]
+    if recorded_layers != layers:
+        yield Finding("model", MANIFEST, f"its dense layers are {recorded_layers}, the source's {layers}")
+    # Each layer's own is checked against the source, so this one is against those.
+    schemes = {scheme for layer in manifest.layers for scheme in (layer.gate_up_proj, layer.down_proj)} - {"bf16"}
+    scheme = "mixed" if len(schemes) > 1 else next(iter(schemes), "bf16")
+    if manifest.scheme != scheme:
+        yield Finding("model", MANIFEST, f"its scheme is {manifest.scheme}, its layers make it {scheme}")
+
+
+def _check_scheme(manifest: Manifest, index: int, group: Group, linear: LinearGrids) -> Iterator[Finding]:
+    for layer in manifest.layers:
+        recorded = layer.down_proj if group.is_down else layer.gate_up_proj
+        if layer.index == index and recorded != linear.scheme:
+            where = module_name(index, group.module)
+            yield Finding("model", where, f"{MANIFEST} says that it is {recorded}, the source makes it {linear.scheme}")

@@ -1,0 +1,60 @@
+"""Running the command line, in this process or in one of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from typer.testing import CliRunner
+
+from reshard.cli.main import app
+from reshard.prepare import Cut, prepare
+from reshard.source.open import open_source
+from reshard.writer.split import SplitOptions, SplitResult, write_shards
+
+TIMEOUT_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> Any:
+        """Stdout as JSON."""
+        return json.loads(self.out)
+
+
+def reshard(*arguments: object) -> Done:
+    """The command line in this process."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Done(result.exit_code, result.stdout, result.stderr)
+
+
+def reshard_process(*arguments: object, before: str = "", **environment: str) -> Done:
+    """The command line in a process of its own; `before` is Python that runs first in it."""
+    code = f"{before}\nfrom reshard.cli.main import main\nmain()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *(str(argument) for argument in arguments)],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+        env={**os.environ, **environment},
+        check=False,
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def split(source: Path, out: Path, cut: Cut, options: SplitOptions | None = None) -> SplitResult:
+    """What the split command does, without the command line."""
+    with open_source(str(source)) as opened:
+        return write_shards(prepare(opened, cut), out, options or SplitOptions())

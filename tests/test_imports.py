@@ -1,0 +1,114 @@
+"""What is imported when: start-up cost, torch's absence, the one direction between the packages."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import reshard
+from reshard.prepare import Cut
+from tests.builders import Spec, build
+from tests.running import reshard_process, split
+
+PACKAGE = Path(reshard.__file__).parent
+HEAVY = ("torch", "numpy", "pydantic", "blake3", "safetensors", "huggingface_hub")
+NO_TORCH = "import sys; sys.modules['torch'] = None"  # `import torch` raises ImportError
+
+
+def test_help_imports_nothing_heavy() -> None:
+    show = "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr))"
+    done = reshard_process("--help", before=show)
+    assert done.code == 0
+    loaded = {name.split(".")[0] for name in done.err.split()}
+    assert "typer" in loaded
+    assert not loaded & set(HEAVY)
+
+
+def test_cutting_needs_no_torch(tmp_path: Path) -> None:
+    """On a host that only cuts there is none."""
+    build(tmp_path / "model", Spec("fp8_block"))
+    model, shards, out = tmp_path / "model", tmp_path / "shards", tmp_path / "out"
+    for arguments in (
+        ("split", model, shards, "--tp", 2),
+        ("verify", shards, "--source", model),
+        ("merge", shards, out),
+        ("inspect", shards),
+    ):
+        done = reshard_process(*arguments, before=NO_TORCH)
+        assert done.code == 0, done.err
+
+
+def test_converting_without_torch_says_how_to_get_it(tmp_path: Path) -> None:
+    build(tmp_path / "model", Spec("fp8_block"))
+    done = reshard_process(
+        "split", tmp_path / "model", tmp_path / "out", "--tp", 2, "--weights", "bf16", before=NO_TORCH
+    )
+    assert done.code == 1
+    assert "reshard[runtime]" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_splitting_imports_no_torch_even_where_it_is(tmp_path: Path) -> None:
+    build(tmp_path / "model", Spec())
+    show = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))"
+    done = reshard_process("split", tmp_path / "model", tmp_path / "out", "--tp", 2, "--quiet", before=show)
+    assert done.code == 0
+    assert done.err.strip() == "False"
+
+
+def _imports(path: Path) -> set[str]:
+    """Modules that a file imports, wherever in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+def _modules() -> dict[str, Path]:
+    paths = PACKAGE.rglob("*.py")
+    return {".".join(("reshard", *path.relative_to(PACKAGE).with_suffix("").parts)): path for path in paths}
+
+
+def test_there_is_no_import_cycle() -> None:
+    graph = {name: _imports(path) & _modules().keys() for name, path in _modules().items()}
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join((*above, name))
+        if name not in done:
+            for imported in sorted(graph[name]):
+                visit(imported, (*above, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_only_one_module_imports_torch() -> None:
+    importing = {name for name, path in _modules().items() if "torch" in {i.split(".")[0] for i in _imports(path)}}
+    assert importing == {"reshard.convert.compute"}
+
+
+def test_the_runtime_takes_only_the_manifest_and_the_errors() -> None:
+    allowed = {"reshard.manifest", "reshard.errors"}
+    for path in (PACKAGE.parent / "runtime").rglob("*.py"):
+        assert {name for name in _imports(path) if name.split(".")[0] == "reshard"} <= allowed, path
+
+
+@pytest.mark.parametrize("name", ["manifest", "errors"])
+def test_what_the_runtime_takes_is_light(name: str) -> None:
+    """No source, plan or writer comes with it."""
+    import subprocess
+
+    code = f"import sys, reshard.{name}; print(*[m for m in sys.modules if m.startswith('reshard')])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert set(out) <= {"reshard", "reshard.errors", "reshard.manifest", "reshard.naming"}
+
+
+def test_split_is_importable_as_a_library(tmp_path: Path) -> None:
+    build(tmp_path / "model", Spec())
+    assert split(tmp_path / "model", tmp_path / "out", Cut(2)).complete

@@ -14,7 +14,7 @@ from reshard.errors import SchemeError, SourceError
 from reshard.modelconfig import ModelConfig, read_model_config
 from reshard.naming import CONFIG, DOWN, GATE, ROLES, UP, module_name, parse_dense, parse_mlp
 from reshard.quantization import declarations
-from reshard.schemes import Variant, match_variant
+from reshard.schemes import Variant, check_kind, match_variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,22 +166,29 @@ def describe_layers(
     layers = []
     for index in sorted(by_layer):
         roles = by_layer[index]
-        for role in ROLES:
-            if "weight" not in roles.get(role, {}):
-                having = ", ".join(sorted(f"{r}.{s}" for r, suffixes in roles.items() for s in suffixes))
-                raise SourceError(
-                    f"{module_name(index, role)}.weight: missing; the checkpoint has of layer {index} only {having}"
-                )
         linears = {}
         for role in ROLES:
-            module, suffixes = module_name(index, role), roles[role]
+            module, suffixes = module_name(index, role), roles.get(role, {})
+            if not suffixes:
+                raise _missing_weight(index, role, roles)
             declared = declare(module, frozenset(suffixes))
+            check_kind(module, declared)
+            if "weight" not in suffixes:
+                raise _missing_weight(index, role, roles)
             variant = match_variant(module, declared, {s: (t.dtype, t.shape) for s, t in suffixes.items()})
             linears[role] = Linear(variant, declared.block, suffixes)
         layers.append(Layer(index, linears))
     model = _check_shapes(layers, model_config)
     unchecked = f"no {CONFIG} beside the files: the dense layers ({_numbers(by_layer)}) are taken from names alone"
     return model, tuple(layers), () if config is not None else (unchecked,)
+
+
+def _missing_weight(index: int, role: str, roles: Mapping[str, Mapping[str, Tensor]]) -> SourceError:
+    having = ", ".join(sorted(f"{r}.{s}" for r, suffixes in roles.items() for s in suffixes))
+    return SourceError(
+        f"{module_name(index, role)}.weight: missing; the checkpoint has of layer {index} only {having}; download the "
+        "file that holds it again"
+    )
 
 
 def _in_prediction_block(layer: int, config: ModelConfig) -> bool:
@@ -201,7 +208,8 @@ def _check_dense(named: Iterable[int], other_names: Iterable[str], config: Model
         raise SourceError(
             f"{CONFIG} and the tensors' names disagree on the dense layers: {CONFIG} ({config.reason}) gives "
             f"{_numbers(config.dense_layers)}, the names give {_numbers(dense)} "
-            f"(only in {CONFIG}: {_numbers(only_config)}; only in the names: {_numbers(only_named)})"
+            f"(only in {CONFIG}: {_numbers(only_config)}; only in the names: {_numbers(only_named)}); "
+            f"is {CONFIG} of this checkpoint?"
         )
     for name in other_names:
         parsed = parse_mlp(name)
@@ -223,7 +231,8 @@ def _check_shapes(layers: list[Layer], config: ModelConfig | None) -> Model:
             if weight.shape != wanted:
                 raise SourceError(
                     f"{weight.name}: shape {list(weight.shape)}, {where} makes it {list(wanted)} "
-                    f"(hidden_size {hidden_size}, intermediate_size {intermediate_size})"
+                    f"(hidden_size {hidden_size}, intermediate_size {intermediate_size}); is {where} "
+                    "of this checkpoint?"
                 )
         _check_pair(layer.index, gate, up)
     return Model(

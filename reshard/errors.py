@@ -16,9 +16,15 @@ ReshardError                    1   something the user can mend; one line, no tr
 
 
 class ReshardError(Exception):
-    """Base of all errors that a user can cause; `exit_code` is what the command line ends with."""
+    """Base of all errors that a user can cause; `exit_code` is what the command line ends with.
+
+    The message is one printable line, whatever a file's names hold.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
 
 
 class SourceError(ReshardError):

@@ -163,7 +163,7 @@ def parse_manifest(raw: bytes, file: str = MANIFEST) -> Manifest:
     try:
         value: Any = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise ManifestError(f"{file}: not valid JSON: {error}") from error
+        raise ManifestError(f"{file}: not valid JSON: {error}; copy it again") from error
     version = value.get("schema") if isinstance(value, dict) else None
     if version != SCHEMA:
         raise ManifestError(
@@ -192,4 +192,7 @@ def _validate(model: type[_M], raw: bytes, file: str) -> _M:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise ManifestError(f"{file}: {where}: {first['msg']} (got {str(first['input'])[:80]!r})") from error
+        raise ManifestError(
+            f"{file}: {where}: {first['msg']} (got {str(first['input'])[:80]!r}); copy it again, or use the reshard "
+            "that wrote it"
+        ) from error

@@ -64,8 +64,7 @@ def merge(
             index = {"metadata": {"total_size": checkpoint.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
             folder.put(INDEX, (json.dumps(index, indent=2) + "\n").encode())
     finally:
-        for temporary, _ in temporaries:
-            temporary.unlink(missing_ok=True)
+        folder.remove_own_temporaries()
         folder.remove_if_created()
     return files
 

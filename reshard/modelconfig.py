@@ -50,6 +50,9 @@ def _dense_layers(config: Mapping[str, Any], layers: int) -> tuple[frozenset[int
     if types is not None:
         if not isinstance(types, list) or len(types) < layers:
             raise SourceError(f"{CONFIG}: mlp_layer_types is not a list of {layers} layers")
+        for kind in types:
+            if kind not in {"dense", "sparse"}:
+                raise SourceError(f"{CONFIG}: mlp_layer_types has {kind!r}; dense and sparse are known")
         return frozenset(i for i in every if types[i] == "dense"), "mlp_layer_types"
     experts = next((key for key in _EXPERT_COUNTS if config.get(key)), None)
     if experts is None:
@@ -77,8 +80,10 @@ def _deepseek(config: Mapping[str, Any], every: range) -> tuple[frozenset[int], 
 def _qwen(config: Mapping[str, Any], every: range) -> tuple[frozenset[int], str]:
     step = _number(config, "decoder_sparse_step", default=1)
     only = config.get("mlp_only_layers") or []
-    if not isinstance(only, list) or step < 1:
-        raise SourceError(f"{CONFIG}: mlp_only_layers {only!r} or decoder_sparse_step {step} makes no sense")
+    if not isinstance(only, list) or not all(type(i) is int for i in only):
+        raise SourceError(f"{CONFIG}: mlp_only_layers {only!r} is no list of layer numbers")
+    if step < 1:
+        raise SourceError(f"{CONFIG}: decoder_sparse_step {step} is no number from 1")
     dense = frozenset(i for i in every if i in only or (i + 1) % step != 0)
     return dense, f"mlp_only_layers = {only}, decoder_sparse_step = {step}"
 

@@ -9,6 +9,8 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 F32 = npt.NDArray[np.float32]
 
+_BF16_NAN = 0x7FC0
+
 _STORAGE: dict[str, type[np.generic]] = {
     "BF16": np.uint16,
     "F8_E4M3": np.uint8,
@@ -31,9 +33,16 @@ def bf16_to_f32(bits: Array) -> F32:
 
 
 def f32_to_bf16(values: F32) -> Array:
-    """Round finite values to the nearest BF16, ties to even."""
+    """Round to the nearest BF16, ties to even; whatever is no number becomes the one NaN 0x7FC0."""
     bits = values.view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    # A carry out of the lower half rounds up. Half of it is 0x8000, which an even upper half must stay short of.
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    rounded[np.isnan(values)] = _BF16_NAN
+    return rounded.astype(np.uint16)
 
 
 @cache

@@ -164,12 +164,12 @@ def _linear(
     for rule in linears[0].variant.tensors:
         tensors = [linear.tensors[rule.suffix] for linear in linears]
         name = f"{module}.{rule.suffix}"
-        cut, first = rule.cut(role), tensors[0]
+        cut, first, made = rule.cut(role), tensors[0], _stacked_conversion(tensors)
         if cut.dim is None:
             whole = Slice(first.name, first.shape, 0, 0, first.rows, 0)
             held = (whole,) if cut is Cut.REPLICATED or tp_rank == 0 else ()
             others = tuple(tensor.name for tensor in tensors[1:])
-            yield PlannedTensor(name, first.dtype, first.shape, held, others, first.conversion)
+            yield PlannedTensor(name, first.dtype, first.shape, held, others, made)
             continue
         unit = _unit(rule, linears[0], cut.dim)
         local, extent = -(-share // unit), first.shape[cut.dim]
@@ -181,7 +181,14 @@ def _linear(
         )
         shape = list(first.shape)
         shape[cut.dim] = local * len(tensors)
-        yield PlannedTensor(name, first.dtype, tuple(shape), slices, (), first.conversion)
+        yield PlannedTensor(name, first.dtype, tuple(shape), slices, (), made)
+
+
+def _stacked_conversion(tensors: Sequence[Tensor]) -> Conversion | None:
+    first = tensors[0].conversion
+    if first is None:
+        return None
+    return Conversion(first.rule, tuple(name for t in tensors if t.conversion for name in t.conversion.inputs))
 
 
 def _unit(rule: TensorRule, linear: Linear, dim: int) -> int:

@@ -52,10 +52,14 @@ def _from_description(file: str, types: Mapping[str, Any]) -> Declare:
             kinds.setdefault(kind, suffix)
         described = {name for name in types if name.startswith(f"{module}.")}
         for name in sorted(described - {f"{module}.{suffix}" for suffix in suffixes}):
-            raise SourceError(f"{name}: {file} names it ({types[name]}), and no file of the checkpoint holds it")
+            raise SourceError(
+                f"{name}: {file} names it ({types[name]}), and no file of the checkpoint holds it; download it again"
+            )
         if len(kinds) > 1:
             both = ", ".join(f"{suffix} {kind}" for kind, suffix in kinds.items())
-            raise SourceError(f"{module}: {file} gives its tensors different types: {both}")
+            raise SourceError(
+                f"{module}: {file} gives its tensors different types: {both}; is the file of this checkpoint?"
+            )
         return Declared(next(iter(kinds)), None, f"{file} ({next(iter(kinds))})")
 
     return declare
@@ -166,6 +170,9 @@ def _targets(group: Mapping[str, Any], module: str) -> bool:
 def _group_kind(group: Mapping[str, Any]) -> tuple[str, tuple[int, int] | None]:
     """The kind that a group's arguments make; one that no variant has is spelt out, to be refused by that name."""
     weights, inputs = group.get("weights") or {}, group.get("input_activations") or {}
+    for key, arguments in (("weights", weights), ("input_activations", inputs)):
+        if not isinstance(arguments, dict):
+            raise SourceError(f"{CONFIG}: a group of quantization_config has {key} that are no object")
     number = f"{weights.get('type')}{weights.get('num_bits')}"
     strategy = weights.get("strategy")
     dynamic = inputs.get("dynamic") if inputs else None

@@ -127,18 +127,22 @@ SCHEMES = tuple(dict.fromkeys(variant.scheme for variant in VARIANTS))
 KINDS = frozenset(variant.kind for variant in VARIANTS)
 
 
+def check_kind(module: str, declared: Declared) -> None:
+    """Raises SchemeError, by the name it is given, for a kind that no variant is of."""
+    if declared.kind not in KINDS:
+        raise SchemeError(
+            f"{module}: {declared.said_by} says {declared.kind}, which this version does not split; "
+            f"it knows {', '.join(sorted(KINDS))}"
+        )
+
+
 def match_variant(module: str, declared: Declared, found: Mapping[str, tuple[str, tuple[int, ...]]]) -> Variant:
-    """The variant that a linear's tensors (suffix -> dtype, shape) are.
+    """The variant of a known kind that a linear's tensors (suffix -> dtype, shape) are.
 
     Raises SchemeError naming the tensor where one is unknown, missing, of another type, or of another shape than
     the weight's calls for.
     """
     candidates = [variant for variant in VARIANTS if variant.kind == declared.kind]
-    if not candidates:
-        raise SchemeError(
-            f"{module}: {declared.said_by} says {declared.kind}, which this version does not split; "
-            f"it knows {', '.join(sorted(KINDS))}"
-        )
     variant = min(candidates, key=lambda candidate: len(candidate.suffixes ^ found.keys()))
     for suffix in sorted(found.keys() - variant.suffixes):
         raise SchemeError(
@@ -148,14 +152,14 @@ def match_variant(module: str, declared: Declared, found: Mapping[str, tuple[str
     for suffix in sorted(variant.suffixes - found.keys()):
         raise SchemeError(
             f"{module}.{suffix}: missing; {declared.said_by} makes the layer {variant.scheme}, and the checkpoint "
-            f"has only its {', '.join(sorted(found))}"
+            f"has only its {', '.join(sorted(found))}; download what is missing again"
         )
     for rule in variant.tensors:
         dtype = found[rule.suffix][0]
         if dtype not in rule.dtypes:
             raise SchemeError(
                 f"{module}.{rule.suffix}: is {dtype}, {declared.said_by} makes it {variant.scheme}, whose "
-                f"{rule.suffix} is {' or '.join(sorted(rule.dtypes))}"
+                f"{rule.suffix} is {' or '.join(sorted(rule.dtypes))}; is the file of this checkpoint?"
             )
     weight = found["weight"][1]
     if len(weight) != 2 or 0 in weight:
@@ -185,5 +189,6 @@ def _check_shape(
     if shape not in allowed:
         wanted = " or ".join(str(list(option)) for option in allowed)
         raise SchemeError(
-            f"{module}.{rule.suffix}: shape {list(shape)}, with a weight of {list(weight)} it must be {wanted}"
+            f"{module}.{rule.suffix}: shape {list(shape)}, with a weight of {list(weight)} it must be {wanted}; "
+            "download or quantise it again"
         )

@@ -194,6 +194,18 @@ _FOLDERS = [
         ("config.json", "'a'", "twice"),
         "again|remove|keep",
     ),
+    Case(
+        "config with half a surrogate pair",
+        config(model_type="\ud800"),
+        ("config.json", "'\\ud800'"),
+        AGAIN,
+    ),
+    Case(
+        "newline in an index's name",
+        edited_json(INDEX, lambda i: i["weight_map"].update({"a\nb": "c\x1bd"})),
+        (INDEX, "a\\nb", "c\\x1bd", "missing"),
+        AGAIN,
+    ),
     Case("config not an object", written("config.json", b"[]"), ("config.json", "list", "object"), AGAIN),
     Case(
         "config lacks a size",

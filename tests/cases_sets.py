@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from reshard.errors import AlignmentError, ManifestError, SchemeError
 from reshard.naming import shard_file
@@ -29,6 +30,12 @@ def unequal_scales(folder: Path) -> None:
     """gate's input_scale is 2.0, up's 3.0, as BF16."""
     values = {GATE: b"\x00\x40", UP: b"\x40\x40"}
     tensors(lambda every: every.update({f"{m}.input_scale": ("BF16", (1,), v) for m, v in values.items()}))(folder)
+
+
+def _entry(manifest: dict[str, Any], name: str) -> dict[str, Any]:
+    """The entry of layer 0's tensor in a manifest's first shard."""
+    found: list[dict[str, Any]] = manifest["shards"][0]["tensors"]
+    return next(tensor for tensor in found if tensor["name"] == f"model.layers.0.mlp.{name}")
 
 
 _CUTS = [
@@ -99,6 +106,29 @@ _SETS = [
         ("manifest.json", "[0]", "tp_size 2"),
         OTHER_VERSION,
         ManifestError,
+    ),
+    Case(
+        "set of more ranks than numbers",
+        edited_json("manifest.json", lambda m: m.update(tp_size=2**70)),
+        ("manifest.json", "[0, 1]", f"tp_size {2**70}"),
+        OTHER_VERSION,
+        ManifestError,
+    ),
+    Case(
+        "set with a shared value that no slice holds",
+        edited_json("manifest.json", lambda m: _entry(m, "gate_up_proj.input_scale").update(slices=[])),
+        ("manifest.json", f"{UP}.input_scale"),
+        OTHER_VERSION,
+        ManifestError,
+        Spec("modelslim_static"),
+    ),
+    Case(
+        "set with a slice of a dimension that is not there",
+        edited_json("manifest.json", lambda m: _entry(m, "gate_up_proj.deq_scale")["slices"][0].update(dim=1)),
+        ("manifest.json", f"{GATE}.deq_scale"),
+        OTHER_VERSION,
+        ManifestError,
+        Spec("modelslim_static"),
     ),
     Case("manifest not JSON", written("manifest.json", b"{"), ("manifest.json", "JSON"), AGAIN, ManifestError),
     Case(

@@ -24,11 +24,14 @@ ROOT = Path(__file__).parent.parent
 TIMEOUT = 60.0
 PAGE = 4096
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}\.tmp")
-KILL = "kill"
+KILL, INTERRUPT = "kill", "interrupt"
 
 
 class Steps:
-    """Records the steps below a folder and its parent; at the step named `at`, `action` is KILL or an errno's name."""
+    """Records the steps below a folder and its parent. What happens at the step named `at`:
+
+    KILL: the process dies; INTERRUPT: it gets what Ctrl-C sends and goes on; an errno's name: the call fails so.
+    """
 
     def __init__(self, folder: Path, at: str | None = None, action: str = KILL) -> None:
         self.labels: list[str] = []
@@ -91,6 +94,9 @@ class Steps:
             before_death()
             os.kill(os.getpid(), signal.SIGKILL)
             threading.Event().wait()  # another thread may be told of the signal first
+        if self._action == INTERRUPT:
+            os.kill(os.getpid(), signal.SIGINT)
+            return
         raise OSError(getattr(errno, self._action), os.strerror(getattr(errno, self._action)), str(path))
 
     def _name(self, path: Path) -> str | None:

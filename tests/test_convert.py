@@ -105,7 +105,7 @@ def test_the_bits_are_those_of_whole_tensors(
 ) -> None:
     """Also over 8 ranks: I/R = 64 is off the source's block grid, which the result no longer has."""
     wanted = reference(dense_only(build(tmp_path / "source", Spec(recipe))), weights, quant_format)
-    for tp in (1, 2, 8):
+    for tp in (1, 8):
         out = tmp_path / f"tp{tp}"
         split(tmp_path / "source", out, Cut(tp, layout, weights=weights, quant_format=quant_format))
         check_set(out, wanted, tp, 512 // tp, layout)
@@ -166,8 +166,9 @@ from pathlib import Path
 from reshard.prepare import Cut
 from tests.test_split_bytes import split
 folder = Path(sys.argv[1])
-for source, weights, quant_format in (line.split() for line in sys.argv[2:]):
-    split(folder / source, folder / "plain" / f"{source}-{weights}-{quant_format}", Cut(4, weights=weights, quant_format=quant_format))
+for line in sys.argv[2:]:
+    source, weights, quant_format = line.split()
+    split(folder / source, folder / "plain" / line, Cut(4, weights=weights, quant_format=quant_format))
 """
 
 
@@ -195,7 +196,7 @@ def test_another_processor_changes_nothing(
     tmp_path: Path, plain_processor: Path, source: str, weights: str, quant_format: str
 ) -> None:
     split(plain_processor / source, tmp_path / "out", Cut(4, weights=weights, quant_format=quant_format))
-    assert snapshot(tmp_path / "out") == snapshot(plain_processor / "plain" / f"{source}-{weights}-{quant_format}")
+    assert snapshot(tmp_path / "out") == snapshot(plain_processor / "plain" / f"{source} {weights} {quant_format}")
 
 
 @pytest.mark.parametrize("quant_format", FORMATS)

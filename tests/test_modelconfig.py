@@ -139,6 +139,7 @@ def test_sizes_must_be_whole_numbers(key: str, value: object) -> None:
         ({"mlp_layer_types": "dense"}, "mlp_layer_types"),
         ({"mlp_layer_types": ["dense"] * 7}, "mlp_layer_types is not a list of 8 layers"),
         ({"mlp_layer_types": ["dense"] * 7 + ["linear"]}, "'linear'"),
+        ({"num_hidden_layers": 1_000_000}, "num_hidden_layers is 1000000"),  # each layer costs memory
         ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers is -1"),
     ],
     ids=str,

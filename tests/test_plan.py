@@ -201,7 +201,7 @@ def plan_or_refusal(spec: Spec, tp: int, layout: str, pad: bool) -> Plan | None:
 # --- properties ---
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(specs(), st.integers(1, 9), LAYOUT, st.booleans())
 def test_each_rank_holds_what_the_table_says(spec: Spec, tp: int, layout: str, pad: bool) -> None:
     plan = plan_or_refusal(spec, tp, layout, pad)
@@ -220,7 +220,7 @@ def test_each_rank_holds_what_the_table_says(spec: Spec, tp: int, layout: str, p
             assert np.array_equal(got[name][1], elements), name
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(specs(), st.integers(1, 9), LAYOUT, st.booleans())
 def test_every_element_lands_once_or_once_per_rank(spec: Spec, tp: int, layout: str, pad: bool) -> None:
     plan = plan_or_refusal(spec, tp, layout, pad)
@@ -259,7 +259,7 @@ def tensors_in_file(header: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
     yield from entries.items()
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(specs(), st.integers(1, 9), LAYOUT, st.booleans())
 def test_file_order_and_alignment(spec: Spec, tp: int, layout: str, pad: bool) -> None:
     plan = plan_or_refusal(spec, tp, layout, pad)

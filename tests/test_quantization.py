@@ -220,7 +220,13 @@ def test_exceptions(key: str, quantization: dict[str, Any], name: str, excepted:
 
 @pytest.mark.parametrize(("key", "quantization"), EXCEPTIONS, ids=[f"{q['quant_method']}-{k}" for k, q in EXCEPTIONS])
 @pytest.mark.parametrize(
-    ("names", "says"), [("lm_head", "{key} is not a list of names"), ([1], "{key} is not a list"), (["re:("], "'re:('")]
+    ("names", "says"),
+    [
+        ("lm_head", "{key} is not a list of names"),
+        ([1], "{key} is not a list"),
+        (["re:("], "'re:('"),
+        (["re:a{99999999999}"], "'re:a{{"),
+    ],
 )
 def test_exceptions_that_are_none(key: str, quantization: dict[str, Any], names: object, says: str) -> None:
     with pytest.raises(SourceError) as caught:

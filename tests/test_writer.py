@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,30 @@ def test_a_source_that_fails_midway(
     assert snapshot(tmp_path / "new") == wanted
 
 
+@pytest.mark.parametrize("number", [2, 3, 4])
+def test_interrupted_while_the_work_is_dealt_out(
+    tmp_path: Path, source: Path, wanted: dict[str, bytes], number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some workers are at it when Ctrl-C comes before the last has its shard."""
+    real, dealt = ThreadPoolExecutor.submit, []
+
+    def submit(self: ThreadPoolExecutor, *work: Any) -> Any:
+        dealt.append(work)
+        if len(dealt) == number:
+            raise KeyboardInterrupt
+        return real(self, *work)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ThreadPoolExecutor, "submit", submit)
+        with pytest.raises(KeyboardInterrupt):
+            split(source, tmp_path / "out")
+    assert len(dealt) == number
+    there = snapshot(tmp_path / "out") if (tmp_path / "out").exists() else {}
+    assert [name for name in there if name.startswith(".")] == []
+    split(source, tmp_path / "out", resume=True)
+    assert snapshot(tmp_path / "out") == wanted
+
+
 # --- direct writes ---
 
 
@@ -353,8 +378,8 @@ def test_an_old_manifest_goes_before_the_first_new_shard(
 ) -> None:
     split(source, tmp_path / "out", tp=2)
     labels = recorded(source, tmp_path / "out", monkeypatch, overwrite=True)
-    first = min(place for place, label in enumerate(labels) if label.startswith("replace"))
+    first = min(place for place, label in enumerate(labels) if label.startswith("replace denseffn"))
     for name in (shard(0, 2), shard(1, 2)):
-        assert labels.index(f"fsync {name}~ #1") < labels.index("unlink manifest.json #1")
-    check_order(labels[: first + 1], "unlink manifest.json", "fsync .", "replace denseffn")
+        assert labels.index(f"fsync {name}~ #1") < labels.index("replace .manifest.json.replaced #1")
+    check_order(labels[: first + 1], "replace .manifest.json.replaced", "fsync .", "replace denseffn")
     check_order(labels[first:], "replace manifest.json", "fsync .")

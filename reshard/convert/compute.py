@@ -60,13 +60,18 @@ def _values_of(tensor: Tensor, suffix: str, rule: str, values: "_Values", scales
     if suffix == "weight_scale":
         return lambda top, bottom, left, right: scales.get()[top:bottom].to(_TORCH[tensor.dtype])
     if rule != QUANTISE:
-        return lambda *block: values.get(*block).to(_TORCH[tensor.dtype])
+        return lambda *block: _rounded(values.get(*block), _TORCH[tensor.dtype])
 
     def quantise(top: int, bottom: int, left: int, right: int) -> "torch.Tensor":
         scaled = values.get(top, bottom, left, right) / scales.get()[top:bottom]
         return scaled.round().clamp(-_INT8_MAX, _INT8_MAX).to(torch.int8)
 
     return quantise
+
+
+def _rounded(values: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
+    """To the nearest; which NaN the processor makes depends on the processor, so there is only one."""
+    return values.to(dtype).masked_fill_(values.isnan(), float("nan"))
 
 
 class _Computed:
@@ -149,8 +154,8 @@ class _RowScales:
                 f"{self._values.weight.name}: row {int(bad[0, 0])} holds {float(largest[bad[0, 0], 0])}; a weight that "
                 "is no number cannot be quantised"
             )
-        scales = torch.where(largest == 0, 1.0, largest / _INT8_MAX)  # a row of zeros: any scale will do
-        return scales.to(self._dtype).to(torch.float32)
+        scales = (largest / _INT8_MAX).to(self._dtype).to(torch.float32)
+        return torch.where(scales == 0, 1.0, scales)  # a row of zeros, or as good as: any scale will do
 
 
 def _load(reader: BlockReader, tensor: Tensor) -> "torch.Tensor":

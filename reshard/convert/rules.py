@@ -2,8 +2,8 @@
 
 bf16  each block- or channel-scaled weight becomes weight * scale, rounded to BF16.
 w8a8  each float weight becomes int8 with one scale per output channel over the full input dimension, symmetric:
-      scale = max|w| / 127, q = round(w / scale). As ModelSlim's W8A8_DYNAMIC (F32 scale, a zero offset) or as
-      compressed-tensors has it (BF16 scale, no offset).
+      scale = max|w| / 127 or, where that is 0, 1; q = round(w / scale). As ModelSlim's W8A8_DYNAMIC (F32 scale, a
+      zero offset) or as compressed-tensors has it (BF16 scale, no offset).
 
 A linear that already is what is asked for stays as it is, bit for bit.
 """
@@ -58,6 +58,11 @@ def _linear(linear: Linear, module: str, target: Variant) -> Linear:
     is_float = target.scheme == "bf16"
     if linear.variant == target and (not is_float or weight.dtype == "BF16"):
         return linear
+    if weight.conversion is not None:
+        raise SchemeError(
+            f"{module}: was made by {weight.conversion.rule} already, and converting twice rounds twice; convert what "
+            "it was made from"
+        )
     if scheme not in _WEIGHT_ONLY:
         raise SchemeError(
             f"{module}: is {linear.variant.kind} ({scheme}), which does not become {target.kind}; --weights converts "

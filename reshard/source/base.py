@@ -70,7 +70,7 @@ def parse_json_object(raw: bytes, file: str) -> dict[str, Any]:
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_pairs)
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{file}: not valid JSON: {error}") from error
+        raise SourceError(f"{file}: not valid JSON: {error}; copy or download it again") from error
     if not isinstance(value, dict):
-        raise SourceError(f"{file}: holds a {type(value).__name__}, a JSON object is wanted")
+        raise SourceError(f"{file}: holds a {type(value).__name__}, a JSON object is wanted; copy or download it again")
     return value

@@ -20,7 +20,7 @@ def read_checkpoint(source: Source) -> Checkpoint:
     index = _read_index(source, index_file) if index_file else None
     names = sorted(set(index.values())) if index is not None else [f for f in sorted(source.files()) if _is_weights(f)]
     if not names:
-        raise SourceError(f"{source.origin.name}: holds no safetensors file")
+        raise SourceError(f"{source.origin.name}: holds no safetensors file; give the folder that has the checkpoint's")
     headers = {name: read_header(source, name) for name in names}
     owners = _owners(headers)
     if index_file and index is not None:
@@ -82,10 +82,13 @@ def _side_files(source: Source) -> dict[str, bytes]:
 def _read_index(source: Source, file: str) -> dict[str, str]:
     weight_map = parse_json_object(read_file(source, file), file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise SourceError(f"{file}: has no weight_map")
+        raise SourceError(f"{file}: has no weight_map; copy or download it again")
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or PurePath(name).name != name or name in {"", ".", ".."}:
-            raise SourceError(f"{file}: {tensor} is said to be in {name!r}, which is no file name in this folder")
+            raise SourceError(
+                f"{file}: {tensor} is said to be in {name!r}, which is no file of this folder; put the file beside the "
+                "index, and its name into it"
+            )
         if name not in source.files():
             raise SourceError(f"{file}: {tensor} is said to be in {name}, which is missing; download it again")
     return weight_map
@@ -106,7 +109,9 @@ def _check_index(file: str, index: Mapping[str, str], headers: Mapping[str, Head
         if name not in headers[holder].tensors:
             found = owners.get(name)
             where = f"{found} holds it" if found else "no file holds it"
-            raise SourceError(f"{file}: {name} is said to be in {holder}, whose header lacks it; {where}")
+            raise SourceError(
+                f"{file}: {name} is said to be in {holder}, whose header lacks it; {where}: copy or download both again"
+            )
     for name, holder in owners.items():
         if name not in index and parse_dense(name):
             raise SourceError(f"{name}: stands in {holder}, and {file} does not name it; is the index of these files?")

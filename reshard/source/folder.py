@@ -18,6 +18,7 @@ from reshard.source.base import Bytes, Origin
 
 _MADV_POPULATE_READ = 22  # linux/mman.h, since 5.14
 _PAGE = mmap.PAGESIZE
+_WAY_OUT = "see to its owner, its mode and its disk"
 
 
 class FolderSource:
@@ -25,7 +26,7 @@ class FolderSource:
 
     def __init__(self, path: Path) -> None:
         if not path.exists():
-            raise SourceError(f"{path}: no such folder")
+            raise SourceError(f"{path}: no such folder; give the one that holds the checkpoint")
         if not path.is_dir():
             raise SourceError(f"{path}: not a folder; give the folder that holds the checkpoint's files")
         self.path = path
@@ -60,7 +61,7 @@ class FolderSource:
                     chunks.append(chunk)
                     start += len(chunk)
         except OSError as error:
-            raise SourceError(f"{self.path / file}: cannot be read: {error.strerror}") from error
+            raise SourceError(f"{self.path / file}: cannot be read: {error.strerror}; {_WAY_OUT}") from error
         if start < stop:
             raise SourceError(
                 f"{self.path / file}: ends at byte {start}, {stop} are wanted; it changed or is cut short"
@@ -120,7 +121,8 @@ class FolderSource:
                     with self._inside(file).open("rb") as stream:
                         mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
                 except (OSError, ValueError) as error:
-                    raise SourceError(f"{self.path / file}: cannot be mapped: {error}") from error
+                    reason = error.strerror if isinstance(error, OSError) else error
+                    raise SourceError(f"{self.path / file}: cannot be read: {reason}; {_WAY_OUT}") from error
                 self._maps[file] = np.frombuffer(mapped, np.uint8)
             return self._maps[file]
 

@@ -5,6 +5,8 @@ hold. https://github.com/huggingface/safetensors#format
 """
 
 import json
+import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,7 @@ from reshard.errors import HeaderError
 MAX_HEADER = 100_000_000  # the format's own limit
 LENGTH_BYTES = 8
 _MAX_BYTES = 2**63 - 1
+_MINUS_ZERO = re.compile(r"[\[,:\s]-0")  # Python reads it as 0, other readers as no whole number
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 
@@ -44,18 +47,17 @@ class Header:
 def header_length(prefix: bytes, file: str, file_size: int) -> int:
     """Length of the JSON, from the file's first 8 bytes. Raises HeaderError if the file cannot hold it."""
     if file_size == 0:
-        raise HeaderError(f"{file}: the file is empty; copy or download it again")
+        raise _refusal(file, "the file is empty")
     if file_size < LENGTH_BYTES:
-        raise HeaderError(f"{file}: {file_size} bytes, a safetensors file has at least 8; copy it again")
+        raise _refusal(file, f"{file_size} bytes, a safetensors file has at least {LENGTH_BYTES}")
     length = int.from_bytes(prefix[:LENGTH_BYTES], "little")
     if length > MAX_HEADER:
         raise HeaderError(
             f"{file}: the header claims {length} bytes, the format allows {MAX_HEADER}; is it a safetensors file?"
         )
     if LENGTH_BYTES + length > file_size:
-        raise HeaderError(
-            f"{file}: the header claims {length} bytes, the file has {file_size - LENGTH_BYTES} after its first 8; "
-            "it is cut short: copy it again"
+        raise _refusal(
+            file, f"the header claims {length} bytes, the file has {file_size - LENGTH_BYTES} after its first 8"
         )
     return length
 
@@ -65,7 +67,7 @@ def parse_header(raw: bytes, file: str, file_size: int) -> Header:
     entries = _entries(raw[LENGTH_BYTES:], file)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise HeaderError(f"{file}: __metadata__ is not a map of strings to strings")
+        raise _refusal(file, "__metadata__ is not a map of strings to strings")
     data_start = len(raw)
     tensors = {name: _tensor(entry, name, file, data_start) for name, entry in entries.items()}
     _check_layout(tensors, file, data_start, file_size)
@@ -103,40 +105,45 @@ def _entries(text: bytes, file: str) -> dict[str, Any]:
     try:
         decoded = text.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise HeaderError(f"{file}: the header is not UTF-8 (byte {error.start}); copy the file again") from error
+        raise _refusal(file, f"the header is not UTF-8 (byte {error.start})") from error
     try:
         entries = json.loads(decoded, object_pairs_hook=unique_pairs)
     except RecursionError as error:
-        raise HeaderError(f"{file}: the header is nested too deep to be one") from error
+        raise _refusal(file, "the header is nested too deep to be one") from error
     except ValueError as error:
-        raise HeaderError(f"{file}: the header is not valid JSON: {error}") from error
-    if not isinstance(entries, dict) or not decoded.startswith("{"):
-        raise HeaderError(f"{file}: the header is not a JSON object")
+        raise _refusal(file, f"the header is not valid JSON: {error}") from error
+    if "\\u" in decoded:
+        try:
+            json.dumps(entries, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:  # half of a surrogate pair, escaped: no text
+            raise _refusal(file, "the header holds an escape that is no character") from error
+    if _MINUS_ZERO.search(decoded) or not isinstance(entries, dict) or not decoded.startswith("{"):
+        raise _refusal(file, "the header is not a JSON object")
     return entries
 
 
 def _tensor(entry: Any, name: str, file: str, data_start: int) -> TensorInfo:
     if not isinstance(entry, dict) or entry.keys() != _FIELDS:
         got = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
-        raise HeaderError(f"{file}: {name}: the entry has {got}, the format wants dtype, shape, data_offsets")
+        raise _refusal(file, f"{name}: the entry has {got}, the format wants dtype, shape, data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     bits = BITS.get(dtype) if isinstance(dtype, str) else None
     if bits is None:
-        raise HeaderError(f"{file}: {name}: unknown dtype {dtype!r}; known are {', '.join(BITS)}")
+        raise HeaderError(f"{file}: {name}: unknown dtype {_short(dtype)}; known are {', '.join(BITS)}")
     if not _naturals(shape):
-        raise HeaderError(f"{file}: {name}: shape {shape!r} is not a list of numbers from 0")
+        raise _refusal(file, f"{name}: shape {_short(shape)} is not a list of numbers from 0")
     if not _naturals(offsets) or len(offsets) != 2:
-        raise HeaderError(f"{file}: {name}: data_offsets {offsets!r} is not two numbers from 0")
+        raise _refusal(file, f"{name}: data_offsets {_short(offsets)} is not two numbers from 0")
     start, stop = offsets
     total = bits
     for size in shape:
         total *= size
     if total > _MAX_BYTES:
-        raise HeaderError(f"{file}: {name}: shape {shape} of {dtype} overflows 64 bits")
+        raise _refusal(file, f"{name}: shape {_short(shape)} of {dtype} overflows 64 bits")
     if total % 8 or total // 8 != stop - start:
-        raise HeaderError(
-            f"{file}: {name}: shape {shape} of {dtype} is {total / 8:g} bytes, the offsets {offsets} hold "
-            f"{stop - start}"
+        size = total // 8 if total % 8 == 0 else total / 8
+        raise _refusal(
+            file, f"{name}: shape {_short(shape)} of {dtype} is {size} bytes, the offsets {offsets} hold {stop - start}"
         )
     return TensorInfo(dtype, tuple(shape), data_start + start, data_start + stop)
 
@@ -151,15 +158,24 @@ def _check_layout(tensors: Mapping[str, TensorInfo], file: str, data_start: int,
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if info.start != at:
             kind = "overlap" if info.start < at else "leave a hole"
-            raise HeaderError(
-                f"{file}: {name}: data begins at {info.start - data_start}, {before} ends at {at - data_start}: "
-                f"the tensors {kind}"
+            raise _refusal(
+                file,
+                f"{name}: data begins at {info.start - data_start}, {before} ends at {at - data_start}: the tensors "
+                f"{kind}",
             )
         at, before = info.stop, name
     if at > file_size:
-        raise HeaderError(
-            f"{file}: the tensors need {at} bytes, the file has {file_size}: it is cut short; copy it again "
-            f"(the last tensor is {before})"
+        raise _refusal(
+            file, f"the tensors, {before} the last, need {at} bytes, the file has {file_size}: it is cut short"
         )
     if at < file_size:
-        raise HeaderError(f"{file}: {file_size - at} bytes after the last tensor ({before}) belong to none")
+        raise _refusal(file, f"{file_size - at} bytes after the last tensor ({before}) belong to none")
+
+
+def _refusal(file: str, what: str) -> HeaderError:
+    return HeaderError(f"{file}: {what}; copy or download the file again")
+
+
+def _short(value: Any) -> str:
+    """A value of the file's as text that does not flood a terminal."""
+    return reprlib.repr(value)

@@ -4,10 +4,12 @@ from collections.abc import Iterable
 from dataclasses import replace
 from math import prod
 
+from blake3 import blake3
+
 from reshard.checkpoint import Checkpoint, Conversion, Identity, Model, Part, SourceFile, Tensor, describe_layers
 from reshard.dtypes import itemsize
 from reshard.errors import ManifestError, SourceError
-from reshard.manifest import Manifest, ShardTensor, Slice, parse_manifest
+from reshard.manifest import Manifest, ShardTensor, SideFile, Slice, parse_manifest
 from reshard.naming import CONFIG, MANIFEST, parse_shard_file
 from reshard.source.base import Source, parse_json_object, read_file, read_header
 from reshard.source.files import is_description
@@ -54,7 +56,7 @@ def read_shard_set(source: Source) -> Checkpoint:
     """Describe a shard set as the checkpoint it was cut from."""
     manifest = read_manifest(source)
     tensors = _assemble(source, manifest)
-    side_files = {file.name: read_file(source, file.name) for file in manifest.files}
+    side_files = {file.name: _side_file(source, file) for file in manifest.files}
     config = parse_json_object(side_files[CONFIG], CONFIG) if CONFIG in side_files else None
     description_file = next((name for name in side_files if is_description(name)), None)
     description = (
@@ -74,6 +76,14 @@ def read_shard_set(source: Source) -> Checkpoint:
     )
 
 
+def _side_file(source: Source, file: SideFile) -> bytes:
+    data = read_file(source, file.name)
+    digest = blake3(data).hexdigest()
+    if digest != file.blake3:
+        raise SourceError(f"{file.name}: BLAKE3 is {digest}, {MANIFEST} says {file.blake3}; copy it again")
+    return data
+
+
 def identity(manifest: Manifest) -> Identity:
     """What the set was first cut from."""
     source = manifest.source
@@ -86,12 +96,13 @@ def check_header(header: Header, tensors: Iterable[ShardTensor], file: str) -> N
     wanted = {tensor.name: (tensor.dtype, tuple(tensor.shape)) for tensor in tensors}
     for name in sorted(wanted.keys() ^ header.tensors.keys()):
         side = f"{MANIFEST} names it, the file lacks it" if name in wanted else f"the file has it, {MANIFEST} does not"
-        raise SourceError(f"{file}: {name}: {side}")
+        raise SourceError(f"{file}: {name}: {side}; copy the set again")
     for name, (dtype, shape) in wanted.items():
         info = header.tensors[name]
         if (info.dtype, info.shape) != (dtype, shape):
             raise SourceError(
-                f"{file}: {name}: is {info.dtype} {list(info.shape)}, {MANIFEST} says {dtype} {list(shape)}"
+                f"{file}: {name}: is {info.dtype} {list(info.shape)}, {MANIFEST} says {dtype} {list(shape)}; "
+                "copy the set again"
             )
 
 
@@ -104,9 +115,8 @@ def _assemble(source: Source, manifest: Manifest) -> dict[str, Tensor]:
         header = read_header(source, shard.file)
         check_header(header, shard.tensors, shard.file)
         for tensor in shard.tensors:
-            made = tensor.conversion
-            conversion = Conversion(made.rule, tuple(made.inputs)) if made else None
             for piece in tensor.slices:
+                conversion = _conversion(tensor, piece.tensor)
                 described = (tensor.dtype, tuple(piece.shape), conversion)
                 if shapes.setdefault(piece.tensor, described) != described:
                     raise ManifestError(f"{MANIFEST}: {piece.tensor} is described in two ways; the set is damaged")
@@ -123,6 +133,14 @@ def _assemble(source: Source, manifest: Manifest) -> dict[str, Tensor]:
     for name, original in aliases.items():
         found[name] = replace(found[original], name=name)
     return found
+
+
+def _conversion(tensor: ShardTensor, name: str) -> Conversion | None:
+    """The conversion of one of the linears that a shard tensor holds: its inputs are the linear's own."""
+    made, module = tensor.conversion, name.rpartition(".")[0]
+    if made is None:
+        return None
+    return Conversion(made.rule, tuple(i for i in made.inputs if i.rpartition(".")[0] == module))
 
 
 def _part(file: str, info: TensorInfo, piece: Slice) -> Part:

@@ -11,7 +11,8 @@ Shapes: T tokens, H hidden_size, I intermediate_size, L the rank's share of I; x
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -21,16 +22,27 @@ from reshard.errors import MismatchError
 from reshard.manifest import Manifest
 from reshard.naming import DOWN, GATE, GATE_UP, UP, module_name
 from reshard.source.base import Source
-from reshard.source.header import Header
+from reshard.source.header import Header, TensorInfo
 from reshard.verify.expect import expect, groups, misfits, read_headers
 from reshard.verify.finding import Finding
-from reshard.verify.reference import BLOCK_ELEMENTS, SCALES, Grid, LinearGrids, Reference, Values, scaled, stored_grid
+from reshard.verify.reference import (
+    BLOCK_ELEMENTS,
+    SCALES,
+    WORKERS,
+    Grid,
+    LinearGrids,
+    Reference,
+    Values,
+    scaled,
+    stored_grid,
+)
 
 Tick = Callable[[int], None]
 F64 = npt.NDArray[np.float64]
 
 _INT8_MIN, _INT8_MAX = -128, 127
 _OTHER_ROUNDINGS = 16
+_SERIAL_BLAS = 1 << 18  # multiplications; OpenBLAS: 4 * 65536
 _SILU_SLOPE = 1.1  # |d silu / dx| is at most 1.0998
 
 
@@ -142,19 +154,16 @@ def _rank_linears(
             raise MismatchError(f"{unfit.where}: {unfit.message}")
         for rank, tensors in expected.items():
             file = manifest.shards[rank].file
-            grids = {
-                tensor.name.rpartition(".")[2]: _shard_grid(shards, file, tensor.name, headers[rank])
-                for tensor in tensors
-            }
+            infos = [(tensor.name, headers[rank].tensors[tensor.name]) for tensor in tensors]
+            grids = {name.rpartition(".")[2]: _shard_grid(shards, file, name, info) for name, info in infos}
             ranks[rank][group.module] = LinearGrids(like.scheme, like.block, grids)
     return ranks
 
 
-def _shard_grid(shards: Source, file: str, name: str, header: Header) -> Grid:
-    info = header.tensors[name]
-    tensor = Tensor(name, info.dtype, info.shape, ())
-    part = Part(file, info.start, tensor.row_bytes, 0, 0, tensor.rows, tensor.row_bytes)
-    return stored_grid(shards, Tensor(name, info.dtype, info.shape, (part,)))
+def _shard_grid(shards: Source, file: str, name: str, info: TensorInfo) -> Grid:
+    bare = Tensor(name, info.dtype, info.shape, ())
+    part = Part(file, info.start, bare.row_bytes, 0, 0, bare.rows, bare.row_bytes)
+    return stored_grid(shards, replace(bare, parts=(part,)))
 
 
 def unsplit_layer(linears: Mapping[str, LinearGrids], x_HT: F64, tick: Tick) -> _Sum:
@@ -209,8 +218,8 @@ def _apply_dynamic(linear: LinearGrids, x: _Sum, tick: Tick, is_down: bool, with
         levels = np.rint(x.value / step)
         x = _Sum(levels, np.abs(levels))
     offset = tensors.get("weight_offset")
-    scale = _column(tensors["weight_scale"])
     total = _product(tensors["weight"], _levels(tensors["weight"], offset), x, tick, with_terms)
+    scale = _column(tensors["weight_scale"])  # after the weight: where it is computed, it is known by then
     if not is_down:
         scale = scale * step
     return _Sum(total.value * scale, total.terms * np.abs(scale))
@@ -242,13 +251,32 @@ def _product(weight: Grid, values: Values, x: _Sum, tick: Tick, with_terms: bool
     """W x, [out, T], a few rows at a time: a whole matrix in float64 is 1 GB."""
     shape = (weight.rows, x.value.shape[1])
     value, terms = np.empty(shape), np.zeros(shape)
-    for top, bottom in weight.blocks(weight.columns, BLOCK_ELEMENTS):
-        block = values(top, bottom).astype(np.float64)
-        np.matmul(block, x.value, out=value[top:bottom])
-        if with_terms:
-            np.matmul(np.abs(block, out=block), x.terms, out=terms[top:bottom])
-        tick((bottom - top) * weight.row_bytes // 2)
+
+    def multiply(top: int, bottom: int) -> int:
+        with np.errstate(all="ignore"):  # a thread has its own
+            block = values(top, bottom).astype(np.float64)
+            _matmul(block, x.value, value[top:bottom])
+            if with_terms:
+                _matmul(np.abs(block, out=block), x.terms, terms[top:bottom])
+        return (bottom - top) * weight.row_bytes
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for nbytes in pool.map(multiply, *zip(*weight.blocks(weight.columns, BLOCK_ELEMENTS), strict=True)):
+            tick(nbytes // 2)
     return _Sum(value, terms)
+
+
+def _matmul(block: F64, x: F64, out: F64) -> None:
+    """Multiply [n, in] by [in, T] in products so small that the BLAS library starts no threads of its own for them.
+
+    Its threads wait for one another in a loop, which on a busy host takes many times as long as the product.
+    """
+    height = max(1, _SERIAL_BLAS // x.size)
+    whole = len(block) // height * height
+    if whole:
+        np.matmul(block[:whole].reshape(-1, height, len(x)), x, out=out[:whole].reshape(-1, height, x.shape[1]))
+    if whole < len(block):
+        np.matmul(block[whole:], x, out=out[whole:])
 
 
 def _levels(weight: Grid, offset: Grid | None) -> Values:

@@ -6,6 +6,7 @@ and converted values are computed in numpy, where the writer uses torch. float32
 Shapes: [out, in] is a linear's weight, n rows of it are [n, in]; (b, k) is its scale block.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,7 @@ from reshard.source.base import Bytes, Source
 
 BLOCK_BYTES = 1 << 20
 BLOCK_ELEMENTS = 1 << 18  # of computed values: their float32 and float64 copies fit into a core's cache
+WORKERS = min(8, len(os.sched_getaffinity(0)))  # each at its own block: memory stays at WORKERS times a few MB
 
 SCALES = ("weight_scale_inv", "weight_scale")
 _INT8_MAX = np.float32(127)
@@ -208,9 +210,10 @@ class _Quantised:
         values = self._values(top, bottom)
         # max|w| without a copy of |w|
         largest = np.maximum(values.max(axis=1, keepdims=True), -values.min(axis=1, keepdims=True))
-        scales = np.where(largest == 0, np.float32(1), largest / _INT8_MAX)
+        scales = largest / _INT8_MAX
         if self._form == "BF16":
             scales = to_f32(f32_to_bf16(scales), "BF16")
+        scales = np.where(scales == 0, np.float32(1), scales)
         self._scales[top:bottom] = scales
         values /= scales
         np.rint(values, out=values)

@@ -4,8 +4,11 @@ What each shard tensor must hold comes from reshard.verify.expect, what the sour
 reshard.verify.reference: nothing of the code that made the set is trusted, nor the slices that its manifest records.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -19,12 +22,14 @@ from reshard.source.base import Bytes, Source
 from reshard.source.header import Header, TensorInfo
 from reshard.verify.expect import Expected, Group, Piece, expect, groups, misfits, read_headers
 from reshard.verify.finding import Finding
-from reshard.verify.reference import BLOCK_BYTES, BLOCK_ELEMENTS, Grid, LinearGrids, Reference
+from reshard.verify.reference import BLOCK_BYTES, BLOCK_ELEMENTS, WORKERS, Grid, LinearGrids, Reference
 
 Tick = Callable[[int], None]
+_Compared = tuple[list[Finding], int]
+"""What differs, and the shard bytes that were looked at."""
+_Step = Callable[[], _Compared]
 
 
-@np.errstate(all="ignore")  # a wrong source may hold what is no number: a finding, not a warning
 def compare_with_source(
     shards: Source, manifest: Manifest, source: Source, checkpoint: Checkpoint, tick: Tick = lambda n: None
 ) -> list[Finding]:
@@ -113,8 +118,7 @@ def _compare_group(
     tick: Tick,
 ) -> list[Finding]:
     """A module's tensors in all shards: each row of the source is fetched once, and compared wherever it went."""
-    unfit = list(misfits(manifest, headers, expected))
-    found = {finding.where: finding for finding in unfit}
+    found = {finding.where: finding for finding in misfits(manifest, headers, expected)}
     targets = []
     for rank, tensors in expected.items():
         file = manifest.shards[rank].file
@@ -123,62 +127,76 @@ def _compare_group(
                 info = headers[rank].tensors[tensor.name]
                 row_bytes = (info.stop - info.start) // (tensor.shape[0] if tensor.shape else 1)
                 targets += [_Target(file, tensor.name, info, row_bytes, piece) for piece in tensor.pieces]
-    for linear in linears:
-        for grid in linear.tensors.values():
-            own = [target for target in targets if target.piece.grid is grid]
-            size = BLOCK_ELEMENTS if grid.made_by else BLOCK_BYTES
-            for top, bottom in grid.blocks(grid.columns if grid.made_by else grid.row_bytes, size):
-                rows = grid.fetch(top, bottom)
-                for target in own:
-                    _compare(shards, target, grid, rows, top, found, tick)
-    for target in targets:
-        if target.piece.grid is None:
-            _compare_zeros(shards, target, found, tick)
+    steps = itertools.chain(
+        (partial(_compare, shards, targets, *step) for linear in linears for step in _steps(linear)),
+        (partial(_compare_zeros, shards, target) for target in targets if target.piece.grid is None),
+    )
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for differences, nbytes in pool.map(_run, steps):
+            for difference in differences:  # in the order of the steps: a tensor's first one stays
+                found.setdefault(difference.where, difference)
+            tick(nbytes)
     return list(found.values())
 
 
-def _compare(
-    shards: Source, target: _Target, grid: Grid, rows: Bytes, top: int, found: dict[str, Finding], tick: Tick
-) -> None:
-    """A piece against the part of it that rows [top, top + n) of its source tensor make."""
-    piece, size = target.piece, target.itemsize
-    first, last = max(top, piece.from_row), min(top + len(rows), piece.from_row + piece.rows)
-    if first >= last or piece.columns == 0:
-        return
-    row = piece.row + first - piece.from_row  # in the shard
-    got = target.fetch(shards, row, row + last - first)
-    left = piece.from_column * size
-    wanted = rows[first - top : last - top, left : left + piece.columns * size]
-    if target.where not in found and not np.array_equal(got, wanted):
-        at, column = _first_difference(got, wanted, size)
-        made = f", by {grid.made_by}" if grid.made_by else ""
-        found[target.where] = Finding(
-            "bytes",
-            target.where,
-            f"row {row + at}, column {piece.column + column} is {_shown(got, at, column, target.info.dtype)}, must be "
-            f"{_shown(wanted, at, column, target.info.dtype)}: {grid.name} row {first + at}, column "
-            f"{piece.from_column + column}{made}",
-        )
-    tick(got.size)
+def _run(step: _Step) -> _Compared:
+    """Take a step. A wrong source may hold what is no number: a finding, not a warning."""
+    with np.errstate(all="ignore"):
+        return step()
 
 
-def _compare_zeros(shards: Source, target: _Target, found: dict[str, Finding], tick: Tick) -> None:
+def _steps(linear: LinearGrids) -> Iterator[tuple[Grid, int, int]]:
+    """Row ranges of a linear's tensors."""
+    for grid in linear.tensors.values():
+        size = (grid.columns, BLOCK_ELEMENTS) if grid.made_by else (grid.row_bytes, BLOCK_BYTES)
+        for top, bottom in grid.blocks(*size):
+            yield grid, top, bottom
+
+
+def _compare(shards: Source, targets: Sequence[_Target], grid: Grid, top: int, bottom: int) -> _Compared:
+    """Rows top..bottom of a source tensor, with each place that they or a part of them went to."""
+    rows = grid.fetch(top, bottom)
+    differences, nbytes = [], 0
+    for target in targets:
+        piece, size = target.piece, target.itemsize
+        first, last = max(top, piece.from_row), min(bottom, piece.from_row + piece.rows)
+        if piece.grid is not grid or first >= last or piece.columns == 0:
+            continue
+        row = piece.row + first - piece.from_row  # in the shard
+        got = target.fetch(shards, row, row + last - first)
+        left = piece.from_column * size
+        wanted = rows[first - top : last - top, left : left + piece.columns * size]
+        nbytes += got.size
+        if not np.array_equal(got, wanted):
+            at, column = _first_difference(got, wanted, size)
+            made = f", by {grid.made_by}" if grid.made_by else ""
+            message = (
+                f"row {row + at}, column {piece.column + column} is {_shown(got, at, column, target.info.dtype)}, must "
+                f"be {_shown(wanted, at, column, target.info.dtype)}: {grid.name} row {first + at}, column "
+                f"{piece.from_column + column}{made}"
+            )
+            differences.append(Finding("bytes", target.where, message))
+    return differences, nbytes
+
+
+def _compare_zeros(shards: Source, target: _Target) -> _Compared:
     """A piece that no source tensor fills."""
-    piece, size = target.piece, target.itemsize
+    piece = target.piece
+    nbytes = 0
     if piece.columns == 0:
-        return
+        return [], 0
     height = max(1, BLOCK_BYTES // target.row_bytes)
     for row in range(piece.row, piece.row + piece.rows, height):
         got = target.fetch(shards, row, min(row + height, piece.row + piece.rows))
-        if target.where not in found and got.any():
-            at, column = _first_difference(got, np.zeros_like(got), size)
-            found[target.where] = Finding(
-                "bytes",
-                target.where,
+        nbytes += got.size
+        if got.any():
+            at, column = _first_difference(got, np.zeros_like(got), target.itemsize)
+            message = (
                 f"row {row + at}, column {piece.column + column} is {_shown(got, at, column, target.info.dtype)}, must "
-                "be 0: nothing of the source belongs there",
+                "be 0: nothing of the source belongs there"
             )
-        tick(got.size)
+            return [Finding("bytes", target.where, message)], nbytes
+    return [], nbytes
 
 
 def _first_difference(got: Bytes, wanted: Bytes, size: int) -> tuple[int, int]:

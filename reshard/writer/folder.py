@@ -17,6 +17,7 @@ from reshard.writer.lock import LOCK_FILE
 
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}\.tmp")
 _RECORD_ENDING = ".record.json"
+REPLACED = f".{MANIFEST}.replaced"
 _RESERVE = 1 << 20  # for the manifest, records and folder entries
 
 
@@ -27,9 +28,13 @@ def record_file(shard: str) -> str:
 
 @dataclass(frozen=True)
 class Contents:
-    """What stands in an output folder: the manifest or not, shards by (rank, size), temporary files."""
+    """What stands in an output folder.
+
+    finished: the manifest is there; replaced: an overwrite was cut off between two sets; shards: (rank, size).
+    """
 
     finished: bool
+    replaced: bool
     shards: frozenset[tuple[int, int]]
     temporaries: tuple[str, ...]
     foreign: tuple[str, ...]
@@ -41,6 +46,7 @@ class OutputFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._created: list[Path] = []
+        self._temporaries: list[Path] = []
 
     def contents(self) -> Contents:
         """Look at what is there. Raises OutputError if it is no folder."""
@@ -53,6 +59,7 @@ class OutputFolder:
         shards = frozenset(parsed for name in names if (parsed := parse_shard_file(name)))
         return Contents(
             finished=MANIFEST in names and bool(shards),
+            replaced=REPLACED in names,
             shards=shards,
             temporaries=tuple(name for name in names if _TEMPORARY.fullmatch(name)),
             foreign=tuple(name for name in names if not (_is_ours(name) or (shards and _is_side_file(name)))),
@@ -90,29 +97,31 @@ class OutputFolder:
 
     def temporary(self, name: str) -> Path:
         """A path of its own for a file that will be called `name`."""
-        return self.path / f".{name}.{secrets.token_hex(8)}.tmp"
+        path = self.path / f".{name}.{secrets.token_hex(8)}.tmp"
+        self._temporaries.append(path)
+        return path
 
-    def remove_temporaries(self, ranks: Collection[int] | None) -> None:
-        """Remove what killed runs left of these ranks (None: of any)."""
+    def remove_own_temporaries(self) -> None:
+        """Remove what `temporary` named and nothing was made of."""
+        while self._temporaries:
+            self._temporaries.pop().unlink(missing_ok=True)
+
+    def remove_temporaries(self, ranks: Collection[int | None] | None) -> None:
+        """Remove what killed runs left of these ranks, None among them for what is of no rank; with None, all of it."""
         for name in self.contents().temporaries:
             match = _TEMPORARY.fullmatch(name)
-            parsed = parse_shard_file(match[1]) if match else None
-            if ranks is None or (parsed and parsed[0] in ranks):
+            rank = _rank_of(match[1]) if match else None
+            if ranks is None or rank in ranks:
                 (self.path / name).unlink(missing_ok=True)
 
     def put(self, name: str, data: bytes) -> None:
         """A small file: written aside, made durable, renamed."""
         temporary = self.temporary(name)
-        try:
-            with temporary.open("xb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            temporary.replace(self.path / name)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        self.sync()
+        with temporary.open("xb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        self.commit(temporary, name)
 
     def commit(self, temporary: Path, name: str) -> None:
         """Give a durable file its name."""
@@ -121,9 +130,13 @@ class OutputFolder:
 
     def remove_stale(self, keep: Collection[str]) -> None:
         """Remove records, and what a set of another size or source left."""
-        self.remove(
-            [n for n in os.listdir(self.path) if (_is_shard_or_record(n) or _is_side_file(n)) and n not in keep]
-        )
+        ours = [n for n in os.listdir(self.path) if n == REPLACED or _is_side_file(n) or _rank_of(n) is not None]
+        self.remove([name for name in ours if name not in keep])
+
+    def take_manifest_away(self) -> None:
+        """From here on the set is one that is being replaced: no reader takes it, and `--resume` finishes it."""
+        (self.path / MANIFEST).replace(self.path / REPLACED)
+        self.sync()
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove files, durably."""
@@ -145,12 +158,14 @@ def _is_side_file(name: str) -> bool:
 
 
 def _is_ours(name: str) -> bool:
-    return name in {MANIFEST, LOCK_FILE} or bool(_TEMPORARY.fullmatch(name)) or _is_shard_or_record(name)
+    return name in {MANIFEST, REPLACED, LOCK_FILE} or bool(_TEMPORARY.fullmatch(name)) or _rank_of(name) is not None
 
 
-def _is_shard_or_record(name: str) -> bool:
+def _rank_of(name: str) -> int | None:
+    """The rank that a shard or a record is of."""
     shard = name.removesuffix(_RECORD_ENDING) + ".safetensors" if name.endswith(_RECORD_ENDING) else name
-    return parse_shard_file(shard) is not None
+    parsed = parse_shard_file(shard)
+    return parsed[0] if parsed else None
 
 
 @contextlib.contextmanager

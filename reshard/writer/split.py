@@ -7,7 +7,7 @@ when every rank's is there, the manifest takes the records over and the set is c
 import os
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,6 +74,7 @@ def write_shards(prepared: Prepared, out: Path, options: SplitOptions, tick: Tic
             folder.remove_temporaries(options.ranks)
             return _Run(prepared, folder, options, tick).run(ranks, lock)
     finally:
+        folder.remove_own_temporaries()
         folder.remove_if_created()
 
 
@@ -93,7 +94,7 @@ def _check_folder(folder: OutputFolder, plan: Plan, ranks: Collection[int], opti
     if contents.finished and not options.resume:
         raise OutputError(f"{folder.path}: holds a finished shard set; choose another folder, or --overwrite it")
     other = sorted(size for _, size in contents.shards if size != plan.tp_size)
-    if other:
+    if other and not (options.resume and contents.replaced):
         raise OutputError(
             f"{folder.path}: holds shards of tp {other[0]}, this split is for tp {plan.tp_size}; choose another "
             "folder, or --overwrite it"
@@ -140,32 +141,25 @@ class _Run:
         """Write shards with several threads. What is not finished when one fails is removed."""
         durable: list[tuple[Path, Shard]] = []  # written and not yet under their names
         written: list[Shard] = []
+        futures: list[Future[tuple[Path, Shard]]] = []
         with ThreadPoolExecutor(self._options.workers, thread_name_prefix="reshard") as pool:
-            futures = [pool.submit(self._write_shard, shard) for shard in todo]
             try:
+                futures += [pool.submit(self._write_shard, shard) for shard in todo]
                 for future in as_completed(futures):
                     durable.append(future.result())
                     if not staged:
                         written.append(self._commit(*durable.pop()))
-                if staged:
-                    self._folder.remove([MANIFEST])
-                    while durable:
-                        written.append(self._commit(*durable.pop()))
-            except BaseException as error:
+            except BaseException:
                 self._stop.set()
-                failures = [error]
-                for future in futures:
-                    if future.cancel():
-                        continue
-                    failure = future.exception()
-                    if failure is not None:
-                        failures.append(failure)
-                    else:
-                        durable.append(future.result())
-                for temporary, _ in durable:
-                    temporary.unlink(missing_ok=True)
+                pool.shutdown(cancel_futures=True)
                 # What stopped the first worker, not how the others took it.
-                raise next((f for f in failures if not isinstance(f, _Cancelled)), error) from None
+                for future in futures:
+                    if not future.cancelled() and not isinstance(future.exception(), _Cancelled | None):
+                        future.result()
+                raise
+        if staged:
+            self._folder.take_manifest_away()
+        written += [self._commit(temporary, shard) for temporary, shard in durable]
         return sorted(written, key=lambda shard: shard.tp_rank)
 
     def _write_shard(self, planned: PlannedShard) -> tuple[Path, Shard]:
@@ -225,6 +219,7 @@ class _Run:
         missing = tuple(rank for rank in range(self._plan.tp_size) if rank not in shards)
         if missing:
             return missing
+        self._folder.remove_temporaries((None,))
         for name, data in sorted(self._checkpoint.side_files.items()):
             self._folder.put(name, data)
         ordered = [shards[rank] for rank in range(self._plan.tp_size)]

@@ -107,12 +107,13 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Identity:
-    """Where the weights come from; a re-cut keeps the identity of what was first cut."""
+    """Where the weights come from; a re-cut keeps the identity of what was first cut, its sample too."""
 
     kind: Literal["folder", "hub"]
     name: str
     commit: str | None
     files: tuple[SourceFile, ...]
+    sample: str | None = None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from reshard.naming import MANIFEST, shard_file
 
 SCHEMA = "denseffn-shards/1"
 
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="BLAKE3, hex")]
+_HEX = r"^[0-9a-f]{64}$"
+Digest = Annotated[str, Field(pattern=_HEX, description="BLAKE3, hex")]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 FileName = Annotated[str, Field(pattern=r"^[^/\\]+$", description="a name without folders")]
@@ -69,6 +70,7 @@ class Source(_Strict):
     kind: Literal["folder", "hub"]
     name: str
     commit: str | None
+    sample_blake3: Annotated[str, Field(pattern=_HEX, description="BLAKE3 of some bytes of every DenseFFN tensor")]
     files: list[SourceFile]
 
 

@@ -1,19 +1,19 @@
 """From a source to all that a split needs; everything that can be refused is refused here, with nothing written."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+from blake3 import blake3
 
 from reshard.blocks import BlockReader, StoredReader
-from reshard.checkpoint import Checkpoint, Tensor
+from reshard.checkpoint import Checkpoint
 from reshard.convert.rules import KEEP, converted
 from reshard.digests import file_digest
 from reshard.errors import SourceError
 from reshard.naming import MANIFEST
 from reshard.plan import Plan, make_plan
-from reshard.record import fingerprint
 from reshard.shared_values import check_shared_values
 from reshard.source.base import Source
 from reshard.source.open import describe
@@ -35,12 +35,16 @@ class Cut:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A cut that can be written. `fingerprint` is what the shards of one set share."""
+    """A cut that can be written.
+
+    sample: BLAKE3 of some bytes of every source tensor. Files of one shape have one header whatever they hold; this
+    tells them apart without reading them.
+    """
 
     checkpoint: Checkpoint
     plan: Plan
     readers: Mapping[str, BlockReader]
-    fingerprint: str
+    sample: str
 
 
 def prepare(source: Source, cut: Cut) -> Prepared:
@@ -51,8 +55,7 @@ def prepare(source: Source, cut: Cut) -> Prepared:
     readers = make_readers(source, stored, checkpoint)
     if cut.layout == "fused":
         check_shared_values(checkpoint, lambda tensor: readers[tensor.name])
-    samples = _samples(stored, lambda tensor: StoredReader(source, tensor))
-    return Prepared(checkpoint, plan, readers, fingerprint(checkpoint, plan, samples))
+    return Prepared(checkpoint, plan, readers, stored.identity.sample or _sample(source, stored))
 
 
 def make_readers(source: Source, stored: Checkpoint, checkpoint: Checkpoint) -> dict[str, BlockReader]:
@@ -88,12 +91,14 @@ def ranges(checkpoint: Checkpoint) -> list[tuple[str, int, int]]:
     ]
 
 
-def _samples(checkpoint: Checkpoint, reader: Callable[[Tensor], BlockReader]) -> Iterator[bytes]:
-    """Some bytes of every tensor: blocks at its start, its middle and its end."""
-    for tensor in checkpoint.tensors():
+def _sample(source: Source, checkpoint: Checkpoint) -> str:
+    """Blocks at each tensor's start, middle and end, in the order of the names: the same however files divide them."""
+    hasher = blake3()
+    for tensor in sorted(checkpoint.tensors(), key=lambda tensor: tensor.name):
         rows, width = min(tensor.rows, _SAMPLE_ROWS), min(tensor.row_bytes, _SAMPLE_BYTES)
         below, beside = tensor.rows - rows, tensor.row_bytes - width
         for row, column in ((0, 0), (below // 2, beside // 2), (below, beside)):
             out = np.empty((rows, width), np.uint8)
-            reader(tensor).read(out, row, column)
-            yield out.tobytes()
+            StoredReader(source, tensor).read(out, row, column)
+            hasher.update(out.data)
+    return hasher.hexdigest()

@@ -28,9 +28,9 @@ from reshard.plan import Plan, PlannedShard, PlannedTensor
 _UNQUANTISED = "bf16"
 
 
-def make_manifest(checkpoint: Checkpoint, plan: Plan, shards: Sequence[Shard]) -> Manifest:
-    """The manifest of a set whose shards are all there, by rank."""
-    return Manifest(shards=list(shards), **_frame(checkpoint, plan))
+def make_manifest(checkpoint: Checkpoint, plan: Plan, sample: str, shards: Sequence[Shard]) -> Manifest:
+    """The manifest of a set whose shards are all there, by rank. sample: see Prepared."""
+    return Manifest(shards=list(shards), **_frame(checkpoint, plan, sample))
 
 
 def make_shard(planned: PlannedShard, size: int, digest: str, digests: Iterable[str]) -> Shard:
@@ -67,20 +67,13 @@ def scheme_name(layers: Iterable[Layer]) -> str:
     return next(iter(quantised or schemes))
 
 
-def fingerprint(checkpoint: Checkpoint, plan: Plan, samples: Iterable[bytes]) -> str:
-    """What two shards must share to belong to one set: all of the manifest but the shards, and the source's bytes.
-
-    samples: some bytes of every source tensor, since files of one shape have one header whatever they hold.
-    """
-    hasher = blake3()
-    frame = Manifest.model_construct(shards=[], **_frame(checkpoint, plan))
-    hasher.update(frame.to_json())
-    for sample in samples:
-        hasher.update(sample)
-    return hasher.hexdigest()
+def fingerprint(checkpoint: Checkpoint, plan: Plan, sample: str) -> str:
+    """What the shards of one set share: all of the manifest but the shards."""
+    frame = Manifest.model_construct(shards=[], **_frame(checkpoint, plan, sample))
+    return blake3(frame.to_json()).hexdigest()
 
 
-def _frame(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
+def _frame(checkpoint: Checkpoint, plan: Plan, sample: str) -> dict[str, Any]:
     """Every field of the manifest but the shards."""
     model, identity = checkpoint.model, checkpoint.identity
     return {
@@ -109,6 +102,7 @@ def _frame(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
             kind=identity.kind,
             name=identity.name,
             commit=identity.commit,
+            sample_blake3=sample,
             files=[SourceFile(name=f.name, size=f.size, header_blake3=f.header_digest) for f in identity.files],
         ),
         "files": [

@@ -81,7 +81,7 @@ def test_killed_at_every_step(server: Server, tmp_path: Path, workers: int) -> N
         outcome = server.run(Job(tmp_path / "source", out, CUT, options, at=label))
         assert outcome.killed, f"{label}: {outcome}"
         check_left(files_in(out), wanted)
-        resumed, _ = finished(server, Job(tmp_path / "source", out, CUT, {**options, "resume": True}), label)
+        finished(server, Job(tmp_path / "source", out, CUT, {**options, "resume": True}), label)
         assert snapshot(out) == wanted, f"killed at {label}"
         shutil.rmtree(out)
 
@@ -123,7 +123,7 @@ def test_a_run_of_some_ranks_killed_at_every_step(server: Server, tmp_path: Path
         shutil.copytree(begun, out)
         assert server.run(Job(tmp_path / "source", out, cut, {"ranks": ranks}, at=label)).killed, label
         check_left(files_in(out), wanted)
-        resumed, _ = finished(server, Job(tmp_path / "source", out, cut, {"ranks": ranks, "resume": True}), label)
+        finished(server, Job(tmp_path / "source", out, cut, {"ranks": ranks, "resume": True}), label)
         assert snapshot(out).keys() == wanted.keys(), f"killed at {label}"
         assert snapshot(out) == wanted, f"killed at {label}"
         shutil.rmtree(out)

@@ -40,7 +40,7 @@ def split(
     """Cut SRC's DenseFFN weights into one shard per rank, with a manifest."""
     output = Output(form, quiet=quiet, debug=debug)
     with output.errors():
-        from reshard.errors import UsageError
+        from reshard.errors import OutputError, UsageError
         from reshard.prepare import Cut, check_set_digests, prepare, ranges
         from reshard.source.open import open_source
         from reshard.writer.split import DEFAULT_WORKERS, SplitOptions, write_shards
@@ -49,6 +49,8 @@ def split(
             raise UsageError("--resume keeps what is there, --overwrite replaces it: give one of them")
         if revision is not None:
             raise UsageError(f"--revision {revision}: {source} is a folder, which has no revisions")
+        if Path(source).resolve() == out.resolve():
+            raise OutputError(f"{out}: is the source itself; choose another folder for the shards")
         chosen = _parse_ranks(ranks, tp)
         threads = workers or DEFAULT_WORKERS
         with open_source(source) as opened:

@@ -69,7 +69,8 @@ def _linear(linear: Linear, module: str, target: Variant) -> Linear:
             f"{', '.join(sorted(_WEIGHT_ONLY))}: leave it at --weights keep"
         )
     rule = QUANTISE if not is_float else CAST if scheme == "bf16" else DEQUANTISE
-    conversion = Conversion(rule, tuple(tensor.name for tensor in linear.tensors.values()))
+    inputs = tuple(linear.tensors[tensor.suffix].name for tensor in linear.variant.tensors)
+    conversion = Conversion(rule, inputs)
     out_features = weight.shape[0]
     forms = {
         "weight": ("BF16" if is_float else "I8", weight.shape),

@@ -88,7 +88,7 @@ def identity(manifest: Manifest) -> Identity:
     """What the set was first cut from."""
     source = manifest.source
     files = tuple(SourceFile(file.name, file.size, file.header_blake3) for file in source.files)
-    return Identity(source.kind, source.name, source.commit, files)
+    return Identity(source.kind, source.name, source.commit, files, source.sample_blake3)
 
 
 def check_header(header: Header, tensors: Iterable[ShardTensor], file: str) -> None:

@@ -62,7 +62,7 @@ class OutputFolder:
             replaced=REPLACED in names,
             shards=shards,
             temporaries=tuple(name for name in names if _TEMPORARY.fullmatch(name)),
-            foreign=tuple(name for name in names if not (_is_ours(name) or (shards and _is_side_file(name)))),
+            foreign=tuple(n for n in names if not (_is_ours(n) or (shards and (n == MANIFEST or _is_side_file(n))))),
         )
 
     def create(self) -> None:
@@ -80,6 +80,7 @@ class OutputFolder:
             except OSError as error:
                 raise OutputError(f"{path}: cannot be made: {error.strerror}") from error
             self._created.append(path)
+            _sync(path.parent)
 
     def remove_if_created(self) -> None:
         """Undo `create` where nothing was put into what it made."""
@@ -115,7 +116,10 @@ class OutputFolder:
                 (self.path / name).unlink(missing_ok=True)
 
     def put(self, name: str, data: bytes) -> None:
-        """A small file: written aside, made durable, renamed."""
+        """A small file: written aside, made durable, renamed; one that holds that already is left alone."""
+        with contextlib.suppress(FileNotFoundError):
+            if (self.path / name).read_bytes() == data:
+                return
         temporary = self.temporary(name)
         with temporary.open("xb") as stream:
             stream.write(data)
@@ -146,11 +150,15 @@ class OutputFolder:
 
     def sync(self) -> None:
         """Make renames and removals durable."""
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(self.path)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _is_side_file(name: str) -> bool:
@@ -158,7 +166,7 @@ def _is_side_file(name: str) -> bool:
 
 
 def _is_ours(name: str) -> bool:
-    return name in {MANIFEST, REPLACED, LOCK_FILE} or bool(_TEMPORARY.fullmatch(name)) or _rank_of(name) is not None
+    return name in {REPLACED, LOCK_FILE} or bool(_TEMPORARY.fullmatch(name)) or _rank_of(name) is not None
 
 
 def _rank_of(name: str) -> int | None:

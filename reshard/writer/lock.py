@@ -51,17 +51,21 @@ class Lock:
                 return
             os.close(self._descriptor)  # a finished run removed the file between our opening and our locking
 
-    @contextlib.contextmanager
-    def finishing(self) -> Iterator[None]:
-        """Hold the right to complete the set, waiting for it if need be."""
+    def finish(self) -> bool:
+        """Exchange the ranks for the right to complete the set. False if a run is still writing some of it.
+
+        Of several runs that end together the last one gets the right, since each has let go of its ranks before.
+        """
+        self._lock(fcntl.F_UNLCK, 0, _FINISH)
         self._lock(fcntl.F_WRLCK, _FINISH, 1, wait=True)
-        yield
+        return self._lock(fcntl.F_WRLCK, 0, _FINISH)
 
     def release(self) -> None:
         """Let go; the last one out removes the file."""
         if self._descriptor < 0:
             return
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, OutputError):
+            self._lock(fcntl.F_UNLCK, 0, _REST_OF_FILE)
             if self._lock(fcntl.F_WRLCK, 0, _REST_OF_FILE) and self._is_current():
                 self._path.unlink()
         os.close(self._descriptor)

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from reshard.digests import file_digest
 from reshard.errors import OutputError
-from reshard.manifest import Record, Shard, parse_manifest, parse_record
+from reshard.manifest import Manifest, Record, Shard, parse_manifest, parse_record
 from reshard.naming import MANIFEST, shard_file
 from reshard.plan import Plan, PlannedShard
 from reshard.prepare import Prepared
-from reshard.record import make_manifest, make_shard
+from reshard.record import fingerprint, make_manifest, make_shard
 from reshard.source.folder import FolderSource
 from reshard.writer.folder import OutputFolder, os_errors, record_file
 from reshard.writer.lock import Lock, locked
@@ -114,7 +114,8 @@ class _Run:
         self._checkpoint = prepared.checkpoint
         self._plan = prepared.plan
         self._readers = prepared.readers
-        self._fingerprint = prepared.fingerprint
+        self._sample = prepared.sample
+        self._fingerprint = fingerprint(prepared.checkpoint, prepared.plan, prepared.sample)
         self._folder = folder
         self._options = options
         self._tick = tick
@@ -133,8 +134,8 @@ class _Run:
         # A finished set stays whole until every new shard is durable; then they change places.
         staged = contents.finished and self._options.overwrite
         written = self._write(todo, staged)
-        with lock.finishing():
-            missing = self._finish({**kept, **{shard.tp_rank: shard for shard in written}})
+        done = {**kept, **{shard.tp_rank: shard for shard in written}}
+        missing = self._finish(done) if lock.finish() else self._others(done)
         return SplitResult(tuple(written), tuple(kept.values()), missing)
 
     def _write(self, todo: Sequence[PlannedShard], staged: bool) -> list[Shard]:
@@ -185,45 +186,58 @@ class _Run:
         self._folder.put(record_file(shard.file), (record.model_dump_json(indent=1) + "\n").encode())
         return shard
 
-    def _kept(self, ranks: Sequence[int]) -> dict[int, Shard]:
+    def _kept(self, ranks: Collection[int]) -> dict[int, Shard]:
         """The shards of these ranks that earlier runs finished, that are of this very set, and whole."""
-        if not ranks:
-            return {}
         with FolderSource(self._folder.path) as there:
             recorded = {rank: shard for rank, shard in self._recorded(there).items() if rank in ranks}
             return {rank: s for rank, s in recorded.items() if file_digest(there, s.file) == s.blake3}
 
     def _recorded(self, there: FolderSource) -> dict[int, Shard]:
-        """The shards that are in the folder in the size that a record of this very set (or its manifest) names."""
+        """The shards in the folder that a record of this very set (or its manifest) names, in the size it names."""
         sizes, found = there.files(), {}
         if MANIFEST in sizes:
             manifest = parse_manifest(there.read(MANIFEST, 0, sizes[MANIFEST]))
-            if manifest != make_manifest(self._checkpoint, self._plan, manifest.shards):
+            found = {shard.tp_rank: shard for shard in manifest.shards}
+            if manifest != self._manifest(manifest.shards) or not all(map(self._is_planned, manifest.shards)):
                 raise OutputError(
                     f"{self._folder.path}: holds a finished set of another source or of other options; choose another "
                     "folder, or --overwrite it"
                 )
-            found = {shard.tp_rank: shard for shard in manifest.shards}
         for rank in range(self._plan.tp_size):
             name = record_file(shard_file(rank, self._plan.tp_size))
             if rank not in found and name in sizes:
                 record = parse_record(there.read(name, 0, sizes[name]), name)
-                if record.fingerprint == self._fingerprint:
+                if record.fingerprint == self._fingerprint and self._is_planned(record.shard):
                     found[rank] = record.shard
         return {rank: shard for rank, shard in found.items() if sizes.get(shard.file) == shard.size}
 
+    def _is_planned(self, shard: Shard) -> bool:
+        """Whether a shard is what the plan makes of its rank, whatever its digests."""
+        planned = self._plan.shards[shard.tp_rank] if shard.tp_rank < self._plan.tp_size else None
+        if planned is None or len(planned.tensors) != len(shard.tensors):
+            return False
+        return make_shard(planned, planned.size, shard.blake3, [t.blake3 for t in shard.tensors]) == shard
+
+    def _manifest(self, shards: Sequence[Shard]) -> Manifest:
+        return make_manifest(self._checkpoint, self._plan, self._sample, shards)
+
+    def _others(self, done: Mapping[int, Shard]) -> tuple[int, ...]:
+        return tuple(rank for rank in range(self._plan.tp_size) if rank not in done)
+
     def _finish(self, done: Mapping[int, Shard]) -> tuple[int, ...]:
         """Write the manifest if every rank's shard is there. Returns the ranks that are not."""
-        others = [rank for rank in range(self._plan.tp_size) if rank not in done]
-        shards = {**self._kept(others), **done}
-        missing = tuple(rank for rank in range(self._plan.tp_size) if rank not in shards)
+        with FolderSource(self._folder.path) as there:
+            # Our own as they are there now: another run may have replaced one since.
+            shards = {rank: s for rank, s in self._recorded(there).items() if rank not in done or done[rank] == s}
+        if len(shards) == self._plan.tp_size:
+            shards = {**self._kept(self._others(done)), **done}
+        missing = self._others(shards)
         if missing:
             return missing
         self._folder.remove_temporaries((None,))
         for name, data in sorted(self._checkpoint.side_files.items()):
             self._folder.put(name, data)
         ordered = [shards[rank] for rank in range(self._plan.tp_size)]
-        self._folder.put(MANIFEST, make_manifest(self._checkpoint, self._plan, ordered).to_json())
-        keep = {MANIFEST, *self._checkpoint.side_files, *(shard.file for shard in self._plan.shards)}
-        self._folder.remove_stale(keep)
+        self._folder.put(MANIFEST, self._manifest(ordered).to_json())
+        self._folder.remove_stale({MANIFEST, *self._checkpoint.side_files, *(s.file for s in self._plan.shards)})
         return ()

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from reshard.errors import ManifestError
-from reshard.naming import MANIFEST, shard_file
+from reshard.naming import MANIFEST, MAX_TP_SIZE, shard_file
 
 SCHEMA = "denseffn-shards/1"
 
@@ -84,6 +84,13 @@ class Slice(_Strict):
     stop: Count
     at: Count
 
+    @model_validator(mode="after")
+    def _within(self) -> "Slice":
+        extent = self.shape[self.dim] if self.dim < len(self.shape) else 1 if not (self.shape or self.dim) else 0
+        if not self.start < self.stop <= extent:
+            raise ValueError(f"{self.tensor} has no positions {self.start}..{self.stop} of dim {self.dim}")
+        return self
+
 
 class Conversion(_Strict):
     """Set where the sliced tensor is not the source's own but made from it: the rule, and the source's tensors."""
@@ -102,6 +109,14 @@ class ShardTensor(_Strict):
     slices: list[Slice]
     same_as: Annotated[list[str], Field(description="source tensors of the same value, held once")] = []
     conversion: Conversion | None = None
+
+    @model_validator(mode="after")
+    def _held(self) -> "ShardTensor":
+        if self.same_as and len(self.slices) != 1:
+            raise ValueError(
+                f"{self.name} stands for {self.same_as[0]} too, and holds {len(self.slices)} slices, not 1"
+            )
+        return self
 
 
 class Shard(_Strict):
@@ -136,7 +151,7 @@ class Manifest(_Strict):
     generator: Generator
     model: ModelDims
     scheme: Annotated[str, Field(description="the quantised linears' scheme; bf16 if none is, mixed if they differ")]
-    tp_size: Positive
+    tp_size: Annotated[int, Field(ge=1, le=MAX_TP_SIZE)]
     layout: Literal["fused", "separate"]
     padding: Padding | None
     layers: list[LayerSchemes]

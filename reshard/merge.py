@@ -39,9 +39,10 @@ def merge(
     """
     folder = OutputFolder(out)
     _check_empty(folder)
-    folder.create()
     temporaries: list[tuple[Path, str]] = []
     try:
+        with os_errors(out):
+            folder.create()
         with os_errors(out), locked(out, None):
             _check_empty(folder)
             folder.remove_temporaries(None)

@@ -7,6 +7,7 @@ from typing import Any
 from reshard.errors import SourceError
 from reshard.naming import CONFIG
 
+_MAX_LAYERS = 10_000
 _EXPERT_COUNTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
 
 
@@ -26,6 +27,8 @@ class ModelConfig:
 def read_model_config(config: Mapping[str, Any]) -> ModelConfig:
     """Sizes and dense layers. Raises SourceError naming the key that is missing or makes no sense."""
     layers = _number(config, "num_hidden_layers")
+    if layers > _MAX_LAYERS:
+        raise SourceError(f"{CONFIG}: num_hidden_layers is {layers}, up to {_MAX_LAYERS} are believed")
     dense, reason = _dense_layers(config, layers)
     model_type = config.get("model_type")
     return ModelConfig(

@@ -40,6 +40,9 @@ def parse_mlp(name: str) -> tuple[int, str] | None:
     return (int(match[1]), match[2]) if match else None
 
 
+MAX_TP_SIZE = 99_999  # what a shard file's name has digits for
+
+
 def shard_file(tp_rank: int, tp_size: int) -> str:
     """A rank's file in a shard set."""
     return f"denseffn-rank-{tp_rank:05d}-of-{tp_size:05d}.safetensors"

@@ -11,7 +11,7 @@ from functools import cached_property
 from reshard.checkpoint import Checkpoint, Conversion, Layer, Linear, Model, Tensor
 from reshard.dtypes import itemsize, nbytes
 from reshard.errors import AlignmentError
-from reshard.naming import DOWN, GATE, GATE_UP, ROLES, UP, module_name, shard_file
+from reshard.naming import DOWN, GATE, GATE_UP, MAX_TP_SIZE, ROLES, UP, module_name, shard_file
 from reshard.schemes import Cut, TensorRule
 from reshard.source.header import encode_header
 
@@ -127,8 +127,10 @@ def _share(checkpoint: Checkpoint, tp_size: int, layout: str, pad: bool) -> Padd
     size = model.intermediate_size
     if tp_size < 1:
         raise AlignmentError(f"tp {tp_size}: the DenseFFN group has at least one rank; use a tp from 1")
-    if tp_size > size:
-        raise AlignmentError(f"tp {tp_size} is greater than intermediate_size {size}; use at most {size}")
+    if tp_size > min(size, MAX_TP_SIZE):
+        raise AlignmentError(
+            f"tp {tp_size} is greater than intermediate_size {size}; use at most {min(size, MAX_TP_SIZE)}"
+        )
     if size % (tp_size * multiple) == 0 or (tp_size == 1 and layout == "separate"):
         return None
     if pad:

@@ -87,7 +87,7 @@ def _names_module(name: str, module: str) -> bool:
     if name.startswith("re:"):
         try:
             return re.match(name[3:], module) is not None
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise SourceError(f"{CONFIG}: quantization_config: {name!r} is not a pattern: {error}") from error
     return module == name or module.startswith(name + ".")
 

@@ -197,7 +197,7 @@ _FOLDERS = [
     Case(
         "config with half a surrogate pair",
         config(model_type="\ud800"),
-        ("config.json", "'\\ud800'"),
+        ("config.json", "escape"),
         AGAIN,
     ),
     Case(

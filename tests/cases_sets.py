@@ -110,7 +110,7 @@ _SETS = [
     Case(
         "set of more ranks than numbers",
         edited_json("manifest.json", lambda m: m.update(tp_size=2**70)),
-        ("manifest.json", "[0, 1]", f"tp_size {2**70}"),
+        ("manifest.json", "tp_size", str(2**70)),
         OTHER_VERSION,
         ManifestError,
     ),

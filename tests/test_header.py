@@ -117,6 +117,14 @@ def test_round_trip(tensors: Tensors, metadata: dict[str, str], align: int) -> N
     assert contents(raw) == tensors
 
 
+@pytest.mark.parametrize("text", ["loss -0.5", "[-0]", ":-0,", "\\ud800", '"', "\\", "\x7f\u2028", "\U0001f600"])
+def test_text_that_looks_like_something_else(text: str) -> None:
+    """What must not stand in JSON as a number or an escape may stand in a name and in metadata."""
+    raw = encode_header({text: ("U8", (1,), 0, 1)}, {text: text}, 8) + b"x"
+    assert contents(raw) == their_contents(raw) == {text: ("U8", (1,), b"x")}
+    assert read(raw).metadata == {text: text}
+
+
 @settings(deadline=None)
 @given(_TENSORS, _METADATA)
 def test_safetensors_reads_what_we_write(tensors: Tensors, metadata: dict[str, str]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from reshard.errors import SourceError
-from reshard.source.header import LENGTH_BYTES, Header, header_length, parse_header, unique_pairs
+from reshard.source.header import LENGTH_BYTES, Header, header_length, is_text, parse_header, unique_pairs
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -71,6 +71,8 @@ def parse_json_object(raw: bytes, file: str) -> dict[str, Any]:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_pairs)
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{file}: not valid JSON: {error}; copy or download it again") from error
+    if not is_text(value):
+        raise SourceError(f"{file}: holds an escape that is no character; copy or download it again")
     if not isinstance(value, dict):
         raise SourceError(f"{file}: holds a {type(value).__name__}, a JSON object is wanted; copy or download it again")
     return value

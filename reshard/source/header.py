@@ -101,6 +101,21 @@ def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _no_minus_zero(text: str) -> int:
+    if text == "-0":
+        raise ValueError("it holds -0, which is no size")
+    return int(text)
+
+
+def is_text(value: Any) -> bool:
+    """Whether all strings of a JSON value are: an escape can spell half of a character, which no file can hold."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _entries(text: bytes, file: str) -> dict[str, Any]:
     try:
         decoded = text.decode("utf-8")
@@ -108,16 +123,15 @@ def _entries(text: bytes, file: str) -> dict[str, Any]:
         raise _refusal(file, f"the header is not UTF-8 (byte {error.start})") from error
     try:
         entries = json.loads(decoded, object_pairs_hook=unique_pairs)
+        if _MINUS_ZERO.search(decoded):  # perhaps in a name only
+            json.loads(decoded, parse_int=_no_minus_zero)
     except RecursionError as error:
         raise _refusal(file, "the header is nested too deep to be one") from error
     except ValueError as error:
         raise _refusal(file, f"the header is not valid JSON: {error}") from error
-    if "\\u" in decoded:
-        try:
-            json.dumps(entries, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:  # half of a surrogate pair, escaped: no text
-            raise _refusal(file, "the header holds an escape that is no character") from error
-    if _MINUS_ZERO.search(decoded) or not isinstance(entries, dict) or not decoded.startswith("{"):
+    if "\\u" in decoded and not is_text(entries):
+        raise _refusal(file, "the header holds an escape that is no character")
+    if not isinstance(entries, dict) or not decoded.startswith("{"):
         raise _refusal(file, "the header is not a JSON object")
     return entries
 
@@ -149,7 +163,7 @@ def _tensor(entry: Any, name: str, file: str, data_start: int) -> TensorInfo:
 
 
 def _naturals(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    return isinstance(values, list) and all(type(value) is int and 0 <= value <= _MAX_BYTES for value in values)
 
 
 def _check_layout(tensors: Mapping[str, TensorInfo], file: str, data_start: int, file_size: int) -> None:

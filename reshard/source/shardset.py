@@ -147,8 +147,8 @@ def _part(file: str, info: TensorInfo, piece: Slice) -> Part:
     size, length = itemsize(info.dtype), piece.stop - piece.start
     stride = prod(info.shape[1:]) * size
     rows = info.shape[0] if info.shape else 1
-    extent = info.shape[piece.dim] if info.shape else 1
-    if length <= 0 or piece.at + length > extent or prod(piece.shape[1:]) == 0:
+    extent = info.shape[piece.dim] if piece.dim < len(info.shape) else 1
+    if piece.at + length > extent or piece.dim >= max(1, len(info.shape)):
         raise ManifestError(
             f"{MANIFEST}: {piece.tensor}: slice {piece.start}..{piece.stop} does not fit its shard tensor"
         )

@@ -34,8 +34,9 @@ def write_checkpoint(plan: SynthPlan, out: Path, tick: Tick = lambda n: None) ->
     """Write a planned checkpoint. Raises OutputError where the folder holds anything; then nothing is written."""
     folder = OutputFolder(out)
     _check_empty(folder)
-    folder.create()
     try:
+        with os_errors(out):
+            folder.create()
         with os_errors(out), locked(out, None):
             _check_empty(folder)  # again, now that no other run can change it
             folder.remove_temporaries(None)

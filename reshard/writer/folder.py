@@ -134,8 +134,8 @@ class OutputFolder:
 
     def remove_stale(self, keep: Collection[str]) -> None:
         """Remove records, and what a set of another size or source left."""
-        ours = [n for n in os.listdir(self.path) if n == REPLACED or _is_side_file(n) or _rank_of(n) is not None]
-        self.remove([name for name in ours if name not in keep])
+        ours = [name for name in os.listdir(self.path) if _is_side_file(name) or _rank_of(name) is not None]
+        self.remove([*(name for name in ours if name not in keep), REPLACED])
 
     def take_manifest_away(self) -> None:
         """From here on the set is one that is being replaced: no reader takes it, and `--resume` finishes it."""

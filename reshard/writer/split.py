@@ -66,8 +66,9 @@ def write_shards(prepared: Prepared, out: Path, options: SplitOptions, tick: Tic
     folder = OutputFolder(out)
     ranks = options.ranks if options.ranks is not None else tuple(range(plan.tp_size))
     _check_folder(folder, plan, ranks, options)
-    folder.create()
     try:
+        with os_errors(out):
+            folder.create()
         with os_errors(out), locked(out, options.ranks) as lock:
             # Again, now that no other run can change it.
             _check_folder(folder, plan, ranks, options)
@@ -94,7 +95,8 @@ def _check_folder(folder: OutputFolder, plan: Plan, ranks: Collection[int], opti
     if contents.finished and not options.resume:
         raise OutputError(f"{folder.path}: holds a finished shard set; choose another folder, or --overwrite it")
     other = sorted(size for _, size in contents.shards if size != plan.tp_size)
-    if other and not (options.resume and contents.replaced):
+    # Of a set that this one replaced: an overwrite was cut off, and is gone on with.
+    if other and not (options.resume and (contents.replaced or contents.finished)):
         raise OutputError(
             f"{folder.path}: holds shards of tp {other[0]}, this split is for tp {plan.tp_size}; choose another "
             "folder, or --overwrite it"

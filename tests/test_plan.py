@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from reshard.checkpoint import Checkpoint, Identity, Part, Tensor, describe_layers
@@ -203,6 +203,9 @@ def plan_or_refusal(spec: Spec, tp: int, layout: str, pad: bool) -> Plan | None:
 
 @settings(deadline=None, max_examples=100)
 @given(specs(), st.integers(1, 9), LAYOUT, st.booleans())
+@example(Spec("fp8_block", hidden=200, intermediate=300), 1, "separate", False)  # off the grid, and yet whole
+@example(Spec("fp8_block", hidden=200, intermediate=300), 8, "fused", True)  # ranks of nothing but padding
+@example(Spec("modelslim_v0_static", hidden=40, intermediate=96), 4, "fused", False)
 def test_each_rank_holds_what_the_table_says(spec: Spec, tp: int, layout: str, pad: bool) -> None:
     plan = plan_or_refusal(spec, tp, layout, pad)
     if plan is None:

@@ -1,0 +1,106 @@
+"""What the documents say is so: transcripts, tables, options, the version."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from reshard import __version__
+from reshard.cli.main import app
+from reshard.schemes import VARIANTS, TensorRule
+from tests.running import reshard
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = [command.callback.__name__ for command in app.registered_commands if command.callback]
+
+
+def transcript() -> list[tuple[str, str]]:
+    """The (command, output) pairs of the README's console blocks."""
+    pairs = []
+    for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL):
+        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, _, output = part.partition("\n")
+            pairs.append((command, output))
+    return pairs
+
+
+def scheme_rows() -> list[str]:
+    """The README's table of schemes, out of the split table."""
+    head = ["| scheme | said by | tensors of a linear |", "| --- | --- | --- |"]
+    return head + [
+        f"| `{v.scheme}` | `{v.kind}` | {', '.join(f'`{rule.suffix}`' for rule in v.tensors)} |" for v in VARIANTS
+    ]
+
+
+def cut_rows() -> list[str]:
+    """The README's table of cuts, out of the split table."""
+    rows = {}
+    for rule in (rule for variant in VARIANTS for rule in variant.tensors):
+        types = ", ".join(sorted(set().union(*(r.dtypes for v in VARIANTS for r in v.tensors if _same(r, rule)))))
+        cuts = " | ".join(f"blocks of {c.value}" if rule.in_blocks else c.value for c in (rule.column, rule.row))
+        rows[rule.suffix, rule.shape] = f"| `{rule.suffix}` | {types} {rule.shape.value} | {cuts} |"
+    return ["| tensor | type and shape | gate, up | down |", "| --- | --- | --- | --- |", *rows.values()]
+
+
+def _same(one: TensorRule, other: TensorRule) -> bool:
+    return (one.suffix, one.shape) == (other.suffix, other.shape)
+
+
+def section(name: str) -> list[str]:
+    """The lines between a pair of marks."""
+    return README.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0].strip().splitlines()
+
+
+def test_the_transcript_is_what_the_commands_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    pairs = transcript()
+    assert len(pairs) >= 5
+    for command, output in pairs:
+        program, *arguments = shlex.split(command)
+        assert program == "reshard"
+        done = reshard(*arguments)
+        said = "\n".join(line.rstrip() for line in (done.out + done.err).splitlines())
+        assert _steady(said) == _steady(output.rstrip()), command
+
+
+def _steady(text: str) -> str:
+    """Without the rounding that a processor's own order of additions makes."""
+    return re.sub(r"differ by \S+ of", "differ by … of", text)
+
+
+def test_the_tables_are_the_split_table() -> None:
+    assert section("schemes") == scheme_rows()
+    assert section("cuts") == cut_rows()
+
+
+def test_every_command_is_described() -> None:
+    for command in COMMANDS:
+        assert f"`reshard {command}" in README
+
+
+def test_options_that_are_named_exist() -> None:
+    helps = "".join(reshard(command, "--help").out for command in COMMANDS) + reshard("--help").out
+    text = README + (ROOT / "CHANGELOG.md").read_text()
+    for option in sorted(set(re.findall(r"--[a-z][a-z-]+", text))):
+        assert option in helps, option
+
+
+def test_targets_that_are_named_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"^make ([a-z]+)\b", README, re.MULTILINE)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_files_that_are_named_exist() -> None:
+    for path in re.findall(r"\]\(((?!http)[^)]+)\)", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_version_stands_in_the_changelog_and_once_in_the_code() -> None:
+    assert re.search(rf"^## {re.escape(__version__)}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    holders = [p for p in (ROOT / "reshard").rglob("*.py") if f'"{__version__}"' in p.read_text()]
+    assert [path.name for path in holders] == ["__init__.py"]
+    assert __version__ not in (ROOT / "pyproject.toml").read_text()

@@ -14,7 +14,7 @@ from reshard.errors import SchemeError, SourceError
 from reshard.modelconfig import ModelConfig, read_model_config
 from reshard.naming import CONFIG, DOWN, GATE, ROLES, UP, module_name, parse_dense, parse_mlp
 from reshard.quantization import declarations
-from reshard.schemes import Variant, check_kind, match_variant
+from reshard.schemes import Found, Variant, check_kind, match_variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +176,8 @@ def describe_layers(
             check_kind(module, declared)
             if "weight" not in suffixes:
                 raise _missing_weight(index, role, roles)
-            variant = match_variant(module, declared, {s: (t.dtype, t.shape) for s, t in suffixes.items()})
+            found = {suffix: Found(t.dtype, t.shape, t.parts[0].file) for suffix, t in suffixes.items()}
+            variant = match_variant(module, declared, found)
             linears[role] = Linear(variant, declared.block, suffixes)
         layers.append(Layer(index, linears))
     model = _check_shapes(layers, model_config)
@@ -231,8 +232,8 @@ def _check_shapes(layers: list[Layer], config: ModelConfig | None) -> Model:
             wanted = (hidden_size, intermediate_size) if role == DOWN else (intermediate_size, hidden_size)
             if weight.shape != wanted:
                 raise SourceError(
-                    f"{weight.name}: shape {list(weight.shape)}, {where} makes it {list(wanted)} "
-                    f"(hidden_size {hidden_size}, intermediate_size {intermediate_size}); is {where} "
+                    f"{weight.name} in {weight.parts[0].file}: shape {list(weight.shape)}, {where} makes it "
+                    f"{list(wanted)} (hidden_size {hidden_size}, intermediate_size {intermediate_size}); is {where} "
                     "of this checkpoint?"
                 )
         _check_pair(layer.index, gate, up)

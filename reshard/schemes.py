@@ -136,8 +136,17 @@ def check_kind(module: str, declared: Declared) -> None:
         )
 
 
-def match_variant(module: str, declared: Declared, found: Mapping[str, tuple[str, tuple[int, ...]]]) -> Variant:
-    """The variant of a known kind that a linear's tensors (suffix -> dtype, shape) are.
+@dataclass(frozen=True)
+class Found:
+    """A tensor as a file has it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+
+
+def match_variant(module: str, declared: Declared, found: Mapping[str, Found]) -> Variant:
+    """The variant of a known kind that a linear's tensors, by suffix, are.
 
     Raises SchemeError naming the tensor where one is unknown, missing, of another type, or of another shape than
     the weight's calls for.
@@ -146,8 +155,8 @@ def match_variant(module: str, declared: Declared, found: Mapping[str, tuple[str
     variant = min(candidates, key=lambda candidate: len(candidate.suffixes ^ found.keys()))
     for suffix in sorted(found.keys() - variant.suffixes):
         raise SchemeError(
-            f"{module}.{suffix}: not a tensor of {variant.scheme} ({declared.said_by}), which has "
-            f"{', '.join(sorted(variant.suffixes))}"
+            f"{module}.{suffix} in {found[suffix].file}: not a tensor of {variant.scheme} ({declared.said_by}), "
+            f"which has {', '.join(sorted(variant.suffixes))}"
         )
     for suffix in sorted(variant.suffixes - found.keys()):
         raise SchemeError(
@@ -155,22 +164,24 @@ def match_variant(module: str, declared: Declared, found: Mapping[str, tuple[str
             f"has only its {', '.join(sorted(found))}; download what is missing again"
         )
     for rule in variant.tensors:
-        dtype = found[rule.suffix][0]
+        dtype, file = found[rule.suffix].dtype, found[rule.suffix].file
         if dtype not in rule.dtypes:
             raise SchemeError(
-                f"{module}.{rule.suffix}: is {dtype}, {declared.said_by} makes it {variant.scheme}, whose "
+                f"{module}.{rule.suffix} in {file}: is {dtype}, {declared.said_by} makes it {variant.scheme}, whose "
                 f"{rule.suffix} is {' or '.join(sorted(rule.dtypes))}; is the file of this checkpoint?"
             )
-    weight = found["weight"][1]
+    weight = found["weight"].shape
     if len(weight) != 2 or 0 in weight:
-        raise SchemeError(f"{module}.weight: shape {list(weight)}, a matrix [out, in] is wanted")
+        raise SchemeError(
+            f"{module}.weight in {found['weight'].file}: shape {list(weight)}, a matrix [out, in] is wanted"
+        )
     for rule in variant.tensors:
-        _check_shape(module, rule, found[rule.suffix][1], weight, declared.block)
+        _check_shape(module, rule, found[rule.suffix], weight, declared.block)
     return variant
 
 
 def _check_shape(
-    module: str, rule: TensorRule, shape: tuple[int, ...], weight: tuple[int, ...], block: tuple[int, int] | None
+    module: str, rule: TensorRule, found: Found, weight: tuple[int, ...], block: tuple[int, int] | None
 ) -> None:
     out_features, in_features = weight
     allowed: list[tuple[int, ...]]
@@ -186,9 +197,9 @@ def _check_shape(
             Shape.ONE: [(1,), ()],
         }
         allowed = options[rule.shape]
-    if shape not in allowed:
+    if found.shape not in allowed:
         wanted = " or ".join(str(list(option)) for option in allowed)
         raise SchemeError(
-            f"{module}.{rule.suffix}: shape {list(shape)}, with a weight of {list(weight)} it must be {wanted}; "
-            "download or quantise it again"
+            f"{module}.{rule.suffix} in {found.file}: shape {list(found.shape)}, with a weight of {list(weight)} it "
+            f"must be {wanted}; download or quantise it again"
         )

@@ -310,7 +310,8 @@ def test_one_layer_excepted_by_the_config(tmp_path: Path) -> None:
     build(tmp_path / "model", Spec("fp8_block", config=config))
     with pytest.raises(SchemeError) as caught:
         described(tmp_path / "model")
-    assert "model.layers.1.mlp.gate_proj.weight_scale_inv: not a tensor of bf16" in str(caught.value)
+    assert "model.layers.1.mlp.gate_proj.weight_scale_inv in model-0" in str(caught.value)
+    assert "not a tensor of bf16" in str(caught.value)
     assert "quantization_config.modules_to_not_convert" in str(caught.value)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from blake3 import blake3
 
+from reshard.errors import SchemeError
 from reshard.prepare import Cut, prepare
 from reshard.source.open import open_source
 from reshard.writer.split import SplitOptions, SplitResult, write_shards
@@ -83,7 +84,7 @@ def expected_rank(dense: dict[str, Raw], tp: int, rank: int, share: int, layout:
             if suffix in {"input_scale", "input_offset", "input_zero_point"}:
                 pieces = [gate, up]
                 fused = gate
-                assert np.array_equal(gate, up)
+                assert layout == "separate" or np.array_equal(gate, up)
             else:
                 in_blocks = is_block_scale(suffix, arrays["gate_proj.weight"], gate)
                 rows = -(-share // BLOCK) if in_blocks else share
@@ -242,6 +243,24 @@ def test_quant_bias_is_added_once(tmp_path: Path, recipe: str) -> None:
         assert biases[0].any()
         assert [bias.any() for bias in biases[1:]] == [False, False, False]
         assert {shape for _, shape, _ in held} == {(256,)}
+
+
+@pytest.mark.parametrize("suffix", ["input_scale", "input_offset"])
+def test_what_gate_and_up_share_must_be_the_same(tmp_path: Path, suffix: str) -> None:
+    """The fused layout holds one for both. Apart, each keeps its own."""
+    source = tmp_path / "source"
+    tensors = build(source, Spec("modelslim_static", files=1, index=False))
+    names = [f"model.layers.1.mlp.{role}.{suffix}" for role in ("gate_proj", "up_proj")]
+    for name, value in zip(names, (b"\x80\x3f", b"\x00\x40"), strict=True):  # 1.0 and 2.0
+        tensors[name] = ("BF16", (1,), value)
+    write_safetensors(source / "model-00001-of-00001.safetensors", tensors)
+    with pytest.raises(SchemeError) as caught:
+        split(source, tmp_path / "out", Cut(2))
+    assert f"{names[0]} is 1, {names[1]} is 2" in str(caught.value)
+    assert "--layout separate" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    split(source, tmp_path / "out", Cut(2, "separate"))
+    check_set(tmp_path / "out", dense_only(tensors), 2, 256, "separate")
 
 
 # --- the same bytes, whatever the run ---

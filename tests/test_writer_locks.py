@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -148,22 +149,22 @@ def test_real_runs_of_other_ranks_at_the_same_time(tmp_path: Path, source: Path,
 
 
 def test_of_two_runs_that_end_together_one_removes_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each may find the other still holding its ranks; then neither is the last one out."""
+    """Each may find the other still there; then neither is the last one out."""
     first, second = Lock(tmp_path), Lock(tmp_path)
     first.acquire([0])
     second.acquire([1])
-    real, ended = os.close, []
+    real, other = os.close, threading.Thread(target=second.release)
 
     def close(descriptor: int) -> None:
-        if not ended:  # the first run has found the second one's lock, and has not closed yet
-            ended.append(descriptor)
-            second.release()
+        if other.ident is None:  # the first run has looked for others, and has not closed yet
+            other.start()
+            other.join(0.5)  # it ends, or waits for the first one
         real(descriptor)
 
     monkeypatch.setattr(os, "close", close)
     first.release()
-    monkeypatch.undo()
-    assert ended
+    other.join(TIMEOUT)
+    assert not other.is_alive(), f"the second run still waits after {TIMEOUT:.0f} s"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from reshard.errors import BusyError, OutputError
 
 LOCK_FILE = ".reshard.lock"
-_FINISH = 1 << 40  # a byte behind every rank's: held while the manifest is written
+_TURN = 1 << 40  # a byte behind every rank's: held only while ranks are taken, and while the manifest is written
 _REST_OF_FILE = 0
 
 
@@ -40,25 +40,26 @@ class Lock:
         """Take the ranks' bytes or raise BusyError."""
         while True:
             self._descriptor = os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
-            spans = [(0, _REST_OF_FILE)] if ranks is None else [(rank, 1) for rank in ranks]
-            for start, length in spans:
-                if not self._lock(fcntl.F_WRLCK, start, length):
-                    raise BusyError(
-                        f"{self._path.parent}: another run is writing "
-                        f"{'there' if ranks is None else f'rank {start} there'}; wait for it, or choose another folder"
-                    )
+            self._lock(fcntl.F_WRLCK, _TURN, 1, wait=True)
             if self._is_current():
-                return
+                break
             os.close(self._descriptor)  # a finished run removed the file between our opening and our locking
+        for start, length in [(0, _TURN)] if ranks is None else [(rank, 1) for rank in ranks]:
+            if not self._lock(fcntl.F_WRLCK, start, length):
+                what = "there" if ranks is None else f"rank {start} there"
+                raise BusyError(
+                    f"{self._path.parent}: another run is writing {what}; wait for it, or choose another folder"
+                )
+        self._lock(fcntl.F_UNLCK, _TURN, 1)
 
     def finish(self) -> bool:
         """Exchange the ranks for the right to complete the set. False if a run is still writing some of it.
 
         Of several runs that end together the last one gets the right, since each has let go of its ranks before.
         """
-        self._lock(fcntl.F_UNLCK, 0, _FINISH)
-        self._lock(fcntl.F_WRLCK, _FINISH, 1, wait=True)
-        return self._lock(fcntl.F_WRLCK, 0, _FINISH)
+        self._lock(fcntl.F_UNLCK, 0, _TURN)
+        self._lock(fcntl.F_WRLCK, _TURN, 1, wait=True)
+        return self._lock(fcntl.F_WRLCK, 0, _TURN)
 
     def release(self) -> None:
         """Let go; the last one out removes the file."""

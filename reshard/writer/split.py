@@ -97,16 +97,20 @@ def _check_folder(folder: OutputFolder, plan: Plan, ranks: Collection[int], opti
     other = sorted(size for _, size in contents.shards if size != plan.tp_size)
     # Of a set that this one replaced: an overwrite was cut off, and is gone on with.
     if other and not (options.resume and (contents.replaced or contents.finished)):
-        raise OutputError(
-            f"{folder.path}: holds shards of tp {other[0]}, this split is for tp {plan.tp_size}; choose another "
-            "folder, or --overwrite it"
-        )
+        raise _other_size(folder, other[0], plan)
     there = sorted(rank for rank, _ in contents.shards if rank in ranks)
     if there and not options.resume:
         raise OutputError(
             f"{folder.path}: holds rank {there[0]}'s shard of an unfinished set; go on with --resume, or start anew "
             "with --overwrite"
         )
+
+
+def _other_size(folder: OutputFolder, tp_size: int, plan: Plan) -> OutputError:
+    return OutputError(
+        f"{folder.path}: holds shards of tp {tp_size}, this split is for tp {plan.tp_size}; choose another folder, or "
+        "--overwrite it"
+    )
 
 
 class _Run:
@@ -200,6 +204,8 @@ class _Run:
         if MANIFEST in sizes:
             manifest = parse_manifest(there.read(MANIFEST, 0, sizes[MANIFEST]))
             found = {shard.tp_rank: shard for shard in manifest.shards}
+            if manifest.tp_size != self._plan.tp_size:
+                raise _other_size(self._folder, manifest.tp_size, self._plan)
             if manifest != self._manifest(manifest.shards) or not all(map(self._is_planned, manifest.shards)):
                 raise OutputError(
                     f"{self._folder.path}: holds a finished set of another source or of other options; choose another "

@@ -46,7 +46,7 @@ def merge(
         with os_errors(out), locked(out, None):
             _check_empty(folder)
             folder.remove_temporaries(None)
-            folder.check_space(checkpoint.nbytes, 0)
+            folder.check_space(checkpoint.nbytes)
             readers = {tensor.name: StoredReader(source, tensor) for tensor in checkpoint.tensors()}
             groups = _groups(checkpoint.layers)
             files: list[MergedFile] = []

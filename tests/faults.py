@@ -6,6 +6,7 @@ or raises an error at one. `Server` runs splits in processes of their own: start
 """
 
 import errno
+import gc
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 TIMEOUT = 60.0
 PAGE = 4096
+STAGE_BYTES = 65536  # smaller than the writer's own, so that a small shard takes several writes
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}\.tmp")
 KILL, INTERRUPT = "kill", "interrupt"
 
@@ -191,7 +193,12 @@ class Server:
 def _serve() -> None:
     import reshard.prepare
     import reshard.source.open
-    import reshard.writer.split  # noqa: F401  # once, so that a fork has it
+    import reshard.writer.split
+    import reshard.writer.stream
+
+    reshard.writer.stream.STAGE_BYTES = STAGE_BYTES
+    gc.collect()
+    gc.freeze()  # what was imported is not copied for a fork to collect it
 
     for line in sys.stdin:
         reading, writing = os.pipe()

@@ -13,7 +13,7 @@ from tests.builders import Spec
 from tests.test_plan import BLOCK, checkpoint_of, grid_of, share_of
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(
     st.sampled_from(["bf16", "fp8_block", "modelslim_v0_static", "int8_block"]),
     st.integers(1, 200) | st.integers(1, 30).map(lambda blocks: blocks * BLOCK),

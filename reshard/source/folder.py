@@ -6,6 +6,7 @@ import mmap
 import os
 import threading
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,14 @@ _PAGE = mmap.PAGESIZE
 _WAY_OUT = "see to its owner, its mode and its disk"
 
 
+@dataclass(frozen=True)
+class _Map:
+    """A mapped file, and a byte for each page of it: 1 where it was brought in."""
+
+    data: Bytes
+    present: bytearray
+
+
 class FolderSource:
     """The files directly in a folder. Symlinks may not lead out of it, but into the blobs of a Hugging Face cache."""
 
@@ -30,7 +39,7 @@ class FolderSource:
         if not path.is_dir():
             raise SourceError(f"{path}: not a folder; give the folder that holds the checkpoint's files")
         self.path = path
-        self._maps: dict[str, Bytes] = {}
+        self._maps: dict[str, _Map] = {}
         self._lock = threading.Lock()
         self._libc = ctypes.CDLL(None, use_errno=True)
 
@@ -73,22 +82,28 @@ class FolderSource:
 
         A page that cannot be had (a bad disk, a file cut meanwhile) is an error here, not a SIGBUS at its first use.
         """
-        mapped = self._maps.get(file)
-        if mapped is None:
-            mapped = self._map(file)
-        if stop > mapped.size:
-            raise SourceError(f"{self.path / file}: {mapped.size} bytes, {stop} are wanted")
-        first = start // _PAGE * _PAGE
-        address = mapped.ctypes.data + first
+        mapped = self._maps.get(file) or self._map(file)
+        if stop > mapped.data.size:
+            raise SourceError(f"{self.path / file}: {mapped.data.size} bytes, {stop} are wanted")
+        first, last = start // _PAGE, -(-stop // _PAGE)
+        # Once for each page: ranks take their columns from the same rows in turn.
+        missing = mapped.present.find(0, first, last)
+        if missing >= 0:
+            self._bring_in(file, mapped, missing * _PAGE, stop)
+            mapped.present[missing:last] = bytes([1]) * (last - missing)
+        return mapped.data[start:stop]
+
+    def _bring_in(self, file: str, mapped: "_Map", start: int, stop: int) -> None:
         # Through ctypes, not mmap.madvise: that one holds the interpreter's lock while pages are read.
-        if self._libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(stop - first), _MADV_POPULATE_READ) != 0:
-            code = ctypes.get_errno()
-            if code != errno.EINVAL:  # an older kernel: the pages come at first use
-                raise SourceError(
-                    f"{self.path / file}: bytes {start} to {stop} cannot be read ({errno.errorcode.get(code, code)}): "
-                    "the file was cut short meanwhile, or its disk is failing"
-                )
-        return mapped[start:stop]
+        address = ctypes.c_void_p(mapped.data.ctypes.data + start)
+        if self._libc.madvise(address, ctypes.c_size_t(stop - start), _MADV_POPULATE_READ) == 0:
+            return
+        code = ctypes.get_errno()
+        if code != errno.EINVAL:  # an older kernel: the pages come at first use
+            raise SourceError(
+                f"{self.path / file}: bytes {start} to {stop} cannot be read ({errno.errorcode.get(code, code)}): "
+                "the file was cut short meanwhile, or its disk is failing"
+            )
 
     def prefetch(self, ranges: Iterable[tuple[str, int, int]]) -> None:
         """Ask the kernel to read ahead."""
@@ -114,7 +129,7 @@ class FolderSource:
     ) -> None:
         self.close()
 
-    def _map(self, file: str) -> Bytes:
+    def _map(self, file: str) -> "_Map":
         with self._lock:
             if file not in self._maps:
                 try:
@@ -123,7 +138,8 @@ class FolderSource:
                 except (OSError, ValueError) as error:
                     reason = error.strerror if isinstance(error, OSError) else error
                     raise SourceError(f"{self.path / file}: cannot be read: {reason}; {_WAY_OUT}") from error
-                self._maps[file] = np.frombuffer(mapped, np.uint8)
+                data = np.frombuffer(mapped, np.uint8)
+                self._maps[file] = _Map(data, bytearray(-(-data.size // _PAGE)))
             return self._maps[file]
 
     def _inside(self, file: str) -> Path:

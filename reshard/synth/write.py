@@ -40,7 +40,7 @@ def write_checkpoint(plan: SynthPlan, out: Path, tick: Tick = lambda n: None) ->
         with os_errors(out), locked(out, None):
             _check_empty(folder)  # again, now that no other run can change it
             folder.remove_temporaries(None)
-            folder.check_space(_disk_bytes(plan), 0)
+            folder.check_space(_disk_bytes(plan))
             _write_all(plan, folder, tick)
     finally:
         folder.remove_if_created()

@@ -88,9 +88,9 @@ class OutputFolder:
             with contextlib.suppress(OSError):
                 path.rmdir()
 
-    def check_space(self, wanted: int, reused: int) -> None:
-        """Raises SpaceError if `wanted` bytes do not fit beside `reused` that will be freed."""
-        free = shutil.disk_usage(self.path).free + reused
+    def check_space(self, wanted: int) -> None:
+        """Raises SpaceError if `wanted` bytes do not fit. What they replace stays until they are written."""
+        free = shutil.disk_usage(self.path).free
         if wanted + _RESERVE > free:
             raise SpaceError(
                 f"{self.path}: {wanted:,} bytes are to be written, {free:,} are free; make room or choose another disk"

@@ -128,17 +128,11 @@ class _Run:
         self._stop = threading.Event()
 
     def run(self, ranks: Sequence[int], lock: Lock) -> SplitResult:
-        contents = self._folder.contents()
         kept = self._kept(ranks) if self._options.resume else {}
         todo = [self._plan.shards[rank] for rank in ranks if rank not in kept]
-        replaced = sum(
-            (self._folder.path / name).stat().st_size
-            for shard in todo
-            if not contents.finished and (self._folder.path / (name := shard.file)).exists()
-        )
-        self._folder.check_space(sum(shard.size for shard in todo), replaced)
+        self._folder.check_space(sum(shard.size for shard in todo))
         # A finished set stays whole until every new shard is durable; then they change places.
-        staged = contents.finished and self._options.overwrite
+        staged = self._folder.contents().finished and self._options.overwrite
         written = self._write(todo, staged)
         done = {**kept, **{shard.tp_rank: shard for shard in written}}
         missing = self._finish(done) if lock.finish() else self._others(done)

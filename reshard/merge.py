@@ -7,12 +7,10 @@ from pathlib import Path
 
 from reshard.blocks import BlockReader, StoredReader
 from reshard.checkpoint import Checkpoint, Layer, Tensor
-from reshard.errors import OutputError
 from reshard.plan import PlannedTensor, Slice
 from reshard.source.base import Source
 from reshard.source.header import encode_header
-from reshard.writer.folder import OutputFolder, os_errors
-from reshard.writer.lock import locked
+from reshard.writer.folder import new_folder
 from reshard.writer.stream import ShardStream
 
 INDEX = "model.safetensors.index.json"
@@ -37,44 +35,26 @@ def merge(
 
     Raises OutputError where the folder holds anything.
     """
-    folder = OutputFolder(out)
-    _check_empty(folder)
-    temporaries: list[tuple[Path, str]] = []
-    try:
-        with os_errors(out):
-            folder.create()
-        with os_errors(out), locked(out, None):
-            _check_empty(folder)
-            folder.remove_temporaries(None)
-            folder.check_space(checkpoint.nbytes)
-            readers = {tensor.name: StoredReader(source, tensor) for tensor in checkpoint.tensors()}
-            groups = _groups(checkpoint.layers)
-            files: list[MergedFile] = []
-            weight_map: dict[str, str] = {}
-            for number, layers in enumerate(groups, 1):
-                name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-                tensors = [tensor for layer in layers for tensor in layer.tensors()]
-                temporary = folder.temporary(name)
-                temporaries.append((temporary, name))
-                files.append(_write(temporary, name, tensors, readers, tick))
-                weight_map |= {tensor.name: name for tensor in tensors}
-            while temporaries:
-                folder.commit(*temporaries.pop(0))
-            for name, data in checkpoint.side_files.items():
-                folder.put(name, data)
-            index = {"metadata": {"total_size": checkpoint.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
-            folder.put(INDEX, (json.dumps(index, indent=2) + "\n").encode())
-    finally:
-        folder.remove_own_temporaries()
-        folder.remove_if_created()
+    with new_folder(out) as folder:
+        folder.check_space(checkpoint.nbytes)
+        readers = {tensor.name: StoredReader(source, tensor) for tensor in checkpoint.tensors()}
+        groups = _groups(checkpoint.layers)
+        files: list[MergedFile] = []
+        weight_map: dict[str, str] = {}
+        temporaries: list[tuple[Path, str]] = []
+        for number, layers in enumerate(groups, 1):
+            name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+            tensors = [tensor for layer in layers for tensor in layer.tensors()]
+            temporaries.append((folder.temporary(name), name))
+            files.append(_write(temporaries[-1][0], name, tensors, readers, tick))
+            weight_map |= {tensor.name: name for tensor in tensors}
+        for temporary, name in temporaries:
+            folder.commit(temporary, name)
+        for name, data in checkpoint.side_files.items():
+            folder.put(name, data)
+        index = {"metadata": {"total_size": checkpoint.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
+        folder.put(INDEX, (json.dumps(index, indent=2) + "\n").encode())
     return files
-
-
-def _check_empty(folder: OutputFolder) -> None:
-    contents = folder.contents()
-    there = [*contents.foreign, *(["a shard set"] if contents.shards else [])]
-    if there:
-        raise OutputError(f"{folder.path}: holds {there[0]}; merge into a new or empty folder")
 
 
 def _groups(layers: Sequence[Layer]) -> list[list[Layer]]:

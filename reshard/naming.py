@@ -23,11 +23,6 @@ def module_name(layer: int, role: str) -> str:
     return f"model.layers.{layer}.mlp.{role}"
 
 
-def tensor_name(layer: int, role: str, suffix: str) -> str:
-    """A tensor's full name."""
-    return f"{module_name(layer, role)}.{suffix}"
-
-
 def parse_dense(name: str) -> tuple[int, str, str] | None:
     """(layer, role, suffix) of a DenseFFN tensor's name, None for any other."""
     match = _DENSE.fullmatch(name)

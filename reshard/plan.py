@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from reshard.checkpoint import Checkpoint, Conversion, Layer, Linear, Model, Tensor
+from reshard.checkpoint import Checkpoint, Conversion, Layer, Linear, Tensor
 from reshard.dtypes import itemsize, nbytes
 from reshard.errors import AlignmentError
 from reshard.naming import DOWN, GATE, GATE_UP, MAX_TP_SIZE, ROLES, UP, module_name, shard_file
@@ -16,7 +16,6 @@ from reshard.schemes import Cut, TensorRule
 from reshard.source.header import encode_header
 
 ALIGNMENT = 4096  # bytes; tensor data begins on it, so that a shard can be mapped or read past the page cache
-LAYOUTS = ("fused", "separate")
 FORMAT_KEY = "denseffn"
 _SHOWN_SIZES = 12
 
@@ -226,13 +225,3 @@ def _shard(tensors: Sequence[PlannedTensor], tp_rank: int, tp_size: int) -> Plan
             for t, start in placed
         ),
     )
-
-
-def conversions(checkpoint: Checkpoint) -> list[Tensor]:
-    """The tensors that are computed, not copied."""
-    return [tensor for tensor in checkpoint.tensors() if not tensor.parts]
-
-
-def saved_bytes(plan: Plan, model: Model) -> int:
-    """What a device saves against holding every rank's share: all but the largest shard."""
-    return sum(shard.size for shard in plan.shards) - max(shard.size for shard in plan.shards)

@@ -123,7 +123,6 @@ VARIANTS = (
     Variant("int8_block", "int8-block", (_weight(_I8), _BLOCK_SCALE_INV)),
 )
 
-SCHEMES = tuple(dict.fromkeys(variant.scheme for variant in VARIANTS))
 KINDS = frozenset(variant.kind for variant in VARIANTS)
 
 

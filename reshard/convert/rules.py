@@ -20,9 +20,7 @@ from reshard.schemes import VARIANTS, Variant
 from reshard.source.base import parse_json_object
 
 KEEP, BF16, W8A8 = "keep", "bf16", "w8a8"
-WEIGHTS = (KEEP, BF16, W8A8)
 MODELSLIM, COMPRESSED_TENSORS = "modelslim", "compressed-tensors"
-QUANT_FORMATS = (MODELSLIM, COMPRESSED_TENSORS)
 
 DEQUANTISE, CAST, QUANTISE = "dequantise_to_bf16", "cast_to_bf16", "quantise_to_int8_per_channel"
 _DESCRIPTION = "quant_model_description.json"

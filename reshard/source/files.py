@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import PurePath
+from typing import Any
 
 from reshard.checkpoint import Checkpoint, Identity, Part, SourceFile, Tensor, describe_layers
 from reshard.errors import SourceError
@@ -27,13 +28,7 @@ def read_checkpoint(source: Source) -> Checkpoint:
         _check_index(index_file, index, headers, owners)
     tensors = {name: _tensor(name, file, headers[file]) for name, file in owners.items() if parse_dense(name)}
     side_files = _side_files(source)
-    description_file = next((name for name in side_files if name.startswith(_DESCRIPTION)), None)
-    description = (
-        (description_file, parse_json_object(side_files[description_file], description_file))
-        if description_file
-        else None
-    )
-    config = parse_json_object(side_files[CONFIG], CONFIG) if CONFIG in side_files else None
+    config, description = read_accounts(side_files)
     others = (name for name in owners if name not in tensors)
     model, layers, warnings = describe_layers(tensors, others, config, description)
     used = {part.file for layer in layers for tensor in layer.tensors() for part in tensor.parts}
@@ -59,6 +54,15 @@ def _is_index(name: str) -> bool:
 
 def _is_weights(name: str) -> bool:
     return name.endswith(_WEIGHTS)
+
+
+def read_accounts(
+    side_files: Mapping[str, bytes],
+) -> tuple[dict[str, Any] | None, tuple[str, dict[str, Any]] | None]:
+    """config.json, and the description with its file's name: each where it is there."""
+    config = parse_json_object(side_files[CONFIG], CONFIG) if CONFIG in side_files else None
+    file = next((name for name in side_files if is_description(name)), None)
+    return config, (file, parse_json_object(side_files[file], file)) if file else None
 
 
 def is_description(name: str) -> bool:

@@ -10,9 +10,9 @@ from reshard.checkpoint import Checkpoint, Conversion, Identity, Model, Part, So
 from reshard.dtypes import itemsize
 from reshard.errors import ManifestError, SourceError
 from reshard.manifest import Manifest, ShardTensor, SideFile, Slice, parse_manifest
-from reshard.naming import CONFIG, MANIFEST, parse_shard_file
-from reshard.source.base import Source, parse_json_object, read_file, read_header
-from reshard.source.files import is_description
+from reshard.naming import MANIFEST, parse_shard_file
+from reshard.source.base import Source, read_file, read_header
+from reshard.source.files import read_accounts
 from reshard.source.header import Header, TensorInfo
 
 
@@ -57,13 +57,7 @@ def read_shard_set(source: Source) -> Checkpoint:
     manifest = read_manifest(source)
     tensors = _assemble(source, manifest)
     side_files = {file.name: _side_file(source, file) for file in manifest.files}
-    config = parse_json_object(side_files[CONFIG], CONFIG) if CONFIG in side_files else None
-    description_file = next((name for name in side_files if is_description(name)), None)
-    description = (
-        (description_file, parse_json_object(side_files[description_file], description_file))
-        if description_file
-        else None
-    )
+    config, description = read_accounts(side_files)
     _, layers, _ = describe_layers(tensors, (), config, description)
     dims = manifest.model
     return Checkpoint(

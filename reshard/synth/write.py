@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reshard.errors import OutputError
 from reshard.synth.plan import SynthFile, SynthOptions, SynthPlan, plan_checkpoint
 from reshard.synth.values import blocks
-from reshard.writer.folder import OutputFolder, os_errors
-from reshard.writer.lock import LOCK_FILE, locked
+from reshard.writer.folder import OutputFolder, new_folder
 
 Tick = Callable[[int], None]
 
@@ -32,27 +30,11 @@ def synthesise(config: Mapping[str, Any], out: Path, options: SynthOptions, tick
 
 def write_checkpoint(plan: SynthPlan, out: Path, tick: Tick = lambda n: None) -> SynthResult:
     """Write a planned checkpoint. Raises OutputError where the folder holds anything; then nothing is written."""
-    folder = OutputFolder(out)
-    _check_empty(folder)
-    try:
-        with os_errors(out):
-            folder.create()
-        with os_errors(out), locked(out, None):
-            _check_empty(folder)  # again, now that no other run can change it
-            folder.remove_temporaries(None)
-            folder.check_space(_disk_bytes(plan))
-            _write_all(plan, folder, tick)
-    finally:
-        folder.remove_if_created()
+    with new_folder(out) as folder:
+        folder.check_space(_disk_bytes(plan))
+        _write_all(plan, folder, tick)
     tensors = [tensor for file in plan.files for tensor in file.tensors]
     return SynthResult(len(plan.files), len(tensors), sum(tensor.nbytes for tensor in tensors), plan.size)
-
-
-def _check_empty(folder: OutputFolder) -> None:
-    ignored = {*folder.contents().temporaries, LOCK_FILE}
-    there = sorted(set(os.listdir(folder.path)) - ignored) if folder.path.exists() else []
-    if there:
-        raise OutputError(f"{folder.path}: holds {there[0]}; give a new or empty folder")
 
 
 def _disk_bytes(plan: SynthPlan) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from reshard.errors import OutputError, SpaceError
 from reshard.naming import CONFIG, MANIFEST, parse_shard_file
 from reshard.source.files import is_description
-from reshard.writer.lock import LOCK_FILE
+from reshard.writer.lock import LOCK_FILE, locked
 
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}\.tmp")
 _RECORD_ENDING = ".record.json"
@@ -64,6 +64,14 @@ class OutputFolder:
             temporaries=tuple(name for name in names if _TEMPORARY.fullmatch(name)),
             foreign=tuple(n for n in names if not (_is_ours(n) or (shards and (n == MANIFEST or _is_side_file(n))))),
         )
+
+    def require_empty(self) -> None:
+        """Raises OutputError where there is anything but what killed runs leave."""
+        contents = self.contents()
+        names = os.listdir(self.path) if self.path.exists() else []
+        there = sorted(set(names) - {*contents.temporaries, LOCK_FILE})
+        if there:
+            raise OutputError(f"{self.path}: holds {there[0]}; give a new or empty folder")
 
     def create(self) -> None:
         """Make the folder and its parents, remembering which were not there."""
@@ -174,6 +182,23 @@ def _rank_of(name: str) -> int | None:
     shard = name.removesuffix(_RECORD_ENDING) + ".safetensors" if name.endswith(_RECORD_ENDING) else name
     parsed = parse_shard_file(shard)
     return parsed[0] if parsed else None
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[OutputFolder]:
+    """A folder that must be new or empty, locked; temporary files that are left when the block ends are removed."""
+    folder = OutputFolder(path)
+    folder.require_empty()
+    try:
+        with os_errors(path):
+            folder.create()
+        with os_errors(path), locked(path, None):
+            folder.require_empty()  # again, now that no other run can change it
+            folder.remove_temporaries(None)
+            yield folder
+    finally:
+        folder.remove_own_temporaries()
+        folder.remove_if_created()
 
 
 @contextlib.contextmanager

@@ -84,6 +84,16 @@ def test_a_damaged_shard_of_an_unfinished_set_is_written_again(
     assert snapshot(out) == wanted
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b"{}", b'{"fingerprint": "00"}'])
+def test_a_damaged_record_is_one_that_is_not_there(tmp_path: Path, source: Path, wanted: Files, content: bytes) -> None:
+    out = tmp_path / "out"
+    split(source, out, ranks=(1, 2))
+    (out / record(1)).write_bytes(content)
+    result = split(source, out, resume=True)
+    assert (ranks_of(result.kept), ranks_of(result.written)) == ([2], [0, 1, 3])
+    assert snapshot(out) == wanted
+
+
 def test_a_damaged_shard_is_not_taken_into_a_set_of_ranks(tmp_path: Path, source: Path) -> None:
     """The run that finishes a set looks at the others' shards too."""
     out = tmp_path / "out"

@@ -4,6 +4,7 @@ Each worker takes a rank at a time and streams its file front to back. A finishe
 when every rank's is there, the manifest takes the records over and the set is complete.
 """
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reshard.digests import file_digest
-from reshard.errors import OutputError
+from reshard.errors import ManifestError, OutputError
 from reshard.manifest import Manifest, Record, Shard, parse_manifest, parse_record
 from reshard.naming import MANIFEST, shard_file
 from reshard.plan import Plan, PlannedShard
@@ -208,9 +209,10 @@ class _Run:
         for rank in range(self._plan.tp_size):
             name = record_file(shard_file(rank, self._plan.tp_size))
             if rank not in found and name in sizes:
-                record = parse_record(there.read(name, 0, sizes[name]), name)
-                if record.fingerprint == self._fingerprint and self._is_planned(record.shard):
-                    found[rank] = record.shard
+                with contextlib.suppress(ManifestError):  # a damaged record: its shard is written again
+                    record = parse_record(there.read(name, 0, sizes[name]), name)
+                    if record.fingerprint == self._fingerprint and self._is_planned(record.shard):
+                        found[rank] = record.shard
         return {rank: shard for rank, shard in found.items() if sizes.get(shard.file) == shard.size}
 
     def _is_planned(self, shard: Shard) -> bool:

@@ -10,6 +10,9 @@ ReshardError                    1   something the user can mend; one line, no tr
 │   ├── SpaceError              1   too little room
 │   └── BusyError               1   another run is writing there
 ├── MissingDependencyError      1   an optional package is needed for this and is not installed
+├── ShardError                  1   a shard that is not what its manifest says, or not this rank's
+├── GroupError                  1   a group that does not fit its shards, or whose ranks disagree
+├── TokensError                 1   tokens, or counts of them, that a layer cannot take
 ├── UsageError                  2   options that contradict each other
 └── MismatchError               3   a check found a difference
 """
@@ -61,6 +64,18 @@ class BusyError(OutputError):
 
 class MissingDependencyError(ReshardError):
     """An optional package is needed and is not installed."""
+
+
+class ShardError(ReshardError):
+    """A shard that is not what its manifest says, or not this rank's."""
+
+
+class GroupError(ReshardError):
+    """A group that does not fit its shards, or whose ranks disagree."""
+
+
+class TokensError(ReshardError):
+    """Tokens, or counts of them, that a layer cannot take."""
 
 
 class UsageError(ReshardError):

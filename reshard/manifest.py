@@ -41,12 +41,21 @@ class ModelDims(_Strict):
     num_hidden_layers: Positive | None
 
 
+class Block(_Strict):
+    """The rows and columns of a weight that one scale stands for."""
+
+    rows: Positive
+    columns: Positive
+
+
 class LayerSchemes(_Strict):
-    """A dense layer, and what its linears are quantised as."""
+    """A dense layer, and what its linears are quantised as; a block where scales stand for blocks."""
 
     index: Count
     gate_up_proj: str
     down_proj: str
+    gate_up_block: Block | None = None
+    down_block: Block | None = None
 
 
 class Padding(_Strict):

@@ -6,9 +6,10 @@ from typing import Any
 from blake3 import blake3
 
 from reshard import __version__
-from reshard.checkpoint import Checkpoint, Layer
+from reshard.checkpoint import Checkpoint, Layer, Linear
 from reshard.manifest import (
     SCHEMA,
+    Block,
     Conversion,
     Generator,
     LayerSchemes,
@@ -95,6 +96,8 @@ def _frame(checkpoint: Checkpoint, plan: Plan, sample: str) -> dict[str, Any]:
                 index=layer.index,
                 gate_up_proj=layer.linears[GATE].variant.scheme,
                 down_proj=layer.linears[DOWN].variant.scheme,
+                gate_up_block=_block(layer.linears[GATE]),
+                down_block=_block(layer.linears[DOWN]),
             )
             for layer in checkpoint.layers
         ],
@@ -110,3 +113,9 @@ def _frame(checkpoint: Checkpoint, plan: Plan, sample: str) -> dict[str, Any]:
             for name, data in sorted(checkpoint.side_files.items())
         ],
     }
+
+
+def _block(linear: Linear) -> Block | None:
+    if linear.block is None or not any(rule.in_blocks for rule in linear.variant.tensors):
+        return None
+    return Block(rows=linear.block[0], columns=linear.block[1])

@@ -1,5 +1,14 @@
-"""What runs on a device: loading a rank's shard and the split DenseFFN.
+"""What runs on a device: loading a rank's shard, and the dense layers split over a group.
 
-The loader and the module are not part of this release; the package reserves the name. Of `reshard` it may
-import `reshard.manifest` and `reshard.errors` only (a test holds that).
+    shard = load_shard("r1-tp8", tp_rank=3, device="npu:3")
+    ffn = DenseFFN(shard.layer(0), group=group)
+    y_TH = ffn(x_TH)
+
+Of `reshard` it imports `reshard.manifest` and `reshard.errors` only (a test holds that), and no serving engine.
 """
+
+from runtime.ffn import DenseFFN
+from runtime.loader import load_shard
+from runtime.shard import LayerShard, Shard
+
+__all__ = ["DenseFFN", "LayerShard", "Shard", "load_shard"]

@@ -201,7 +201,56 @@ RECIPES = {
 }
 
 
-def linear(rng: np.random.Generator, recipe: Recipe, module: str, out: int, in_: int) -> dict[str, Raw]:
+def _encode(dtype: str, values: np.ndarray[Any, Any]) -> bytes:
+    """Values as stored; BF16 by truncation."""
+    single = values.astype(np.float32)
+    if dtype == "BF16":
+        return (single.view(np.uint32) >> 16).astype(np.uint16).tobytes()
+    if dtype == "I64":
+        return single.view(np.int32).astype(np.int64).tobytes()
+    kinds = {"F32": np.float32, "F16": np.float16, "I8": np.int8, "I32": np.int32}
+    return np.asarray(values).astype(kinds[dtype]).tobytes()
+
+
+def _computable(rng: np.random.Generator, recipe: Recipe, module: str, found: dict[str, Raw]) -> dict[str, Raw]:
+    """The linear with values that fit together: weights of about 1 / sqrt(in), as in a model that runs.
+
+    Offsets of weights are 0; deq_scale = input_scale * weight_scale, quant_bias = -sum(weight * input_offset).
+    """
+    weight_dtype, (out, in_), raw = found[f"{module}.weight"]
+    size = in_**-0.5
+    if weight_dtype in {"BF16", "F16", "F32"}:
+        return {
+            f"{module}.weight": (
+                weight_dtype,
+                (out, in_),
+                _encode(weight_dtype, rng.standard_normal((out, in_)) * size),
+            )
+        }
+    of: dict[str, np.ndarray[Any, Any]] = {}
+    stored = np.frombuffer(raw, np.int8).reshape(out, in_)  # of F8 its codes, which are not read here
+    spread = 74.0 if weight_dtype == "I8" else 100.0  # the standard deviation of evenly dealt codes
+    scales = (1 + 0.5 * rng.random(out)) * size / spread
+    of["weight_scale"] = scales
+    of["weight_offset"] = np.zeros(out)
+    of["input_scale"] = np.array([0.03125])
+    of["input_offset"] = of["input_zero_point"] = np.array([-7.0])
+    of["quant_bias"] = 7 * stored.astype(np.int64).sum(axis=1)
+    of["deq_scale"] = np.float32(0.03125) * scales.astype(np.float32)
+    for suffix, rule in (("weight_scale", "blocks"), ("weight_scale_inv", "blocks")):
+        if recipe.tensors.get(suffix, ("", ""))[1] == rule:
+            grid = (-(-out // 128), -(-in_ // 128))
+            of[suffix] = (1 + 0.5 * rng.random(grid)) * size / spread
+    for name, (dtype, shape, _) in found.items():
+        suffix = name.rsplit(".", 1)[1]
+        if suffix != "weight":
+            found[name] = (dtype, shape, _encode(dtype, of[suffix]))
+    return found
+
+
+def linear(
+    rng: np.random.Generator, recipe: Recipe, module: str, out: int, in_: int, computable: bool = False
+) -> dict[str, Raw]:
     """The tensors of one linear."""
     shapes = {
         "out,in": (out, in_),
@@ -210,10 +259,11 @@ def linear(rng: np.random.Generator, recipe: Recipe, module: str, out: int, in_:
         "1": (1,),
         "blocks": (-(-out // 128), -(-in_ // 128)),
     }
-    return {
+    found = {
         f"{module}.{suffix}": random_raw(rng, dtype, shapes[rule], scale="scale" in suffix)
         for suffix, (dtype, rule) in recipe.tensors.items()
     }
+    return _computable(rng, recipe, module, found) if computable else found
 
 
 @dataclass
@@ -229,6 +279,7 @@ class Spec:
     index: bool = True
     config: dict[str, Any] = field(default_factory=dict)
     down_recipe: str | None = None  # where down is quantised in another way
+    computable: bool = False  # offsets of weights zero, weights of about 1 / sqrt(in): as of a model that runs
 
 
 def tensors_of(spec: Spec) -> dict[str, Raw]:
@@ -238,12 +289,12 @@ def tensors_of(spec: Spec) -> dict[str, Raw]:
     found: dict[str, Raw] = {"model.embed_tokens.weight": random_raw(rng, "BF16", (16, spec.hidden))}
     for layer in range(spec.dense):
         prefix = f"model.layers.{layer}.mlp"
-        gate = linear(rng, gate_up, f"{prefix}.gate_proj", spec.intermediate, spec.hidden)
-        up = linear(rng, gate_up, f"{prefix}.up_proj", spec.intermediate, spec.hidden)
+        gate = linear(rng, gate_up, f"{prefix}.gate_proj", spec.intermediate, spec.hidden, spec.computable)
+        up = linear(rng, gate_up, f"{prefix}.up_proj", spec.intermediate, spec.hidden, spec.computable)
         for suffix in ("input_scale", "input_offset", "input_zero_point"):
             if f"{prefix}.gate_proj.{suffix}" in gate:
                 up[f"{prefix}.up_proj.{suffix}"] = gate[f"{prefix}.gate_proj.{suffix}"]
-        found |= gate | up | linear(rng, down, f"{prefix}.down_proj", spec.hidden, spec.intermediate)
+        found |= gate | up | linear(rng, down, f"{prefix}.down_proj", spec.hidden, spec.intermediate, spec.computable)
         found[f"model.layers.{layer}.input_layernorm.weight"] = random_raw(rng, "BF16", (spec.hidden,))
     for layer in (spec.dense, spec.dense + 1):  # the second one is the prediction block
         for module in ("experts.0", "shared_experts"):

@@ -1,10 +1,12 @@
 """Fixtures that most tests share."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.builders import CHECKPOINTS
+from tests.distributed import Ranks
 
 REAL = sorted(path.name for path in CHECKPOINTS.iterdir() if path.is_dir())
 
@@ -13,3 +15,16 @@ REAL = sorted(path.name for path in CHECKPOINTS.iterdir() if path.is_dir())
 def real_checkpoint(request: pytest.FixtureRequest) -> Path:
     """Each of the checkpoints that real tools wrote."""
     return CHECKPOINTS / request.param
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], Ranks]]:
+    """Groups of processes by size, started when they are first used and kept."""
+    started: dict[int, Ranks] = {}
+
+    def of(size: int) -> Ranks:
+        return started.setdefault(size, Ranks(size))
+
+    yield of
+    for group in started.values():
+        group.stop()

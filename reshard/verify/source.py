@@ -256,3 +256,8 @@ def _check_scheme(manifest: Manifest, index: int, group: Group, linear: LinearGr
         if layer.index == index and recorded != linear.scheme:
             where = module_name(index, group.module)
             yield Finding("model", where, f"{MANIFEST} says that it is {recorded}, the source makes it {linear.scheme}")
+        block = layer.down_block if group.is_down else layer.gate_up_block
+        sizes = block and (block.rows, block.columns)
+        if layer.index == index and sizes != linear.block:
+            where = module_name(index, group.module)
+            yield Finding("model", where, f"{MANIFEST} says that its block is {sizes}, the source's is {linear.block}")

@@ -1,0 +1,282 @@
+"""Loading one rank's shard: its own file and the manifest, nothing else.
+
+What is loaded is what the manifest says: version, sizes, names, shapes and types are compared with the file's header
+before any tensor is read, and nothing is narrowed, padded or cast to fit.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from blake3 import blake3
+from safetensors import SafetensorError, safe_open
+
+from reshard.errors import ManifestError, ShardError
+from reshard.manifest import Block, LayerSchemes, Manifest, ShardTensor, parse_manifest
+from reshard.manifest import Shard as ShardEntry
+from runtime.dequantise import dequantised
+from runtime.kernels import kernels_for
+from runtime.shard import LayerShard, LinearShard, Shard
+
+MANIFEST = "manifest.json"
+Verify = Literal["header", "digest"]
+
+_GATE_UP, _DOWN = "gate_up_proj", "down_proj"
+_SEPARATE = ("gate_proj", "up_proj")
+_TENSOR = re.compile(r"model\.layers\.([0-9]+)\.mlp\.[a-z_]+\.[a-z_]+")
+_CUT_BY_ROWS = frozenset({"weight", "weight_scale", "weight_scale_inv", "weight_offset", "quant_bias", "deq_scale"})
+
+
+def load_shard(
+    folder: str | Path,
+    tp_rank: int,
+    device: str | torch.device = "cpu",
+    *,
+    tp_size: int | None = None,
+    layers: Iterable[int] | None = None,
+    verify: Verify = "header",
+) -> Shard:
+    """A rank's tensors on `device`, ready for `DenseFFN`.
+
+    Reads manifest.json and this rank's file. `tp_size`: the group's size, where it is known already. `layers`: only
+    these dense layers (each pipeline stage has its own), else all. `verify="digest"` compares the BLAKE3 digest of
+    every tensor that is loaded: it alone tells shards of one shape apart, say two fine-tunes' of one model.
+
+    FP8 and block-INT8 weights are dequantised to BF16 where the device's backend has no kernel for them; one line of
+    the log says so, and what it costs.
+
+    On the CPU, tensors are maps of the file: pages come in as they are used, and shared with other processes. The
+    writer replaces files by renaming, so a set that is written again does not change what is loaded.
+
+    Raises ManifestError (no manifest, an unknown version or field), ShardError (a rank, file, tensor, shape, type or
+    digest that is not what the manifest says).
+    """
+    if verify not in ("header", "digest"):
+        raise ShardError(f"verify is {verify!r}; it may be 'header' or 'digest'")
+    folder, device = Path(folder), torch.device(device)
+    kernels = kernels_for(device)
+    manifest, set_digest = read_manifest(folder)
+    entry = _entry(manifest, folder, tp_rank, tp_size)
+    wanted = _wanted_layers(manifest, folder, layers)
+    tensors = _read(folder / entry.file, entry, manifest, device, wanted, verify)
+    share = _share(manifest)
+    found = {
+        layer.index: LayerShard(
+            layer.index,
+            entry.tp_rank,
+            manifest.tp_size,
+            manifest.model.hidden_size,
+            manifest.model.intermediate_size,
+            share,
+            set_digest,
+            *_linears(layer, tensors, entry.file),
+        )
+        for layer in manifest.layers
+        if layer.index in wanted
+    }
+    return Shard(
+        entry.file,
+        entry.size,
+        entry.tp_rank,
+        manifest.tp_size,
+        manifest.model.model_type,
+        manifest.model.hidden_size,
+        manifest.model.intermediate_size,
+        set_digest,
+        dequantised(found, kernels),
+    )
+
+
+def read_manifest(folder: Path) -> tuple[Manifest, str]:
+    """The manifest of a shard set and the BLAKE3 digest of its bytes. Raises ManifestError if there is none."""
+    path = folder / MANIFEST
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        what = "the shard set is incomplete: finish it with reshard split --resume" if folder.is_dir() else "no folder"
+        raise ManifestError(f"{folder}: no {MANIFEST} ({what})") from None
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be read: {error.strerror}") from error
+    return parse_manifest(raw, str(path)), blake3(raw).hexdigest()
+
+
+def _entry(manifest: Manifest, folder: Path, tp_rank: int, tp_size: int | None) -> ShardEntry:
+    if tp_size is not None and tp_size != manifest.tp_size:
+        raise ShardError(
+            f"{folder}: cut for tp_size {manifest.tp_size}, the group's size is {tp_size}; cut it again with "
+            f"reshard split {folder} OUT --tp {tp_size}"
+        )
+    if not isinstance(tp_rank, int) or isinstance(tp_rank, bool) or not 0 <= tp_rank < manifest.tp_size:
+        raise ShardError(f"{folder}: tp_rank is {tp_rank!r}; the set has ranks 0 to {manifest.tp_size - 1}")
+    return manifest.shards[tp_rank]
+
+
+def _wanted_layers(manifest: Manifest, folder: Path, layers: Iterable[int] | None) -> frozenset[int]:
+    held = [layer.index for layer in manifest.layers]
+    wanted = frozenset(held if layers is None else layers)
+    if not wanted <= set(held):
+        missing = ", ".join(map(str, sorted(wanted - set(held))))
+        raise ShardError(f"{folder}: it has no layer {missing}, its dense layers are {', '.join(map(str, held))}")
+    return wanted
+
+
+def _share(manifest: Manifest) -> int:
+    padded = manifest.padding.padded_intermediate_size if manifest.padding else manifest.model.intermediate_size
+    if padded < manifest.model.intermediate_size or padded % manifest.tp_size:
+        raise ManifestError(
+            f"{MANIFEST}: intermediate_size {manifest.model.intermediate_size}, padded {padded}, gives "
+            f"{manifest.tp_size} ranks no equal shares; cut the set again"
+        )
+    return padded // manifest.tp_size
+
+
+def _read(
+    path: Path,
+    entry: ShardEntry,
+    manifest: Manifest,
+    device: torch.device,
+    layers: frozenset[int],
+    verify: Verify,
+) -> dict[str, torch.Tensor]:
+    """The tensors of `layers`, after the header was compared with the manifest."""
+    try:
+        size = path.stat().st_size
+        metadata, header = _header(path)
+    except OSError as error:
+        raise ShardError(f"{path}: cannot be read: {error.strerror}; copy the shard again") from error
+    if size != entry.size:
+        raise ShardError(f"{path}: {size} bytes, {MANIFEST} says {entry.size}; copy the shard again")
+    own = {"denseffn": "shard", "tp_rank": str(entry.tp_rank), "tp_size": str(manifest.tp_size)}
+    for key, value in own.items():
+        if metadata.get(key) != value:
+            raise ShardError(f"{path}: its header says {key} {metadata.get(key)!r}, wanted is {value!r}")
+    _compare(path, header, entry.tensors)
+    _check_shapes(path, entry, manifest)
+    opened = torch.device("cpu") if verify == "digest" else device
+    tensors: dict[str, torch.Tensor] = {}
+    try:
+        with safe_open(path, framework="pt", device=str(opened)) as file:
+            for tensor in entry.tensors:
+                if _layer_of(tensor.name) in layers:
+                    tensors[tensor.name] = _value(path, file.get_tensor(tensor.name), tensor, device, verify)
+    except (SafetensorError, OSError) as error:
+        raise ShardError(f"{path}: cannot be read: {error}; copy the shard again") from error
+    return tensors
+
+
+def _header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(`__metadata__`, entries) of a safetensors header; safe_open checks the rest of it when it opens the file."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        raw = file.read(length) if length <= path.stat().st_size else b""
+    try:
+        header = json.loads(raw)
+        metadata = header.pop("__metadata__", {})
+        {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()}
+        metadata.get("denseffn")
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
+        raise ShardError(f"{path}: no safetensors header of {length} bytes in it; copy the shard again") from None
+    return metadata, header
+
+
+def _compare(path: Path, header: Mapping[str, Any], tensors: Iterable[ShardTensor]) -> None:
+    expected = {tensor.name: tensor for tensor in tensors}
+    for name in sorted(expected.keys() ^ header.keys()):
+        there, where = (MANIFEST, "the file") if name in expected else ("the file", MANIFEST)
+        raise ShardError(f"{path}: {name} is in {there} and not in {where}; copy the shard again")
+    for name, tensor in expected.items():
+        found, wanted = (header[name]["dtype"], list(header[name]["shape"])), (tensor.dtype, list(tensor.shape))
+        if found != wanted:
+            raise ShardError(
+                f"{path}: {name} is {found[0]} {found[1]}, {MANIFEST} says {wanted[0]} {wanted[1]}; "
+                "copy the shard again"
+            )
+
+
+def _check_shapes(path: Path, entry: ShardEntry, manifest: Manifest) -> None:
+    """The weights against the model's sizes: [L or 2L, H] and [H, L]."""
+    share, hidden = _share(manifest), manifest.model.hidden_size
+    expected = {_GATE_UP: [2 * share, hidden], _DOWN: [hidden, share], **{key: [share, hidden] for key in _SEPARATE}}
+    found = {tensor.name: tensor.shape for tensor in entry.tensors}
+    for layer in manifest.layers:
+        for module in (*((_GATE_UP,) if manifest.layout == "fused" else _SEPARATE), _DOWN):
+            name = f"{_prefix(layer.index)}{module}.weight"
+            if name not in found:
+                raise ShardError(f"{path}: {name} is missing, layer {layer.index} is dense; cut the set again")
+            if found[name] != expected[module]:
+                raise ShardError(
+                    f"{path}: {name} is {found[name]}, {expected[module]} is rank {entry.tp_rank}'s share of "
+                    f"hidden_size {hidden} and intermediate_size {manifest.model.intermediate_size}; cut the set again"
+                )
+
+
+def _value(path: Path, value: torch.Tensor, tensor: ShardTensor, device: torch.device, verify: Verify) -> torch.Tensor:
+    if verify == "digest":
+        found = blake3(value.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+        if found != tensor.blake3:
+            raise ShardError(
+                f"{path}: {tensor.name} has BLAKE3 {found[:16]}…, {MANIFEST} says {tensor.blake3[:16]}…; copy the "
+                "shard again"
+            )
+    return value.to(device)
+
+
+def _prefix(layer: int) -> str:
+    return f"model.layers.{layer}.mlp."
+
+
+def _layer_of(name: str) -> int | None:
+    match = _TENSOR.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def _linears(layer: LayerSchemes, tensors: Mapping[str, torch.Tensor], file: str) -> tuple[LinearShard, LinearShard]:
+    """gate_up and down of a layer; gate and up are stacked where the file keeps them apart."""
+
+    def of(module: str) -> dict[str, torch.Tensor]:
+        start = f"{_prefix(layer.index)}{module}."
+        return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+
+    name = f"{_prefix(layer.index)}{_GATE_UP}"
+    gate_up = of(_GATE_UP)
+    if not gate_up:
+        gate, up = (of(module) for module in _SEPARATE)
+        rows = layer.gate_up_block.rows if layer.gate_up_block else 1
+        if len(gate["weight"]) % rows:
+            raise ShardError(
+                f"{file}: {name}: {len(gate['weight'])} rows of gate are no multiple of the {rows}-row scale block, so "
+                "up cannot be stacked below them; cut the set again with --layout fused"
+            )
+        gate_up = _stacked(name, gate, up, file)
+    return (
+        LinearShard(name, layer.gate_up_proj, _block(layer.gate_up_block), gate_up),
+        LinearShard(f"{_prefix(layer.index)}{_DOWN}", layer.down_proj, _block(layer.down_block), of(_DOWN)),
+    )
+
+
+def _block(block: Block | None) -> tuple[int, int] | None:
+    return None if block is None else (block.rows, block.columns)
+
+
+def _stacked(
+    name: str, gate: Mapping[str, torch.Tensor], up: Mapping[str, torch.Tensor], file: str
+) -> dict[str, torch.Tensor]:
+    """Gate above up. What the two share they must agree in: one quantisation of the tokens serves both."""
+    if gate.keys() != up.keys():
+        raise ShardError(f"{file}: {name}: gate has {', '.join(sorted(gate))}, up has {', '.join(sorted(up))}")
+    stacked = {}
+    for suffix, one in gate.items():
+        other = up[suffix]
+        if suffix in _CUT_BY_ROWS:
+            stacked[suffix] = torch.cat([one.view(torch.uint8), other.view(torch.uint8)]).view(one.dtype)
+        elif torch.equal(one, other):
+            stacked[suffix] = one
+        else:
+            raise ShardError(
+                f"{file}: {name}.{suffix}: gate's is {one.flatten().tolist()[:4]}, up's {other.flatten().tolist()[:4]}"
+                "; tokens are quantised once for both, so they must be the same"
+            )
+    return stacked

@@ -1,0 +1,77 @@
+"""How many tokens each rank brings, and the rows they take on the way.
+
+Collectives want the same number of rows P from every rank: the largest count, or a fixed one for graph capture. All of
+this is integers of the host, the same on every rank: nothing here waits for a device.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from reshard.errors import TokensError
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """`rows` P of every rank, of which the first `counts[r]` are rank r's tokens. `dense`: there is no padding."""
+
+    rows: int
+    counts: tuple[int, ...]
+    dense: bool
+
+    @property
+    def total(self) -> int:
+        """Tokens of all ranks."""
+        return sum(self.counts)
+
+    def drop_padding(self, rows_RPW: torch.Tensor) -> torch.Tensor:
+        """[R*P, W] -> [total, W]."""
+        if self.dense:
+            return rows_RPW
+        return torch.cat([rows_RPW[r * self.rows : r * self.rows + count] for r, count in enumerate(self.counts)])
+
+    def restore_padding(self, rows_TW: torch.Tensor) -> torch.Tensor:
+        """[total, W] -> [R*P, W]; the padding is zero."""
+        if self.dense:
+            return rows_TW
+        padded = rows_TW.new_zeros(len(self.counts) * self.rows, rows_TW.shape[1])
+        for r, part in enumerate(rows_TW.split(self.counts)):
+            padded[r * self.rows : r * self.rows + len(part)] = part
+        return padded
+
+
+def deal(own: int, tp_size: int, tokens_per_rank: Sequence[int] | None, max_tokens: int | None) -> Dealt:
+    """The rows that all ranks bring: `max_tokens` each, else the largest count, else as many as this rank's `own`.
+
+    With fixed rows every row is computed, padding too, so that no size depends on the counts.
+
+    Raises TokensError for a list that is no list of tp_size counts, or a count above max_tokens: on every rank, as
+    the list is the same everywhere.
+    """
+    counts = (own,) * tp_size if tokens_per_rank is None else _checked(tokens_per_rank, tp_size, max_tokens)
+    if max_tokens is not None:
+        return Dealt(max_tokens, (max_tokens,) * tp_size, True)
+    rows = max(counts)
+    return Dealt(rows, counts, counts == (rows,) * tp_size)
+
+
+def _checked(tokens_per_rank: Sequence[int], tp_size: int, max_tokens: int | None) -> tuple[int, ...]:
+    counts = tuple(tokens_per_rank)
+    if len(counts) != tp_size:
+        raise TokensError(f"tokens_per_rank has {len(counts)} counts, the group has {tp_size} ranks")
+    for rank, count in enumerate(counts):
+        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+            raise TokensError(f"tokens_per_rank[{rank}] is {count!r}; a count is an integer of at least 0")
+        if max_tokens is not None and count > max_tokens:
+            raise TokensError(f"tokens_per_rank[{rank}] is {count}, the buffers are fixed for max_tokens={max_tokens}")
+    return counts
+
+
+def pad(x_TH: torch.Tensor, rows: int) -> torch.Tensor:
+    """[T, H] -> [rows, H], zeros below."""
+    if len(x_TH) == rows:
+        return x_TH
+    padded = x_TH.new_zeros(rows, x_TH.shape[1])
+    padded[: len(x_TH)] = x_TH
+    return padded

@@ -1,0 +1,160 @@
+"""Hugging Face transformers models with split dense layers.
+
+`attach` replaces the dense layers of a model that is there; `load_model` loads one without ever reading or holding
+their full weights. Shapes: H hidden_size, I intermediate_size.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from reshard.errors import MissingDependencyError, ReshardError, ShardError
+from runtime.ffn import DenseFFN
+from runtime.group import agree
+from runtime.loader import load_shard
+from runtime.shard import LayerShard, Shard
+
+_ROLES = ("gate_proj", "up_proj", "down_proj")
+
+
+class _Slot(nn.Module):
+    """Where a dense layer's weights would be: only the sizes [H, I] are known."""
+
+    def __init__(self, sizes: tuple[int, int]) -> None:
+        super().__init__()
+        self.sizes = sizes
+
+
+def attach(
+    model: nn.Module,
+    shards: str | Path | Shard,
+    group: torch.distributed.ProcessGroup | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Replace `mlp` of exactly the dense layers by `DenseFFN`s, and let the full weights go. Returns the model.
+
+    Every rank calls it, with its own copy of the model, on the device where that is. `shards` is the folder, or what
+    `load_shard` gave. `options` are `DenseFFN`'s. With tokens="scattered", its default, the ranks run the model in
+    lockstep, each with its own tokens, as many on each, or up to `max_tokens`.
+
+    A dense layer is one whose `mlp` has gate_proj, up_proj and down_proj of its own and no experts.
+
+    Raises ShardError, on all ranks and with the model as it was, where its dense layers or sizes are not the shards'.
+    """
+    problem: ReshardError | None = None
+    held: dict[int, LayerShard] = {}
+    try:
+        held = _held(model, shards, group)
+    except ReshardError as error:
+        problem = error
+    agree(group, {}, problem)
+    own: dict[str, Any] = {"dtype": next(model.parameters()).dtype}
+    made = {index: DenseFFN(layer, group, **(own | options)) for index, layer in held.items()}
+    layers = _decoder_layers(model)
+    for index, ffn in made.items():
+        layers[index].mlp = ffn
+    return model
+
+
+def load_model(
+    path: str | Path,
+    shards: str | Path,
+    group: torch.distributed.ProcessGroup | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> nn.Module:
+    """The causal language model in `path`, its dense layers from `shards`: their full weights are never in memory.
+
+    Everything else is loaded by transformers' own `from_pretrained`. Raises as `attach` does.
+    """
+    transformers = _transformers()
+    config = transformers.AutoConfig.from_pretrained(path)
+    known: Mapping[type, type] = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) not in known:
+        raise ShardError(f"{path}: transformers has no causal language model for {type(config).__name__}")
+    base = known[type(config)]
+    model = _without_dense(base).from_pretrained(path, dtype=dtype or "auto").to(torch.device(device)).eval()
+    model.__class__ = base
+    return attach(model, shards, group, **options)
+
+
+def _held(
+    model: nn.Module, shards: str | Path | Shard, group: torch.distributed.ProcessGroup | None
+) -> dict[int, LayerShard]:
+    """The rank's part of each dense layer, compared with the model's."""
+    dense = _dense(_decoder_layers(model))
+    if not isinstance(shards, Shard):
+        rank, size = (0, 1) if group is None else (group.rank(), group.size())
+        shards = load_shard(shards, rank, next(model.parameters()).device, tp_size=size)
+    _compare(model, dense, shards)
+    return dict(shards.layers)
+
+
+def _without_dense(base: Any) -> Any:
+    """The model class with slots for its dense layers; its checkpoint's tensors for them are passed over by name."""
+
+    def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, config, *args, **kwargs)
+        layers = _decoder_layers(self)
+        dense = _dense(layers)
+        for index, sizes in dense.items():
+            layers[index].mlp = _Slot(sizes)
+        passed = [rf"model\.layers\.{index}\.mlp\.({'|'.join(_ROLES)})\..+" for index in dense]
+        self._keys_to_ignore_on_load_unexpected = {*(base._keys_to_ignore_on_load_unexpected or ()), *passed}
+
+    return type(base.__name__, (base,), {"__init__": init, "__module__": base.__module__})
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingDependencyError(f"transformers cannot be imported ({error}); pip install transformers") from error
+    return transformers
+
+
+def _decoder_layers(model: nn.Module) -> list[nn.Module]:
+    layers: Iterable[nn.Module] | None = getattr(getattr(model, "model", model), "layers", None)
+    if layers is None:
+        raise ShardError(f"{type(model).__name__} has no model.layers; its dense layers cannot be found")
+    return list(layers)
+
+
+def _dense(layers: Iterable[nn.Module]) -> dict[int, tuple[int, int]]:
+    """[H, I] of each dense layer, by index."""
+    found: dict[int, tuple[int, int]] = {}
+    for index, layer in enumerate(layers):
+        mlp = getattr(layer, "mlp", None)
+        if isinstance(mlp, _Slot):
+            found[index] = mlp.sizes
+        elif isinstance(mlp, DenseFFN):
+            raise ShardError(f"model.layers.{index}.mlp is split already")
+        elif isinstance(mlp, nn.Module) and _is_dense(mlp):
+            found[index] = tuple(mlp.down_proj.weight.shape)
+    return found
+
+
+def _is_dense(mlp: nn.Module) -> bool:
+    own = dict(mlp.named_children())
+    return "experts" not in own and all(isinstance(own.get(role), nn.Linear) for role in _ROLES)
+
+
+def _compare(model: nn.Module, dense: Mapping[int, tuple[int, int]], shard: Shard) -> None:
+    if list(dense) != list(shard.layers):
+        raise ShardError(
+            f"{shard.file}: its dense layers are {list(shard.layers)}, {type(model).__name__}'s are {list(dense)}"
+        )
+    wanted = (shard.hidden_size, shard.intermediate_size)
+    for index, sizes in dense.items():
+        if sizes != wanted:
+            raise ShardError(
+                f"{shard.file}: hidden_size and intermediate_size are {wanted}, model.layers.{index}.mlp's are {sizes}"
+            )
+    activation = getattr(model.config, "hidden_act", None)
+    if activation != "silu":
+        raise ShardError(f"{type(model).__name__}'s hidden_act is {activation!r}; the split layer computes 'silu'")

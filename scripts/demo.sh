@@ -20,3 +20,6 @@ for shard in demo/tp4/*.safetensors; do cmp "$shard" "demo/again/${shard##*/}" &
 printf '\nAnd cut for 2 ranks, from the 4 shards alone:\n'
 show reshard split demo/tp4 demo/tp2 --tp 2 --quiet
 show reshard verify demo/tp2 --source demo/model --quiet
+
+printf '\nThe runtime: four processes, each with its own shard, against the unsplit layers:\n'
+show torchrun --nproc-per-node 4 -m runtime.demo demo/tp4

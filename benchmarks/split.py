@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--disk", type=Path, default=Path.cwd(), help="a folder on the disk to measure")
     parser.add_argument("--memory", type=Path, default=Path("/dev/shm"), help="a folder in a memory file system")
     arguments = parser.parse_args()
-    print(f"{os.cpu_count()} processors, {_cpu()}, Linux {os.uname().release}, Python {sys.version.split()[0]}")
+    print(f"{os.cpu_count()} processors, {cpu_name()}, Linux {os.uname().release}, Python {sys.version.split()[0]}")
     results = {}
     for place, folder, on_disk in (("disk", arguments.disk, True), ("memory", arguments.memory, False)):
         with tempfile.TemporaryDirectory(prefix=".bench-", dir=folder) as work:
@@ -124,7 +124,8 @@ def _start(work: Path, runs: int) -> dict[str, list[float]]:
     return seconds
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """The processor, by its own name."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()

@@ -233,10 +233,11 @@ def _computable(rng: np.random.Generator, recipe: Recipe, module: str, found: di
     scales = (1 + 0.5 * rng.random(out)) * size / spread
     of["weight_scale"] = scales
     of["weight_offset"] = np.zeros(out)
-    of["input_scale"] = np.array([0.03125])
+    step = 2.0**-4 if module.endswith("down_proj") else 2.0**-5  # h has longer tails than tokens
+    of["input_scale"] = np.array([step])
     of["input_offset"] = of["input_zero_point"] = np.array([-7.0])
     of["quant_bias"] = 7 * stored.astype(np.int64).sum(axis=1)
-    of["deq_scale"] = np.float32(0.03125) * scales.astype(np.float32)
+    of["deq_scale"] = np.float32(step) * scales.astype(np.float32)
     for suffix, rule in (("weight_scale", "blocks"), ("weight_scale_inv", "blocks")):
         if recipe.tensors.get(suffix, ("", ""))[1] == rule:
             grid = (-(-out // 128), -(-in_ // 128))

@@ -68,13 +68,19 @@ def _imports(path: Path) -> set[str]:
     return found
 
 
-def _modules() -> dict[str, Path]:
-    paths = PACKAGE.rglob("*.py")
-    return {".".join(("reshard", *path.relative_to(PACKAGE).with_suffix("").parts)): path for path in paths}
+def _modules(package: str = "reshard") -> dict[str, Path]:
+    folder = PACKAGE.parent / package
+    paths = folder.rglob("*.py")
+    return {".".join((package, *path.relative_to(folder).with_suffix("").parts)): path for path in paths}
 
 
-def test_there_is_no_import_cycle() -> None:
-    graph = {name: _imports(path) & _modules().keys() for name, path in _modules().items()}
+@pytest.mark.parametrize("package", ["reshard", "runtime"])
+def test_there_is_no_import_cycle(package: str) -> None:
+    modules = _modules(package)
+    graph = {
+        name: {m for i in _imports(path) for m in (i, f"{i}.__init__") if m in modules}
+        for name, path in modules.items()
+    }
     done: set[str] = set()
 
     def visit(name: str, above: tuple[str, ...]) -> None:
@@ -97,6 +103,16 @@ def test_the_runtime_takes_only_the_manifest_and_the_errors() -> None:
     allowed = {"reshard.manifest", "reshard.errors"}
     for path in (PACKAGE.parent / "runtime").rglob("*.py"):
         assert {name for name in _imports(path) if name.split(".")[0] == "reshard"} <= allowed, path
+
+
+def test_the_runtime_imports_no_engine_and_no_other_device() -> None:
+    import subprocess
+
+    code = "import sys, runtime; print(*sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    loaded = {name.split(".")[0] for name in out}
+    assert "torch" in loaded
+    assert not loaded & {"vllm", "transformers", "torch_npu", "typer", "rich", "huggingface_hub"}
 
 
 @pytest.mark.parametrize("name", ["manifest", "errors"])

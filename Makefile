@@ -9,10 +9,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help setup demo test lint format bench clean
+NPU_VENV := .venv-npu
+NPU_READY := $(NPU_VENV)/.ready
+NPU_PIP := $(NPU_VENV)/bin/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: help setup demo test test-npu lint format bench clean
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 setup: $(READY) ## make .venv with the package in it, editable, and its console script
 
@@ -28,6 +32,18 @@ demo: $(READY) ## make a small DeepSeek-shaped checkpoint, split, verify and mer
 test: $(READY) ## run the tests; ARGS='-k plan' picks some
 	$(BIN)/python -m pytest $(ARGS)
 
+test-npu: $(NPU_READY) ## the NPU path against the real torch_npu, on the CPU, in an environment of its own
+	@LD_LIBRARY_PATH="$(CURDIR)/$(NPU_VENV)/stubs" TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
+	  $(NPU_VENV)/bin/python -m pytest tests/npu $(ARGS)
+
+# torch_npu wants CANN's libraries; empty ones in their names let it be imported (tests/npu/stubs.py).
+$(NPU_READY): pyproject.toml Makefile tests/npu/stubs.py
+	$(PYTHON) -m venv $(NPU_VENV)
+	$(NPU_PIP) install $(TORCH)
+	$(NPU_PIP) install --editable '.[dev-npu]'
+	$(NPU_VENV)/bin/python tests/npu/stubs.py $(NPU_VENV)/stubs
+	@touch $@
+
 lint: $(READY) ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,4 +57,4 @@ bench: $(READY) ## speed and memory against copying and against the peers, as ra
 	$(BIN)/python -m benchmarks.split $(ARGS)
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(NPU_VENV) demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

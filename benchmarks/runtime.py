@@ -109,13 +109,13 @@ def _overlapped(layers: list[DenseFFN], x_TH: torch.Tensor, group: dist.ProcessG
     for layer in layers:
         waiting = []
         for half in x_TH.chunk(2):
-            rows = layer.gate_up_proj.pack(layer.gate_up_proj.quantise(half))
+            rows = layer.pack(half)
             gathered = rows.new_empty(2 * len(rows), rows.shape[1])
             waiting.append((gathered, dist.all_gather_single(gathered, rows, group=group, async_op=True)))
         scattered = []
         for gathered, work in waiting:
             work.wait()
-            partial = layer._partial(layer.gate_up_proj.unpack(gathered), layer.reduce_dtype)
+            partial = layer.of_packed(gathered, layer.reduce_dtype)
             received = torch.empty_like(partial)
             scattered.append((received, dist.all_to_all_single(received, partial, group=group, async_op=True)))
         for received, work in scattered:

@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import nn
 
 from reshard.errors import ReshardError, TokensError, UsageError
 from runtime.group import agree, check_place
-from runtime.kernels import Kernels, kernels_for
-from runtime.linear import DynamicLinear, FloatLinear, Linear, Mix, Tokens, make_linear
+from runtime.kernels import Kernels
+from runtime.linear import Mix
+from runtime.partial import PartialFFN
 from runtime.shard import LayerShard
 from runtime.tokens import deal, pad
 
@@ -29,7 +29,7 @@ Deal = Literal["scattered", "replicated"]
 REDUCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-class DenseFFN(nn.Module):
+class DenseFFN(PartialFFN):
     """y = down(silu(gate(x)) * up(x)), each rank with 1/R of the three matrices.
 
     Args:
@@ -44,8 +44,7 @@ class DenseFFN(nn.Module):
         mix: which of W8A8_MIX's two sets is run.
         kernels: the backend; None: the one of the device that the shard is on.
 
-    Making one is collective: the ranks compare what they were given, and an error on one is raised on all. What it
-    holds stays as and where it was loaded, whatever `.to()` is called on a model around it.
+    Making one is collective: the ranks compare what they were given, and an error on one is raised on all.
 
     Raises GroupError (another tp_size, tp_rank, shard set, layer or option than the group's others), ShardError
     (tensors that the scheme does not have, or too large for the device's kernels), UsageError (options).
@@ -63,24 +62,18 @@ class DenseFFN(nn.Module):
         mix: Mix = "dynamic",
         kernels: Kernels | None = None,
     ) -> None:
-        super().__init__()
         problem: ReshardError | None = None
         try:
             check_place(layer, group)
-            _check_options(tokens, max_tokens, reduce_dtype, mix)
-            self.kernels = kernels or kernels_for(layer.down.tensors["weight"].device)
-            self.dtype = _dtype_of(layer, dtype)
-            self.gate_up_proj = make_linear(layer.gate_up, self.kernels, mix, self.dtype)
-            self.down_proj = make_linear(layer.down, self.kernels, mix, self.dtype)
+            _check_options(tokens, max_tokens, reduce_dtype)
+            super().__init__(layer, kernels, dtype, mix)
         except ReshardError as error:
             problem = error
         options = {"tokens": tokens, "max_tokens": max_tokens, "reduce_dtype": reduce_dtype, "dtype": dtype, "mix": mix}
         agree(group, {"layer": layer.index, "shard set": layer.set_digest, **options}, problem)
         self.index, self.tp_rank, self.tp_size = layer.index, layer.tp_rank, layer.tp_size
-        self.hidden_size, self.intermediate_size = layer.hidden_size, layer.intermediate_size
         self.reduce_dtype = reduce_dtype or self.dtype
         self.max_tokens = max_tokens
-        self.device = layer.down.tensors["weight"].device
         self._replicated = tokens == "replicated"
         self._collectives = None if group is None or self.tp_size == 1 else self.kernels.collectives(group)
 
@@ -109,28 +102,16 @@ class DenseFFN(nn.Module):
         if dealt.total == 0:
             y_TH = x_TH
         elif self._collectives is None:
-            y_TH = self._partial(self.gate_up_proj.quantise(x_TH), self.dtype)
+            y_TH = self.of(x_TH, self.dtype)
         elif self._replicated:
-            partial = self._partial(self.gate_up_proj.quantise(pad(x_TH, dealt.rows)), self.reduce_dtype)
-            y_TH = self._collectives.all_reduce(partial)
+            y_TH = self._collectives.all_reduce(self.of(pad(x_TH, dealt.rows), self.reduce_dtype))
         else:
-            rows = self.gate_up_proj.pack(self.gate_up_proj.quantise(pad(x_TH, dealt.rows)))
-            gathered = dealt.drop_padding(self._collectives.gather(rows))
-            partial = self._partial(self.gate_up_proj.unpack(gathered), self.reduce_dtype)
+            gathered = self._collectives.gather(self.pack(pad(x_TH, dealt.rows)))
+            partial = self.of_packed(dealt.drop_padding(gathered), self.reduce_dtype)
             y_TH = self._collectives.reduce_scatter(dealt.restore_padding(partial))
         if problem is not None:
             raise problem
         return y_TH[:own].to(self.dtype).reshape(shape)
-
-    def _partial(self, tokens: Tokens, dtype: torch.dtype) -> torch.Tensor:
-        """What this rank's columns add to the result: [T, H] in `dtype`."""
-        gate_up, down = self.gate_up_proj, self.down_proj
-        if isinstance(gate_up, DynamicLinear) and isinstance(down, DynamicLinear):
-            q_TH, scale_T = tokens
-            sums = self.kernels.int8_matmul(q_TH, gate_up.weight)
-            return down.multiply(self.kernels.dequant_swiglu_quant(sums, gate_up.weight_scale, scale_T), dtype)
-        h_TL = self.kernels.swiglu(gate_up.multiply(tokens, self.dtype))
-        return down.multiply(down.quantise(h_TL), dtype)
 
     def _problem(self, x_TH: torch.Tensor, tokens_per_rank: Sequence[int] | None) -> tuple[TokensError | None, int]:
         """What is wrong with this rank's own tokens, if anything, and how many there are."""
@@ -150,35 +131,15 @@ class DenseFFN(nn.Module):
             return None, own
         return TokensError(f"layer {self.index}, rank {self.tp_rank}: x {wrong}"), own
 
-    def _apply(self, fn: object, recurse: bool = True) -> "DenseFFN":
-        """Nothing: a model's `.to(dtype)` would round the scales."""
-        return self
-
     def extra_repr(self) -> str:
         """What the repr says."""
         return f"layer {self.index}, rank {self.tp_rank} of {self.tp_size}, {self.kernels.name}, {self.dtype}"
 
 
-def _check_options(tokens: str, max_tokens: int | None, reduce_dtype: torch.dtype | None, mix: str) -> None:
+def _check_options(tokens: str, max_tokens: int | None, reduce_dtype: torch.dtype | None) -> None:
     if tokens not in ("scattered", "replicated"):
         raise UsageError(f"tokens is {tokens!r}; it may be 'scattered' or 'replicated'")
-    if mix not in ("dynamic", "static"):
-        raise UsageError(f"mix is {mix!r}; it may be 'dynamic' or 'static'")
     if max_tokens is not None and max_tokens < 1:
         raise UsageError(f"max_tokens is {max_tokens}; it must be at least 1")
     if reduce_dtype is not None and reduce_dtype not in REDUCE_DTYPES:
         raise UsageError(f"reduce_dtype is {reduce_dtype}; it may be {', '.join(map(str, REDUCE_DTYPES))}")
-
-
-def _dtype_of(layer: LayerShard, dtype: torch.dtype | None) -> torch.dtype:
-    """The tokens' type: that of the weights that are not quantised."""
-    for linear in (layer.gate_up, layer.down):
-        own = linear.tensors["weight"].dtype
-        if linear.scheme == "bf16" and dtype not in (None, own):
-            raise UsageError(f"dtype is {dtype}, {linear.name}.weight is {own}; weights are not cast")
-        if linear.scheme == "bf16":
-            dtype = own
-    return dtype or torch.bfloat16
-
-
-__all__ = ["DenseFFN", "FloatLinear", "Linear"]

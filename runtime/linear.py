@@ -116,7 +116,7 @@ class StaticLinear(Linear):
         tensors, weight = shard.tensors, shard.tensors["weight"]
         input_scale = tensors["input_scale"].float()
         offset = tensors.get("input_offset", tensors.get("input_zero_point", torch.zeros_like(input_scale))).float()
-        if not bool((input_scale > 0).all()):
+        if not input_scale.is_meta and not bool((input_scale > 0).all()):
             raise ShardError(f"{shard.name}.input_scale is {input_scale.tolist()}; a scale must be above 0")
         if "deq_scale" in tensors:
             deq_scale = _deq_scale(tensors["deq_scale"])
@@ -124,7 +124,7 @@ class StaticLinear(Linear):
         else:
             deq_scale = input_scale * tensors["weight_scale"].reshape(-1).float()
             bias = None
-            if bool(offset.any()):
+            if _has_values(offset):
                 bias = -weight.sum(dim=1, dtype=torch.int32) * offset.to(torch.int32)
         self.reciprocal = _constant(1.0 / input_scale)
         self.offset = _constant(offset)
@@ -175,7 +175,7 @@ def _check_types(shard: LinearShard) -> None:
                 f"{sizes.get(suffix, weight.shape[0])} of them; cut the set again"
             )
     offset = shard.tensors.get("weight_offset")
-    if offset is not None and bool(offset.any()):
+    if offset is not None and _has_values(offset):
         raise ShardError(
             f"{shard.name}.weight_offset is not zero (the largest is {offset.abs().max().item():g}); weights with an "
             "offset are not supported: quantise them symmetrically"
@@ -185,6 +185,11 @@ def _check_types(shard: LinearShard) -> None:
 def _deq_scale(stored_N: torch.Tensor) -> torch.Tensor:
     """float32; where it is stored as I64, its low 32 bits are those of the float32."""
     return stored_N.to(torch.int32).view(torch.float32) if stored_N.dtype == torch.int64 else stored_N.float()
+
+
+def _has_values(tensor: torch.Tensor) -> bool:
+    """Whether any is not 0; on the meta device there are none."""
+    return not tensor.is_meta and bool(tensor.any())
 
 
 def _constant(value: torch.Tensor) -> torch.nn.Parameter:

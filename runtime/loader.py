@@ -18,7 +18,7 @@ from reshard.errors import ManifestError, ShardError
 from reshard.manifest import Block, LayerSchemes, Manifest, ShardTensor, parse_manifest
 from reshard.manifest import Shard as ShardEntry
 from runtime.dequantise import dequantised
-from runtime.kernels import kernels_for
+from runtime.kernels import device_of, kernels_for
 from runtime.shard import LayerShard, LinearShard, Shard
 
 MANIFEST = "manifest.json"
@@ -56,7 +56,7 @@ def load_shard(
     """
     if verify not in ("header", "digest"):
         raise ShardError(f"verify is {verify!r}; it may be 'header' or 'digest'")
-    folder, device = Path(folder), torch.device(device)
+    folder, device = Path(folder), device_of(device)
     kernels = kernels_for(device)
     manifest, set_digest = read_manifest(folder)
     entry = _entry(manifest, folder, tp_rank, tp_size)

@@ -1,0 +1,180 @@
+"""Stand-ins for six of torch_npu's kernels, on CPU tensors, written from the operator documentation in its wheel.
+
+No NPU was at hand. What they prove: that the NPU path calls these kernels with arguments that the documentation allows,
+in the right order, and that its result is right if the kernels do what is written there. What they do not prove:
+that a device's kernels do, nor anything of speed.
+
+They are stricter than torch_npu's shape functions where the documentation is: types and their combinations, last dims
+of at most 65535, no empty operand.
+"""
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own custom
+
+FRACTAL_NZ = 29
+_QINT8 = 12  # c10::ScalarType::QInt8, what a dtype becomes where the operator's schema has an int
+_INT8_MAX, _INT8_MIN = 127, -128
+_DTYPES = {1: torch.int8, 3: torch.int32, 5: torch.float16, 15: torch.bfloat16}
+_LAST_DIM_LIMIT = 65_535
+
+
+def register() -> list[torch.library.Library]:
+    """Put the stand-ins in. They stay as long as the libraries that are returned."""
+    cpu, meta = torch.library.Library("npu", "IMPL", "CPU"), torch.library.Library("npu", "IMPL", "Meta")
+    for kernel in (
+        npu_dynamic_quant,
+        npu_quant_matmul,
+        npu_dequant_swiglu_quant,
+        npu_swiglu,
+        npu_quantize,
+        npu_format_cast,
+    ):
+        cpu.impl(kernel.__name__, kernel)
+    meta.impl("npu_format_cast", npu_format_cast)  # the only one of the six that torch_npu has no shape function for
+    return [cpu, meta]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _quantise(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """scale = rowMax(abs(x)) / 127, y = round(x / scale), as documented; a row of zeros is taken to give zeros."""
+    scale = value.abs().amax(-1) / _INT8_MAX
+    scaled = torch.where(scale[..., None] > 0, value / scale[..., None], torch.zeros_like(value))
+    return scaled.round().clamp(_INT8_MIN, _INT8_MAX).to(torch.int8), scale
+
+
+def npu_dynamic_quant(
+    x, *, smooth_scales=None, group_index=None, dst_type=None, quant_mode="pertoken", dst_type_max=0.0
+):
+    """Per token, symmetric: ([..., K] int8, [...] float32)."""
+    _require(x.dtype in (torch.float16, torch.bfloat16), f"npu_dynamic_quant: x is {x.dtype}")
+    _require(x.dim() > 1, "npu_dynamic_quant: x must have more than one dim")
+    _require(
+        smooth_scales is None and group_index is None and dst_type in (None, 1), "npu_dynamic_quant: not used here"
+    )
+    return _quantise(x.float())
+
+
+def npu_quant_matmul(
+    x1,
+    x2,
+    scale,
+    *,
+    offset=None,
+    pertoken_scale=None,
+    bias=None,
+    output_dtype=None,
+    x1_dtype=None,
+    x2_dtype=None,
+    pertoken_scale_dtype=None,
+    scale_dtype=None,
+    group_sizes=None,
+    y_scale=None,
+):
+    """[M, K] x [K, N] int8: (sums + bias) * scale [* pertoken_scale]; the table of types is the documentation's."""
+    out = _DTYPES[1 if output_dtype is None else output_dtype]
+    _require(x1.dtype == x2.dtype == torch.int8, f"npu_quant_matmul: x1 is {x1.dtype}, x2 {x2.dtype}")
+    _require(x1.numel() > 0 and x2.numel() > 0 and scale.numel() > 0, "npu_quant_matmul: an operand is empty")
+    _require(x1.is_contiguous(), "npu_quant_matmul: x1 is not contiguous")
+    _require(max(x1.shape[-1], x2.shape[-1]) <= _LAST_DIM_LIMIT, "npu_quant_matmul: a last dim is above 65535")
+    _require(x1.shape[-1] == x2.shape[0], f"npu_quant_matmul: k is {x1.shape[-1]} and {x2.shape[0]}")
+    n = x2.shape[1]
+    _require(scale.dim() == 1 and len(scale) in (1, n), f"npu_quant_matmul: scale is {list(scale.shape)}, n is {n}")
+    per_token = pertoken_scale is not None
+    allowed = {
+        (torch.float16, False): ({torch.int64, torch.float32}, {torch.int32}),
+        (torch.bfloat16, False): ({torch.float32, torch.bfloat16}, {torch.int32, torch.bfloat16, torch.float32}),
+        (torch.bfloat16, True): ({torch.float32, torch.bfloat16}, {torch.int32, torch.bfloat16, torch.float32}),
+        (torch.float16, True): ({torch.float32}, {torch.int32, torch.float16, torch.float32}),
+        (torch.int32, False): ({torch.float32, torch.bfloat16}, {torch.int32}),
+    }
+    _require((out, per_token) in allowed, f"npu_quant_matmul: {out} with pertoken_scale {per_token}")
+    scales, biases = allowed[out, per_token]
+    _require(scale.dtype in scales, f"npu_quant_matmul: scale is {scale.dtype} for {out}")
+    _require(bias is None or (bias.dtype in biases and bias.shape == (n,)), "npu_quant_matmul: bias")
+    _require(offset is None and group_sizes is None and y_scale is None, "npu_quant_matmul: not used here")
+    if per_token:
+        _require(pertoken_scale.dtype == torch.float32, f"npu_quant_matmul: pertoken_scale is {pertoken_scale.dtype}")
+        _require(
+            pertoken_scale.shape == (len(x1),), f"npu_quant_matmul: pertoken_scale is {list(pertoken_scale.shape)}"
+        )
+    sums = (x1.double() @ x2.double()).to(torch.int64)  # exact: far below 2^53
+    if bias is not None:
+        _require(bias.dtype == torch.int32, "npu_quant_matmul: a float bias is added after scaling, not done here")
+        sums = sums + bias
+    if out == torch.int32:
+        return sums.to(torch.int32)
+    if scale.dtype == torch.int64:  # what npu_trans_quant_param makes: the float32's bits
+        scale = scale.to(torch.int32).view(torch.float32)
+    y = sums.float() * scale.float()
+    return (y * pertoken_scale[:, None] if per_token else y).to(out)
+
+
+def npu_dequant_swiglu_quant(
+    x,
+    *,
+    weight_scale=None,
+    activation_scale=None,
+    bias=None,
+    quant_scale=None,
+    quant_offset=None,
+    group_index=None,
+    activate_left=False,
+    quant_mode=0,
+    dst_type=None,
+    round_mode=None,
+    activate_dim=None,
+    swiglu_mode=0,
+    clamp_limit=7.0,
+    glu_alpha=1.702,
+    glu_bias=1.0,
+):
+    """[T, 2L] int32 -> float32 by both scales -> swish of one half times the other -> ([T, L] int8, [T] float32)."""
+    _require(x.dim() == 2 and x.shape[1] % 2 == 0, f"npu_dequant_swiglu_quant: x is {list(x.shape)}")
+    _require(x.dtype == torch.int32, f"npu_dequant_swiglu_quant: x is {x.dtype}, only int32 is used here")
+    _require(weight_scale is not None and activation_scale is not None, "npu_dequant_swiglu_quant: int32 wants scales")
+    _require(
+        weight_scale.dtype == torch.float32 and weight_scale.shape == (1, x.shape[1]),
+        f"npu_dequant_swiglu_quant: weight_scale is {weight_scale.dtype} {list(weight_scale.shape)}",
+    )
+    _require(
+        activation_scale.dtype == torch.float32 and activation_scale.shape == (len(x),),
+        f"npu_dequant_swiglu_quant: activation_scale is {activation_scale.dtype} {list(activation_scale.shape)}",
+    )
+    others = (bias, quant_scale, quant_offset, group_index)
+    _require(
+        all(o is None for o in others) and quant_mode == 1 and swiglu_mode == 0, "npu_dequant_swiglu_quant: not used"
+    )
+    left, right = (x.float() * weight_scale * activation_scale[:, None]).chunk(2, -1)
+    return _quantise(F.silu(left) * right if activate_left else F.silu(right) * left)
+
+
+def npu_swiglu(x, dim=-1):
+    """swish(A) * B of x's two halves."""
+    _require(x.dtype in (torch.float32, torch.float16, torch.bfloat16), f"npu_swiglu: x is {x.dtype}")
+    left, right = x.float().chunk(2, dim)
+    return (F.silu(left) * right).to(x.dtype)
+
+
+def npu_quantize(x, scales, zero_points, dtype, axis=1, div_mode=True):
+    """div_mode False: x * scales + zero_points, rounded."""
+    _require(dtype == _QINT8 and not div_mode and axis == -1, "npu_quantize: only qint8 by multiplication is used here")
+    _require(x.dtype in (torch.float32, torch.float16, torch.bfloat16), f"npu_quantize: x is {x.dtype}")
+    _require(scales.dtype in (torch.float32, x.dtype), f"npu_quantize: x is {x.dtype}, scales {scales.dtype}")
+    _require(
+        zero_points.dtype == scales.dtype and zero_points.shape == scales.shape,
+        "npu_quantize: zero_points must have the type and shape of scales",
+    )
+    _require(scales.dim() == 1 and len(scales) in (1, x.shape[-1]), f"npu_quantize: scales {list(scales.shape)}")
+    value = x.float() * scales.float() + zero_points.float()
+    return value.round().clamp(_INT8_MIN, _INT8_MAX).to(torch.int8)
+
+
+def npu_format_cast(x, acl_format, *, customize_dtype=None, input_dtype=None):
+    """Another layout of the same values; the layout is the device's own affair."""
+    _require(acl_format == FRACTAL_NZ, f"npu_format_cast: format {acl_format}")
+    _require(x.is_contiguous(), "npu_format_cast: the weight is not contiguous")
+    return x.clone()

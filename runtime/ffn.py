@@ -82,13 +82,14 @@ class DenseFFN(PartialFFN):
         rounds_often = not (self._collectives and self._collectives.in_float32) and self.tp_size > _RANKS_IN_OWN_TYPE
         self.reduce_dtype = reduce_dtype or (torch.float32 if rounds_often else self.dtype)
 
+    @torch.no_grad()
     def forward(self, x_TH: torch.Tensor, tokens_per_rank: Sequence[int] | None = None) -> torch.Tensor:
         """[..., H] -> [..., H], any leading shape; T is their product.
 
         tokens_per_rank: every rank's T, the same list on every rank; zeros are allowed. None: T is the same on every
         rank, or max_tokens fixes the rows. With all at zero there is no collective, unless max_tokens is set.
 
-        No call waits for the device, and no size depends on values.
+        No call waits for the device, and no size depends on values. There is no gradient: collectives have none.
 
         Raises TokensError. Where the counts are wrong for all, before any collective. Where only this rank's x_TH does
         not fit (size, type, device, more tokens than it said), after it: the rank takes part with zeros instead of its

@@ -8,8 +8,10 @@ import pytest
 
 from reshard import __version__
 from reshard.cli.main import app
+from reshard.prepare import Cut
 from reshard.schemes import VARIANTS, TensorRule
-from tests.running import reshard
+from tests.builders import Spec, build
+from tests.running import reshard, split
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -90,12 +92,12 @@ def test_options_that_are_named_exist() -> None:
 
 def test_targets_that_are_named_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"^make ([a-z]+)\b", README, re.MULTILINE)):
+    for target in set(re.findall(r"^make ([a-z-]+)\b", README, re.MULTILINE)):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
 def test_files_that_are_named_exist() -> None:
-    for path in re.findall(r"\]\(((?!http)[^)]+)\)", README):
+    for path in re.findall(r"\]\(((?!http|#)[^)]+)\)", README):
         assert (ROOT / path).exists(), path
 
 
@@ -104,3 +106,28 @@ def test_the_version_stands_in_the_changelog_and_once_in_the_code() -> None:
     holders = [p for p in (ROOT / "reshard").rglob("*.py") if f'"{__version__}"' in p.read_text()]
     assert [path.name for path in holders] == ["__init__.py"]
     assert __version__ not in (ROOT / "pyproject.toml").read_text()
+
+
+def test_headings_that_are_linked_exist() -> None:
+    headings = {re.sub(r"[^a-z0-9 -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.+)$", README, re.M)}
+    for anchor in re.findall(r"\]\(#([^)]+)\)", README):
+        assert anchor in headings, anchor
+
+
+def test_the_runtime_s_example_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one rank in the place of eight, on the CPU."""
+    import torch
+    import torch.distributed as dist
+
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    build(tmp_path / "model", Spec("modelslim_dynamic", computable=True))
+    split(tmp_path / "model", tmp_path / "r1-w8a8-tp8", Cut(1))
+    monkeypatch.chdir(tmp_path)
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        given = {"x": torch.randn(5, 256).bfloat16()}
+        exec(block.replace('"npu:3"', '"cpu"').replace("[5, 1, 0, 7, 2, 0, 0, 1]", "[5]"), given)
+    finally:
+        dist.destroy_process_group()
+    assert given["y"].shape == (5, 256)

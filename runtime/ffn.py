@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from reshard.errors import ReshardError, TokensError, UsageError
+from reshard.errors import TokensError, UsageError
 from runtime.group import agree, check_place
 from runtime.kernels import Kernels
 from runtime.linear import Mix
@@ -66,12 +66,12 @@ class DenseFFN(PartialFFN):
         mix: Mix = "dynamic",
         kernels: Kernels | None = None,
     ) -> None:
-        problem: ReshardError | None = None
+        problem: Exception | None = None
         try:
             check_place(layer, group)
             _check_options(tokens, max_tokens, reduce_dtype)
             super().__init__(layer, kernels, dtype, mix)
-        except ReshardError as error:
+        except Exception as error:  # whatever it is, the others must not wait for this rank
             problem = error
         options = {"tokens": tokens, "max_tokens": max_tokens, "reduce_dtype": reduce_dtype, "dtype": dtype, "mix": mix}
         agree(group, {"layer": layer.index, "shard set": layer.set_digest, **options}, problem)
@@ -122,14 +122,14 @@ class DenseFFN(PartialFFN):
     def _problem(self, x_TH: torch.Tensor, tokens_per_rank: Sequence[int] | None) -> tuple[TokensError | None, int]:
         """What is wrong with this rank's own tokens, if anything, and how many there are."""
         own = x_TH.shape[:-1].numel()
-        counts = tokens_per_rank if tokens_per_rank and len(tokens_per_rank) == self.tp_size else None
+        counts = tokens_per_rank if tokens_per_rank is not None and len(tokens_per_rank) == self.tp_size else None
         if x_TH.dim() == 0 or x_TH.shape[-1] != self.hidden_size:
             wrong = f"is {list(x_TH.shape)}, its last dim must be hidden_size {self.hidden_size}"
         elif x_TH.dtype != self.dtype:
             wrong = f"is {x_TH.dtype}, the layer was made for {self.dtype}"
         elif x_TH.device != self.device:
             wrong = f"is on {x_TH.device}, the layer on {self.device}"
-        elif counts and own != counts[self.tp_rank]:
+        elif counts is not None and own != counts[self.tp_rank]:
             wrong = f"has {own} tokens, tokens_per_rank[{self.tp_rank}] is {counts[self.tp_rank]}"
         elif self.max_tokens is not None and own > self.max_tokens:
             wrong = f"has {own} tokens, the buffers are fixed for max_tokens={self.max_tokens}"

@@ -136,6 +136,7 @@ BAD_LISTS: dict[str, tuple[Any, int | None, str]] = {
     "long": ([3, 3, 0], None, "tokens_per_rank has 3 counts, the group has 2 ranks"),
     "negative": ([3, -1], None, "tokens_per_rank[1] is -1; a count is an integer of at least 0"),
     "float": ([3.0, 3], None, "tokens_per_rank[0] is 3.0; a count"),
+    "tensor": (torch.tensor([3, 3]), None, "tokens_per_rank[0] is tensor(3); a count"),
     "bool": ([True, 3], None, "tokens_per_rank[0] is True; a count"),
     "above the buffer": ([3, 9], 8, "tokens_per_rank[1] is 9, the buffers are fixed for max_tokens=8"),
 }

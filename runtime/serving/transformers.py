@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from reshard.errors import MissingDependencyError, ReshardError, ShardError
+from reshard.errors import MissingDependencyError, ShardError
 from runtime.ffn import DenseFFN
 from runtime.group import agree
 from runtime.loader import load_shard
@@ -44,11 +44,11 @@ def attach(
 
     Raises ShardError, on all ranks and with the model as it was, where its dense layers or sizes are not the shards'.
     """
-    problem: ReshardError | None = None
+    problem: Exception | None = None
     held: dict[int, LayerShard] = {}
     try:
         held = _held(model, shards, group)
-    except ReshardError as error:
+    except Exception as error:  # whatever it is, the others must not wait for this rank
         problem = error
     agree(group, {}, problem)
     own: dict[str, Any] = {"dtype": next(model.parameters()).dtype}

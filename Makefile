@@ -55,6 +55,8 @@ format: $(READY) ## put the code into the house's form
 
 bench: $(READY) ## speed and memory against copying and against the peers, as ratios; ARGS='--runs 3'
 	$(BIN)/python -m benchmarks.split $(ARGS)
+	$(BIN)/python -m benchmarks.runtime $(ARGS)
+	$(BIN)/python -m benchmarks.accuracy
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) $(NPU_VENV) demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

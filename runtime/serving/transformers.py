@@ -14,6 +14,7 @@ from torch import nn
 from reshard.errors import MissingDependencyError, ShardError
 from runtime.ffn import DenseFFN
 from runtime.group import agree
+from runtime.kernels import device_of
 from runtime.loader import load_shard
 from runtime.shard import LayerShard, Shard
 
@@ -72,15 +73,27 @@ def load_model(
 
     Everything else is loaded by transformers' own `from_pretrained`. Raises as `attach` does.
     """
+    model: Any = None
+    problem: Exception | None = None
+    try:
+        model = _load(path, dtype).to(device_of(device)).eval()
+    except Exception as error:  # whatever it is, the others must not wait for this rank
+        problem = error
+    agree(group, {}, problem)
+    return attach(model, shards, group, **options)
+
+
+def _load(path: str | Path, dtype: torch.dtype | None) -> Any:
+    """The model with slots for its dense layers."""
     transformers = _transformers()
     config = transformers.AutoConfig.from_pretrained(path)
-    known: Mapping[type, type] = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    known: Mapping[type, Any] = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     if type(config) not in known:
         raise ShardError(f"{path}: transformers has no causal language model for {type(config).__name__}")
     base = known[type(config)]
-    model = _without_dense(base).from_pretrained(path, dtype=dtype or "auto").to(torch.device(device)).eval()
+    model = _without_dense(base).from_pretrained(path, dtype=dtype or "auto")
     model.__class__ = base
-    return attach(model, shards, group, **options)
+    return model
 
 
 def _held(
@@ -135,6 +148,9 @@ def _dense(layers: Iterable[nn.Module]) -> dict[int, tuple[int, int]]:
         elif isinstance(mlp, DenseFFN):
             raise ShardError(f"model.layers.{index}.mlp is split already")
         elif isinstance(mlp, nn.Module) and _is_dense(mlp):
+            for role in _ROLES:
+                if getattr(mlp, role).bias is not None:
+                    raise ShardError(f"model.layers.{index}.mlp.{role} has a bias; shards have none, it would be lost")
             found[index] = tuple(mlp.down_proj.weight.shape)
     return found
 

@@ -53,6 +53,8 @@ class CpuKernels(TorchKernels):
 
 def _onednn() -> frozenset[torch.dtype]:
     """AVX-512 or better for BF16 and FP16, VNNI or AMX for int8: what torch asks before it calls oneDNN."""
+    if not torch.backends.mkldnn.is_available():
+        return frozenset()
     has = {
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),

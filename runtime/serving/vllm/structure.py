@@ -1,0 +1,78 @@
+"""The dense layers of a model that vLLM has built, by its own structure and config: never by part of a name."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from vllm.model_executor.models.deepseek_v2 import DeepseekV2DecoderLayer, DeepseekV2MLP
+
+from reshard.errors import ShardError
+from reshard.manifest import Manifest
+
+
+def dense_mlps(model: nn.Module) -> dict[int, Any]:
+    """The dense layers' MLPs that this process holds (a pipeline stage has its own), by the layer's index."""
+    return {
+        module.layer_idx: module.mlp
+        for module in model.modules()
+        if isinstance(module, DeepseekV2DecoderLayer) and isinstance(module.mlp, DeepseekV2MLP)
+    }
+
+
+def dense_by_config(config: Any) -> list[int]:
+    """The indices of the whole model's dense layers, as vLLM's DeepseekV2DecoderLayer decides."""
+    if getattr(config, "n_routed_experts", None) is None:
+        return list(range(config.num_hidden_layers))
+    frequency = getattr(config, "moe_layer_freq", 1)
+    return [
+        index
+        for index in range(config.num_hidden_layers)
+        if index < config.first_k_dense_replace or index % frequency != 0
+    ]
+
+
+def compare_model(config: Any, manifest: Manifest, folder: str) -> None:
+    """The served model's sizes and dense layers against the set's. Raises ShardError with both."""
+    for key in ("hidden_size", "intermediate_size"):
+        served, cut = getattr(config, key, None), getattr(manifest.model, key)
+        if served != cut:
+            raise ShardError(f"{folder}: {key} is {cut}, the served model's is {served}; the set is another model's")
+    served, cut = dense_by_config(config), [layer.index for layer in manifest.layers]
+    if served != cut:
+        raise ShardError(
+            f"{folder}: its dense layers are {_shown(cut)}, the served model's {_shown(served)}; the set is another "
+            "model's"
+        )
+
+
+def compare_built(mlps: Mapping[int, Any], manifest: Manifest, share: int, folder: str) -> None:
+    """What was built against what the set holds. Raises ShardError with both."""
+    cut = [layer.index for layer in manifest.layers]
+    if not mlps.keys() <= set(cut):
+        raise ShardError(
+            f"{folder}: its dense layers are {_shown(cut)}, the engine has built {_shown(sorted(mlps))} dense"
+        )
+    for index, mlp in mlps.items():
+        built = (*mlp.gate_up_proj.output_partition_sizes, mlp.down_proj.input_size_per_partition)
+        if set(built) != {share}:
+            raise ShardError(
+                f"{folder}: layer {index}: the engine has built gate, up and down for {', '.join(map(str, built))} of "
+                f"intermediate_size, a rank's share in the set is {share}; use a set cut without --pad for the "
+                "engine's own partition"
+            )
+
+
+@contextmanager
+def intermediate_size(config: Any, share: int) -> Iterator[None]:
+    """While a model is built: its dense layers' MLPs take their size from here, and nothing else of its does."""
+    whole = config.intermediate_size
+    config.intermediate_size = share
+    try:
+        yield
+    finally:
+        config.intermediate_size = whole
+
+
+def _shown(indices: list[int]) -> str:
+    return ", ".join(map(str, indices)) or "none"

@@ -1,0 +1,50 @@
+"""These tests want vLLM's CPU build, which has an environment of its own: `make test-vllm`."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+from reshard.prepare import Cut
+from tests.builders import CHECKPOINTS
+from tests.running import split
+from tests.vllm.models import write_model
+
+if importlib.util.find_spec("vllm") is None:
+    collect_ignore_glob = ["test_*.py"]
+
+# What vLLM wants on a CPU, two workers on one NUMA node; inherited by every process that is started here.
+os.environ |= {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+W8A8 = CHECKPOINTS / "llmcompressor-w8a8-all-dense"
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three dense layers, FP32; the sets `tp2` and `tp4` stand beside it."""
+    return _with_sets(write_model(tmp_path_factory.mktemp("dense") / "model"), 2, 4)
+
+
+@pytest.fixture(scope="session")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two dense layers and two with experts, FP32."""
+    return _with_sets(write_model(tmp_path_factory.mktemp("mixed") / "model", layers=4, dense=2), 2)
+
+
+@pytest.fixture(scope="session")
+def w8a8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole model that llm-compressor quantised."""
+    folder = tmp_path_factory.mktemp("w8a8") / "model"
+    folder.symlink_to(W8A8, target_is_directory=True)
+    return _with_sets(folder, 2)
+
+
+def _with_sets(model: Path, *sizes: int) -> Path:
+    for size in sizes:
+        split(model, model.parent / f"tp{size}", Cut(size))
+    return model

@@ -1,0 +1,135 @@
+"""vLLM's own loading and layers without its server: what runs in each process of a `tests.distributed.Ranks`.
+
+The processes are one job to vLLM, as its workers are. Each function takes the group first.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+OPTION = "denseffn_tensor_parallel_size"
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """What a user would say on vLLM's command line. `shards` None: the engine's own loader."""
+
+    model: Path
+    shards: Path | None = None
+    data: int = 1
+    tensor: int = 1
+    option: Any = None
+    dtype: str = "float32"
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+    additional: dict[str, Any] = dataclasses.field(default_factory=dict)
+    engine: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+_joined: list[tuple[int, int]] = []
+
+
+def config_of(served: Served) -> Any:
+    """The VllmConfig of this process."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    rank = dist.get_rank()
+    arguments: dict[str, Any] = {
+        "model": str(served.model),
+        "skip_tokenizer_init": True,
+        "dtype": served.dtype,
+        "max_model_len": 256,
+        "enforce_eager": True,
+        "tensor_parallel_size": served.tensor,
+        "additional_config": served.additional | ({} if served.option is None else {OPTION: served.option}),
+    }
+    if served.data > 1:
+        arguments |= {"data_parallel_size": served.data, "data_parallel_rank": rank // served.tensor}
+        arguments |= {"data_parallel_address": "127.0.0.1", "data_parallel_rpc_port": 29550}
+    if served.shards is not None:
+        arguments |= {"load_format": "denseffn_shards"}
+        arguments |= {"model_loader_extra_config": {"shards": str(served.shards), **served.extra}}
+    config = EngineArgs(**arguments | served.engine).create_engine_config(headless=True)
+    _join(config)
+    return config
+
+
+def _join(config: Any) -> None:
+    """Make vLLM's groups, once in a process for each layout."""
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed.parallel_state import destroy_model_parallel
+    from vllm.v1.worker import cpu_model_runner
+    from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
+
+    cpu_model_runner._torch_cuda_wrapper  # noqa: B018 - the import is what counts
+    torch.accelerator.empty_cache = lambda: None  # as vLLM's CPU worker does
+    parallel = config.parallel_config
+    layout = (parallel.data_parallel_size, parallel.tensor_parallel_size)
+    if _joined != [layout]:
+        if _joined:
+            destroy_model_parallel()
+        _joined[:] = [layout]
+        with set_current_vllm_config(config):
+            init_worker_distributed_environment(
+                config, dist.get_rank() % parallel.tensor_parallel_size, "env://", 0, "gloo"
+            )
+
+
+@contextlib.contextmanager
+def loaded(served: Served) -> Iterator[tuple[Any, Any]]:
+    """(config, model)."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader import get_model
+
+    config = config_of(served)
+    with set_current_vllm_config(config):
+        yield config, get_model(vllm_config=config)
+
+
+def unprocessed(served: Served) -> tuple[Any, Any]:
+    """(loader, model) with its weights as they were loaded, before kernels have packed them."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader import get_model_loader
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    config = config_of(served)
+    loader = get_model_loader(config.load_config)
+    with set_current_vllm_config(config), set_default_torch_dtype(config.model_config.dtype):
+        model = loader.create_model(vllm_config=config, model_config=config.model_config)
+        loader.load_weights(model, config.model_config)
+    return loader, model
+
+
+def parameters(group: dist.ProcessGroup, served: Served) -> dict[str, torch.Tensor]:
+    """Every parameter, as it was loaded."""
+    _, model = unprocessed(served)
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def load(group: dist.ProcessGroup, served: Served) -> None:
+    """Load it and let it go."""
+    unprocessed(served)
+
+
+def tokens(rank: int, count: int, hidden: int = 256, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """This rank's own."""
+    return torch.randn(count, hidden, generator=torch.Generator().manual_seed(100 + rank)).to(dtype)
+
+
+def forward(group: dist.ProcessGroup, served: Served, counts: list[list[int]]) -> list[list[torch.Tensor]]:
+    """The MLPs' results of each of `counts` (a token count for each rank), layer by layer."""
+    from vllm.forward_context import set_forward_context
+
+    results = []
+    with loaded(served) as (config, model), torch.inference_mode():
+        for each in counts:
+            x = tokens(dist.get_rank(), each[dist.get_rank()], dtype=config.model_config.dtype)
+            with set_forward_context(None, config, num_tokens=len(x)):
+                results.append([layer.mlp(x).clone() for layer in model.model.layers])
+    return results

@@ -1,0 +1,108 @@
+"""Small random DeepSeek-V3 models that vLLM's CPU build serves, written tensor by tensor.
+
+Dense layers whose weights matter: those of the MLPs are five times as large as usual, so that a wrong one changes
+what the model says. With `dense` = `layers`, all layers are dense and vLLM takes the model for a MoE one all the same.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+HIDDEN, INTERMEDIATE, EXPERT, VOCABULARY = 256, 512, 128, 512
+_HEADS, _NOPE, _ROPE, _V, _KV = 4, 128, 64, 128, 512
+_EXPERTS = 8
+_MLP = 5.0
+
+
+def config(layers: int, dense: int, dtype: str) -> dict[str, Any]:
+    """config.json."""
+    return {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "torch_dtype": dtype,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "moe_intermediate_size": EXPERT,
+        "num_hidden_layers": layers,
+        "first_k_dense_replace": dense,
+        "moe_layer_freq": 1,
+        "n_routed_experts": _EXPERTS,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+        "num_attention_heads": _HEADS,
+        "num_key_value_heads": _HEADS,
+        "q_lora_rank": None,
+        "kv_lora_rank": _KV,
+        "qk_nope_head_dim": _NOPE,
+        "qk_rope_head_dim": _ROPE,
+        "v_head_dim": _V,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 512,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+
+
+def write_model(folder: Path, *, layers: int = 3, dense: int = 3, dtype: str = "float32", seed: int = 0) -> Path:
+    """The model's folder: one file of dense layers, one of the rest."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        value = torch.randn(shape, generator=generator) * scale / shape[-1] ** 0.5
+        return value.to(getattr(torch, dtype))
+
+    def mlp(prefix: str, size: int) -> dict[str, torch.Tensor]:
+        return {
+            f"{prefix}.gate_proj.weight": random(size, HIDDEN, scale=_MLP),
+            f"{prefix}.up_proj.weight": random(size, HIDDEN, scale=_MLP),
+            f"{prefix}.down_proj.weight": random(HIDDEN, size, scale=_MLP),
+        }
+
+    one = torch.ones(HIDDEN, dtype=getattr(torch, dtype))
+    ffn: dict[str, torch.Tensor] = {}
+    rest = {
+        "model.embed_tokens.weight": random(VOCABULARY, HIDDEN, scale=HIDDEN**0.5),
+        "model.norm.weight": one.clone(),
+        "lm_head.weight": random(VOCABULARY, HIDDEN, scale=3.0),
+    }
+    for index in range(layers):
+        layer = f"model.layers.{index}"
+        rest |= {
+            f"{layer}.input_layernorm.weight": one.clone(),
+            f"{layer}.post_attention_layernorm.weight": one.clone(),
+            f"{layer}.self_attn.q_proj.weight": random(_HEADS * (_NOPE + _ROPE), HIDDEN),
+            f"{layer}.self_attn.kv_a_proj_with_mqa.weight": random(_KV + _ROPE, HIDDEN),
+            f"{layer}.self_attn.kv_a_layernorm.weight": torch.ones(_KV, dtype=one.dtype),
+            f"{layer}.self_attn.kv_b_proj.weight": random(_HEADS * (_NOPE + _V), _KV),
+            f"{layer}.self_attn.o_proj.weight": random(HIDDEN, _HEADS * _V),
+        }
+        if index < dense:
+            ffn |= mlp(f"{layer}.mlp", INTERMEDIATE)
+            continue
+        rest[f"{layer}.mlp.gate.weight"] = random(_EXPERTS, HIDDEN)
+        rest[f"{layer}.mlp.gate.e_score_correction_bias"] = torch.zeros(_EXPERTS)
+        rest |= mlp(f"{layer}.mlp.shared_experts", EXPERT)
+        for expert in range(_EXPERTS):
+            rest |= mlp(f"{layer}.mlp.experts.{expert}", EXPERT)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config(layers, dense, dtype), indent=1))
+    files = {"model-00001-of-00002.safetensors": ffn, "model-00002-of-00002.safetensors": rest}
+    for name, tensors in files.items():
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {tensor: name for name, tensors in files.items() for tensor in tensors}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder

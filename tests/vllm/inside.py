@@ -133,3 +133,106 @@ def forward(group: dist.ProcessGroup, served: Served, counts: list[list[int]]) -
             with set_forward_context(None, config, num_tokens=len(x)):
                 results.append([layer.mlp(x).clone() for layer in model.model.layers])
     return results
+
+
+def w8a8_forward(group: dist.ProcessGroup, served: Served, counts: list[int]) -> dict[str, Any]:
+    """A W8A8 layer's result with tokens that travel quantised and as they are, and the bytes of a row."""
+    from vllm.forward_context import set_forward_context
+
+    from runtime.serving.vllm.travel import AsTheyAre
+
+    with loaded(served) as (config, model), torch.inference_mode():
+        mlp = model.model.layers[0].mlp
+        hidden = config.model_config.hf_config.hidden_size
+        x = tokens(dist.get_rank(), counts[dist.get_rank()], hidden, config.model_config.dtype)
+        with set_forward_context(None, config, num_tokens=len(x)):
+            quantised = mlp(x).clone()
+            travel = mlp._travel
+            mlp._travel = AsTheyAre(mlp.gate_up_proj)
+            plain = mlp(x).clone()
+        packed = travel.pack(x)
+        return {
+            "travel": type(travel).__name__,
+            "quantised": quantised,
+            "plain": plain,
+            "ratio": packed.nbytes / x.nbytes,
+        }
+
+
+def without_counts(group: dist.ProcessGroup, served: Served) -> str:
+    """What a layer says where the engine gives no token counts."""
+    from vllm.forward_context import create_forward_context, override_forward_context
+
+    with loaded(served) as (config, model):
+        try:
+            with override_forward_context(create_forward_context(None, config, dp_metadata=None)):
+                model.model.layers[0].mlp(tokens(0, 3))
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def with_wrong_counts(group: dist.ProcessGroup, served: Served) -> str:
+    """What a layer says where the engine's counts are not those of its tokens."""
+    from vllm.forward_context import DPMetadata, create_forward_context, override_forward_context
+
+    with loaded(served) as (config, model):
+        metadata = DPMetadata(torch.tensor([3, 3], dtype=torch.int32))
+        try:
+            with override_forward_context(create_forward_context(None, config, dp_metadata=metadata)):
+                model.model.layers[0].mlp(tokens(0, 4))
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def largest_tensor(group: dist.ProcessGroup, served: Served) -> int:
+    """Elements of the largest tensor of two dimensions that any operator returned, building and loading the model."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.dim() == 2:
+                self.largest = max(self.largest, result.numel())
+            return result
+
+    with Watch() as watch:
+        unprocessed(served)
+    return watch.largest
+
+
+def graph_of(group: dist.ProcessGroup, served: Served, counts: list[int]) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """(eager, compiled, graphs) of a layer under torch.compile without graph breaks."""
+    from vllm.forward_context import set_forward_context
+
+    with loaded(served) as (config, model), torch.inference_mode():
+        mlp = model.model.layers[0].mlp
+        x = tokens(dist.get_rank(), counts[dist.get_rank()])
+        graphs: list[Any] = []
+
+        def backend(graph: Any, inputs: Any) -> Any:
+            graphs.append(graph)
+            return graph.forward
+
+        with set_forward_context(None, config, num_tokens=len(x)):
+            eager = mlp(x).clone()
+            compiled = torch.compile(lambda x: mlp(x) + 0, backend=backend, fullgraph=True)(x).clone()
+    return eager, compiled, len(graphs)
+
+
+def draft(group: dist.ProcessGroup, served: Served) -> dict[str, torch.Tensor]:
+    """Parameters of a model that is loaded as another's draft."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader import get_model_loader
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    config = config_of(served)
+    config.model_config.runner_type = "draft"
+    loader = get_model_loader(config.load_config)
+    with set_current_vllm_config(config), set_default_torch_dtype(config.model_config.dtype):
+        model = loader.create_model(vllm_config=config, model_config=config.model_config)
+        loader.load_weights(model, config.model_config)
+    return {name: value.detach().clone() for name, value in model.named_parameters()}

@@ -57,7 +57,15 @@ def config(layers: int, dense: int, dtype: str) -> dict[str, Any]:
     }
 
 
-def write_model(folder: Path, *, layers: int = 3, dense: int = 3, dtype: str = "float32", seed: int = 0) -> Path:
+def write_model(
+    folder: Path,
+    *,
+    layers: int = 3,
+    dense: int = 3,
+    dtype: str = "float32",
+    seed: int = 0,
+    intermediate: int = INTERMEDIATE,
+) -> Path:
     """The model's folder: one file of dense layers, one of the rest."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -91,7 +99,7 @@ def write_model(folder: Path, *, layers: int = 3, dense: int = 3, dtype: str = "
             f"{layer}.self_attn.o_proj.weight": random(HIDDEN, _HEADS * _V),
         }
         if index < dense:
-            ffn |= mlp(f"{layer}.mlp", INTERMEDIATE)
+            ffn |= mlp(f"{layer}.mlp", intermediate)
             continue
         rest[f"{layer}.mlp.gate.weight"] = random(_EXPERTS, HIDDEN)
         rest[f"{layer}.mlp.gate.e_score_correction_bias"] = torch.zeros(_EXPERTS)
@@ -99,7 +107,9 @@ def write_model(folder: Path, *, layers: int = 3, dense: int = 3, dtype: str = "
         for expert in range(_EXPERTS):
             rest |= mlp(f"{layer}.mlp.experts.{expert}", EXPERT)
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config(layers, dense, dtype), indent=1))
+    (folder / "config.json").write_text(
+        json.dumps(config(layers, dense, dtype) | {"intermediate_size": intermediate}, indent=1)
+    )
     files = {"model-00001-of-00002.safetensors": ffn, "model-00002-of-00002.safetensors": rest}
     for name, tensors in files.items():
         save_file(tensors, folder / name, metadata={"format": "pt"})

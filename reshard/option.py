@@ -49,6 +49,13 @@ def broken_rules(
     if additional_config.get(OPTION) is None:
         return named
     value = additional_config[OPTION]
+    if setup.moe is False and value != 1:
+        # An engine tells such a model's ranks that their data-parallel size is 1, so nothing is said of that.
+        message = (
+            f"{OPTION} is {value!r}, and the model has no expert layers: its data-parallel ranks run independently, "
+            "and a rank would wait for others that do not come; use tensor parallelism for it"
+        )
+        return (*named, Broken("lockstep", message))
     sizes = [size for size in range(1, setup.data_parallel_size + 1) if setup.data_parallel_size % size == 0]
     allowed = _or(sizes)
     if value not in sizes or not _is_integer(value):
@@ -61,14 +68,6 @@ def broken_rules(
                 "alone",
                 f"{OPTION} is {value}, tensor-parallel size {setup.tensor_parallel_size}: it splits over data-parallel "
                 "ranks, at tensor-parallel size 1 only; leave one of the two out",
-            )
-        )
-    if setup.moe is False and value > 1:
-        found.append(
-            Broken(
-                "lockstep",
-                f"{OPTION} is {value}, and the model has no expert layers: its data-parallel ranks run independently, "
-                "and a rank would wait for others that do not come; use tensor parallelism for it",
             )
         )
     if shards_tp_size not in (None, value):

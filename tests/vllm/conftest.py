@@ -2,12 +2,14 @@
 
 import importlib.util
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from reshard.prepare import Cut
 from tests.builders import CHECKPOINTS
+from tests.distributed import Ranks
 from tests.running import split
 from tests.vllm.models import write_model
 
@@ -42,6 +44,20 @@ def w8a8(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("w8a8") / "model"
     folder.symlink_to(W8A8, target_is_directory=True)
     return _with_sets(folder, 2)
+
+
+@pytest.fixture(scope="session")
+def two(ranks: Callable[[int], Ranks]) -> Ranks:
+    """Two data-parallel ranks."""
+    return ranks(2)
+
+
+@pytest.fixture(scope="session")
+def pair() -> Iterator[Ranks]:
+    """Two tensor-parallel ranks: a process makes vLLM's groups once."""
+    ranks = Ranks(2)
+    yield ranks
+    ranks.stop()
 
 
 def _with_sets(model: Path, *sizes: int) -> Path:

@@ -112,9 +112,13 @@ def parameters(group: dist.ProcessGroup, served: Served) -> dict[str, torch.Tens
     return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
-def load(group: dist.ProcessGroup, served: Served) -> None:
-    """Load it and let it go."""
-    unprocessed(served)
+def load(group: dist.ProcessGroup, served: Served) -> str:
+    """Load it and let it go; what was raised."""
+    try:
+        unprocessed(served)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "loaded"
 
 
 def tokens(rank: int, count: int, hidden: int = 256, dtype: torch.dtype = torch.float32) -> torch.Tensor:

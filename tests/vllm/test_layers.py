@@ -15,18 +15,6 @@ GetRanks = Callable[[int], Ranks]
 Parameters = dict[str, torch.Tensor]
 
 
-@pytest.fixture(scope="module")
-def two(ranks: GetRanks) -> Ranks:
-    """Two data-parallel ranks."""
-    return ranks(2)
-
-
-@pytest.fixture(scope="module")
-def pair() -> Ranks:
-    """Two tensor-parallel ranks: vLLM's groups are made once in a process."""
-    return Ranks(2)
-
-
 def _split(model: Path, size: int = 2, **more: object) -> Served:
     return Served(model, model.parent / f"tp{size}", data=more.pop("data", size), option=size, **more)  # type: ignore[arg-type]
 

@@ -114,8 +114,8 @@ class DenseFFNShardsLoader(DefaultModelLoader):
         compare_model(model_config.hf_text_config, self._manifest, str(folder))
         if not mlps:  # a pipeline stage without any
             return digest
-        compare_built(mlps, self._manifest, share_of(self._manifest), str(folder))
         rank, size = _place(mlps, self._manifest, folder)
+        compare_built(mlps, self._manifest, share_of(self._manifest), str(folder))
         shard = load_shard(folder, rank, tp_size=size, layers=mlps, verify=self.options.verify, dequantise=False)
         casts: set[str] = set()
         for index, mlp in mlps.items():

@@ -1,0 +1,204 @@
+"""What the plugin refuses, in vLLM's own workers: on all ranks, with one message."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from reshard.prepare import Cut
+from tests.distributed import Ranks
+from tests.running import reshard, split
+from tests.vllm import inside
+from tests.vllm.inside import Served
+from tests.vllm.models import write_model
+
+RANK_1 = "denseffn-rank-00001-of-00002.safetensors"
+GetRanks = Callable[[int], Ranks]
+
+
+def _loads(group: Ranks, served: Served) -> None:
+    assert group.run(inside.load, served) == ["loaded"] * group.size
+
+
+def _fails(group: Ranks, served: Served, *wanted: str) -> None:
+    """Every rank says all of `wanted`, the one whose fault it is and those that it tells."""
+    for said in group.run(inside.load, served):
+        assert said != "loaded"
+        for text in wanted:
+            assert text in said
+
+
+@pytest.fixture
+def shards(dense: Path, tmp_path: Path) -> Path:
+    """A copy of the set to damage."""
+    return Path(shutil.copytree(dense.parent / "tp2", tmp_path / "tp2"))
+
+
+def _copied(shards: Path, other: Path) -> None:
+    shutil.copy(other, shards / RANK_1)
+
+
+def _truncated(shards: Path, other: Path) -> None:
+    data = (shards / RANK_1).read_bytes()
+    (shards / RANK_1).write_bytes(data[:-100])
+
+
+def _gone(shards: Path, other: Path) -> None:
+    (shards / RANK_1).unlink()
+
+
+def _rank_0(shards: Path, other: Path) -> None:
+    shutil.copy(shards / RANK_1.replace("00001", "00000", 1), shards / RANK_1)
+
+
+def _of_another_model(shards: Path, other: Path) -> None:
+    shutil.copy(other / RANK_1, shards / RANK_1)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (_truncated, ("bytes, manifest.json says",)),
+        (_gone, ("No such file",)),
+        (_rank_0, ("tp_rank '0', wanted is '1'",)),
+        (_of_another_model, ("manifest.json says",)),
+    ],
+)
+def test_one_ranks_bad_shard_stops_all(
+    two: Ranks, dense: Path, mixed: Path, shards: Path, damage: Callable[[Path, Path], None], said: tuple[str, ...]
+) -> None:
+    damage(shards, mixed.parent / "tp2")
+    _fails(two, Served(dense, shards, data=2, option=2), RANK_1, *said)
+
+
+def test_digests_are_compared_on_request(two: Ranks, dense: Path, shards: Path) -> None:
+    data = bytearray((shards / RANK_1).read_bytes())
+    data[-100:] = bytes(100)
+    (shards / RANK_1).write_bytes(data)
+    served = Served(dense, shards, data=2, option=2)
+    _loads(two, served)
+    _fails(two, Served(dense, shards, data=2, option=2, extra={"verify": "digest"}), "BLAKE3", RANK_1)
+
+
+def test_a_set_of_another_model(two: Ranks, dense: Path, mixed: Path) -> None:
+    served = Served(dense, mixed.parent / "tp2", data=2, option=2)
+    _fails(two, served, "its dense layers are 0, 1, the served model's 0, 1, 2")
+
+
+def test_a_set_of_other_sizes(two: Ranks, dense: Path, tmp_path: Path) -> None:
+    split(write_model(tmp_path / "model", intermediate=1024), tmp_path / "tp2", Cut(2))
+    served = Served(dense, tmp_path / "tp2", data=2, option=2)
+    _fails(two, served, "intermediate_size is 1024, the served model's is 512")
+
+
+def test_a_set_of_a_model_of_the_same_sizes(two: Ranks, dense: Path, tmp_path: Path) -> None:
+    """Another fine-tune's: its file has another header, or size, or name; `source` says that it is meant."""
+    other = write_model(tmp_path / "model", seed=1)
+    first = other / "model-00001-of-00002.safetensors"
+    tensors = load_file(first)
+    first.unlink()
+    save_file(tensors, other / "dense.safetensors", metadata={"format": "pt", "of": "another"})
+    (other / "model.safetensors.index.json").unlink()
+    split(other, tmp_path / "tp2", Cut(2))
+    _fails(two, Served(dense, tmp_path / "tp2", data=2, option=2), "dense.safetensors", '"source": "any"')
+    _loads(two, Served(dense, tmp_path / "tp2", data=2, option=2, extra={"source": "any"}))
+
+
+def test_an_unfinished_set(two: Ranks, dense: Path, shards: Path) -> None:
+    (shards / "manifest.json").unlink()
+    _fails(two, Served(dense, shards, data=2, option=2), "no manifest.json", "--resume")
+
+
+def test_the_option_must_be_the_sets_size(two: Ranks, dense: Path) -> None:
+    served = Served(dense, dense.parent / "tp4", data=2, option=2)
+    _fails(two, served, "denseffn_tensor_parallel_size is 2, the shard set is cut for 4: cut it with")
+
+
+def test_without_the_option_the_layers_are_whole(two: Ranks, dense: Path) -> None:
+    _fails(two, Served(dense, dense.parent / "tp2", data=2), "cut for 2, the engine's dense layers are for 1")
+
+
+def test_an_option_of_another_name(two: Ranks, dense: Path) -> None:
+    served = Served(dense, dense.parent / "tp2", data=2, additional={"denseffn_tp_size": 2})
+    _fails(two, served, "denseffn_tp_size in the additional config is no option")
+
+
+def test_the_option_beside_tensor_parallelism(pair: Ranks, dense: Path) -> None:
+    served = Served(dense, dense.parent / "tp2", tensor=2, option=1)
+    _fails(pair, served, "denseffn_tensor_parallel_size is 1, tensor-parallel size 2")
+
+
+def test_a_model_without_experts_has_no_lockstep(ranks: GetRanks, dense: Path, tmp_path: Path) -> None:
+    """vLLM runs each data-parallel rank of such a model as an engine of its own, of data-parallel size 1."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "vocab_size": 512,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    served = Served(tmp_path, dense.parent / "tp2", option=2)
+    _fails(ranks(1), served, "denseffn_tensor_parallel_size is 2, and the model has no expert layers")
+
+
+@pytest.mark.parametrize("strategy", ["eager", "prefetch"])
+def test_strategies_that_read_whole_files(two: Ranks, dense: Path, strategy: str) -> None:
+    served = Served(dense, dense.parent / "tp2", data=2, option=2, engine={"safetensors_load_strategy": strategy})
+    _fails(two, served, f"safetensors_load_strategy '{strategy}' reads whole files")
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ({"enable_multithread_load": True}, "model_loader_extra_config has 'enable_multithread_load'"),
+        ({"shard": "x"}, "model_loader_extra_config has 'shard'"),
+        ({"reduce_dtype": "int8"}, "reduce_dtype is 'int8'; it may be 'bfloat16', 'float16', 'float32'"),
+        ({"shards": ""}, "shards is ''"),
+    ],
+)
+def test_unknown_keys_and_values(two: Ranks, dense: Path, extra: dict[str, object], said: str) -> None:
+    _fails(two, Served(dense, dense.parent / "tp2", data=2, option=2, extra=extra), said)
+
+
+def test_a_quantised_set_for_a_model_that_is_not(two: Ranks, dense: Path, tmp_path: Path) -> None:
+    done = reshard("split", dense, tmp_path / "tp2", "--tp", 2, "--weights", "w8a8", "--quiet")
+    assert done.code == 0, done.err
+    _fails(
+        two,
+        Served(dense, tmp_path / "tp2", data=2, option=2),
+        "the engine's layer has weight, the shard (w8a8_dynamic) weight, weight_offset, weight_scale",
+    )
+
+
+def test_dense_ffn_bytes_of_the_model_are_not_read(two: Ranks, dense: Path, tmp_path: Path) -> None:
+    """The same model with a hole where its DenseFFN is, filled with what would poison any result."""
+    model = Path(shutil.copytree(dense, tmp_path / "model"))
+    file = model / "model-00001-of-00002.safetensors"
+    raw = bytearray(file.read_bytes())
+    start = 8 + int.from_bytes(raw[:8], "little")
+    raw[start:] = b"\xff" * (len(raw) - start)  # NaN
+    file.write_bytes(raw)
+    whole = two.run(inside.parameters, Served(dense, data=2))
+    ours = two.run(inside.parameters, Served(model, dense.parent / "tp2", data=2, option=2))
+    poisoned = two.run(inside.parameters, Served(model, data=2))
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert bool(poisoned[0][name].isnan().all())
+    for rank, (before, after) in enumerate(zip(whole, ours, strict=True)):
+        assert torch.equal(before[name].chunk(2, dim=1)[rank], after[name])
+        assert not any(bool(value.isnan().any()) for value in after.values())
+
+
+def test_a_model_whose_dense_ffn_was_taken_out(two: Ranks, dense: Path, tmp_path: Path) -> None:
+    """It is not needed any more; `source` says that the files are others."""
+    model = Path(shutil.copytree(dense, tmp_path / "model"))
+    (model / "model-00001-of-00002.safetensors").unlink()
+    (model / "model.safetensors.index.json").unlink()
+    _fails(two, Served(model, dense.parent / "tp2", data=2, option=2), "model-00001-of-00002.safetensors")
+    _loads(two, Served(model, dense.parent / "tp2", data=2, option=2, extra={"source": "any"}))

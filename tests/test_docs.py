@@ -85,7 +85,8 @@ def test_every_command_is_described() -> None:
 
 def test_options_that_are_named_exist() -> None:
     helps = "".join(reshard(command, "--help").out for command in COMMANDS) + reshard("--help").out
-    text = README + (ROOT / "CHANGELOG.md").read_text()
+    ours = re.sub(r"```sh\n.*?```", "", README, flags=re.DOTALL)  # a serving engine's options are its own
+    text = ours + (ROOT / "CHANGELOG.md").read_text()
     for option in sorted(set(re.findall(r"--[a-z][a-z-]+", text))):
         assert option in helps, option
 
@@ -131,3 +132,13 @@ def test_the_runtime_s_example_runs_as_it_stands(tmp_path: Path, monkeypatch: py
     finally:
         dist.destroy_process_group()
     assert given["y"].shape == (5, 256)
+
+
+def test_the_serving_page_has_every_key_of_the_loader() -> None:
+    from dataclasses import fields
+
+    from runtime.serving.vllm.options import Options
+
+    page = (ROOT / "docs" / "serving.md").read_text()
+    table = page.split("| in `--model-loader-extra-config` | |")[1].split("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == [field.name for field in fields(Options)]

@@ -85,7 +85,7 @@ def write_model(
     rest = {
         "model.embed_tokens.weight": random(VOCABULARY, HIDDEN, scale=HIDDEN**0.5),
         "model.norm.weight": one.clone(),
-        "lm_head.weight": random(VOCABULARY, HIDDEN, scale=3.0),
+        "lm_head.weight": random(VOCABULARY, HIDDEN),
     }
     for index in range(layers):
         layer = f"model.layers.{index}"

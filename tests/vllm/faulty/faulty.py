@@ -1,0 +1,19 @@
+"""A plugin for the tests, found where this folder is on PYTHONPATH: rank 1's layers fail once a file is there."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+
+def register() -> None:
+    """Called by vLLM in each of its processes."""
+    from runtime.serving.vllm.split import SplitMLP
+
+    real = SplitMLP.run
+
+    def run(self: Any, x: Any) -> Any:
+        if self.group.rank == 1 and Path(os.environ["FAULTY"]).exists():
+            raise RuntimeError("a fault that the test wants")
+        return real(self, x)
+
+    SplitMLP.run = run

@@ -139,6 +139,16 @@ def forward(group: dist.ProcessGroup, served: Served, counts: list[list[int]]) -
     return results
 
 
+def forward_of(group: dist.ProcessGroup, served: Served, owner: int, count: int) -> list[torch.Tensor]:
+    """The MLPs' results of one rank's tokens, which all ranks have: tensor parallelism."""
+    from vllm.forward_context import set_forward_context
+
+    with loaded(served) as (config, model), torch.inference_mode():
+        x = tokens(owner, count, dtype=config.model_config.dtype)
+        with set_forward_context(None, config, num_tokens=count):
+            return [layer.mlp(x).clone() for layer in model.model.layers]
+
+
 def w8a8_forward(group: dist.ProcessGroup, served: Served, counts: list[int]) -> dict[str, Any]:
     """A W8A8 layer's result with tokens that travel quantised and as they are, and the bytes of a row."""
     from vllm.forward_context import set_forward_context

@@ -111,6 +111,19 @@ def test_w8a8_tokens_travel_quantised(two: Ranks, w8a8: Path) -> None:
         assert torch.equal(each["quantised"], each["plain"])
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_w8a8_over_data_parallel_ranks_computes_what_tensor_parallelism_computes(
+    two: Ranks, pair: Ranks, w8a8: Path, dtype: str
+) -> None:
+    """The same slices, each with token scales of its own, and two partial sums: the same bits."""
+    ours = two.run(inside.forward, _split(w8a8, dtype=dtype), [[5, 5]])
+    for rank in (0, 1):
+        whole = pair.run(inside.forward_of, Served(w8a8, tensor=2, dtype=dtype), rank, 5)[rank]
+        for a, b in zip(whole, ours[rank][0], strict=True):
+            assert a.abs().max() > 0
+            assert torch.equal(a, b)
+
+
 def test_a_layer_is_one_operator_to_the_compiler(two: Ranks, dense: Path) -> None:
     for eager, compiled, graphs in two.run(inside.graph_of, _split(dense), [5, 2]):
         assert graphs == 1

@@ -35,9 +35,11 @@ def _floats(seed: int, *shape: int) -> torch.Tensor:
 
 
 @by_backend
-@pytest.mark.parametrize("columns", [1, 2, 1023, 1024, 1025, 7168])
-@pytest.mark.parametrize("tokens", [1, 2, 3, 17, 33])
+@pytest.mark.parametrize("columns", [1, 2, 8, 1023, 1024, 1025, 7168])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 17, 33])
 def test_int8_products_are_exact(kernels: TorchKernels, tokens: int, columns: int) -> None:
+    if isinstance(kernels, CudaKernels):
+        columns = -columns // 8 * -8  # it takes no others
     rng = np.random.default_rng(tokens * columns)
     q_TK, weight_NK = _ints(rng, tokens, columns), _ints(rng, 37, columns)
     found = kernels.int8_matmul(q_TK, weight_NK)
@@ -54,12 +56,13 @@ def test_the_largest_sums_are_exact(kernels: TorchKernels) -> None:
     assert kernels.int8_matmul(least, least).eq(8192 * (128 * 128 + 127 * 127)).all()
 
 
+@pytest.mark.parametrize("kernels", ["tiles", "_int_mm"])
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 5), st.integers(1, 3000), st.integers(1, 400), st.integers(0, 9))
-def test_tiles_of_any_shape(tokens: int, columns: int, rows: int, seed: int) -> None:
+@given(st.integers(1, 5), st.integers(1, 3000), st.integers(1, 2500), st.integers(0, 9))
+def test_parts_of_any_shape(kernels: str, tokens: int, columns: int, rows: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     q_TK, weight_NK = _ints(rng, tokens, columns), _ints(rng, rows, columns)
-    found = BACKENDS["tiles"].int8_matmul(q_TK, weight_NK)
+    found = BACKENDS[kernels].int8_matmul(q_TK, weight_NK)
     assert np.array_equal(found.numpy(), q_TK.numpy().astype(np.int64) @ weight_NK.numpy().astype(np.int64).T)
 
 

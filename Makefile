@@ -17,7 +17,7 @@ VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help setup setup-vllm demo test test-npu test-vllm lint format bench clean
+.PHONY: help setup setup-vllm demo demo-vllm test test-npu test-vllm lint format bench clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -61,6 +61,9 @@ $(VLLM_READY): pyproject.toml Makefile
 test-vllm: $(VLLM_READY) ## the plugin in the real vLLM, on the CPU, in an environment of its own
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm $(ARGS)
 
+demo-vllm: $(VLLM_READY) ## a real vLLM server, with and without the plugin: what its ranks hold and what it answers
+	@$(VLLM_VENV)/bin/python -m tests.vllm.demo
+
 lint: $(READY) ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -77,4 +80,4 @@ bench: $(READY) $(VLLM_READY) ## speed and memory against copying and against th
 	$(VLLM_VENV)/bin/python -m benchmarks.serving $(ARGS)
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) $(NPU_VENV) $(VLLM_VENV) demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(NPU_VENV) $(VLLM_VENV) demo demo-vllm .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -5,6 +5,8 @@ The processes are one job to vLLM, as its workers are. Each function takes the g
 
 import contextlib
 import dataclasses
+import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ class Served:
 
 
 _joined: list[tuple[int, int]] = []
+_numbers = itertools.count()
 
 
 def config_of(served: Served) -> Any:
@@ -75,6 +78,8 @@ def _join(config: Any) -> None:
         if _joined:
             destroy_model_parallel()
         _joined[:] = [layout]
+        # vLLM's CPU worker names its shared memory so, where the processor has AVX-512.
+        os.environ["VLLM_DIST_IDENT"] = f"{os.getppid()}-{next(_numbers)}"
         with set_current_vllm_config(config):
             init_worker_distributed_environment(
                 config, dist.get_rank() % parallel.tensor_parallel_size, "env://", 0, "gloo"

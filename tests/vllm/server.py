@@ -98,6 +98,13 @@ def answer(document: dict[str, Any]) -> Answer:
     return Answer(choice["token_ids"], told["token_logprobs"], [top[0] - top[1] for top in tops])
 
 
+def shard_options(shards: Path, data: int, extra: dict[str, Any] | None = None) -> list[str]:
+    """What the plugin wants on a server's command line."""
+    options = ["--load-format", "denseffn_shards"]
+    options += ["--model-loader-extra-config", json.dumps({"shards": str(shards), **(extra or {})})]
+    return options + (["--additional-config", json.dumps({OPTION: data})] if data > 1 else [])
+
+
 @contextlib.contextmanager
 def serving(
     folder: Path,
@@ -120,11 +127,7 @@ def serving(
     command += ["--served-model-name", "m", "--port", str(port), "--host", "127.0.0.1", "--skip-tokenizer-init"]
     command += ["--dtype", dtype, "--max-model-len", "256", "--max-num-seqs", "32", "--data-parallel-size", str(data)]
     command += ["--tensor-parallel-size", str(tensor), *(["--enforce-eager"] if eager else [])]
-    if shards is not None:
-        command += ["--load-format", "denseffn_shards"]
-        command += ["--model-loader-extra-config", json.dumps({"shards": str(shards), **(extra or {})})]
-        if data > 1:
-            command += ["--additional-config", json.dumps({OPTION: data})]
+    command += [] if shards is None else shard_options(shards, data, extra)
     environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_PLUGINS": "denseffn_shards", **environment}
     log = folder / f"server-{port}.log"
     with log.open("wb") as file:

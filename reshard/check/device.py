@@ -3,7 +3,9 @@
 L the rank's share of intermediate_size, H hidden_size; a rank's weights are [2L, H] and [H, L].
 """
 
+import contextlib
 import importlib.util
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import lcm
@@ -141,12 +143,14 @@ def _forward(checkpoint: Checkpoint, plan: Plan, layers: list[tuple[Module, Modu
     if importlib.util.find_spec("torch_npu") is None:
         return skipped("torch_npu is not installed here; check where it is: pip install 'reshard[npu]'")
     try:
-        from runtime.kernels import device_of, kernels_for
-        from runtime.meta import Linear, forward_on_meta
+        with contextlib.redirect_stdout(sys.stderr):  # torch_npu greets on stdout, which is ours
+            from runtime.kernels import device_of, kernels_for
+            from runtime.meta import Linear, forward_on_meta
 
-        kernels = kernels_for(device_of("npu"))
-    except (ImportError, OSError, RuntimeError, ReshardError) as error:  # torch itself, without CANN's libraries
-        return skipped(f"torch_npu is installed and cannot be imported: {str(error).splitlines()[0]}")
+            kernels = kernels_for(device_of("npu"))
+    except (ImportError, OSError, RuntimeError, ReshardError) as error:  # without CANN's libraries torch fails, too
+        reason = str(error.__cause__ or error).splitlines()[0]
+        return skipped(f"torch_npu is installed and cannot be imported: {reason}")
     checked = 0
     seen = set()
     for gate_up, down in layers:

@@ -7,7 +7,7 @@ from typing import Any
 from reshard.check.cut import check_cut, no_cut
 from reshard.check.device import check_kernels, check_npu
 from reshard.check.layers import check_layers, config_of
-from reshard.check.report import Report, Request
+from reshard.check.report import Report, Request, not_checked
 from reshard.check.serving import check_serving, option_size
 from reshard.check.shardset import check_origin, check_set, check_size, plan_of
 from reshard.checkpoint import Checkpoint
@@ -65,14 +65,17 @@ def _cuts(checkpoint: Checkpoint | None, request: Request) -> list[Finding]:
         found += no_cut("the layers could not be described")
     elif not sizes:
         found += no_cut("no size to cut for; give --tp")
-    for size in sizes if checkpoint is not None else ():
-        findings, plan = check_cut(checkpoint, size, request.pad)
-        found += findings
-        if plan is not None and request.device == "npu":
-            found += check_npu(checkpoint, plan)
+    else:
+        for size in sizes:
+            found += _cut(checkpoint, size, request)
     if request.serving is not None:
         found += check_serving(request.serving, _moe(checkpoint), None)
     return found
+
+
+def _cut(checkpoint: Checkpoint, tp_size: int, request: Request) -> list[Finding]:
+    findings, plan = check_cut(checkpoint, tp_size, request.pad)
+    return findings + check_npu(checkpoint, plan) if plan is not None and request.device == "npu" else findings
 
 
 def _set(source: Source, request: Request, address: str) -> list[Finding]:
@@ -80,7 +83,9 @@ def _set(source: Source, request: Request, address: str) -> list[Finding]:
         raise UsageError(f"--weights and --pad go with a checkpoint; {address} is cut already")
     findings, manifest, checkpoint = check_set(source)
     if manifest is None:
-        return findings
+        wanted = {"size": request.tp_sizes, "source": request.against, "option": request.serving}
+        asked = tuple(check for check, value in wanted.items() if value)
+        return [*findings, *not_checked(asked, "see manifest")]
     findings += check_size(manifest, request.tp_sizes)
     if request.against is not None:
         with open_source(request.against) as original:

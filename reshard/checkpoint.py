@@ -10,7 +10,7 @@ from math import prod
 from typing import Any, Literal
 
 from reshard.dtypes import itemsize
-from reshard.errors import SchemeError, SourceError
+from reshard.errors import LayersError, SchemeError, ShapesError
 from reshard.modelconfig import ModelConfig, read_model_config
 from reshard.naming import CONFIG, DOWN, GATE, ROLES, UP, module_name, parse_dense, parse_mlp
 from reshard.quantization import declarations
@@ -151,7 +151,8 @@ def describe_layers(
     """The dense layers that the tensors make, checked against config.json and the quantisation's own account.
 
     tensors: those whose names are a DenseFFN tensor's; other_names: all other names of the source.
-    Returns the model, its layers and warnings. Raises SourceError or SchemeError where the accounts disagree.
+    Returns the model, its layers and warnings. Raises LayersError, ShapesError or SchemeError where the accounts
+    disagree.
     """
     model_config = read_model_config(config) if config is not None else None
     by_layer: dict[int, dict[str, dict[str, Tensor]]] = {}
@@ -181,13 +182,13 @@ def describe_layers(
             linears[role] = Linear(variant, declared.block, suffixes)
         layers.append(Layer(index, linears))
     model = _check_shapes(layers, model_config)
-    unchecked = f"no {CONFIG} beside the files: the dense layers ({_numbers(by_layer)}) are taken from names alone"
+    unchecked = f"no {CONFIG} beside the files: the dense layers ({numbers(by_layer)}) are taken from names alone"
     return model, tuple(layers), () if config is not None else (unchecked,)
 
 
-def _missing_weight(index: int, role: str, roles: Mapping[str, Mapping[str, Tensor]]) -> SourceError:
+def _missing_weight(index: int, role: str, roles: Mapping[str, Mapping[str, Tensor]]) -> LayersError:
     having = ", ".join(sorted(f"{r}.{s}" for r, suffixes in roles.items() for s in suffixes))
-    return SourceError(
+    return LayersError(
         f"{module_name(index, role)}.weight: missing; the checkpoint has of layer {index} only {having}; download the "
         "file that holds it again"
     )
@@ -202,15 +203,15 @@ def _check_dense(named: Iterable[int], other_names: Iterable[str], config: Model
     dense = set(named)
     if not dense:
         because = f" ({CONFIG}: {config.reason})" if config else ""
-        raise SourceError(
+        raise LayersError(
             "no dense layer: no tensor is named model.layers.{i}.mlp.{gate,up,down}_proj.weight" + because
         )
     if config is not None and dense != config.dense_layers:
         only_named, only_config = dense - config.dense_layers, config.dense_layers - dense
-        raise SourceError(
+        raise LayersError(
             f"{CONFIG} and the tensors' names disagree on the dense layers: {CONFIG} ({config.reason}) gives "
-            f"{_numbers(config.dense_layers)}, the names give {_numbers(dense)} "
-            f"(only in {CONFIG}: {_numbers(only_config)}; only in the names: {_numbers(only_named)}); "
+            f"{numbers(config.dense_layers)}, the names give {numbers(dense)} "
+            f"(only in {CONFIG}: {numbers(only_config)}; only in the names: {numbers(only_named)}); "
             f"is {CONFIG} of this checkpoint?"
         )
     for name in other_names:
@@ -231,7 +232,7 @@ def _check_shapes(layers: list[Layer], config: ModelConfig | None) -> Model:
             weight = layer.linears[role].tensors["weight"]
             wanted = (hidden_size, intermediate_size) if role == DOWN else (intermediate_size, hidden_size)
             if weight.shape != wanted:
-                raise SourceError(
+                raise ShapesError(
                     f"{weight.name} in {weight.parts[0].file}: shape {list(weight.shape)}, {where} makes it "
                     f"{list(wanted)} (hidden_size {hidden_size}, intermediate_size {intermediate_size}); is {where} "
                     "of this checkpoint?"
@@ -261,7 +262,7 @@ def _check_pair(layer: int, gate: Linear, up: Linear) -> None:
             )
 
 
-def _numbers(values: Iterable[int]) -> str:
+def numbers(values: Iterable[int]) -> str:
     """Layer numbers, runs shortened: 0-2, 7."""
     runs: list[list[int]] = []
     for value in sorted(values):

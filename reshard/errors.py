@@ -2,7 +2,9 @@
 
 ReshardError                    1   something the user can mend; one line, no traceback
 ├── SourceError                 1   a source cannot be read, or contradicts itself
-│   └── HeaderError             1   a safetensors header that must not be trusted
+│   ├── HeaderError             1   a safetensors header that must not be trusted
+│   ├── LayersError             1   dense layers that are not there, or not those that config.json names
+│   └── ShapesError             1   weights of other shapes than config.json's sizes make
 ├── SchemeError                 1   a tensor, type or layout that the split table does not know
 ├── AlignmentError              1   a cut that the sizes do not allow
 ├── ManifestError               1   a manifest that is missing, malformed or of an unknown version
@@ -27,7 +29,12 @@ class ReshardError(Exception):
     exit_code = 1
 
     def __init__(self, message: str) -> None:
-        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """One line that a terminal shows as it is: what cannot be printed is spelt out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class SourceError(ReshardError):
@@ -36,6 +43,14 @@ class SourceError(ReshardError):
 
 class HeaderError(SourceError):
     """A safetensors header that must not be trusted."""
+
+
+class LayersError(SourceError):
+    """Dense layers that are not there, or not those that config.json names."""
+
+
+class ShapesError(SourceError):
+    """Weights of other shapes than config.json's sizes make."""
 
 
 class SchemeError(ReshardError):

@@ -24,6 +24,11 @@ class ModelConfig:
     reason: str
 
 
+def has_experts(config: Mapping[str, Any]) -> bool:
+    """Whether a model has expert layers, by the keys that count them: an engine asks no more."""
+    return any(config.get(key) for key in _EXPERT_COUNTS)
+
+
 def read_model_config(config: Mapping[str, Any]) -> ModelConfig:
     """Sizes and dense layers. Raises SourceError naming the key that is missing or makes no sense."""
     layers = _number(config, "num_hidden_layers")

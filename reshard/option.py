@@ -14,6 +14,18 @@ OPTION = "denseffn_tensor_parallel_size"
 _ASCEND = ("finegrained_tp_config", "mlp_tensor_parallel_size")
 _FAMILY = "denseffn"
 
+RULES = {
+    "name": "no other key of the additional config is nearly the option's",
+    "twice": "vllm-ascend's mlp_tensor_parallel_size does not cut the same layers",
+    "unset": "without the option, the shard set is cut for what the engine itself cuts its dense layers for",
+    "lockstep": "the model has expert layers, so that its data-parallel ranks run in lockstep",
+    "size": "the option divides the data-parallel size",
+    "alone": "the option stands at tensor-parallel size 1 only",
+    "shards": "the option is the shard set's size",
+}
+"""Every rule, in the order in which they are judged. From lockstep on only the first that is broken speaks: the others
+are about a value that may not stay, or that may be left out."""
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -47,7 +59,7 @@ def broken_rules(
     """
     named = _names(additional_config)
     if additional_config.get(OPTION) is None:
-        return named
+        return (*named, *_unset(additional_config, setup, shards_tp_size))
     value = additional_config[OPTION]
     if setup.moe is False and value != 1:
         # An engine tells such a model's ranks that their data-parallel size is 1, so nothing is said of that.
@@ -56,30 +68,44 @@ def broken_rules(
             "and a rank would wait for others that do not come; use tensor parallelism for it"
         )
         return (*named, Broken("lockstep", message))
-    sizes = [size for size in range(1, setup.data_parallel_size + 1) if setup.data_parallel_size % size == 0]
+    sizes = _divisors(setup.data_parallel_size)
     allowed = _or(sizes)
     if value not in sizes or not _is_integer(value):
         message = f"{OPTION} is {value!r}; with data-parallel size {setup.data_parallel_size} it may be {allowed}"
         return (*named, Broken("size", message))
-    found = [*named]
     if setup.tensor_parallel_size != 1:
-        found.append(
-            Broken(
-                "alone",
-                f"{OPTION} is {value}, tensor-parallel size {setup.tensor_parallel_size}: it splits over data-parallel "
-                "ranks, at tensor-parallel size 1 only; leave one of the two out",
-            )
+        message = (
+            f"{OPTION} is {value}, tensor-parallel size {setup.tensor_parallel_size}: it splits over data-parallel "
+            "ranks, at tensor-parallel size 1 only; leave one of the two out"
         )
-    if shards_tp_size not in (None, value):
-        way = f"set it to {shards_tp_size}, or " if shards_tp_size in sizes else ""
-        found.append(
-            Broken(
-                "shards",
-                f"{OPTION} is {value}, the shard set is cut for {shards_tp_size}: {way}cut it with reshard split "
-                f"--tp {value}",
-            )
-        )
-    return tuple(found)
+        return (*named, Broken("alone", message))
+    if shards_tp_size in (None, value):
+        return named
+    way = f"set it to {shards_tp_size}, or " if shards_tp_size in sizes else ""
+    message = (
+        f"{OPTION} is {value}, the shard set is cut for {shards_tp_size}: {way}cut it with reshard split --tp {value}"
+    )
+    return (*named, Broken("shards", message))
+
+
+def _unset(additional_config: Mapping[str, Any], setup: Setup, shards_tp_size: int | None) -> tuple[Broken, ...]:
+    """Without the option, the engine cuts by its tensor-parallel size, or by vllm-ascend's for these layers."""
+    ascends = _ascends(additional_config)
+    size = setup.tensor_parallel_size if ascends is None else ascends
+    if shards_tp_size in (None, size) or not _is_integer(size):
+        return ()
+    may_be_set = (
+        ascends is None
+        and setup.moe is not False
+        and setup.tensor_parallel_size == 1
+        and shards_tp_size in _divisors(setup.data_parallel_size)
+    )
+    way = f"set it to {shards_tp_size}, or " if may_be_set else ""
+    message = (
+        f"{OPTION} is not set, the shard set is cut for {shards_tp_size}, the engine's dense layers are for {size}: "
+        f"{way}cut it with reshard split --tp {size}"
+    )
+    return (Broken("unset", message),)
 
 
 def _names(additional_config: Mapping[str, Any]) -> tuple[Broken, ...]:
@@ -89,8 +115,7 @@ def _names(additional_config: Mapping[str, Any]) -> tuple[Broken, ...]:
         for key in additional_config
         if key != OPTION and (str(key).startswith(_FAMILY) or get_close_matches(str(key), [OPTION], cutoff=0.85))
     ]
-    nested = additional_config.get(_ASCEND[0])
-    other = nested.get(_ASCEND[1]) if isinstance(nested, Mapping) else None
+    other = _ascends(additional_config)
     if other is not None and additional_config.get(OPTION) is not None:
         found.append(
             Broken(
@@ -100,6 +125,16 @@ def _names(additional_config: Mapping[str, Any]) -> tuple[Broken, ...]:
             )
         )
     return tuple(found)
+
+
+def _ascends(additional_config: Mapping[str, Any]) -> Any:
+    """The value of vllm-ascend's own option, if it is there."""
+    nested = additional_config.get(_ASCEND[0])
+    return nested.get(_ASCEND[1]) if isinstance(nested, Mapping) else None
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
 
 
 def _is_integer(value: object) -> bool:

@@ -68,6 +68,20 @@ def scheme_name(layers: Iterable[Layer]) -> str:
     return next(iter(quantised or schemes))
 
 
+def layer_schemes(layers: Iterable[Layer]) -> list[LayerSchemes]:
+    """What the manifest says of each layer."""
+    return [
+        LayerSchemes(
+            index=layer.index,
+            gate_up_proj=layer.linears[GATE].variant.scheme,
+            down_proj=layer.linears[DOWN].variant.scheme,
+            gate_up_block=_block(layer.linears[GATE]),
+            down_block=_block(layer.linears[DOWN]),
+        )
+        for layer in layers
+    ]
+
+
 def fingerprint(checkpoint: Checkpoint, plan: Plan, sample: str) -> str:
     """What the shards of one set share: all of the manifest but the shards."""
     frame = Manifest.model_construct(shards=[], **_frame(checkpoint, plan, sample))
@@ -91,16 +105,7 @@ def _frame(checkpoint: Checkpoint, plan: Plan, sample: str) -> dict[str, Any]:
         "layout": plan.layout,
         "padding": plan.padding
         and Padding(padded_intermediate_size=plan.padding.padded_intermediate_size, multiple=plan.padding.multiple),
-        "layers": [
-            LayerSchemes(
-                index=layer.index,
-                gate_up_proj=layer.linears[GATE].variant.scheme,
-                down_proj=layer.linears[DOWN].variant.scheme,
-                gate_up_block=_block(layer.linears[GATE]),
-                down_block=_block(layer.linears[DOWN]),
-            )
-            for layer in checkpoint.layers
-        ],
+        "layers": layer_schemes(checkpoint.layers),
         "source": Source(
             kind=identity.kind,
             name=identity.name,

@@ -142,3 +142,35 @@ def test_the_serving_page_has_every_key_of_the_loader() -> None:
     page = (ROOT / "docs" / "serving.md").read_text()
     table = page.split("| in `--model-loader-extra-config` | |")[1].split("\n\n")[0]
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == [field.name for field in fields(Options)]
+
+
+def test_the_page_on_checks_has_every_check_rule_and_option() -> None:
+    from reshard.check.report import CHECKS
+    from reshard.option import RULES
+
+    page = (ROOT / "docs" / "check.md").read_text()
+    for name, rows in (("checks", CHECKS), ("rules", RULES)):
+        table = page.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0]
+        assert re.findall(r"^\| `([\w-]+)` \| (.+) \|$", table, re.MULTILINE) == list(rows.items())
+    said = reshard("check", "--help").out + reshard("split", "--help").out + reshard("verify", "--help").out
+    for option in set(re.findall(r"--[a-z][a-z-]+", page)):
+        assert option in said, option
+
+
+def test_the_page_on_checks_has_inputs_hooks_and_arguments_that_there_are() -> None:
+    import inspect
+
+    import yaml
+
+    from reshard import pytest_plugin
+
+    page = (ROOT / "docs" / "check.md").read_text()
+    action, hooks = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL))
+    inputs = yaml.safe_load((ROOT / "action.yml").read_text())["inputs"]
+    assert set(action["jobs"]["shapes"]["steps"][1]["with"]) <= set(inputs)
+    there = {hook["id"] for hook in yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())}
+    assert {hook["id"] for hook in hooks["repos"][0]["hooks"]} == there
+    (python,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    taken = inspect.getsource(pytest_plugin)
+    for name in re.findall(r"\b([a-z_]+)=", python):
+        assert f"{name}: " in taken, name

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reshard.blocks import StoredReader, read_whole
+from reshard.finding import Finding
 from reshard.naming import MANIFEST, shard_file
 from reshard.prepare import Cut
 from reshard.source.base import read_header
 from reshard.source.open import describe, open_source
-from reshard.verify.finding import Finding
 from tests.builders import Raw, Spec, build, read_safetensors, write_safetensors
 from tests.verifying import (
     DOWN,

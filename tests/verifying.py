@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reshard.finding import Finding
 from reshard.manifest import parse_manifest
 from reshard.naming import MANIFEST, shard_file
 from reshard.prepare import Cut, prepare
 from reshard.source.base import read_header
 from reshard.source.open import describe, open_source
 from reshard.verify.compute import LayerResult, compare_computation
-from reshard.verify.finding import Finding
 from reshard.verify.source import compare_with_source
 from reshard.writer.split import SplitOptions, write_shards
 from tests.builders import Raw, Spec, build, read_safetensors, write_safetensors

@@ -36,16 +36,21 @@ class Output:
         try:
             yield
         except ReshardError as error:
-            if self._debug:
-                traceback.print_exc()
-            message = " ".join(str(error).split())
-            print(f"error: {message}", file=sys.stderr)  # noqa: T201
+            message = self.error(error)
             if self.is_json:
                 self.json({"error": {"kind": type(error).__name__, "message": message}})
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)  # noqa: T201
             raise typer.Exit(_INTERRUPTED) from None
+
+    def error(self, error: ReshardError) -> str:
+        """An expected error's line on stderr, which is returned; with --debug its traceback before it."""
+        if self._debug:
+            traceback.print_exception(error)
+        message = " ".join(str(error).split())
+        print(f"error: {message}", file=sys.stderr)  # noqa: T201
+        return message
 
     def json(self, document: Any) -> None:
         """The command's one JSON document."""

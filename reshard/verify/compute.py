@@ -19,12 +19,12 @@ import numpy.typing as npt
 
 from reshard.checkpoint import Checkpoint, Layer, Part, Tensor
 from reshard.errors import MismatchError
+from reshard.finding import Finding
 from reshard.manifest import Manifest
 from reshard.naming import DOWN, GATE, GATE_UP, UP, module_name
 from reshard.source.base import Source
 from reshard.source.header import Header, TensorInfo
 from reshard.verify.expect import expect, groups, misfits, read_headers
-from reshard.verify.finding import Finding
 from reshard.verify.reference import (
     BLOCK_ELEMENTS,
     SCALES,

@@ -8,12 +8,12 @@ from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 
 from reshard.errors import SourceError
+from reshard.finding import Finding
 from reshard.manifest import Manifest, Shard
 from reshard.naming import MANIFEST, parse_shard_file
 from reshard.source.base import Source, read_file, read_header
 from reshard.source.header import Header
 from reshard.source.shardset import check_header
-from reshard.verify.finding import Finding
 
 Tick = Callable[[int], None]
 _BLOCK = 1 << 20

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from reshard.errors import HeaderError, MismatchError, SchemeError
+from reshard.finding import Finding
 from reshard.manifest import Manifest
 from reshard.naming import DOWN, GATE, GATE_UP, MANIFEST, UP
 from reshard.source.base import Source, read_header
 from reshard.source.header import Header
-from reshard.verify.finding import Finding
 from reshard.verify.reference import SCALES, Grid, LinearGrids
 
 _BY_CHANNEL = frozenset({"weight_scale", "weight_offset", "deq_scale"})

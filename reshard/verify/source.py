@@ -15,13 +15,14 @@ import numpy as np
 from reshard.checkpoint import Checkpoint, Layer
 from reshard.dtypes import itemsize
 from reshard.errors import MismatchError
+from reshard.finding import Finding
+from reshard.identity import compare_identity, compare_model
 from reshard.manifest import Manifest
 from reshard.naming import MANIFEST, module_name
 from reshard.numeric import storage, to_f32
 from reshard.source.base import Bytes, Source
 from reshard.source.header import Header, TensorInfo
 from reshard.verify.expect import Expected, Group, Piece, expect, groups, misfits, read_headers
-from reshard.verify.finding import Finding
 from reshard.verify.reference import BLOCK_BYTES, BLOCK_ELEMENTS, WORKERS, Grid, LinearGrids, Reference
 
 Tick = Callable[[int], None]
@@ -37,7 +38,7 @@ def compare_with_source(
 
     `tick` is called with the shard bytes of each step.
     """
-    findings = [*_check_identity(manifest, checkpoint), *_check_model(manifest, checkpoint)]
+    findings = [*compare_identity(manifest, checkpoint), *compare_model(manifest, checkpoint)]
     headers, unreadable = read_headers(shards, manifest)
     findings += unreadable
     reference = Reference(source, manifest)
@@ -211,43 +212,6 @@ def _shown(block: Bytes, row: int, column: int, dtype: str) -> str:
     pattern = int.from_bytes(bits.tobytes(), "little")
     value = str(int(bits[0])) if dtype in {"I8", "I32", "I64"} else f"{to_f32(bits, dtype)[0]:.9g}"
     return f"{value} (0x{pattern:0{2 * bits.itemsize}x})"
-
-
-def _check_identity(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Finding]:
-    """The files that the set was cut from against those that the source has. A folder may be called otherwise."""
-    cut = {file.name: (file.size, file.header_blake3) for file in manifest.source.files}
-    there = {file.name: (file.size, file.header_digest) for file in checkpoint.identity.files}
-    for name in sorted(cut.keys() | there.keys()):
-        if name not in there:
-            yield Finding(
-                "identity", name, f"{MANIFEST} says that the set was cut from it; the source has no such weights"
-            )
-        elif name not in cut:
-            yield Finding("identity", name, f"holds DenseFFN weights of the source; {MANIFEST} does not name it")
-        elif cut[name] != there[name]:
-            yield Finding(
-                "identity",
-                name,
-                f"the set was cut from {cut[name][0]} bytes with header {cut[name][1]}, the source has "
-                f"{there[name][0]} bytes with header {there[name][1]}",
-            )
-
-
-def _check_model(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Finding]:
-    """Sizes, layers, scheme."""
-    for key in ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers"):
-        recorded, real = getattr(manifest.model, key), getattr(checkpoint.model, key)
-        if recorded != real:
-            yield Finding("model", MANIFEST, f"{key} is {recorded!r}, the source's is {real!r}")
-    recorded_layers = [layer.index for layer in manifest.layers]
-    layers = [layer.index for layer in checkpoint.layers]
-    if recorded_layers != layers:
-        yield Finding("model", MANIFEST, f"its dense layers are {recorded_layers}, the source's {layers}")
-    # Each layer's own is checked against the source, so this one is against those.
-    schemes = {scheme for layer in manifest.layers for scheme in (layer.gate_up_proj, layer.down_proj)} - {"bf16"}
-    scheme = "mixed" if len(schemes) > 1 else next(iter(schemes), "bf16")
-    if manifest.scheme != scheme:
-        yield Finding("model", MANIFEST, f"its scheme is {manifest.scheme}, its layers make it {scheme}")
 
 
 def _check_scheme(manifest: Manifest, index: int, group: Group, linear: LinearGrids) -> Iterator[Finding]:

@@ -35,7 +35,9 @@ class NpuKernels:
                 f"{name}: {list(weight_NK.shape)}; npu_quant_matmul takes last dims up to {_LAST_DIM_LIMIT}: cut it "
                 "for a larger group"
             )
-        return torch_npu.npu_format_cast(weight_NK.t().contiguous(), _FRACTAL_NZ)
+        weight_KN = weight_NK.t().contiguous()
+        # The cast changes no shape, and is the one kernel of these that torch_npu has no shape function for.
+        return weight_KN if weight_KN.is_meta else torch_npu.npu_format_cast(weight_KN, _FRACTAL_NZ)
 
     def output_scale(self, scale_N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """float32 for BF16 output; for FP16 its bits, widened to int64 (what npu_trans_quant_param makes of it)."""

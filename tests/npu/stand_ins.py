@@ -20,7 +20,7 @@ _LAST_DIM_LIMIT = 65_535
 
 def register() -> list[torch.library.Library]:
     """Put the stand-ins in. They stay as long as the libraries that are returned."""
-    cpu, meta = torch.library.Library("npu", "IMPL", "CPU"), torch.library.Library("npu", "IMPL", "Meta")
+    cpu = torch.library.Library("npu", "IMPL", "CPU")
     for kernel in (
         npu_dynamic_quant,
         npu_quant_matmul,
@@ -30,8 +30,7 @@ def register() -> list[torch.library.Library]:
         npu_format_cast,
     ):
         cpu.impl(kernel.__name__, kernel)
-    meta.impl("npu_format_cast", npu_format_cast)  # the only one of the six that torch_npu has no shape function for
-    return [cpu, meta]
+    return [cpu]
 
 
 def _require(condition: bool, message: str) -> None:

@@ -9,7 +9,6 @@ from runtime.kernels import device_of, kernels_for
 from runtime.kernels.npu import NpuKernels
 from runtime.partial import PartialFFN
 from runtime.shard import LayerShard, LinearShard
-from tests.npu.stand_ins import register
 
 H, I = 7168, 18432  # noqa: E741 - the field's name
 SCHEMES = {
@@ -33,12 +32,6 @@ SCHEMES = {
         "weight_offset": torch.float32,
     },
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def format_cast():
-    """torch_npu has a shape function for every kernel but npu_format_cast."""
-    return register()
 
 
 def _linear(scheme: str, name: str, out: int, in_: int) -> LinearShard:

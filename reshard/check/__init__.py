@@ -1,0 +1,1 @@
+"""Checks from headers and arithmetic alone, for CI: each gives findings; none reads a tensor."""

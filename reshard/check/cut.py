@@ -1,0 +1,43 @@
+"""A cut: whether the sizes allow it."""
+
+from reshard.check.report import not_checked
+from reshard.checkpoint import Checkpoint
+from reshard.errors import AlignmentError
+from reshard.finding import Finding
+from reshard.plan import Plan, grid, make_plan
+
+_CHECKS = ("divides", "blocks")
+
+
+def check_cut(checkpoint: Checkpoint, tp_size: int, pad: bool) -> tuple[list[Finding], Plan | None]:
+    """Findings, and the plan if the cut can be made."""
+    where = f"tp {tp_size}"
+    size, block = checkpoint.model.intermediate_size, grid(checkpoint.layers)
+    divides = 1 <= tp_size <= size and size % tp_size == 0
+    try:
+        plan = make_plan(checkpoint, tp_size, pad=pad)
+    except AlignmentError as error:
+        if not divides:
+            return [Finding("divides", where, str(error)), *_skipped(where, "blocks", "see divides")], None
+        return [Finding("divides", where, _share(size, tp_size), "ok"), Finding("blocks", where, str(error))], None
+    if plan.padding:
+        padded = plan.padding.padded_intermediate_size
+        line = f"intermediate_size {size} padded to {padded}, {_share(padded, tp_size)}"
+        share = padded // tp_size
+    else:
+        line, share = _share(size, tp_size), size // tp_size
+    blocks = f"{share // block} blocks of {block} a rank" if block > 1 else "no scale blocks along intermediate_size"
+    return [Finding("divides", where, line, "ok"), Finding("blocks", where, blocks, "ok")], plan
+
+
+def no_cut(why: str) -> list[Finding]:
+    """Where there is no size to cut for, or nothing to cut."""
+    return list(not_checked(_CHECKS, why))
+
+
+def _share(size: int, tp_size: int) -> str:
+    return f"{size} / {tp_size} = {size // tp_size}"
+
+
+def _skipped(where: str, check: str, why: str) -> list[Finding]:
+    return [Finding(check, where, f"not checked: {why}", "skipped")]

@@ -1,0 +1,106 @@
+"""One target, checked: a checkpoint or a shard set at an address, or a config.json alone."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from reshard.check.cut import check_cut, no_cut
+from reshard.check.device import check_kernels, check_npu
+from reshard.check.layers import check_layers, config_of
+from reshard.check.report import Report, Request, not_checked
+from reshard.check.serving import check_serving, option_size
+from reshard.check.shardset import check_origin, check_set, check_size, plan_of
+from reshard.checkpoint import Checkpoint
+from reshard.convert.rules import converted
+from reshard.errors import AlignmentError, SourceError, UsageError
+from reshard.finding import Finding
+from reshard.modelconfig import has_experts
+from reshard.naming import parse_shard_file
+from reshard.promised import promised
+from reshard.source.base import Source, parse_json_object
+from reshard.source.files import read_checkpoint
+from reshard.source.open import describe, open_source
+
+
+def check_source(address: str, request: Request) -> Report:
+    """A checkpoint's or a shard set's report.
+
+    Raises SourceError where it cannot be read, UsageError where the request does not go with what it is.
+    """
+    if request.scheme is not None:
+        raise UsageError(f"--scheme goes with --config: the tensors of {address} say what they are")
+    with open_source(address) as source:
+        if any(parse_shard_file(name) for name in source.files()):
+            return Report(address, "shard set", tuple(_set(source, request, address)))
+        if request.against is not None:
+            raise UsageError(f"--against goes with a shard set, which {address} is not")
+        findings, checkpoint = check_layers(lambda: converted(read_checkpoint(source), request.weights))
+    return Report(address, "checkpoint", (*findings, *_cuts(checkpoint, request)))
+
+
+def check_config(path: str, request: Request) -> Report:
+    """A config.json's report: of the checkpoint that it promises. Raises SourceError where it cannot be read."""
+    if request.against is not None:
+        raise UsageError(f"--against goes with a shard set, which {path} is not")
+    config = parse_json_object(_read(path), path)
+    findings, checkpoint = check_layers(lambda: converted(promised(config, path, request.scheme), request.weights))
+    return Report(path, "config", (*findings, *_cuts(checkpoint, request)), file=path)
+
+
+def _read(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _cuts(checkpoint: Checkpoint | None, request: Request) -> list[Finding]:
+    """Each size that is asked for, the option's among them, and the setup."""
+    found: list[Finding] = []
+    if checkpoint is not None and request.device == "npu":
+        found.append(check_kernels(checkpoint))
+    option = option_size(request.serving)
+    sizes = tuple(dict.fromkeys((*request.tp_sizes, *((option,) if option else ()))))
+    if checkpoint is None:
+        found += no_cut("the layers could not be described")
+    elif not sizes:
+        found += no_cut("no size to cut for; give --tp")
+    else:
+        for size in sizes:
+            found += _cut(checkpoint, size, request)
+    if request.serving is not None:
+        found += check_serving(request.serving, _moe(checkpoint), None)
+    return found
+
+
+def _cut(checkpoint: Checkpoint, tp_size: int, request: Request) -> list[Finding]:
+    findings, plan = check_cut(checkpoint, tp_size, request.pad)
+    return findings + check_npu(checkpoint, plan) if plan is not None and request.device == "npu" else findings
+
+
+def _set(source: Source, request: Request, address: str) -> list[Finding]:
+    if request.weights != "keep" or request.pad:
+        raise UsageError(f"--weights and --pad go with a checkpoint; {address} is cut already")
+    findings, manifest, checkpoint = check_set(source)
+    if manifest is None:
+        wanted = {"size": request.tp_sizes, "source": request.against, "option": request.serving}
+        asked = tuple(check for check, value in wanted.items() if value)
+        return [*findings, *not_checked(asked, "see manifest")]
+    findings += check_size(manifest, request.tp_sizes)
+    if request.against is not None:
+        with open_source(request.against) as original:
+            findings += check_origin(manifest, describe(original), request.against)
+    if checkpoint is not None and request.device == "npu":
+        findings.append(check_kernels(checkpoint))
+        try:
+            findings += check_npu(checkpoint, plan_of(manifest, checkpoint, "fused"))
+        except AlignmentError as error:  # a set that keeps gate and up apart may be one that cannot be stacked
+            findings.append(Finding("forward", "", f"not checked: {error}", "skipped"))
+    if request.serving is not None:
+        findings += check_serving(request.serving, _moe(checkpoint), manifest.tp_size)
+    return findings
+
+
+def _moe(checkpoint: Checkpoint | None) -> bool | None:
+    config: Mapping[str, Any] | None = config_of(checkpoint) if checkpoint is not None else None
+    return has_experts(config) if config is not None else None

@@ -1,0 +1,134 @@
+"""`reshard check`."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from reshard.cli.output import Debug, Output
+
+if TYPE_CHECKING:
+    from reshard.check.report import Report, Request, Serving
+
+_UNREADABLE, _FAILED = 1, 3
+_MAX_SIZE = 99_999
+
+
+def check(
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PATH]...", help="Checkpoints or shard sets; a .json file is taken as with --config."),
+    ] = None,
+    config: Annotated[
+        list[str] | None, typer.Option("--config", metavar="FILE", help="A config.json, with no checkpoint at hand.")
+    ] = None,
+    tp: Annotated[
+        str | None,
+        typer.Option("--tp", metavar="N[,N..]", help="Group sizes to cut for; of a shard set, those it may have."),
+    ] = None,
+    scheme: Annotated[
+        str | None, typer.Option(help="What --config's weights are; default: what its quantization_config says.")
+    ] = None,
+    weights: Annotated[
+        Literal["keep", "bf16", "w8a8"], typer.Option(help="Check the cut as split --weights makes it.")
+    ] = "keep",
+    pad: Annotated[bool, typer.Option("--pad", help="Check the cut as split --pad makes it.")] = False,
+    against: Annotated[
+        str | None, typer.Option("--against", metavar="SOURCE", help="What the shard set must have been cut from.")
+    ] = None,
+    device: Annotated[Literal["cpu", "npu"], typer.Option(help="npu: kernels, tiles, limits, torch_npu.")] = "cpu",
+    additional_config: Annotated[
+        str | None, typer.Option(metavar="JSON", help="The engine's, with denseffn_tensor_parallel_size in it.")
+    ] = None,
+    data_parallel_size: Annotated[
+        int | None, typer.Option(min=1, max=_MAX_SIZE, help="The engine's; 1 where it is left out.")
+    ] = None,
+    tensor_parallel_size: Annotated[
+        int | None, typer.Option(min=1, max=_MAX_SIZE, help="The engine's; 1 where it is left out.")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Warnings fail, too.")] = False,
+    form: Annotated[
+        Literal["human", "json", "junit", "github"], typer.Option("--format", help="What stdout carries.")
+    ] = "human",
+    debug: Debug = False,
+) -> None:
+    """Check shapes, cuts, shard sets and serving setups from headers and arithmetic alone, for CI."""
+    output = Output(form, quiet=True, debug=debug)
+    with output.errors():
+        from reshard.check.report import Request
+        from reshard.errors import UsageError
+
+        targets = [*((path, _is_config(path)) for path in paths or ()), *((file, True) for file in config or ())]
+        if not targets:
+            raise UsageError("nothing to check: give a PATH, or --config FILE")
+        serving = _serving(additional_config, data_parallel_size, tensor_parallel_size)
+        request = Request(_sizes(tp), scheme, weights, pad, against, device, serving)
+        reports = [_report(output, target, is_config, request) for target, is_config in targets]
+        _write(output, form, reports, strict)
+    if any(report.unreadable for report in reports):
+        raise typer.Exit(_UNREADABLE)
+    if any(report.failed(strict) for report in reports):
+        raise typer.Exit(_FAILED)
+
+
+def _is_config(path: str) -> bool:
+    return path.endswith(".json") and Path(path).is_file()
+
+
+def _report(output: Output, target: str, is_config: bool, request: "Request") -> "Report":
+    """A target's report; what cannot be read is one too, so that the others are checked all the same."""
+    from reshard.check.report import Report
+    from reshard.check.run import check_config, check_source
+    from reshard.errors import ReshardError, UsageError
+    from reshard.finding import Finding
+
+    try:
+        return check_config(target, request) if is_config else check_source(target, request)
+    except UsageError:
+        raise
+    except ReshardError as error:
+        return Report(target, None, (Finding("input", "", output.error(error)),), target if is_config else None)
+
+
+def _write(output: Output, form: str, reports: "list[Report]", strict: bool) -> None:
+    from reshard.check import forms
+
+    if form == "json":
+        output.json(forms.document(reports, strict))
+        return
+    lines: dict[str, Iterable[str]] = {
+        "human": forms.text([report for report in reports if not report.unreadable]),
+        "junit": [forms.junit(reports, strict)],
+        "github": forms.github(reports, strict),
+    }
+    for line in lines[form]:
+        output.text(line)
+
+
+def _sizes(text: str | None) -> tuple[int, ...]:
+    """Group sizes such as `4,8`. Raises UsageError for anything else."""
+    from reshard.errors import UsageError
+
+    if text is None:
+        return ()
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        if not (part.isascii() and part.isdigit() and 1 <= int(part) <= _MAX_SIZE):
+            raise UsageError(f"--tp {text}: {part!r} is no group size; write them as 4,8, each from 1 to {_MAX_SIZE}")
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+def _serving(additional: str | None, data_parallel: int | None, tensor_parallel: int | None) -> "Serving | None":
+    """The setup, if anything is said of one. Raises UsageError where the additional config is no JSON object."""
+    from reshard.check.report import Serving
+    from reshard.errors import SourceError, UsageError
+    from reshard.source.base import parse_json_object
+
+    if additional is None and data_parallel is None and tensor_parallel is None:
+        return None
+    try:
+        config = parse_json_object((additional or "{}").encode(), "--additional-config")
+    except SourceError as error:
+        raise UsageError(str(error).removesuffix("; copy or download it again")) from error
+    return Serving(config, data_parallel or 1, tensor_parallel or 1)

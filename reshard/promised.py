@@ -1,0 +1,110 @@
+"""The DenseFFN that a config.json alone promises: layers, tensors, types and shapes, no file behind them."""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from reshard.checkpoint import Checkpoint, Identity, Layer, Linear, Model, Tensor
+from reshard.errors import LayersError, SchemeError, UsageError
+from reshard.modelconfig import read_model_config
+from reshard.naming import CONFIG, DOWN, ROLES, module_name
+from reshard.quantization import declarations
+from reshard.schemes import VARIANTS, Declared, Shape, TensorRule, Variant, check_kind
+
+SCHEMES = tuple(dict.fromkeys(variant.scheme for variant in VARIANTS))
+_BLOCK = (128, 128)  # of every published block-scaled checkpoint: DeepSeek-V3's `weight_block_size`
+_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+def promised(config: Mapping[str, Any], name: str, scheme: str | None = None) -> Checkpoint:
+    """The checkpoint, every tensor without parts.
+
+    scheme: one of SCHEMES; None takes what the config's own quantization_config says (BF16 where it says nothing:
+    ModelSlim's description of a quantised checkpoint is another file). Raises LayersError where no layer is dense,
+    SourceError or SchemeError where the config says what is not understood, UsageError for an unknown scheme.
+    """
+    model = read_model_config(config)
+    if not model.dense_layers:
+        raise LayersError(f"no dense layer: {CONFIG} ({model.reason}) gives none")
+    declare = _named(config, scheme) if scheme is not None else _declared(config)
+    sizes = (model.intermediate_size, model.hidden_size)
+    own = _own_dtype(config)
+    layers = []
+    for index in sorted(model.dense_layers):
+        linears = {}
+        for role in ROLES:
+            module = module_name(index, role)
+            declared = declare(module)
+            linears[role] = _linear(module, declared, sizes[::-1] if role == DOWN else sizes, own)
+        layers.append(Layer(index, linears))
+    tensors = [tensor for layer in layers for tensor in layer.tensors()]
+    return Checkpoint(
+        identity=Identity("folder", name, None, ()),
+        model=Model(model.model_type, model.hidden_size, model.intermediate_size, model.num_hidden_layers),
+        layers=tuple(layers),
+        side_files={CONFIG: json.dumps(config).encode()},
+        total_tensors=len(tensors),
+        total_bytes=sum(tensor.nbytes for tensor in tensors),
+    )
+
+
+def _declared(config: Mapping[str, Any]) -> Callable[[str], Declared]:
+    declare = declarations(None, config)
+    return lambda module: declare(module, frozenset({"weight"}))
+
+
+def _named(config: Mapping[str, Any], scheme: str) -> Callable[[str], Declared]:
+    if scheme not in SCHEMES:
+        raise UsageError(f"--scheme {scheme}: there are {', '.join(SCHEMES)}")
+    variant = next(variant for variant in VARIANTS if variant.scheme == scheme)
+    block = _BLOCK if any(rule.in_blocks for rule in variant.tensors) else None
+    quantization = config.get("quantization_config")
+    sizes = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
+    if block and isinstance(sizes, list) and len(sizes) == 2 and all(type(size) is int and size > 0 for size in sizes):
+        block = (sizes[0], sizes[1])
+    declared = Declared(variant.kind, block, "--scheme")
+    return lambda module: declared
+
+
+def _linear(module: str, declared: Declared, weight: tuple[int, int], own: str) -> Linear:
+    """What the first variant of the declared kind has."""
+    check_kind(module, declared)
+    variant = next(variant for variant in VARIANTS if variant.kind == declared.kind)
+    tensors = {
+        rule.suffix: Tensor(
+            f"{module}.{rule.suffix}", _dtype(rule, own), _shape(module, rule, variant, declared, weight), ()
+        )
+        for rule in variant.tensors
+    }
+    return Linear(variant, declared.block, tensors)
+
+
+def _shape(
+    module: str, rule: TensorRule, variant: Variant, declared: Declared, weight: tuple[int, int]
+) -> tuple[int, ...]:
+    out_features, in_features = weight
+    if rule.shape is Shape.BLOCKS:
+        if declared.block is None:
+            raise SchemeError(f"{module}.{rule.suffix}: {declared.said_by} gives no block size for {variant.scheme}")
+        return -(-out_features // declared.block[0]), -(-in_features // declared.block[1])
+    shapes: dict[Shape, tuple[int, ...]] = {
+        Shape.OUT_IN: weight,
+        Shape.CHANNEL: (out_features, 1),
+        Shape.OUT: (out_features,),
+        Shape.ONE: (1,),
+    }
+    return shapes[rule.shape]
+
+
+def _dtype(rule: TensorRule, own: str) -> str:
+    """A weight that is not quantised has the model's own type; a scale that may have several is taken for F32."""
+    if len(rule.dtypes) == 1:
+        return next(iter(rule.dtypes))
+    return own if rule.shape is Shape.OUT_IN else "F32"
+
+
+def _own_dtype(config: Mapping[str, Any]) -> str:
+    named = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    if named not in _DTYPES:
+        raise SchemeError(f"{CONFIG}: dtype is {named!r}; a model of {', '.join(_DTYPES)} is split")
+    return _DTYPES[named]

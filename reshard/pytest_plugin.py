@@ -1,0 +1,85 @@
+"""A pytest fixture, `reshard_check`. pytest loads this file wherever reshard is installed, so it imports nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from os import PathLike
+    from typing import Literal
+
+    from reshard.check.report import Report
+
+    class Check(Protocol):
+        """What the fixture gives."""
+
+        def __call__(
+            self,
+            path: str | PathLike[str] | None = None,
+            *,
+            config: str | PathLike[str] | None = None,
+            tp: int | tuple[int, ...] = (),
+            scheme: str | None = None,
+            weights: str = "keep",
+            pad: bool = False,
+            against: str | PathLike[str] | None = None,
+            device: Literal["cpu", "npu"] = "cpu",
+            additional_config: Mapping[str, Any] | None = None,
+            data_parallel_size: int | None = None,
+            tensor_parallel_size: int | None = None,
+            strict: bool = False,
+        ) -> Report:
+            """Check one target as `reshard check` does; the test fails, with a line for each, if a check does."""
+
+
+@pytest.fixture(scope="session")
+def reshard_check() -> Check:
+    """`reshard check` for a test: call it with a checkpoint's or shard set's address, or with `config=FILE`.
+
+    The arguments are the command's options. A failed check fails the test with its lines; the report is returned.
+    What cannot be read raises reshard.errors.SourceError.
+    """
+    from reshard.check.report import Request, Serving
+    from reshard.check.run import check_config, check_source
+    from reshard.errors import UsageError
+
+    def check(
+        path: Any = None,
+        *,
+        config: Any = None,
+        tp: int | tuple[int, ...] = (),
+        scheme: str | None = None,
+        weights: str = "keep",
+        pad: bool = False,
+        against: Any = None,
+        device: Literal["cpu", "npu"] = "cpu",
+        additional_config: Mapping[str, Any] | None = None,
+        data_parallel_size: int | None = None,
+        tensor_parallel_size: int | None = None,
+        strict: bool = False,
+    ) -> Report:
+        __tracebackhide__ = True
+        if (path is None) == (config is None):
+            raise UsageError("reshard_check: give a path, or config=")
+        said = (additional_config, data_parallel_size, tensor_parallel_size)
+        serving = Serving(additional_config or {}, data_parallel_size or 1, tensor_parallel_size or 1)
+        request = Request(
+            tp_sizes=(tp,) if isinstance(tp, int) else tuple(tp),
+            scheme=scheme,
+            weights=weights,
+            pad=pad,
+            against=None if against is None else str(against),
+            device=device,
+            serving=None if all(value is None for value in said) else serving,
+        )
+        report = check_source(str(path), request) if config is None else check_config(str(config), request)
+        if report.failed(strict):
+            wrong = [*report.of("error"), *(report.of("warning") if strict else ())]
+            lines = [f"{finding.check}: {finding.line}" for finding in wrong]
+            pytest.fail("\n".join([f"reshard check {report.target}:", *lines]), pytrace=False)
+        return report
+
+    return check

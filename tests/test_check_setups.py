@@ -1,0 +1,180 @@
+"""`reshard check` for a device and for a serving setup."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reshard.option import OPTION, RULES
+from tests.checking import failed, findings, of, usage
+from tests.running import reshard, reshard_process
+from tests.test_models import CONFIGS
+
+R1 = CONFIGS / "deepseek-r1.json"
+
+
+def small(tmp_path: Path, **sizes: int) -> Path:
+    values = json.loads(R1.read_text()) | sizes
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    return tmp_path / "config.json"
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "w8a8_dynamic", "w8a8_static", "w8a8_mix"])
+@pytest.mark.parametrize("tp", [1, 2, 4, 8, 16])
+def test_r1_is_whole_tiles(scheme: str, tp: int) -> None:
+    code, found = findings("--config", R1, "--scheme", scheme, "--tp", tp, "--device", "npu", "--strict")
+    assert code == 0
+    assert [f["severity"] for check in ("kernels", "tiles", "limits") for f in of(found, check)] == ["ok"] * 3
+
+
+@pytest.mark.parametrize(("scheme", "multiple"), [("bf16", 16), ("w8a8_dynamic", 32)])
+@pytest.mark.parametrize("share", [16, 32, 48, 64, 80])
+def test_tiles_are_16_x_16_in_bf16_and_16_x_32_in_int8(tmp_path: Path, scheme: str, multiple: int, share: int) -> None:
+    file = small(tmp_path, intermediate_size=2 * share)
+    arguments = ("--config", file, "--scheme", scheme, "--tp", 2, "--device", "npu")
+    code, found = findings(*arguments)
+    assert code == 0, "padded tiles are right, if slow"
+    wrong = [f["message"] for f in of(found, "tiles") if f["severity"] == "warning"]
+    assert len(wrong) == (0 if share % multiple == 0 else 2)
+    assert all(f"{share} is no multiple of {multiple}" in line for line in wrong)
+    assert reshard("check", *arguments, "--strict").code == (3 if wrong else 0)
+
+
+def test_hidden_size_is_a_side_of_the_tiles_too(tmp_path: Path) -> None:
+    found = findings(
+        "--config", small(tmp_path, hidden_size=7184), "--scheme", "w8a8_dynamic", "--tp", 8, "--device", "npu"
+    )
+    assert [f["severity"] for f in of(found[1], "tiles")] == ["warning", "warning"]
+    assert all("7184 is no multiple of 32" in f["message"] for f in of(found[1], "tiles"))
+
+
+@pytest.mark.parametrize(("size", "fits"), [(65_535, True), (65_536, False)])
+@pytest.mark.parametrize("dim", ["hidden_size", "intermediate_size"])
+def test_int8_matrices_are_up_to_65535_wide(tmp_path: Path, dim: str, size: int, fits: bool) -> None:
+    file = small(tmp_path, **{dim: size if dim == "hidden_size" else size // 2 * 2})
+    tp = 1 if dim == "hidden_size" else 2  # [2L, H]: 2L is the size
+    wide = size if dim == "hidden_size" else size // 2 * 2
+    wrong = failed("--config", file, "--scheme", "w8a8_dynamic", "--tp", tp, "--device", "npu")
+    assert bool(wrong) == (wide > 65_535) == (not fits)
+    assert all(check == "limits" and "up to 65535; cut it for a larger group" in message for check, message in wrong)
+    assert failed("--config", file, "--scheme", "bf16", "--tp", tp, "--device", "npu") == []
+
+
+def test_fp8_has_no_kernel_on_an_npu() -> None:
+    code, found = findings("--config", R1, "--tp", 8, "--device", "npu")
+    assert code == 0
+    (kernels,) = of(found, "kernels")
+    assert kernels["severity"] == "warning"
+    assert "cut with --weights w8a8 or --weights bf16" in kernels["message"]
+    assert of(findings("--config", R1, "--tp", 8, "--weights", "w8a8", "--device", "npu")[1], "kernels")[0] == {
+        "check": "kernels",
+        "where": "",
+        "message": "w8a8_dynamic as stored",
+        "severity": "ok",
+    }
+
+
+def test_without_torch_npu_the_forward_is_not_checked() -> None:
+    done = reshard_process(
+        *("check", "--config", R1, "--tp", "8", "--device", "npu", "--format", "json"),
+        before="import sys; sys.modules['torch'] = None",
+    )
+    assert done.code == 0
+    (forward,) = of(done.document["targets"][0]["findings"], "forward")
+    assert forward["severity"] == "skipped"
+    assert forward["message"].startswith("not checked: torch_npu is not installed here")
+
+
+def test_the_cpu_has_no_tiles_and_no_limits() -> None:
+    found = findings("--config", R1, "--tp", 8)[1]
+    assert not {"kernels", "tiles", "limits", "forward"} & {f["check"] for f in found}
+
+
+def setup(option: object, data: int, tensor: int = 1) -> list[object]:
+    additional = {} if option is None else {OPTION: option}
+    sizes = ["--data-parallel-size", data, "--tensor-parallel-size", tensor]
+    return ["--additional-config", json.dumps(additional), *sizes]
+
+
+def test_a_right_setup() -> None:
+    code, found = findings("--config", R1, *setup(8, 16))
+    assert code == 0
+    (option,) = of(found, "option")
+    assert option["message"] == (f"{OPTION} 8, data-parallel size 16, tensor-parallel size 1: {len(RULES)} rules kept")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule", "says"),
+    [
+        (setup(3, 16), "size", "is 3; with data-parallel size 16 it may be 1, 2, 4, 8 or 16"),
+        (setup("8", 16), "size", "is '8'; with data-parallel size 16 it may be 1, 2, 4, 8 or 16"),
+        (setup(8, 16, 2), "alone", "is 8, tensor-parallel size 2: it splits over data-parallel ranks, at"),
+        (setup(2, 1), "size", "is 2; with data-parallel size 1 it may be 1"),
+        (["--additional-config", '{"denseffn_tp_size": 8}'], "name", "denseffn_tp_size in the additional config is no"),
+    ],
+)
+def test_a_wrong_setup_is_one_line(arguments: list[object], rule: str, says: str) -> None:
+    ((check, message),) = failed("--config", R1, *arguments)
+    assert check == f"option-{rule}"
+    assert says in message
+
+
+def test_a_model_without_experts_cannot_be_split_over_data_parallel_ranks() -> None:
+    ((check, message),) = failed("--config", CONFIGS / "llama-3.1-8b.json", *setup(8, 16))
+    assert check == "option-lockstep"
+    assert "use tensor parallelism for it" in message
+
+
+def test_what_is_no_json_object_is_wrong_usage() -> None:
+    for text, says in (
+        ("{", "--additional-config: not valid JSON"),
+        ("[8]", "holds a list"),
+        ('{"a":1,"a":2}', "'a' stands"),
+    ):
+        assert says in usage("--config", R1, "--additional-config", text)
+
+
+_sizes = st.integers(1, 12)
+
+
+@given(
+    _sizes,
+    st.none() | st.integers(-1, 13),
+    _sizes,
+    st.none() | _sizes,
+    st.sampled_from([True, False, None]),
+    st.booleans(),
+)
+def test_messages_never_contradict(
+    data: int, option: int | None, tensor: int, shards: int | None, moe: bool | None, ascends: bool
+) -> None:
+    """The first public implementation gave advice that another of its messages forbade.
+
+    What any message says the option may be, taken, breaks no rule about its value; what it says to cut, cut, likewise.
+    """
+    from reshard.check.report import Serving
+    from reshard.check.serving import check_serving
+
+    more: dict[str, Any] = {"finegrained_tp_config": {"mlp_tensor_parallel_size": 4}} if ascends else {}
+
+    def broken(value: int | None, cut_for: int | None) -> dict[str, str]:
+        additional = more if value is None else more | {OPTION: value}
+        found = check_serving(Serving(additional, data, tensor), moe, cut_for)
+        return {f.check: f.message for f in found if f.severity == "error"}
+
+    found = broken(option, shards)
+    about_value = {"option-size", "option-alone", "option-shards", "option-unset", "option-lockstep"}
+    assert len(found.keys() & about_value) <= 1, "one line about the option's value at a time"
+    for message in found.values():
+        assert OPTION in message
+        for listed in re.findall(r"may be ([0-9, or]+)$", message):
+            for size in map(int, re.findall("[0-9]+", listed)):
+                assert "option-size" not in broken(size, None)
+        for size in map(int, re.findall(r"set it to ([0-9]+)", message)):
+            assert not broken(size, shards).keys() & about_value
+        for size in map(int, re.findall(r"reshard split --tp ([0-9]+)", message)):
+            assert not broken(option, size).keys() & about_value

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from reshard import __version__
+from reshard.cli.estimate import estimate
 from reshard.cli.inspect import inspect
 from reshard.cli.merge import merge
 from reshard.cli.schema import schema
@@ -26,7 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (split, inspect, verify, merge, synth, schema):
+for command in (split, inspect, verify, merge, estimate, synth, schema):
     app.command()(command)
 
 

@@ -30,7 +30,7 @@ class Matmul:
 
 
 def matmul_seconds(profile: Profile, work: Matmul) -> float:
-    """max(2 * rows * inner * columns / rate, bytes / bandwidth) + static cost.
+    """max(2 * rows * inner * columns / rate, bytes / bandwidth) + static cost; without overlap, the sum of the two.
 
     The roofline (Williams, Waterman, Patterson, Communications of the ACM 52(4), 2009) with efficiencies and a cost
     for each call, as Ascend/msmodeling's analytic model has it. Weights come from memory each time: between two steps
@@ -39,7 +39,9 @@ def matmul_seconds(profile: Profile, work: Matmul) -> float:
     peak = profile.compute.int8_tops if work.number == "int8" else profile.compute.bf16_tflops
     compute = 2 * work.rows * work.inner * work.columns / (peak * _TERA * profile.efficiency.compute)
     nbytes = work.weight_bytes + _uncached(profile, work.activation_bytes)
-    return max(compute, nbytes / _bandwidth(profile, work.number)) + profile.static.matmul_us * _MICRO
+    memory = nbytes / _bandwidth(profile, work.number)
+    work_seconds = max(compute, memory) if profile.compute.overlap else compute + memory
+    return work_seconds + profile.static.matmul_us * _MICRO
 
 
 def vector_seconds(profile: Profile, activation_bytes: int) -> float:

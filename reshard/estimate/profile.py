@@ -30,10 +30,14 @@ class _Strict(BaseModel):
 
 
 class Compute(_Strict):
-    """Peak rates of matrix products, 10^12 operations a second; a multiplication and an addition are two."""
+    """Peak rates of matrix products, 10^12 operations a second; a multiplication and an addition are two.
+
+    overlap: weights are read while others are multiplied; a processor's thread does one after the other.
+    """
 
     bf16_tflops: _Rate
     int8_tops: _Rate
+    overlap: bool
 
 
 class Memory(_Strict):

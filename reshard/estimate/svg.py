@@ -72,7 +72,7 @@ def _legend(at: int) -> Iterator[str]:
     x = _LEFT
     for kind in KINDS:
         yield _swatch(x, at, COLOURS[kind], LABELS[kind])
-        x += 34 + round(6.4 * len(LABELS[kind]))
+        x += 44 + round(6.1 * len(LABELS[kind]))
     yield _swatch(_MEMORY_AT, at, _HELD, "held")
     yield _swatch(_MEMORY_AT + 66, at, _SAVED, "saved")
 

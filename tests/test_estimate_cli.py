@@ -36,7 +36,11 @@ def test_a_config_alone() -> None:
     bars = [line for line in lines if line.startswith("w8a8_dynamic tp")]
     assert [line.split()[-2:] for line in bars[:1]] == [["1.169", "ms"]]
     assert bars[1].endswith("0.343 ms recommended")
-    assert lines[-1].startswith("w8a8_dynamic: tp 8: 0.343 ms a step, 1.169 ms unsplit; ")
+    assert lines[-3:] == [
+        "w8a8_dynamic: choose tp 8",
+        "  0.343 ms a step, 1.169 ms unsplit; a device holds 0.139 GiB and saves 0.970",
+        "  tp 16 takes 1.592 ms: it leaves the node (196 GB/s) for the cluster (25 GB/s, 1.5 us)",
+    ]
 
 
 def test_bars_are_as_long_as_their_times() -> None:
@@ -182,7 +186,9 @@ def test_a_model_without_dense_layers(tmp_path: Path) -> None:
     )
     done = reshard("estimate", "--config", tmp_path / "config.json", "--tp", "2")
     assert done.code == 1
-    assert "config: no layer of the model is dense (num_experts = 4 and no key that names dense layers)" in done.err
+    assert (
+        "config.json: no layer of the model is dense (num_experts = 4 and no key that names dense layers)" in done.err
+    )
 
 
 def test_estimating_imports_no_torch() -> None:

@@ -294,7 +294,7 @@ def _recommend(
     profile: Profile, *tp_sizes: int, scheme: str = "w8a8_dynamic", tokens: int = 24
 ) -> tuple[int | None, str]:
     found = recommend(profile, estimate(r1(scheme), scheme, tp_sizes, profile, Options(tokens)))
-    return found.tp_size, found.reason
+    return found.tp_size, "; ".join(found.reasons)
 
 
 def test_within_the_node_and_not_beyond() -> None:
@@ -316,7 +316,7 @@ def test_what_does_not_fit_is_not_recommended() -> None:
     tiny = load_profile("atlas-a2-376t", ["memory.capacity_gib=0.2", "network.node.bandwidth_gb_s=1"])
     assert _recommend(tiny, 1, 4, 8)[0] == 8
     assert _recommend(tiny, 1, 4) == (None, "the dense layers alone do not fit the device's memory")
-    assert _recommend(A2, 5) == (None, "no size can be cut, connected and held")
+    assert _recommend(A2, 5) == (None, "no size can be cut and connected")
 
 
 def test_cuts_that_fit_the_tiles_come_first() -> None:

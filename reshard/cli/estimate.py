@@ -80,12 +80,12 @@ def estimate(
         found = [estimate(checkpoint, name, sizes, profile, options) for name, checkpoint in checkpoints.items()]
         chosen = [recommend(profile, one) for one in found]
         model = next(iter(checkpoints.values()))
+        if svg is not None:
+            _draw(svg, _title(model, profile), _subtitle(model, options), found, chosen)
         if output.is_json:
             output.json(document(model, profile, options, found, chosen))
         else:
             _show(output, model, profile, options, found, chosen)
-        if svg is not None:
-            _draw(svg, _title(model, profile), _subtitle(model, options), found, chosen)
 
 
 def _measure(output: Output) -> None:
@@ -101,10 +101,12 @@ def _measure(output: Output) -> None:
 def _of_config(config: Path, schemes: list[str] | None) -> "dict[str, Checkpoint]":
     """The checkpoint that a config.json describes, by scheme."""
     from reshard.estimate.described import DEFAULT_SCHEMES, from_config, plain_scheme, read_config
+    from reshard.naming import CONFIG
 
     parsed = read_config(config)
+    model = config.resolve().parent.name if config.name == CONFIG else config.stem
     names = [plain_scheme(word) for word in schemes or DEFAULT_SCHEMES]
-    return {name: from_config(parsed, config.stem, name) for name in names}
+    return {name: from_config(parsed, model, name) for name in names}
 
 
 def _of_source(output: Output, path: str, schemes: list[str] | None) -> "dict[str, Checkpoint]":
@@ -193,8 +195,10 @@ def _show(
     for line in notes(found, options):
         output.text(line)
     for choice in chosen:
-        size_wanted = "none" if choice.tp_size is None else f"tp {choice.tp_size}"
-        output.text(f"{choice.scheme}: {size_wanted}: {choice.reason}")
+        output.text()
+        output.text(f"{choice.scheme}: choose {'none' if choice.tp_size is None else f'tp {choice.tp_size}'}")
+        for reason in choice.reasons:
+            output.text(f"  {reason}")
 
 
 def _row(scheme: str, size: "Size") -> list[str]:

@@ -57,7 +57,7 @@ def from_config(config: Mapping[str, Any], name: str, scheme: str) -> Checkpoint
     """
     model, recipe = read_model_config(config), recipe_for(scheme)
     if not model.dense_layers:
-        raise SourceError(f"{name}: no layer of the model is dense ({model.reason})")
+        raise SourceError(f"{CONFIG}: no layer of the model is dense ({model.reason})")
     sizes = (model.intermediate_size, model.hidden_size)
     parameters = [
         Parameter(f"{module_name(layer, role)}.weight", sizes[::-1] if role == DOWN else sizes, Kind.LINEAR)

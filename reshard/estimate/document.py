@@ -35,7 +35,7 @@ def document(
                 "sizes": [_size_document(size, options.tokens) for size in one.sizes],
                 "refused": [vars(refused) for refused in one.refused],
                 "recommended": choice.tp_size,
-                "reason": choice.reason,
+                "reasons": list(choice.reasons),
             }
             for one, choice in zip(found, chosen, strict=True)
         ],

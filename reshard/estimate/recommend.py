@@ -7,16 +7,17 @@ from reshard.estimate.profile import Profile
 from reshard.estimate.sizes import Estimate, Size, fits_memory
 
 _ALIKE = 1.02  # times this close to the shortest are alike, far within what the model knows
+_IMPOSSIBLE = "no size can be cut and connected"
 _FULL = "the dense layers alone do not fit the device's memory"
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """A group size, or None where none of those asked for can be had; the reason is one line."""
+    """A group size, or None where none of those asked for can be had, and why: a line each."""
 
     scheme: str
     tp_size: int | None
-    reason: str
+    reasons: tuple[str, ...]
 
 
 def recommend(profile: Profile, found: Estimate) -> Recommendation:
@@ -36,10 +37,10 @@ def recommend(profile: Profile, found: Estimate) -> Recommendation:
         (size for size in candidates if size.runs.step_seconds <= _ALIKE * shortest),
         key=lambda size: (size.held, size.tp_size),
     )
-    reason = [_gain(found.unsplit, best), *_neighbours(profile, found, best)]
+    reasons = [_gain(found.unsplit, best), *_neighbours(profile, found, best)]
     if not best.alignment.fits:
-        reason.append(best.alignment.notes[0])
-    return Recommendation(found.scheme, best.tp_size, "; ".join(reason))
+        reasons.append(best.alignment.notes[0])
+    return Recommendation(found.scheme, best.tp_size, tuple(reasons))
 
 
 def _gain(unsplit: Size, best: Size) -> str:

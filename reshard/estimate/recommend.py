@@ -28,9 +28,7 @@ def recommend(profile: Profile, found: Estimate) -> Recommendation:
     fitting = [size for size in found.sizes if fits_memory(profile, size)]
     aligned = [size for size in fitting if size.alignment.fits]
     if not fitting:
-        return Recommendation(
-            found.scheme, None, "no size can be cut, connected and held" if not found.sizes else _FULL
-        )
+        return Recommendation(found.scheme, None, (_FULL if found.sizes else _IMPOSSIBLE,))
     candidates = aligned or fitting
     shortest = min(size.runs.step_seconds for size in candidates)
     best = min(

@@ -8,6 +8,7 @@ ReshardError                    1   something the user can mend; one line, no tr
 ├── SchemeError                 1   a tensor, type or layout that the split table does not know
 ├── AlignmentError              1   a cut that the sizes do not allow
 ├── ManifestError               1   a manifest that is missing, malformed or of an unknown version
+├── ProfileError                1   a device profile that is missing or makes no sense
 ├── OutputError                 1   the output folder cannot be used
 │   ├── SpaceError              1   too little room
 │   └── BusyError               1   another run is writing there
@@ -63,6 +64,10 @@ class AlignmentError(ReshardError):
 
 class ManifestError(ReshardError):
     """A manifest that is missing, malformed or of an unknown version."""
+
+
+class ProfileError(ReshardError):
+    """A device profile that is missing or makes no sense."""
 
 
 class OutputError(ReshardError):

@@ -174,3 +174,28 @@ def test_the_page_on_checks_has_inputs_hooks_and_arguments_that_there_are() -> N
     taken = inspect.getsource(pytest_plugin)
     for name in re.findall(r"\b([a-z_]+)=", python):
         assert f"{name}: " in taken, name
+
+
+def test_the_estimate_page_has_the_model_s_figures() -> None:
+    from reshard.estimate.described import from_config, read_config
+    from reshard.estimate.model import GIB
+    from reshard.estimate.profile import load_profile
+    from reshard.estimate.sizes import Options, estimate
+
+    scheme, page = "w8a8_dynamic", (ROOT / "docs" / "estimate.md").read_text()
+    checkpoint = from_config(read_config(ROOT / "configs" / "deepseek-r1.json"), "r1", scheme)
+    one, eight, sixteen = estimate(
+        checkpoint, scheme, (1, 8, 16), load_profile("atlas-a2-376t"), Options(tokens=24)
+    ).sizes
+    milliseconds = [1e3 * s.step_seconds for s in (one.as_bf16, eight.as_bf16, eight.runs, sixteen.as_bf16)]
+    hand = {"unsplit": "1.157", "tp 8": "0.339", "tp 8, int8 before the gather": "0.313", "tp 16, over nodes": "1.97"}
+    wanted = [
+        f"| {what} | {value:.3f} | {by_hand} | {value / float(by_hand) - 1:+.1%} |".replace("%", " %")
+        for (what, by_hand), value in zip(hand.items(), milliseconds, strict=True)
+    ]
+    saved = eight.saved / GIB
+    wanted.append(f"| GiB saved at tp 8 | {saved:.3f} | 0.969 | {saved / 0.969 - 1:+.1%} |".replace("%", " %"))
+    table = page.split("<!-- hand -->")[1].split("<!-- /hand -->")[0].strip().splitlines()
+    assert table[2:] == wanted
+    less = milliseconds[0] - milliseconds[1], milliseconds[0] - milliseconds[2]
+    assert f"{less[0]:.3f} ms less ({less[1]:.3f} with int8" in page

@@ -10,6 +10,7 @@ import typer
 
 from reshard import __version__
 from reshard.cli.check import check
+from reshard.cli.estimate import estimate
 from reshard.cli.inspect import inspect
 from reshard.cli.merge import merge
 from reshard.cli.schema import schema
@@ -27,7 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (split, inspect, verify, merge, check, synth, schema):
+for command in (split, inspect, verify, merge, check, estimate, synth, schema):
     app.command()(command)
 
 

@@ -1,0 +1,231 @@
+"""`reshard estimate`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from reshard.cli.output import Debug, Format, Output
+
+if TYPE_CHECKING:
+    from reshard.checkpoint import Checkpoint
+    from reshard.estimate.profile import Profile
+    from reshard.estimate.recommend import Recommendation
+    from reshard.estimate.sizes import Estimate, Options, Size
+
+_WIDTHS = {"bfloat16": 2, "float32": 4}
+
+
+def estimate(
+    path: Annotated[
+        str | None, typer.Argument(metavar="[PATH]", help="A checkpoint's or a shard set's folder; or --config.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A Hugging Face config.json, where no checkpoint is at hand.")
+    ] = None,
+    tp: Annotated[str | None, typer.Option("--tp", help="Group sizes, such as 1,2,4,8.")] = None,
+    scheme: Annotated[
+        str | None,
+        typer.Option(
+            help="Schemes, such as bf16,w8a8_dynamic: of a checkpoint keep (its own; the default), bf16, w8a8_dynamic; "
+            "of a config.json any that `synth` makes (default: bf16,w8a8_dynamic)."
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Tokens that each rank brings to a decode step.")] = 24,
+    device: Annotated[str, typer.Option(help="A device profile's name, or its .toml file.")] = "atlas-a2-376t",
+    override: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the profile; again for more."),
+    ] = None,
+    reduce_dtype: Annotated[
+        Literal["bfloat16", "float32"], typer.Option(help="The type in which partial sums travel.")
+    ] = "bfloat16",
+    pad: Annotated[bool, typer.Option("--pad", help="As split --pad: zero rows where sizes do not divide.")] = False,
+    svg: Annotated[Path | None, typer.Option(help="Draw the estimate into this file.")] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure this machine instead and print its profile (needs torch).")
+    ] = False,
+    form: Format = "human",
+    debug: Debug = False,
+) -> None:
+    """Say what each group size saves, sends and takes on a device, and which to choose."""
+    output = Output(form, quiet=True, debug=debug)
+    with output.errors():
+        from reshard.errors import UsageError
+
+        if measure:
+            if path is not None or config is not None or tp is not None:
+                raise UsageError("--measure prints this machine's profile and takes no PATH, --config or --tp")
+            _measure(output)
+            return
+        if path is not None and config is not None:
+            raise UsageError("PATH and --config FILE: give one of them")
+        if tp is None:
+            raise UsageError("--tp is missing: give the group sizes to compare, such as --tp 1,2,4,8")
+        from reshard.estimate.document import document
+        from reshard.estimate.profile import load_profile
+        from reshard.estimate.recommend import recommend
+        from reshard.estimate.sizes import Options, estimate
+
+        sizes = _sizes(tp)
+        profile = load_profile(device, override or ())
+        schemes = None if scheme is None else _words(scheme, "--scheme")
+        if config is not None:
+            checkpoints = _of_config(config, schemes)
+        elif path is not None:
+            checkpoints = _of_source(output, path, schemes)
+        else:
+            raise UsageError("nothing to estimate: give a PATH, or --config FILE")
+        options = Options(batch, _WIDTHS[reduce_dtype], pad)
+        found = [estimate(checkpoint, name, sizes, profile, options) for name, checkpoint in checkpoints.items()]
+        chosen = [recommend(profile, one) for one in found]
+        model = next(iter(checkpoints.values()))
+        if svg is not None:
+            _draw(svg, _title(model, profile), _subtitle(model, options), found, chosen)
+        if output.is_json:
+            output.json(document(model, profile, options, found, chosen))
+        else:
+            _show(output, model, profile, options, found, chosen)
+
+
+def _measure(output: Output) -> None:
+    from reshard.estimate.measure import measured_profile, to_toml
+
+    profile = measured_profile()
+    if output.is_json:
+        output.json(profile.model_dump(exclude_none=True))
+    else:
+        output.text(to_toml(profile).rstrip())
+
+
+def _of_config(config: Path, schemes: list[str] | None) -> "dict[str, Checkpoint]":
+    """The checkpoint that a config.json describes, by scheme."""
+    from reshard.estimate.described import DEFAULT_SCHEMES, from_config, plain_scheme, read_config
+    from reshard.naming import CONFIG
+
+    parsed = read_config(config)
+    model = config.resolve().parent.name if config.name == CONFIG else config.stem
+    names = [plain_scheme(word) for word in schemes or DEFAULT_SCHEMES]
+    return {name: from_config(parsed, model, name) for name in names}
+
+
+def _of_source(output: Output, path: str, schemes: list[str] | None) -> "dict[str, Checkpoint]":
+    """A checkpoint as it is and as it could be converted, by scheme."""
+    from reshard.convert.rules import KEEP
+    from reshard.estimate.described import in_scheme, plain_scheme
+    from reshard.record import scheme_name
+    from reshard.source.open import describe, open_source
+
+    with open_source(path) as source:
+        checkpoint = describe(source)
+    for line in checkpoint.warnings:
+        output.warn(line)
+    found = [in_scheme(checkpoint, plain_scheme(word)) for word in schemes or (KEEP,)]
+    return {scheme_name(one.layers): one for one in found}
+
+
+def _sizes(text: str) -> list[int]:
+    from reshard.errors import UsageError
+    from reshard.naming import MAX_TP_SIZE
+
+    words = _words(text, "--tp")
+    for word in words:
+        if not (word.isascii() and word.isdigit() and 1 <= int(word) <= MAX_TP_SIZE):
+            raise UsageError(f"--tp {text}: {word!r} is no group size; give numbers from 1, such as 1,2,4,8")
+    return sorted({int(word) for word in words})
+
+
+def _words(text: str, option: str) -> list[str]:
+    from reshard.errors import UsageError
+
+    words = [word.strip() for word in text.split(",")]
+    if "" in words:
+        raise UsageError(f"{option} {text!r}: a list with commas is wanted, with nothing left out")
+    return list(dict.fromkeys(words))
+
+
+def _title(checkpoint: "Checkpoint", profile: "Profile") -> str:
+    return f"{checkpoint.identity.name} on {profile.name}"
+
+
+def _subtitle(checkpoint: "Checkpoint", options: "Options") -> str:
+    model, count = checkpoint.model, len(checkpoint.layers)
+    return (
+        f"hidden_size {model.hidden_size}, intermediate_size {model.intermediate_size}, {count} dense "
+        f"{'layer' if count == 1 else 'layers'}, {options.tokens} tokens a rank and step"
+    )
+
+
+def _show(
+    output: Output,
+    checkpoint: "Checkpoint",
+    profile: "Profile",
+    options: "Options",
+    found: "list[Estimate]",
+    chosen: "list[Recommendation]",
+) -> None:
+    from reshard.cli.chart import show_chart
+    from reshard.estimate.document import notes
+
+    output.text(f"{_title(checkpoint, profile)}: {_subtitle(checkpoint, options)}")
+    output.text()
+    columns = (
+        "scheme",
+        "tp",
+        "holds GiB",
+        "saves GiB",
+        "sent",
+        "as int8",
+        "messages",
+        "ms/step",
+        "as int8",
+        "tiles",
+        "blocks",
+    )
+    rows = [_row(one.scheme, size) for one in found for size in one.sizes]
+    output.table([(title, "left" if title == "scheme" else "right") for title in columns], rows)
+    output.text()
+    show_chart(found, {one.scheme: one.tp_size for one in chosen})
+    output.text()
+    output.text(
+        "sent: bytes a token and layer; messages: a layer, whatever the batch; as int8: tokens quantised before the "
+        "gather"
+    )
+    output.text("tiles: whole tiles of the device; blocks: I/R a multiple of 128, as block-scaled checkpoints need")
+    for line in notes(found, options):
+        output.text(line)
+    for choice in chosen:
+        output.text()
+        output.text(f"{choice.scheme}: choose {'none' if choice.tp_size is None else f'tp {choice.tp_size}'}")
+        for reason in choice.reasons:
+            output.text(f"  {reason}")
+
+
+def _row(scheme: str, size: "Size") -> list[str]:
+    from reshard.estimate.model import GIB
+
+    int8 = size.as_int8 if size.tp_size > 1 else None
+    words = {None: "-", True: "yes", False: "no"}
+    return [
+        scheme,
+        f"{size.tp_size}{' padded' if size.padded else ''}",
+        f"{size.held / GIB:.3f}",
+        f"{size.saved / GIB:.3f}",
+        f"{size.as_bf16.wire.nbytes:,}",
+        f"{int8.wire.nbytes:,}" if int8 else "-",
+        str(size.as_bf16.wire.messages),
+        f"{size.as_bf16.step_seconds * 1e3:.3f}",
+        f"{int8.step_seconds * 1e3:.3f}" if int8 else "-",
+        words[size.alignment.tiles],
+        words[size.alignment.blocks],
+    ]
+
+
+def _draw(file: Path, title: str, subtitle: str, found: "list[Estimate]", chosen: "list[Recommendation]") -> None:
+    from reshard.errors import OutputError
+    from reshard.estimate.svg import picture
+
+    try:
+        file.write_text(picture(title, subtitle, found, chosen), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{file}: cannot be written: {error.strerror}") from error

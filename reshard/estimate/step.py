@@ -1,0 +1,129 @@
+"""One decode step through one dense layer on one rank: its kernels and collectives, as `runtime.ffn` issues them.
+
+T tokens that a rank brings, R tp_size, H hidden_size, L the rank's share of intermediate_size.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from reshard.estimate.model import Matmul, Number, collective_seconds, matmul_seconds, vector_seconds
+from reshard.estimate.profile import Profile
+
+Way = Literal["bf16", "dynamic", "static"]
+Kind = Literal["matmul", "vector", "gather", "scatter"]
+KINDS: tuple[Kind, ...] = ("matmul", "vector", "gather", "scatter")
+
+_BF16, _INT32, _SCALE = 2, 4, 4  # bytes
+# Schemes as the runtime runs them; those of the first row become BF16 at load (runtime.dequantise).
+_WAYS: dict[str, Way] = {
+    **dict.fromkeys(("bf16", "fp8_block", "fp8_channel", "int8_block"), "bf16"),
+    "w8a8_dynamic": "dynamic",
+    "w8a8_mix": "dynamic",
+    "w8a8_static": "static",
+}
+
+
+def way_of(scheme: str) -> Way:
+    """How a scheme's linears are run."""
+    return _WAYS[scheme]
+
+
+@dataclass(frozen=True)
+class Split:
+    """A dense layer on one rank, and what each step brings.
+
+    quantise_first: W8A8 tokens are quantised before the gather, as the runtime does, and travel as int8.
+    reduce_bytes: of one partial sum as it travels, 2 for BF16, 4 for float32.
+    """
+
+    tp_size: int
+    tokens: int
+    hidden_size: int
+    share: int
+    gate_up: Way
+    down: Way
+    quantise_first: bool = True
+    reduce_bytes: int = 2
+
+    @property
+    def token_bytes(self) -> int:
+        """A token on its way to the others: [H] BF16, or [H] int8 and, quantised dynamically, its scale."""
+        if self.gate_up == "bf16" or not self.quantise_first:
+            return _BF16 * self.hidden_size
+        return self.hidden_size + (_SCALE if self.gate_up == "dynamic" else 0)
+
+
+@dataclass(frozen=True)
+class Wire:
+    """What one rank sends for one layer: bytes for each of its tokens, and messages, whatever the number of tokens.
+
+    all_gather sends each token to R - 1 ranks, reduce_scatter the partial sums of R - 1 ranks' tokens to them: one
+    message to each other rank, twice.
+    """
+
+    gather_bytes: int
+    scatter_bytes: int
+    messages: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes a token and layer."""
+        return self.gather_bytes + self.scatter_bytes
+
+
+def wire_of(split: Split) -> Wire:
+    """What a layer puts on the wire."""
+    others = split.tp_size - 1
+    return Wire(others * split.token_bytes, others * split.reduce_bytes * split.hidden_size, 2 * others)
+
+
+def layer_seconds(profile: Profile, split: Split) -> dict[Kind, float]:
+    """Seconds of one layer by kind of work, one after another: nothing is overlapped."""
+    found = dict.fromkeys(KINDS, 0.0)
+    for kind, seconds in _steps(profile, split):
+        found[kind] += seconds
+    return found
+
+
+def _steps(profile: Profile, split: Split) -> Iterator[tuple[Kind, float]]:
+    own, rows, hidden, share = split.tokens, split.tokens * split.tp_size, split.hidden_size, split.share
+    grouped, quantised = split.tp_size > 1, split.gate_up != "bf16"
+
+    def vector(nbytes: int) -> tuple[Kind, float]:
+        return "vector", vector_seconds(profile, nbytes)
+
+    def multiply(inner: int, columns: int, way: Way, out: int) -> tuple[Kind, float]:
+        number: Number = "bf16" if way == "bf16" else "int8"
+        each = 2 if way == "bf16" else 1
+        moved = rows * (inner * each + columns * out)
+        return "matmul", matmul_seconds(profile, Matmul(rows, inner, columns, number, inner * columns * each, moved))
+
+    if quantised and (split.quantise_first or not grouped):
+        yield vector(own * hidden * 3)
+    packed = grouped and split.gate_up == "dynamic" and split.quantise_first
+    if packed:
+        yield vector(2 * own * split.token_bytes)  # integers and scale into one message
+    if grouped:
+        yield "gather", collective_seconds(profile, split.tp_size, own * split.token_bytes)
+    if packed:
+        yield vector(2 * rows * hidden)  # and apart again
+        yield vector(2 * rows * _SCALE)
+    if quantised and grouped and not split.quantise_first:
+        yield vector(rows * hidden * 3)
+    fused = split.gate_up == split.down == "dynamic"
+    yield multiply(hidden, 2 * share, split.gate_up, _INT32 if fused else _BF16)
+    if fused:
+        yield vector(rows * share * (2 * _INT32 + 1))  # dequantise, SwiGLU, quantise in one
+    else:
+        yield vector(rows * share * 3 * _BF16)
+        if split.down != "bf16":
+            yield vector(rows * share * 3)
+    yield multiply(share, hidden, split.down, split.reduce_bytes if grouped else _BF16)
+    if grouped:
+        widened = split.reduce_bytes > _BF16
+        if widened:
+            yield vector(rows * hidden * (_BF16 + split.reduce_bytes))
+        yield "scatter", collective_seconds(profile, split.tp_size, own * hidden * split.reduce_bytes)
+        if widened:
+            yield vector(own * hidden * (_BF16 + split.reduce_bytes))

@@ -1,0 +1,223 @@
+"""`reshard estimate` from the command line: table, chart, picture, document, wrong usage."""
+
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from reshard.estimate.profile import load_profile
+from tests.builders import Spec, build
+from tests.running import reshard, reshard_process
+
+ROOT = Path(__file__).parent.parent
+CONFIG = ROOT / "configs" / "deepseek-r1.json"
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    build(tmp_path / "model", Spec("modelslim_dynamic"))
+    return tmp_path / "model"
+
+
+def test_a_config_alone() -> None:
+    done = reshard("estimate", "--config", CONFIG, "--tp", "16,1,8", "--scheme", "w8a8")
+    assert (done.code, done.err) == (0, "")
+    lines = done.out.splitlines()
+    assert lines[0].startswith(
+        "deepseek-r1 on Atlas A2 376T: hidden_size 7168, intermediate_size 18432, 3 dense layers"
+    )
+    rows = [line.split() for line in lines if line.startswith("w8a8_dynamic  ")]
+    assert rows == [
+        ["w8a8_dynamic", "1", "1.108", "0.000", "0", "-", "0", "1.169", "-", "yes", "yes"],
+        ["w8a8_dynamic", "8", "0.139", "0.970", "200,704", "150,556", "14", "0.351", "0.343", "yes", "yes"],
+        ["w8a8_dynamic", "16", "0.069", "1.039", "430,080", "322,620", "30", "2.016", "1.592", "yes", "yes"],
+    ]
+    bars = [line for line in lines if line.startswith("w8a8_dynamic tp")]
+    assert [line.split()[-2:] for line in bars[:1]] == [["1.169", "ms"]]
+    assert bars[1].endswith("0.343 ms recommended")
+    assert lines[-3:] == [
+        "w8a8_dynamic: choose tp 8",
+        "  0.343 ms a step, 1.169 ms unsplit; a device holds 0.139 GiB and saves 0.970",
+        "  tp 16 takes 1.592 ms: it leaves the node (196 GB/s) for the cluster (25 GB/s, 1.5 us)",
+    ]
+
+
+def test_bars_are_as_long_as_their_times() -> None:
+    done = reshard("estimate", "--config", CONFIG, "--tp", "1,8,16", "--scheme", "bf16")
+    bars = [line for line in done.out.splitlines() if line.startswith("bf16 tp")]
+    cells = [sum(line.count(glyph) for glyph in "█▓▒░") for line in bars[:3]]
+    assert cells == [60, round(60 * 0.486 / 2.289), round(60 * 2.132 / 2.289)]
+
+
+def test_the_defaults_of_a_config_and_of_a_checkpoint(model: Path) -> None:
+    document = reshard("estimate", "--config", CONFIG, "--tp", 8, "--format", "json").document
+    assert [one["scheme"] for one in document["schemes"]] == ["bf16", "w8a8_dynamic"]
+    document = reshard("estimate", model, "--tp", "1,2", "--format", "json").document
+    assert [one["scheme"] for one in document["schemes"]] == ["w8a8_dynamic"]
+    assert document["source"] == "model"
+    assert document["schemes"][0]["unsplit_bytes"] == 2 * (3 * 512 * 256 + (512 + 512 + 256) * 8)
+
+
+def test_the_document_has_everything() -> None:
+    arguments = ("--config", CONFIG, "--tp", "1,5,8,32", "--scheme", "fp8_block,w8a8_dynamic", "--batch", 12)
+    document = reshard("estimate", *arguments, "--format", "json").document
+    assert (document["batch"], document["layers"]) == (12, [0, 1, 2])
+    assert document["device"] == load_profile("atlas-a2-376t").model_dump(exclude_none=True)
+    fp8, w8a8 = document["schemes"]
+    assert [refused["tp_size"] for refused in fp8["refused"]] == [5, 32]
+    assert [size["tp_size"] for size in w8a8["sizes"]] == [1, 8, 32]
+    eight = w8a8["sizes"][1]
+    assert eight["network"] == "node"
+    assert eight["alignment"] == {"tiles": True, "blocks": True, "notes": []}
+    assert eight["gathered_as_int8"]["gather_bytes_per_token_layer"] == 7 * 7172
+    assert eight["gathered_as_bf16"]["gather_bytes_per_token_layer"] == 7 * 2 * 7168
+    assert eight["gathered_as_int8"]["messages_per_layer"] == 14
+    assert eight["gathered_as_int8"]["messages_per_token_layer"] == pytest.approx(14 / 12)
+    assert eight["gathered_as_int8"]["step_seconds"] == pytest.approx(
+        sum(eight["gathered_as_int8"]["seconds"].values())
+    )
+    assert fp8["sizes"][0]["gathered_as_int8"] is None
+    assert w8a8["recommended"] == 8
+    assert "fp8_block: no kernel multiplies it as it is; held and run as BF16" in document["notes"]
+    assert any("--reduce-dtype float32" in note for note in document["notes"])
+
+
+def test_options_reach_the_estimate() -> None:
+    def step(*more: object) -> float:
+        arguments = ("estimate", "--config", CONFIG, "--tp", 8, "--scheme", "bf16", "--format", "json", *more)
+        done = reshard(*arguments)
+        assert done.code == 0, done.err
+        seconds: float = done.document["schemes"][0]["sizes"][0]["gathered_as_bf16"]["step_seconds"]
+        return seconds
+
+    plain = step()
+    assert step("--batch", 240) > plain
+    assert step("--reduce-dtype", "float32") > plain
+    assert step("--device", "atlas-a3-752t") != plain
+    static = step("--set", "static.collective_us=20", "--set", "static.matmul_us=0")
+    assert static == pytest.approx(plain + 3 * (2 * 10e-6 - 2 * 5e-6))
+
+
+def test_padding_lets_any_size_be() -> None:
+    arguments = ("estimate", "--config", CONFIG, "--tp", "32", "--scheme", "fp8_block", "--pad")
+    document = reshard(*arguments, "--format", "json").document
+    (size,) = document["schemes"][0]["sizes"]
+    assert (size["share"], size["padded"]) == (640, True)
+    assert "32 padded" in reshard(*arguments).out
+
+
+def test_a_profile_of_one_s_own(tmp_path: Path) -> None:
+    text = (ROOT / "configs" / "hardware" / "atlas-a2-376t.toml").read_text()
+    (tmp_path / "mine.toml").write_text(text.replace("Atlas A2 376T", "Mine"))
+    done = reshard("estimate", "--config", CONFIG, "--tp", 8, "--device", tmp_path / "mine.toml")
+    assert done.out.startswith("deepseek-r1 on Mine: ")
+
+
+def test_the_picture(tmp_path: Path) -> None:
+    """A rectangle for each kind of work, and what is held and saved; as long as the figures are."""
+    done = reshard("estimate", "--config", CONFIG, "--tp", "1,8", "--scheme", "w8a8", "--svg", tmp_path / "e.svg")
+    assert done.code == 0
+    root = ET.fromstring((tmp_path / "e.svg").read_text())
+    texts = [element.text for element in root.iter(f"{SVG}text")]
+    assert {"deepseek-r1 on Atlas A2 376T", "w8a8_dynamic", "tp 1", "tp 8", "1.169", "0.343 recommended"} <= set(texts)
+    widths: dict[str | None, list[float]] = {}
+    for rect in root.iter(f"{SVG}rect"):
+        if rect.get("height") == "18":
+            widths.setdefault(rect.get("fill"), []).append(float(rect.get("width", "nan")))
+    assert widths["#0f766e"] == pytest.approx([190, 190 * 0.139 / 1.108], abs=0.5)
+    assert widths["#99f6e4"] == pytest.approx([190 * 0.970 / 1.108], abs=0.5)
+    time = {kind: sum(values) for kind, values in widths.items()}
+    assert sum(time[kind] for kind in ("#2563eb", "#7c3aed", "#d97706", "#b91c1c")) == pytest.approx(
+        470 * (1 + 0.343 / 1.169), abs=0.5
+    )
+
+
+def test_the_picture_that_the_readme_shows_is_what_is_drawn(tmp_path: Path) -> None:
+    done = reshard("estimate", "--config", CONFIG, "--tp", "1,2,4,8,16", "--svg", tmp_path / "e.svg")
+    assert done.code == 0
+    assert (tmp_path / "e.svg").read_bytes() == (ROOT / "docs" / "estimate.svg").read_bytes()
+
+
+def test_a_picture_that_cannot_be_written(tmp_path: Path) -> None:
+    done = reshard("estimate", "--config", CONFIG, "--tp", 8, "--svg", tmp_path / "no" / "e.svg")
+    assert done.code == 1
+    assert "e.svg: cannot be written: No such file or directory" in done.err
+
+
+def test_any_model_s_config_will_do(tmp_path: Path) -> None:
+    """Also of a family whose other tensors' names are not known here."""
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "new", "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2}'
+    )
+    done = reshard("estimate", "--config", tmp_path / "config.json", "--tp", "1,2", "--format", "json")
+    assert done.document["layers"] == [0, 1]
+    assert done.document["schemes"][0]["unsplit_bytes"] == 2 * 3 * 512 * 1024 * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ((), 2, "nothing to estimate: give a PATH, or --config FILE"),
+        (("x", "--config", CONFIG, "--tp", 8), 2, "PATH and --config FILE: give one of them"),
+        (("--config", CONFIG), 2, "--tp is missing: give the group sizes to compare, such as --tp 1,2,4,8"),
+        (("--config", CONFIG, "--tp", "8,"), 2, "--tp '8,': a list with commas is wanted"),
+        (("--config", CONFIG, "--tp", "8,zero"), 2, "--tp 8,zero: 'zero' is no group size"),
+        (("--config", CONFIG, "--tp", "0"), 2, "--tp 0: '0' is no group size"),
+        (("--config", CONFIG, "--tp", "8", "--set", "speed=1"), 2, "--set speed=1: no key of the profile"),
+        (("--measure", "--tp", "8"), 2, "--measure prints this machine's profile and takes no PATH"),
+        (("--config", CONFIG, "--tp", "8", "--device", "abacus"), 1, "device abacus: no such profile; there are "),
+        (("--config", CONFIG, "--tp", "8", "--scheme", "int3"), 1, "scheme 'int3' is not one that can be made"),
+        (("--config", "nowhere.json", "--tp", "8"), 1, "nowhere.json: cannot be read: No such file or directory"),
+        (("nowhere", "--tp", "8"), 1, "nowhere: no such folder"),
+    ],
+)
+def test_wrong_usage_and_bad_input_are_one_line(arguments: tuple[object, ...], code: int, message: str) -> None:
+    wanted = ("--tp", "8") if arguments == () else ()
+    done = reshard("estimate", *arguments, *wanted)
+    assert (done.code, done.out) == (code, "")
+    assert done.err.startswith(f"error: {message}")
+    assert done.err.count("\n") == 1
+
+
+def test_a_model_without_dense_layers(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        '{"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "num_experts": 4}'
+    )
+    done = reshard("estimate", "--config", tmp_path / "config.json", "--tp", "2")
+    assert done.code == 1
+    assert (
+        "config.json: no layer of the model is dense (num_experts = 4 and no key that names dense layers)" in done.err
+    )
+
+
+def test_estimating_imports_no_torch() -> None:
+    done = reshard_process(
+        "estimate", "--config", CONFIG, "--tp", "1,8", before="import sys; sys.modules['torch'] = None"
+    )
+    assert done.code == 0, done.err
+
+
+def test_measuring_without_torch_says_how_to_get_it() -> None:
+    hide = "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'torch' else f(n, *a)"
+    done = reshard_process("estimate", "--measure", before=hide)
+    assert done.code == 1
+    assert "pip install 'reshard[runtime]'" in done.err
+
+
+def test_this_machine_is_measured_and_estimated(tmp_path: Path) -> None:
+    """Two real processes; what comes out is a profile, and more than nothing."""
+    done = reshard("estimate", "--measure")
+    assert done.code == 0, done.err
+    (tmp_path / "local.toml").write_text(done.out)
+    profile = load_profile(str(tmp_path / "local.toml"))
+    assert profile.name.startswith("local: one of 2 processes")
+    assert not profile.compute.overlap
+    assert 1e-4 < profile.compute.bf16_tflops < 100
+    assert 0.01 < profile.memory.bandwidth_gib_s < 10_000
+    assert 0.1 < profile.network["host"].latency_us < 1e6
+    assert all("measured by reshard estimate --measure" in line for line in profile.source.values())
+    done = reshard(
+        "estimate", "--config", CONFIG, "--tp", "1,2", "--device", tmp_path / "local.toml", "--format", "json"
+    )
+    assert [size["tp_size"] for size in done.document["schemes"][0]["sizes"]] == [1, 2]

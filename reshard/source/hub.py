@@ -24,11 +24,15 @@ _COMMIT = "X-Repo-Commit"
 
 
 class HubFiles:
-    """The files at the top of a model repository. `revision` is resolved to a commit once, with the list of them."""
+    """The files at the top of a model repository. `revision` is resolved to a commit once, with the list of them.
 
-    def __init__(self, repo: str, revision: str | None) -> None:
+    endpoint: the hub's address; None for what HF_ENDPOINT says.
+    """
+
+    def __init__(self, repo: str, revision: str | None, endpoint: str | None = None) -> None:
         self._repo = repo
         self._revision = revision
+        self._endpoint = endpoint or constants.ENDPOINT
         self._commit: str | None = None
         self._sizes: dict[str, int] = {}
 
@@ -44,14 +48,14 @@ class HubFiles:
         return self._sizes
 
     def _list(self) -> None:
-        api = HfApi(library_name=_LIBRARY, library_version=__version__)
+        api = HfApi(self._endpoint, library_name=_LIBRARY, library_version=__version__)
         try:
             info = api.model_info(
                 self._repo, revision=self._revision, files_metadata=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
             )
         except httpx.ConnectError as error:
             raise SourceError(
-                f"{self._repo}: no folder is called so, and {constants.ENDPOINT} cannot be reached ({_said(error)}); "
+                f"{self._repo}: no folder is called so, and {self._endpoint} cannot be reached ({_said(error)}); "
                 "see to the name, the network and HF_ENDPOINT"
             ) from None
         except httpx.HTTPError as error:
@@ -61,19 +65,19 @@ class HubFiles:
             raise SourceError(f"{self._repo}: {_said(error)}") from None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise SourceError(
-                f"{self._repo}: {constants.ENDPOINT} answers with no description of a model ({_said(error)}); does "
+                f"{self._repo}: {self._endpoint} answers with no description of a model ({_said(error)}); does "
                 "HF_ENDPOINT name a hub?"
             ) from None
         for file in info.siblings or ():
             if "/" not in file.rfilename and file.size is not None:
                 self._sizes[file.rfilename] = file.size
         if not info.sha:
-            raise SourceError(f"{self._repo}: {constants.ENDPOINT} names no commit; does HF_ENDPOINT name a hub?")
+            raise SourceError(f"{self._repo}: {self._endpoint} names no commit; does HF_ENDPOINT name a hub?")
         self._commit = info.sha
 
     def fetch(self, file: str, start: int, stop: int) -> Iterator[bytes]:
         """Bytes [start, stop) as they come."""
-        url = hf_hub_url(self._repo, file, revision=self._commit)
+        url = hf_hub_url(self._repo, file, revision=self._commit, endpoint=self._endpoint)
         headers = {
             **build_hf_headers(library_name=_LIBRARY, library_version=__version__),
             "range": f"bytes={start}-{stop - 1}",
@@ -123,7 +127,7 @@ class HubFiles:
             return Fault(f"HTTP {status} {response.reason_phrase}".rstrip(), _retry_after(response))
         if code == "GatedRepo":
             return SourceError(
-                f"{self._repo}: is gated: accept its terms at {constants.ENDPOINT}/{self._repo}, then {self._way_in()}"
+                f"{self._repo}: is gated: accept its terms at {self._endpoint}/{self._repo}, then {self._way_in()}"
             )
         if code == "RevisionNotFound":
             return SourceError(f"{self._repo}: has no revision {self._revision or 'main'}; see to --revision")
@@ -131,10 +135,10 @@ class HubFiles:
             return SourceError(f"{self._repo}: {file}: is listed and not there (HTTP 404); try again")
         if status in (401, 403, 404):
             return SourceError(
-                f"{self._repo}: no folder is called so, and {constants.ENDPOINT} knows no such repository, or it is "
+                f"{self._repo}: no folder is called so, and {self._endpoint} knows no such repository, or it is "
                 f"private (HTTP {status}): see to the name, or {self._way_in()}"
             )
-        return SourceError(f"{self._repo}: {file or constants.ENDPOINT}: HTTP {status} {response.reason_phrase}")
+        return SourceError(f"{self._repo}: {file or self._endpoint}: HTTP {status} {response.reason_phrase}")
 
     def _way_in(self) -> str:
         if get_token():

@@ -1,7 +1,6 @@
 """From a source to all that a split needs; everything that can be refused is refused here, with nothing written."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,7 @@ from reshard.errors import SourceError
 from reshard.naming import MANIFEST
 from reshard.plan import Plan, PlannedShard, make_plan
 from reshard.shared_values import check_shared_values
-from reshard.source.base import Range, Source
+from reshard.source.base import Range, Source, threads
 from reshard.source.open import describe
 from reshard.source.shardset import is_shard_set, read_manifest
 
@@ -77,7 +76,7 @@ def check_set_digests(source: Source, workers: int) -> None:
         return
     shards = read_manifest(source).shards
     source.prefetch((shard.file, 0, shard.size) for shard in shards)
-    with ThreadPoolExecutor(workers) as pool:
+    with threads(workers, source) as pool:
         digests = pool.map(lambda shard: file_digest(source, shard.file), shards)
         for shard, digest in zip(shards, digests, strict=True):
             if digest != shard.blake3:

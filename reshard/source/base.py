@@ -1,5 +1,6 @@
 """What a source offers. A folder is one; the plan and the writer know nothing of what stands behind it."""
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -71,6 +72,19 @@ class Source(Protocol):
     ) -> None: ...
 
 
+@contextlib.contextmanager
+def threads(count: int, *sources: Source) -> Iterator[ThreadPoolExecutor]:
+    """Threads that read from sources. Where the block fails or is interrupted, none of them waits for bytes."""
+    with ThreadPoolExecutor(count) as pool:
+        try:
+            yield pool
+        except BaseException:
+            for source in sources:
+                source.cancel()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
 def merged(ranges: Iterable[Range]) -> Iterator[Range]:
     """Ranges in their order, those that follow on from the one before joined to it."""
     last: Range | None = None
@@ -96,7 +110,7 @@ def read_header(source: Source, file: str) -> Header:
 
 def read_headers(source: Source, files: Sequence[str]) -> dict[str, Header]:
     """The headers of several safetensors files. Raises as `read_header` for the first that cannot be had."""
-    with ThreadPoolExecutor(max(1, min(_HEADERS_AT_ONCE, len(files)))) as pool:
+    with threads(max(1, min(_HEADERS_AT_ONCE, len(files))), source) as pool:
         return dict(zip(files, pool.map(lambda file: read_header(source, file), files), strict=True))
 
 

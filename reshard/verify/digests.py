@@ -1,7 +1,6 @@
 """A shard set against its own manifest: every file there, of the right size, header, digests; nothing besides."""
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from tempfile import NamedTemporaryFile
 
 from blake3 import blake3
@@ -10,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from reshard.errors import SourceError
 from reshard.manifest import Manifest, Shard
 from reshard.naming import MANIFEST, parse_shard_file
-from reshard.source.base import Source, read_file, read_header
+from reshard.source.base import Source, read_file, read_header, threads
 from reshard.source.header import Header
 from reshard.source.shardset import check_header
 from reshard.verify.finding import Finding
@@ -22,7 +21,7 @@ _BLOCK = 1 << 20
 def verify_digests(source: Source, manifest: Manifest, workers: int, tick: Tick) -> list[Finding]:
     """What differs from the manifest; nothing is changed."""
     findings = list(_check_files(source, manifest))
-    with ThreadPoolExecutor(workers) as pool:
+    with threads(workers, source) as pool:
         for found in pool.map(lambda shard: list(_check_shard(source, shard, tick)), manifest.shards):
             findings += found
     return findings

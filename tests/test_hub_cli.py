@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,8 +14,10 @@ import pytest
 
 from reshard.prepare import Cut
 from tests.builders import Spec, build
+from tests.faults import ROOT
 from tests.hub_server import COMMIT, REPO, Asked, Handler, Hub, serving
 from tests.running import Done, reshard, reshard_process, split
+from tests.test_docs import steady
 from tests.test_hub import is_weights, same_but_for_the_origin
 
 SET_COMMIT = "3" * 40
@@ -197,3 +200,18 @@ def test_revisions_that_contradict(tmp_path: Path) -> None:
         done = reshard(*arguments)
         assert done.code == 2, done.err
         assert done.err.count("\n") == 1
+
+
+def test_the_readme_s_transcript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (ROOT / "README.md").read_text()
+    (block,) = re.findall(r"<!-- hub -->\n```text\n(.*?)```\n<!-- /hub -->", readme, re.DOTALL)
+    (synth,) = re.findall(r"^\$ reshard (synth .*)$", readme, re.MULTILINE)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    assert reshard(*shlex.split(synth)).code == 0
+    with serving(Hub({COMMIT: tmp_path / "demo" / "model"})) as hub:
+        for part in re.split(r"^\$ reshard ", block, flags=re.MULTILINE)[1:]:
+            command, _, output = part.partition("\n")
+            done = run(hub, *shlex.split(command))
+            said = "\n".join(line.rstrip() for line in (done.out + done.err).splitlines())
+            assert steady(said) == steady(output.rstrip()), command

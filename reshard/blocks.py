@@ -1,11 +1,12 @@
 """Blocks of a tensor's byte grid, wherever its bytes lie."""
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
 
 from reshard.checkpoint import Part, Tensor
-from reshard.source.base import Bytes, Source
+from reshard.source.base import Bytes, Range, Source
 
 
 class BlockReader(Protocol):
@@ -13,6 +14,9 @@ class BlockReader(Protocol):
 
     def read(self, out: Bytes, row: int, column: int) -> None:
         """Fill `out` [rows, bytes] with the grid's bytes from (row, column)."""
+
+    def ranges(self, row: int, column: int, rows: int, width: int) -> Iterator[Range]:
+        """What of the source's files has to be there to read a block of [rows, width] bytes."""
 
 
 class StoredReader:
@@ -29,15 +33,23 @@ class StoredReader:
             top, bottom = max(row, part.row), min(row + rows, part.row + part.rows)
             left, right = max(column, part.column), min(column + width, part.column + part.width)
             if top < bottom and left < right:
-                block = _view(self._source, part, top - part.row, bottom - top, left - part.column, right - left)
+                span = self._source.view(*_span(part, top, bottom, left, right))
+                block = np.ndarray((bottom - top, right - left), np.uint8, buffer=span.data, strides=(part.stride, 1))
                 np.copyto(out[top - row : bottom - row, left - column : right - column], block)
 
+    def ranges(self, row: int, column: int, rows: int, width: int) -> Iterator[Range]:
+        """What of the source's files holds a block of [rows, width] bytes."""
+        for part in self._parts:
+            top, bottom = max(row, part.row), min(row + rows, part.row + part.rows)
+            left, right = max(column, part.column), min(column + width, part.column + part.width)
+            if top < bottom and left < right:
+                yield _span(part, top, bottom, left, right)
 
-def _view(source: Source, part: Part, row: int, rows: int, column: int, width: int) -> Bytes:
-    """A block of a part, as a view of the source's memory."""
-    start = part.offset + row * part.stride + column
-    span = source.view(part.file, start, start + (rows - 1) * part.stride + width)
-    return np.ndarray((rows, width), np.uint8, buffer=span.data, strides=(part.stride, 1))
+
+def _span(part: Part, top: int, bottom: int, left: int, right: int) -> Range:
+    """From the first to the last byte of a block of the grid that lies within a part."""
+    start = part.offset + (top - part.row) * part.stride + left - part.column
+    return part.file, start, start + (bottom - top - 1) * part.stride + right - left
 
 
 def read_whole(reader: BlockReader, tensor: Tensor) -> bytes:

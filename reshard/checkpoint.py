@@ -109,7 +109,7 @@ class SourceFile:
 class Identity:
     """Where the weights come from; a re-cut keeps the identity of what was first cut, its sample too."""
 
-    kind: Literal["folder", "hub"]
+    kind: Literal["folder", "hub", "remote"]
     name: str
     commit: str | None
     files: tuple[SourceFile, ...]

@@ -74,9 +74,11 @@ class SourceFile(_Strict):
 
 
 class Source(_Strict):
-    """Where the weights come from: a folder's name, or a hub repository and its commit."""
+    """Where the weights come from: a folder's name, also on another file system, or a hub repository and its commit."""
 
-    kind: Literal["folder", "hub"]
+    kind: Annotated[
+        Literal["folder", "hub", "remote"], Field(description="remote: a folder on another file system, by its address")
+    ]
     name: str
     commit: str | None
     sample_blake3: Annotated[str, Field(pattern=_HEX, description="BLAKE3 of some bytes of every DenseFFN tensor")]

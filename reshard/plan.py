@@ -49,6 +49,14 @@ class PlannedTensor:
         """Bytes in all."""
         return nbytes(self.dtype, self.shape)
 
+    def source_block(self, piece: Slice) -> tuple[int, int, int, int]:
+        """A slice as a block of its source tensor's byte grid: first row, first byte of a row, rows, bytes of a row."""
+        rows, length = self.shape[0] if self.shape else 1, piece.stop - piece.start
+        if piece.dim == 0:
+            return piece.start, 0, length, self.nbytes // rows
+        size = itemsize(self.dtype)
+        return 0, piece.start * size, rows, length * size
+
 
 @dataclass(frozen=True)
 class PlannedShard:

@@ -1,25 +1,25 @@
 """From a source to all that a split needs; everything that can be refused is refused here, with nothing written."""
 
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from blake3 import blake3
 
 from reshard.blocks import BlockReader, StoredReader
-from reshard.checkpoint import Checkpoint
+from reshard.checkpoint import Checkpoint, Tensor
 from reshard.convert.rules import KEEP, converted
 from reshard.digests import file_digest
 from reshard.errors import SourceError
 from reshard.naming import MANIFEST
-from reshard.plan import Plan, make_plan
+from reshard.plan import Plan, PlannedShard, make_plan
 from reshard.shared_values import check_shared_values
-from reshard.source.base import Source
+from reshard.source.base import Range, Source, threads
 from reshard.source.open import describe
 from reshard.source.shardset import is_shard_set, read_manifest
 
 _SAMPLE_ROWS, _SAMPLE_BYTES = 2, 512
+_SMALL_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Prepared:
     tells them apart without reading them.
     """
 
+    source: Source
     checkpoint: Checkpoint
     plan: Plan
     readers: Mapping[str, BlockReader]
@@ -52,10 +53,11 @@ def prepare(source: Source, cut: Cut) -> Prepared:
     stored = describe(source)
     checkpoint = converted(stored, cut.weights, cut.quant_format)
     plan = make_plan(checkpoint, cut.tp_size, cut.layout, cut.pad)
+    source.prefetch(_looked_at(source, stored))
     readers = make_readers(source, stored, checkpoint)
     if cut.layout == "fused":
         check_shared_values(checkpoint, lambda tensor: readers[tensor.name])
-    return Prepared(checkpoint, plan, readers, stored.identity.sample or _sample(source, stored))
+    return Prepared(source, checkpoint, plan, readers, stored.identity.sample or _sample(source, stored))
 
 
 def make_readers(source: Source, stored: Checkpoint, checkpoint: Checkpoint) -> dict[str, BlockReader]:
@@ -73,7 +75,8 @@ def check_set_digests(source: Source, workers: int) -> None:
     if not is_shard_set(source):
         return
     shards = read_manifest(source).shards
-    with ThreadPoolExecutor(workers) as pool:
+    source.prefetch((shard.file, 0, shard.size) for shard in shards)
+    with threads(workers, source) as pool:
         digests = pool.map(lambda shard: file_digest(source, shard.file), shards)
         for shard, digest in zip(shards, digests, strict=True):
             if digest != shard.blake3:
@@ -82,22 +85,38 @@ def check_set_digests(source: Source, workers: int) -> None:
                 )
 
 
-def ranges(checkpoint: Checkpoint) -> list[tuple[str, int, int]]:
-    """The (file, start, stop) that hold the stored tensors."""
-    return [
-        (part.file, part.offset, part.offset + (part.rows - 1) * part.stride + part.width)
-        for tensor in checkpoint.tensors()
-        for part in tensor.parts
-    ]
+def wanted(prepared: Prepared, shards: Sequence[PlannedShard]) -> Iterator[Range]:
+    """What of the source goes into shards, about in the order in which it is asked for when all are written at once."""
+    for tensors in zip(*(shard.tensors for shard in shards), strict=True):
+        slices = {(s.tensor, s.start): tensor.source_block(s) for tensor in tensors for s in tensor.slices}
+        for name, start in sorted(slices):
+            yield from prepared.readers[name].ranges(*slices[name, start])
+
+
+def _looked_at(source: Source, checkpoint: Checkpoint) -> Iterator[Range]:
+    """What is read before anything is written: the sample, and small tensors, such as scales."""
+    for tensor in checkpoint.tensors():
+        reader = StoredReader(source, tensor)
+        if tensor.nbytes <= _SMALL_BYTES:
+            yield from reader.ranges(0, 0, tensor.rows, tensor.row_bytes)
+        else:
+            for block in _sampled(tensor):
+                yield from reader.ranges(*block)
+
+
+def _sampled(tensor: Tensor) -> Iterator[tuple[int, int, int, int]]:
+    """Blocks at a tensor's start, middle and end: (row, column, rows, bytes)."""
+    rows, width = min(tensor.rows, _SAMPLE_ROWS), min(tensor.row_bytes, _SAMPLE_BYTES)
+    below, beside = tensor.rows - rows, tensor.row_bytes - width
+    for row, column in ((0, 0), (below // 2, beside // 2), (below, beside)):
+        yield row, column, rows, width
 
 
 def _sample(source: Source, checkpoint: Checkpoint) -> str:
-    """Blocks at each tensor's start, middle and end, in the order of the names: the same however files divide them."""
+    """Of each tensor's sampled blocks, in the order of the names: the same however files divide them."""
     hasher = blake3()
     for tensor in sorted(checkpoint.tensors(), key=lambda tensor: tensor.name):
-        rows, width = min(tensor.rows, _SAMPLE_ROWS), min(tensor.row_bytes, _SAMPLE_BYTES)
-        below, beside = tensor.rows - rows, tensor.row_bytes - width
-        for row, column in ((0, 0), (below // 2, beside // 2), (below, beside)):
+        for row, column, rows, width in _sampled(tensor):
             out = np.empty((rows, width), np.uint8)
             StoredReader(source, tensor).read(out, row, column)
             hasher.update(out.data)

@@ -65,10 +65,10 @@ def test_the_transcript_is_what_the_commands_say(tmp_path: Path, monkeypatch: py
         assert program == "reshard"
         done = reshard(*arguments)
         said = "\n".join(line.rstrip() for line in (done.out + done.err).splitlines())
-        assert _steady(said) == _steady(output.rstrip()), command
+        assert steady(said) == steady(output.rstrip()), command
 
 
-def _steady(text: str) -> str:
+def steady(text: str) -> str:
     """Without the rounding that a processor's own order of additions makes."""
     return re.sub(r"differ by \S+ of", "differ by … of", text)
 

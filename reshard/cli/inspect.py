@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reshard.cli.output import Debug, Format, Output, size_text
+from reshard.cli.output import ADDRESS, Debug, Format, Output, Revision, size_text
 
 if TYPE_CHECKING:
     from reshard.checkpoint import Checkpoint, Linear, Tensor
@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint's or a shard set's folder.")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help=f"A checkpoint or a shard set. {ADDRESS}")],
+    revision: Revision = None,
     form: Format = "human",
     debug: Debug = False,
 ) -> None:
@@ -22,7 +23,7 @@ def inspect(
         from reshard.source.open import describe, open_source
         from reshard.source.shardset import is_shard_set
 
-        with open_source(path) as source:
+        with open_source(path, revision, notify=output.warn) as source:
             checkpoint = describe(source)
             for line in checkpoint.warnings:
                 output.warn(line)

@@ -5,11 +5,11 @@ from typing import Annotated
 
 import typer
 
-from reshard.cli.output import Debug, Format, Output, Quiet, size_text
+from reshard.cli.output import ADDRESS, Debug, Format, Output, Quiet, size_text
 
 
 def merge(
-    shards: Annotated[Path, typer.Argument(metavar="SHARDS", help="A shard set's folder.")],
+    shards: Annotated[str, typer.Argument(metavar="SHARDS", help=f"A shard set. {ADDRESS}")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The merged checkpoint's folder: new or empty.")],
     form: Format = "human",
     quiet: Quiet = False,
@@ -25,7 +25,7 @@ def merge(
         from reshard.source.shardset import read_shard_set, require_shard_set
         from reshard.writer.split import DEFAULT_WORKERS
 
-        with open_source(str(shards)) as source:
+        with open_source(shards, notify=output.warn) as source:
             require_shard_set(source)
             checkpoint = read_shard_set(source)
             check_set_digests(source, DEFAULT_WORKERS)

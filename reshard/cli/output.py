@@ -17,6 +17,10 @@ Format = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+ADDRESS = "A folder, ORG/NAME on the hub, or an address such as s3://BUCKET/PATH."
+Revision = Annotated[
+    str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a hub repository; without it, main.")
+]
 
 _INTERRUPTED = 130
 _LINE_SECONDS = 5.0  # without a terminal: how often a line of progress is written at most

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from reshard.cli.output import Debug, Format, Output, Quiet, size_text
+from reshard.cli.output import ADDRESS, Debug, Format, Output, Quiet, Revision, size_text
 
 if TYPE_CHECKING:
     from reshard.prepare import Prepared
@@ -16,7 +16,7 @@ _SHOWN_DIGEST = 16
 
 
 def split(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint's folder, or a shard set to cut anew.")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help=f"{ADDRESS} A shard set is cut anew.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The shard set's folder: new or empty.")],
     tp: Annotated[int, typer.Option("--tp", help="Size of the DenseFFN group: how many shards.")],
     weights: Annotated[
@@ -32,7 +32,7 @@ def split(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in OUT when all is written.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written; write nothing.")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads. The bytes do not depend on it.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Revision of a hub repository.")] = None,
+    revision: Revision = None,
     form: Format = "human",
     quiet: Quiet = False,
     debug: Debug = False,
@@ -41,19 +41,17 @@ def split(
     output = Output(form, quiet=quiet, debug=debug)
     with output.errors():
         from reshard.errors import OutputError, UsageError
-        from reshard.prepare import Cut, check_set_digests, prepare, ranges
+        from reshard.prepare import Cut, check_set_digests, prepare
         from reshard.source.open import open_source
         from reshard.writer.split import DEFAULT_WORKERS, SplitOptions, write_shards
 
         if resume and overwrite:
             raise UsageError("--resume keeps what is there, --overwrite replaces it: give one of them")
-        if revision is not None:
-            raise UsageError(f"--revision {revision}: {source} is a folder, which has no revisions")
         if Path(source).resolve() == out.resolve():
             raise OutputError(f"{out}: is the source itself; choose another folder for the shards")
         chosen = _parse_ranks(ranks, tp)
         threads = workers or DEFAULT_WORKERS
-        with open_source(source) as opened:
+        with open_source(source, revision, notify=output.warn) as opened:
             prepared = prepare(opened, Cut(tp, layout, pad, weights, quant_format))
             for line in prepared.checkpoint.warnings:
                 output.warn(line)
@@ -61,7 +59,6 @@ def split(
                 _report(output, prepared, out, None)
                 return
             check_set_digests(opened, threads)
-            opened.prefetch(ranges(prepared.checkpoint))
             total = sum(s.size for s in prepared.plan.shards if chosen is None or s.tp_rank in chosen)
             options = SplitOptions(chosen, resume, overwrite, threads)
             with output.progress("split", total) as tick:

@@ -1,21 +1,21 @@
 """`reshard verify`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from reshard.cli.output import Debug, Format, Output, Quiet, size_text
+from reshard.cli.output import ADDRESS, Debug, Format, Output, Quiet, Revision, size_text
 
 _MISMATCH = 3
 
 
 def verify(
-    shards: Annotated[Path, typer.Argument(metavar="SHARDS", help="A shard set's folder.")],
+    shards: Annotated[str, typer.Argument(metavar="SHARDS", help=f"A shard set. {ADDRESS}")],
     source: Annotated[
         str | None,
         typer.Option("--source", metavar="SRC", help="What it was cut from: compare every byte, and the computation."),
     ] = None,
+    revision: Revision = None,
     form: Format = "human",
     quiet: Quiet = False,
     debug: Debug = False,
@@ -23,6 +23,7 @@ def verify(
     """Check a shard set against its manifest and, with --source, against what it was cut from."""
     output = Output(form, quiet=quiet, debug=debug)
     with output.errors():
+        from reshard.errors import UsageError
         from reshard.source.open import describe, open_source
         from reshard.source.shardset import read_manifest_only, require_shard_set
         from reshard.verify.compute import LayerResult, compare_computation
@@ -30,16 +31,20 @@ def verify(
         from reshard.verify.source import compare_with_source
         from reshard.writer.split import DEFAULT_WORKERS
 
+        if revision is not None and source is None:
+            raise UsageError(
+                f"--revision {revision}: is the source's; give --source, or SHARDS as hf://ORG/NAME@{revision}"
+            )
         computed: list[LayerResult] = []
-        with open_source(str(shards)) as opened:
+        with open_source(shards, notify=output.warn) as opened:
             require_shard_set(opened)
             manifest = read_manifest_only(opened)
             nbytes = sum(shard.size for shard in manifest.shards)
             with output.progress("digests", nbytes) as tick:
-                findings = verify_digests(shards, opened, manifest, DEFAULT_WORKERS, tick)
+                findings = verify_digests(opened, manifest, DEFAULT_WORKERS, tick)
             unreadable = any(finding.check in {"file", "size", "header"} for finding in findings)
             if source is not None and not unreadable:
-                with open_source(source) as original:
+                with open_source(source, revision, notify=output.warn) as original:
                     checkpoint = describe(original)
                     with output.progress("source", nbytes) as tick:
                         findings += compare_with_source(opened, manifest, original, checkpoint, tick)

@@ -14,7 +14,7 @@ from reshard.checkpoint import Checkpoint, Linear, Tensor
 from reshard.convert.rules import QUANTISE
 from reshard.errors import MissingDependencyError, SchemeError
 from reshard.naming import ROLES
-from reshard.source.base import Bytes, Source
+from reshard.source.base import Bytes, Range, Source
 
 try:
     import torch
@@ -46,7 +46,8 @@ def computed_readers(source: Source, stored: Checkpoint, checkpoint: Checkpoint)
             scales = _RowScales(values, made["weight_scale"].dtype if "weight_scale" in made else "F32")
             for suffix, tensor in made.items():
                 rule = tensor.conversion.rule if tensor.conversion else ""
-                readers[tensor.name] = _Computed(tensor, _values_of(tensor, suffix, rule, values, scales))
+                compute = _values_of(tensor, suffix, rule, values, scales)
+                readers[tensor.name] = _Computed(tensor, compute, values, by_rows=rule == QUANTISE)
     return readers
 
 
@@ -75,11 +76,13 @@ def _rounded(values: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
 
 
 class _Computed:
-    """A tensor's byte grid, computed where it is asked for."""
+    """A tensor's byte grid, computed where it is asked for; `by_rows`: out of all of the weight's rows."""
 
-    def __init__(self, tensor: Tensor, compute: Compute) -> None:
+    def __init__(self, tensor: Tensor, compute: Compute, values: "_Values", *, by_rows: bool) -> None:
         self._itemsize = tensor.row_bytes // tensor.shape[1]
         self._compute = compute
+        self._values = values
+        self._by_rows = by_rows
 
     def read(self, out: Bytes, row: int, column: int) -> None:
         """Fill `out` [rows, bytes] with the grid's bytes from (row, column)."""
@@ -87,6 +90,13 @@ class _Computed:
         left, right = column // self._itemsize, (column + width) // self._itemsize
         result = self._compute(row, row + rows, left, right).contiguous()
         out[:] = result.view(torch.uint8).reshape(rows, width).numpy()
+
+    def ranges(self, row: int, column: int, rows: int, width: int) -> Iterator[Range]:
+        """What of the weight the block is computed from."""
+        if self._by_rows:
+            return self._values.ranges(0, self._values.weight.rows, 0, self._values.weight.shape[1])
+        left, right = column // self._itemsize, (column + width) // self._itemsize
+        return self._values.ranges(row, row + rows, left, right)
 
 
 class _Values:
@@ -113,6 +123,11 @@ class _Values:
         rows = torch.arange(top, bottom) // self._block[0]
         columns = torch.arange(left, right) // self._block[1]
         return weight * self._scale[rows][:, columns]
+
+    def ranges(self, top: int, bottom: int, left: int, right: int) -> Iterator[Range]:
+        """Where rows top..bottom, columns left..right lie."""
+        itemsize = self.weight.row_bytes // self.weight.shape[1]
+        return self._reader.ranges(top, left * itemsize, bottom - top, (right - left) * itemsize)
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """Row ranges that together are the whole weight, each small."""

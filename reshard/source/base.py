@@ -1,7 +1,9 @@
 """What a source offers. A folder is one; the plan and the writer know nothing of what stands behind it."""
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
@@ -14,14 +16,28 @@ from reshard.source.header import LENGTH_BYTES, Header, header_length, is_text, 
 
 Bytes = npt.NDArray[np.uint8]
 
+Range = tuple[str, int, int]
+"""(file, its first byte, the byte behind the last)"""
+
+OriginKind = Literal["folder", "hub", "remote"]
+
+_HEADERS_AT_ONCE = 16  # a request to a server takes long, and its processor not at all
+
 
 @dataclass(frozen=True)
 class Origin:
-    """What a source is called, free of host paths: a folder's name, or a hub repository and commit."""
+    """What a source is called, free of hosts, paths and credentials.
 
-    kind: Literal["folder", "hub"]
+    A folder's name, here or on another file system (`remote`), or a hub repository and its commit.
+    """
+
+    kind: OriginKind
     name: str
     commit: str | None = None
+
+
+class Cancelled(Exception):
+    """A call was told to end; what it was to bring is no longer wanted."""
 
 
 class Source(Protocol):
@@ -40,8 +56,11 @@ class Source(Protocol):
     def view(self, file: str, start: int, stop: int) -> Bytes:
         """Bytes [start, stop) as an array that is valid until `close`. Raises SourceError as `read` does."""
 
-    def prefetch(self, ranges: Iterable[tuple[str, int, int]]) -> None:
-        """A hint that these (file, start, stop) are wanted soon."""
+    def prefetch(self, ranges: Iterable[Range]) -> None:
+        """A hint that these are wanted soon, the first ones first."""
+
+    def cancel(self) -> None:
+        """Make calls that wait for bytes, in whatever thread, raise Cancelled soon."""
 
     def close(self) -> None:
         """Release what views hold."""
@@ -53,11 +72,46 @@ class Source(Protocol):
     ) -> None: ...
 
 
+@contextlib.contextmanager
+def threads(count: int, *sources: Source) -> Iterator[ThreadPoolExecutor]:
+    """Threads that read from sources. Where the block fails or is interrupted, none of them waits for bytes."""
+    with ThreadPoolExecutor(count) as pool:
+        try:
+            yield pool
+        except BaseException:
+            for source in sources:
+                source.cancel()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def merged(ranges: Iterable[Range]) -> Iterator[Range]:
+    """Ranges in their order, those that follow on from the one before joined to it."""
+    last: Range | None = None
+    for file, start, stop in ranges:
+        if start >= stop:
+            continue
+        if last and file == last[0] and last[1] <= start <= last[2]:
+            last = (file, last[1], max(stop, last[2]))
+            continue
+        if last:
+            yield last
+        last = (file, start, stop)
+    if last:
+        yield last
+
+
 def read_header(source: Source, file: str) -> Header:
     """A safetensors file's header. Raises HeaderError if it must not be trusted."""
     size = source.files()[file]
     length = header_length(source.read(file, 0, min(size, LENGTH_BYTES)), file, size)
     return parse_header(source.read(file, 0, LENGTH_BYTES + length), file, size)
+
+
+def read_headers(source: Source, files: Sequence[str]) -> dict[str, Header]:
+    """The headers of several safetensors files. Raises as `read_header` for the first that cannot be had."""
+    with threads(max(1, min(_HEADERS_AT_ONCE, len(files))), source) as pool:
+        return dict(zip(files, pool.map(lambda file: read_header(source, file), files), strict=True))
 
 
 def read_file(source: Source, file: str) -> bytes:

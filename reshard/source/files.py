@@ -7,7 +7,7 @@ from typing import Any
 from reshard.checkpoint import Checkpoint, Identity, Part, SourceFile, Tensor, describe_layers
 from reshard.errors import SourceError
 from reshard.naming import CONFIG, parse_dense
-from reshard.source.base import Source, parse_json_object, read_file, read_header
+from reshard.source.base import Source, parse_json_object, read_file, read_headers
 from reshard.source.header import Header
 
 _INDEX = ".safetensors.index.json"
@@ -22,7 +22,7 @@ def read_checkpoint(source: Source) -> Checkpoint:
     names = sorted(set(index.values())) if index is not None else [f for f in sorted(source.files()) if _is_weights(f)]
     if not names:
         raise SourceError(f"{source.origin.name}: holds no safetensors file; give the folder that has the checkpoint's")
-    headers = {name: read_header(source, name) for name in names}
+    headers = read_headers(source, names)
     owners = _owners(headers)
     if index_file and index is not None:
         _check_index(index_file, index, headers, owners)

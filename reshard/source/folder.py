@@ -1,33 +1,18 @@
 """A folder on this host: files mapped into memory, read only where a view is taken."""
 
-import ctypes
-import errno
-import mmap
 import os
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import numpy as np
-
 from reshard.errors import SourceError
-from reshard.source.base import Bytes, Origin
+from reshard.source.base import Bytes, Origin, Range, merged
+from reshard.source.mapped import MappedFile
 
-_MADV_POPULATE_READ = 22  # linux/mman.h, since 5.14
-_PAGE = mmap.PAGESIZE
 _WAY_OUT = "see to its owner, its mode and its disk"
-
-
-@dataclass(frozen=True)
-class _Map:
-    """A mapped file, and a byte for each page of it: 1 where it was brought in."""
-
-    data: Bytes
-    present: bytearray
 
 
 class FolderSource:
@@ -39,9 +24,8 @@ class FolderSource:
         if not path.is_dir():
             raise SourceError(f"{path}: not a folder; give the folder that holds the checkpoint's files")
         self.path = path
-        self._maps: dict[str, _Map] = {}
+        self._maps: dict[str, MappedFile] = {}
         self._lock = threading.Lock()
-        self._libc = ctypes.CDLL(None, use_errno=True)
 
     @property
     def origin(self) -> Origin:
@@ -78,36 +62,12 @@ class FolderSource:
         return b"".join(chunks)
 
     def view(self, file: str, start: int, stop: int) -> Bytes:
-        """Bytes [start, stop) of the mapped file, its pages brought in.
+        """Bytes [start, stop) of the mapped file, its pages brought in."""
+        return (self._maps.get(file) or self._map(file)).view(start, stop)
 
-        A page that cannot be had (a bad disk, a file cut meanwhile) is an error here, not a SIGBUS at its first use.
-        """
-        mapped = self._maps.get(file) or self._map(file)
-        if stop > mapped.data.size:
-            raise SourceError(f"{self.path / file}: {mapped.data.size} bytes, {stop} are wanted")
-        first, last = start // _PAGE, -(-stop // _PAGE)
-        # Once for each page: ranks take their columns from the same rows in turn.
-        missing = mapped.present.find(0, first, last)
-        if missing >= 0:
-            self._bring_in(file, mapped, missing * _PAGE, stop)
-            mapped.present[missing:last] = bytes([1]) * (last - missing)
-        return mapped.data[start:stop]
-
-    def _bring_in(self, file: str, mapped: "_Map", start: int, stop: int) -> None:
-        # Through ctypes, not mmap.madvise: that one holds the interpreter's lock while pages are read.
-        address = ctypes.c_void_p(mapped.data.ctypes.data + start)
-        if self._libc.madvise(address, ctypes.c_size_t(stop - start), _MADV_POPULATE_READ) == 0:
-            return
-        code = ctypes.get_errno()
-        if code != errno.EINVAL:  # an older kernel: the pages come at first use
-            raise SourceError(
-                f"{self.path / file}: bytes {start} to {stop} cannot be read ({errno.errorcode.get(code, code)}): "
-                "the file was cut short meanwhile, or its disk is failing"
-            )
-
-    def prefetch(self, ranges: Iterable[tuple[str, int, int]]) -> None:
+    def prefetch(self, ranges: Iterable[Range]) -> None:
         """Ask the kernel to read ahead."""
-        for file, start, stop in ranges:
+        for file, start, stop in merged(ranges):
             try:
                 descriptor = os.open(self._inside(file), os.O_RDONLY)
             except OSError:
@@ -116,6 +76,9 @@ class FolderSource:
                 os.posix_fadvise(descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
             finally:
                 os.close(descriptor)
+
+    def cancel(self) -> None:
+        """Nothing here waits for long."""
 
     def close(self) -> None:
         """Drop the maps; each is unmapped with its last view."""
@@ -129,17 +92,15 @@ class FolderSource:
     ) -> None:
         self.close()
 
-    def _map(self, file: str) -> "_Map":
+    def _map(self, file: str) -> MappedFile:
         with self._lock:
             if file not in self._maps:
                 try:
                     with self._inside(file).open("rb") as stream:
-                        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+                        self._maps[file] = MappedFile(stream.fileno(), str(self.path / file))
                 except (OSError, ValueError) as error:
                     reason = error.strerror if isinstance(error, OSError) else error
                     raise SourceError(f"{self.path / file}: cannot be read: {reason}; {_WAY_OUT}") from error
-                data = np.frombuffer(mapped, np.uint8)
-                self._maps[file] = _Map(data, bytearray(-(-data.size // _PAGE)))
             return self._maps[file]
 
     def _inside(self, file: str) -> Path:

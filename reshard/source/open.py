@@ -4,15 +4,38 @@ from pathlib import Path
 
 from reshard.checkpoint import Checkpoint
 from reshard.naming import parse_shard_file
+from reshard.source.address import parse_address
 from reshard.source.base import Source
 from reshard.source.files import read_checkpoint
 from reshard.source.folder import FolderSource
 from reshard.source.shardset import read_shard_set, require_shard_set
+from reshard.source.transport import Notify, Patience
 
 
-def open_source(address: str) -> Source:
-    """The source at a folder's path. Raises SourceError if there is none."""
-    return FolderSource(Path(address))
+def open_source(
+    address: str,
+    revision: str | None = None,
+    *,
+    notify: Notify = lambda line: None,
+    patience: Patience | None = None,
+) -> Source:
+    """The source at an address (see reshard.source.address). Raises SourceError if there is none.
+
+    revision: of a hub repository. notify: takes a line for each wait after a fault.
+    """
+    found = parse_address(address, revision)
+    if found.kind == "folder":
+        return FolderSource(Path(found.place))
+    # Only here: huggingface_hub and fsspec take longer to import than a folder to open.
+    from reshard.source.staged import StagedSource
+
+    if found.kind == "hub":
+        from reshard.source.hub import HubFiles
+
+        return StagedSource(HubFiles(found.place, found.revision), patience or Patience(), notify)
+    from reshard.source.remote import RemoteFiles
+
+    return StagedSource(RemoteFiles(found.place), patience or Patience(), notify)
 
 
 def describe(source: Source) -> Checkpoint:

@@ -11,7 +11,7 @@ from reshard.dtypes import itemsize
 from reshard.errors import ManifestError, SourceError
 from reshard.manifest import Manifest, ShardTensor, SideFile, Slice, parse_manifest
 from reshard.naming import MANIFEST, parse_shard_file
-from reshard.source.base import Source, read_file, read_header
+from reshard.source.base import Source, read_file, read_headers
 from reshard.source.files import read_accounts
 from reshard.source.header import Header, TensorInfo
 
@@ -105,8 +105,9 @@ def _assemble(source: Source, manifest: Manifest) -> dict[str, Tensor]:
     shapes: dict[str, tuple[str, tuple[int, ...], Conversion | None]] = {}
     slices: dict[str, dict[tuple[int, int, int], Part]] = {}
     aliases: dict[str, str] = {}
+    headers = read_headers(source, [shard.file for shard in manifest.shards])
     for shard in manifest.shards:
-        header = read_header(source, shard.file)
+        header = headers[shard.file]
         check_header(header, shard.tensors, shard.file)
         for tensor in shard.tensors:
             for piece in tensor.slices:

@@ -20,7 +20,7 @@ from reshard.identity import compare_identity, compare_model
 from reshard.manifest import Manifest
 from reshard.naming import MANIFEST, module_name
 from reshard.numeric import storage, to_f32
-from reshard.source.base import Bytes, Source
+from reshard.source.base import Bytes, Source, threads
 from reshard.source.header import Header, TensorInfo
 from reshard.verify.expect import Expected, Group, Piece, expect, groups, misfits, read_headers
 from reshard.verify.reference import BLOCK_BYTES, BLOCK_ELEMENTS, WORKERS, Grid, LinearGrids, Reference
@@ -57,7 +57,8 @@ def compare_with_source(
                     wanted[rank] |= {name for name in header.tensors if name.rpartition(".")[0] == module}
                 continue
             findings += _check_scheme(manifest, layer.index, group, linears[0])
-            findings += _compare_group(shards, manifest, headers, linears, expected, tick)
+            with threads(WORKERS, shards, source) as pool:
+                findings += _compare_group(pool, shards, manifest, headers, linears, expected, tick)
             for rank, tensors in expected.items():
                 wanted[rank] |= {tensor.name for tensor in tensors}
     for rank, header in headers.items():
@@ -111,6 +112,7 @@ class _Target:
 
 
 def _compare_group(
+    pool: ThreadPoolExecutor,
     shards: Source,
     manifest: Manifest,
     headers: Mapping[int, Header],
@@ -132,11 +134,10 @@ def _compare_group(
         (partial(_compare, shards, targets, *step) for linear in linears for step in _steps(linear)),
         (partial(_compare_zeros, shards, target) for target in targets if target.piece.grid is None),
     )
-    with ThreadPoolExecutor(WORKERS) as pool:
-        for differences, nbytes in pool.map(_run, steps):
-            for difference in differences:  # in the order of the steps: a tensor's first one stays
-                found.setdefault(difference.where, difference)
-            tick(nbytes)
+    for differences, nbytes in pool.map(_run, steps):
+        for difference in differences:  # in the order of the steps: a tensor's first one stays
+            found.setdefault(difference.where, difference)
+        tick(nbytes)
     return list(found.values())
 
 

@@ -17,8 +17,9 @@ from reshard.errors import ManifestError, OutputError
 from reshard.manifest import Manifest, Record, Shard, parse_manifest, parse_record
 from reshard.naming import MANIFEST, shard_file
 from reshard.plan import Plan, PlannedShard
-from reshard.prepare import Prepared
+from reshard.prepare import Prepared, wanted
 from reshard.record import fingerprint, make_manifest, make_shard
+from reshard.source.base import Cancelled
 from reshard.source.folder import FolderSource
 from reshard.writer.folder import OutputFolder, os_errors, record_file
 from reshard.writer.lock import Lock, locked
@@ -52,10 +53,6 @@ class SplitResult:
     def complete(self) -> bool:
         """Whether the set has its manifest."""
         return not self.missing
-
-
-class _Cancelled(Exception):
-    """Another worker failed."""
 
 
 def write_shards(prepared: Prepared, out: Path, options: SplitOptions, tick: Tick = lambda n: None) -> SplitResult:
@@ -118,6 +115,7 @@ class _Run:
     """One split into one folder."""
 
     def __init__(self, prepared: Prepared, folder: OutputFolder, options: SplitOptions, tick: Tick) -> None:
+        self._prepared = prepared
         self._checkpoint = prepared.checkpoint
         self._plan = prepared.plan
         self._readers = prepared.readers
@@ -132,6 +130,7 @@ class _Run:
         kept = self._kept(ranks) if self._options.resume else {}
         todo = [self._plan.shards[rank] for rank in ranks if rank not in kept]
         self._folder.check_space(sum(shard.size for shard in todo))
+        self._prepared.source.prefetch(wanted(self._prepared, todo))
         # A finished set stays whole until every new shard is durable; then they change places.
         staged = self._folder.contents().finished and self._options.overwrite
         written = self._write(todo, staged)
@@ -153,10 +152,11 @@ class _Run:
                         written.append(self._commit(*durable.pop()))
             except BaseException:
                 self._stop.set()
+                self._prepared.source.cancel()
                 pool.shutdown(cancel_futures=True)
                 # What stopped the first worker, not how the others took it.
                 for future in futures:
-                    if not future.cancelled() and not isinstance(future.exception(), _Cancelled | None):
+                    if not future.cancelled() and not isinstance(future.exception(), Cancelled | None):
                         future.result()
                 raise
         if staged:
@@ -178,7 +178,7 @@ class _Run:
 
     def _advance(self, nbytes: int) -> None:
         if self._stop.is_set():
-            raise _Cancelled
+            raise Cancelled
         self._tick(nbytes)
 
     def _commit(self, temporary: Path, shard: Shard) -> Shard:

@@ -105,13 +105,10 @@ class _Grid:
         self._placed = []
         covered = 0
         for piece in tensor.slices:
-            length = piece.stop - piece.start
-            size = itemsize(tensor.dtype)
+            row, column, n_rows, n_bytes = tensor.source_block(piece)
+            at = (piece.at, 0) if piece.dim == 0 else (0, piece.at * itemsize(tensor.dtype))
             # (reader, row and column in the source; row, column, rows and bytes in the shard)
-            if piece.dim == 0:
-                place = (readers[piece.tensor], piece.start, 0, piece.at, 0, length, self._row_bytes)
-            else:
-                place = (readers[piece.tensor], 0, piece.start * size, 0, piece.at * size, rows, length * size)
+            place = (readers[piece.tensor], row, column, *at, n_rows, n_bytes)
             self._placed.append(place)
             covered += place[5] * place[6]
         self._has_zeros = covered < tensor.nbytes

@@ -1,0 +1,53 @@
+"""What an address means: a folder here, a repository on the hub, or a folder on another file system.
+
+- `hf://ORG/NAME`, `hf://ORG/NAME@REVISION`: the hub
+- any other `scheme://…` or `scheme::…`: the file system of that name; `file://` and `local://` are this host's
+- what exists here: that
+- `ORG/NAME`, where nothing here is called so: the hub
+- anything else: a folder here, which is missing
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from urllib.parse import unquote
+
+from reshard.errors import UsageError
+
+_LABEL = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+_REPOSITORY = re.compile(rf"{_LABEL}/{_LABEL}")
+_HUB = re.compile(rf"hf://({_LABEL}/{_LABEL})/?(?:@(.+))?")
+_SCHEME = re.compile(r"([a-z0-9][a-z0-9+.-]*)(?:://|::)", re.IGNORECASE)
+_LOCAL = ("file", "local")
+
+
+@dataclass(frozen=True)
+class Address:
+    """`place`: a path, ORG/NAME, or an fsspec address."""
+
+    kind: Literal["folder", "hub", "remote"]
+    place: str
+    revision: str | None = None
+
+
+def parse_address(text: str, revision: str | None = None) -> Address:
+    """What a text means, with the value of --revision. Raises UsageError where the two contradict each other."""
+    scheme = _SCHEME.match(text)
+    if scheme and scheme[1].lower() == "hf":
+        named = _HUB.fullmatch(text)
+        if named is None:
+            raise UsageError(f"{text}: is no model repository; write hf://ORG/NAME or hf://ORG/NAME@REVISION")
+        own = unquote(named[2]) if named[2] else None
+        if own and revision is not None and own != revision:
+            raise UsageError(f"--revision {revision}: the address names {own}; give one of them")
+        return Address("hub", named[1], own or revision)
+    if not scheme and not Path(text).exists() and _REPOSITORY.fullmatch(text):
+        return Address("hub", text, revision)
+    if scheme and scheme[1].lower() not in _LOCAL:
+        found = Address("remote", text)
+    else:
+        found = Address("folder", text[scheme.end() :] if scheme else text)
+    if revision is not None:
+        raise UsageError(f"--revision {revision}: that is for a hub repository, and a folder has no revisions")
+    return found

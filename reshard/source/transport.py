@@ -1,0 +1,111 @@
+"""What a source elsewhere must offer, and how faults that may pass are borne."""
+
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from reshard.errors import SourceError
+from reshard.source.base import Cancelled, Origin
+
+Notify = Callable[[str], None]
+
+_USER = re.compile(r"://[^/@\s'\"]*@")
+_QUERY = re.compile(r"(://[^?\s'\"]*)\?[^\s'\"]*")
+
+
+class Fault(Exception):
+    """What may pass: a connection that broke, a server that is busy. `retry_after`: the seconds that it asks for."""
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Remote(Protocol):
+    """Files elsewhere. Safe to use from several threads."""
+
+    @property
+    def origin(self) -> Origin:
+        """Where this is, for the manifest."""
+
+    def sizes(self) -> Mapping[str, int]:
+        """Every file's name and size in bytes. Raises Fault or SourceError."""
+
+    def fetch(self, file: str, start: int, stop: int) -> Iterator[bytes]:
+        """Bytes [start, stop) in order, in pieces of any size. May end early.
+
+        Raises Fault for what may pass, SourceError for what does not.
+        """
+
+    def close(self) -> None:
+        """Release what is held."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How faults are borne. After `tries` in a row that brought nothing it is over.
+
+    The seconds between them double from `first` to `longest`; what a server asks for goes first, up to `bearable`.
+    sleep: for tests; the real one ends early when the source is cancelled.
+    """
+
+    tries: int = 6
+    first: float = 1.0
+    longest: float = 30.0
+    bearable: float = 600.0
+    sleep: Callable[[float], None] | None = None
+
+
+class Pauses:
+    """The waiting between tries, for all threads of a source."""
+
+    def __init__(self, patience: Patience, notify: Notify) -> None:
+        self._patience = patience
+        self._notify = notify
+        self._stopped = threading.Event()
+        self._lock = threading.Lock()
+        self._silent_until = 0.0
+
+    def stop(self) -> None:
+        """End all waiting, now and later."""
+        self._stopped.set()
+
+    def check(self) -> None:
+        """Raises Cancelled after `stop`."""
+        if self._stopped.is_set():
+            raise Cancelled
+
+    def after(self, fault: Fault, failures: int, what: str) -> None:
+        """Wait after the n-th failure in a row. Raises SourceError where that was the last one."""
+        patience = self._patience
+        self.check()
+        if failures >= patience.tries:
+            raise SourceError(f"{what}: {fault}; given up after {failures} tries: try again later")
+        asked = fault.retry_after
+        if asked is not None and asked > patience.bearable:
+            raise SourceError(f"{what}: {fault}; the server asks for {asked:.0f} s of patience: try again then")
+        delay = asked if asked is not None else min(patience.longest, patience.first * 2 ** (failures - 1))
+        self._say(f"{what}: {fault}; again in {delay:g} s", delay)
+        if patience.sleep is not None:
+            patience.sleep(delay)
+        else:
+            self._stopped.wait(delay)
+        self.check()
+
+    def _say(self, line: str, delay: float) -> None:
+        """One line for all threads that wait for the same thing."""
+        with self._lock:
+            now = time.monotonic()
+            if now < self._silent_until:
+                return
+            self._silent_until = now + delay
+        self._notify(line)
+
+
+def redacted(text: object) -> str:
+    """A library's message as one line, its addresses without users, passwords and signatures."""
+    line = " ".join(str(text).split())
+    return _QUERY.sub(r"\1", _USER.sub("://", line))

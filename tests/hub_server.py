@@ -1,0 +1,177 @@
+"""A server that speaks the hub's endpoints for one repository, on a port of this host, with faults on demand.
+
+/api/models/{repo}/revision/{revision}   the commit; with ?blobs=true every file's size
+/{repo}/resolve/{commit}/{file}          302 to /blobs/{commit}/{file}, with X-Repo-Commit, X-Linked-Size, X-Linked-Etag
+/blobs/{commit}/{file}                   the bytes; ranges; no token is needed here, as at the hub's store
+"""
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlsplit
+
+REPO = "org/model"
+COMMIT = "1" * 40
+SECRET = "Signature=very-secret"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request: what it is for, and how the client came."""
+
+    method: str
+    path: str
+    query: str
+    range: str | None
+    authorization: str | None
+    agent: str
+
+    @property
+    def is_data(self) -> bool:
+        return self.path.startswith("/blobs/")
+
+    @property
+    def file(self) -> str:
+        return self.path.rpartition("/")[2]
+
+
+Fault = Callable[["Handler", Asked], bool]
+"""Answers a request itself, or returns False to leave it to the server."""
+
+
+@dataclass
+class Hub:
+    """What the server knows and what it saw."""
+
+    commits: dict[str, Path]
+    refs: dict[str, str] = field(default_factory=lambda: {"main": COMMIT})
+    token: str | None = None
+    gated: bool = False
+    fault: Fault = lambda handler, asked: False
+    url: str = ""
+    store: str = ""  # another origin: the token must stay behind
+    asked: list[Asked] = field(default_factory=list)
+    data_bytes: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def data_requests(self) -> list[Asked]:
+        return [asked for asked in self.asked if asked.is_data]
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    hub: Hub
+
+    def do_GET(self) -> None:
+        parts = urlsplit(self.path)
+        asked = Asked(
+            self.command,
+            unquote(parts.path),
+            parts.query,
+            self.headers.get("Range"),
+            self.headers.get("Authorization"),
+            self.headers.get("User-Agent", ""),
+        )
+        with self.hub.lock:
+            self.hub.asked.append(asked)
+        if not self.hub.fault(self, asked):
+            self._route(asked)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def _route(self, asked: Asked) -> None:
+        hub = self.hub
+        if asked.is_data:
+            commit, file = asked.path.removeprefix("/blobs/").split("/")
+            self.send_range((hub.commits[commit] / file).read_bytes(), asked.range)
+            return
+        if hub.token is not None and asked.authorization != f"Bearer {hub.token}":
+            code = "GatedRepo" if hub.gated else "RepoNotFound"
+            self.answer(403 if hub.gated else 401, headers={"X-Error-Code": code})
+        elif match := re.fullmatch(rf"/api/models/{REPO}(?:/revision/(.+))?", asked.path):
+            self._describe(match[1] or "main", "blobs" in parse_qs(asked.query))
+        elif match := re.fullmatch(rf"/{REPO}/resolve/([^/]+)/([^/]+)", asked.path):
+            self._resolve(hub.refs.get(match[1], match[1]), match[2])
+        else:
+            self.answer(404, headers={"X-Error-Code": "RepoNotFound"})
+
+    def _describe(self, revision: str, blobs: bool) -> None:
+        commit = self.hub.refs.get(revision, revision)
+        if commit not in self.hub.commits:
+            self.answer(404, headers={"X-Error-Code": "RevisionNotFound"})
+            return
+        files = sorted(self.hub.commits[commit].iterdir())
+        siblings = [{"rfilename": p.name} | ({"size": p.stat().st_size} if blobs else {}) for p in files]
+        siblings.append({"rfilename": "figures/benchmark.jpg"} | ({"size": 7} if blobs else {}))
+        described = {"id": REPO, "modelId": REPO, "sha": commit, "private": False, "tags": [], "siblings": siblings}
+        self.answer(200, json.dumps(described).encode(), {"Content-Type": "application/json"})
+
+    def _resolve(self, commit: str, file: str) -> None:
+        path = self.hub.commits.get(commit, Path("nowhere")) / file
+        if not path.is_file():
+            code = "EntryNotFound" if commit in self.hub.commits else "RevisionNotFound"
+            self.answer(404, headers={"X-Error-Code": code})
+            return
+        headers = {
+            "Location": f"{self.hub.store}/blobs/{commit}/{file}?{SECRET}",
+            "X-Repo-Commit": commit,
+            "X-Linked-Size": str(path.stat().st_size),
+            "X-Linked-Etag": f'"{hashlib.sha256(path.name.encode()).hexdigest()}"',
+        }
+        self.answer(302, headers=headers)
+
+    def send_range(self, data: bytes, wanted: str | None) -> None:
+        """A range with 206, or the whole with 200."""
+        if wanted is None:
+            self.answer(200, data)
+            return
+        match = re.fullmatch(r"bytes=(\d+)-(\d+)", wanted)
+        assert match, wanted
+        start, stop = int(match[1]), int(match[2]) + 1
+        assert start < stop <= len(data), wanted
+        self.answer(206, data[start:stop], {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"})
+
+    def answer(
+        self, status: int, body: bytes = b"", headers: dict[str, str] | None = None, cut: int | None = None
+    ) -> None:
+        """Answer. cut: send only so many bytes of the body that the head announces, and hang up."""
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        sent = body if cut is None else body[:cut]
+        if self.command != "HEAD":
+            if urlsplit(self.path).path.startswith("/blobs/"):
+                with self.hub.lock:
+                    self.hub.data_bytes += len(sent)
+            self.wfile.write(sent)
+        if cut is not None:
+            self.close_connection = True
+
+    def log_message(self, *arguments: object) -> None:
+        """Nothing on stderr."""
+
+
+@contextmanager
+def serving(hub: Hub) -> Iterator[Hub]:
+    """The hub, answering at `hub.url` until the block ends."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
+    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    hub.store = f"http://localhost:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

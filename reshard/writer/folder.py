@@ -107,19 +107,24 @@ class OutputFolder:
         return path
 
     def files(self) -> Mapping[str, int]:
-        """Names and sizes, as they are now."""
-        with FolderSource(self.path) as there:
-            return there.files()
+        """Names and sizes, as they are now; what another run removes meanwhile is left out."""
+        found = {}
+        with os.scandir(self.path) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):
+                    if entry.is_file():
+                        found[entry.name] = entry.stat().st_size
+        return found
 
     def read(self, name: str) -> bytes:
         """A small file."""
         with FolderSource(self.path) as there:
-            return there.read(name, 0, there.files()[name])
+            return there.read(name, 0, self.files()[name])
 
     def holds(self, record: Record) -> bool:
         """Whether the shard has the recorded digest: it is read."""
         with FolderSource(self.path) as there:
-            return file_digest(there, record.shard.file) == record.shard.blake3
+            return file_digest(there, record.shard.file, 0, record.shard.size) == record.shard.blake3
 
     def remove_own_temporaries(self) -> None:
         """Remove what `temporary` named and nothing was made of."""

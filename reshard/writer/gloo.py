@@ -33,7 +33,7 @@ JOIN_SECONDS = 300.0  # within which all processes must have come
 ANSWER_SECONDS = 60.0  # within which a process that lives takes part in a round
 STALLED_SECONDS = 600.0  # after which a process that neither reads nor writes a byte is given up
 ROUND_SECONDS = 0.1
-_SURVIVOR_SECONDS = 3.0
+_SURVIVOR_SECONDS = 1.5
 _WORKS, _FAILED, _GONE = range(3)
 _RESUME = "shards that were finished are kept: run the same command with --resume"
 
@@ -90,11 +90,14 @@ class GlooTeam:
     ) -> None:
         if error is None:
             self.exchange(None)  # nobody closes its connections while another still reads from them
-            self._end(_GONE, "")
+            self._end(_GONE)
         elif self._over is None and isinstance(error, Exception):
             self._end(_FAILED, " ".join(str(error).split()) or type(error).__name__)
         else:
-            self._end(_GONE, "was interrupted")
+            self._end(_GONE)
+            if isinstance(error, SystemExit) and self._over:
+                # torchrun ends the others when one has died: say which.
+                raise GroupError(self._over) from None
         if not self._thread.is_alive():
             with contextlib.suppress(RuntimeError):
                 dist.destroy_process_group()
@@ -117,12 +120,12 @@ class GlooTeam:
             ) from error
         return store
 
-    def _end(self, state: int, why: str) -> None:
+    def _end(self, state: int, why: str | None = None) -> None:
         """Let the others know, and wait a little for the thread's end."""
         with self._changed:
             self._state, self._posted = state, why
         self._wake.set()
-        self._thread.join(ANSWER_SECONDS if state == _FAILED else _SURVIVOR_SECONDS)
+        self._thread.join(ANSWER_SECONDS if state == _FAILED else 2 * _SURVIVOR_SECONDS)
 
     # --- the thread ---
 
@@ -185,16 +188,14 @@ class GlooTeam:
     def _lost(self, error: RuntimeError) -> str:
         """The group is broken. Who lives says so in the store; the one that does not is to blame."""
         silent = f"within {ANSWER_SECONDS:.0f} s" if "imed out" in str(error) else "any more"
-        missing = []
+        living: set[int] = set()
         deadline = time.monotonic() + _SURVIVOR_SECONDS
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError):  # where the store is gone too, nobody can be named
             self._store.set(f"reshard/lives/{self.place.number}", "")
-            for number in range(self.place.size):
-                left = max(0.01, deadline - time.monotonic())
-                try:
-                    self._store.wait([f"reshard/lives/{number}"], timedelta(seconds=left))
-                except dist.DistStoreError:
-                    missing.append(self._names[number])
+            while len(living) < self.place.size and time.monotonic() < deadline:
+                living |= {n for n in range(self.place.size) if self._store.check([f"reshard/lives/{n}"])}
+                time.sleep(ROUND_SECONDS)
+        missing = [name for number, name in enumerate(self._names) if living and number not in living]
         who = " and ".join(missing) or "another process"
         return f"{who} has died or does not answer {silent} ({_first_line(error)}); {_RESUME}"
 

@@ -64,11 +64,11 @@ class RemoteTarget:
     def create(self, name: str, size: int) -> "Upload":
         """Begin an upload."""
         part = max(PART_BYTES, -(-size // _MOST_PARTS))
-        return Upload(self, name, self._try("write", name, lambda path: self._open(path, part)))
+        return Upload(self, name, self._try("written", name, lambda path: self._open(path, part)))
 
     def look(self, name: str, size: int) -> str | None:
         """See that a file is there in its size. Returns its ETag."""
-        info = self._try("look at", name, self._fs.info)
+        info = self._try("looked at", name, self._fs.info)
         if info["size"] != size:
             raise OutputError(
                 f"{self.address}/{name}: {info['size']} bytes are there, {size} were sent; does another run write "
@@ -86,13 +86,15 @@ class RemoteTarget:
 
     def holds(self, record: Record) -> bool:
         """Whether size and, where the store and the record have one, ETag are the recorded ones. Nothing is fetched."""
-        info = self._try("look at", record.shard.file, self._fs.info)
+        info = self._try("looked at", record.shard.file, self._fs.info)
         there = _etag(info)
         return info["size"] == record.shard.size and (None in (there, record.etag) or there == record.etag)
 
     def put(self, name: str, data: bytes) -> None:
-        """A small file, in one request."""
-        self._try("write", name, lambda path: self._fs.pipe_file(path, data))
+        """A small file, in one request; one that holds that already is left alone."""
+        if self.files().get(name) == len(data) and self.read(name) == data:
+            return
+        self._try("written", name, lambda path: self._fs.pipe_file(path, data))
 
     def take_manifest_away(self) -> None:
         """Kept under another name, which says that a set is being replaced; then deleted."""
@@ -105,7 +107,7 @@ class RemoteTarget:
         there = self.files()
         for name in names:
             if name in there:
-                self._try("delete", name, self._delete)
+                self._try("deleted", name, self._delete)
 
     def remove_temporaries(self, ranks: Collection[int | None] | None) -> None:
         """Abort the uploads that killed runs left in an S3 bucket: they are not seen, and are paid for."""
@@ -126,7 +128,7 @@ class RemoteTarget:
             return call()
         except Exception as error:
             raise OutputError(
-                f"{self.address}/{name}".rstrip("/") + f": cannot {what} it: {_text(error)}; see to the address, the "
+                f"{self.address}/{name}".rstrip("/") + f": cannot be {what}: {_text(error)}; see to the address, the "
                 "credentials and the network, then run the same command with --resume"
             ) from error
 
@@ -143,7 +145,7 @@ class RemoteTarget:
             except FileNotFoundError:
                 return []
 
-        entries = self.attempt("list", "", listing)
+        entries = self.attempt("listed", "", listing)
         if (
             len(entries) == 1
             and entries[0]["type"] == "file"
@@ -167,7 +169,7 @@ class RemoteTarget:
     def forget(self, name: str) -> None:
         """Delete what a writer without parts has left."""
         with contextlib.suppress(OutputError):
-            self._try("delete", name, self._delete)
+            self._try("deleted", name, self._delete)
 
 
 class Upload:
@@ -181,12 +183,12 @@ class Upload:
 
     def write(self, data: memoryview) -> None:
         """Append bytes; a full part is sent."""
-        self._target.attempt("write", self.name, lambda: self._file.write(data))
+        self._target.attempt("written", self.name, lambda: self._file.write(data))
         self.size += len(data)
 
     def close(self) -> None:
         """Send the last part and complete the upload."""
-        self._target.attempt("write", self.name, self._file.close)
+        self._target.attempt("written", self.name, self._file.close)
 
     def commit(self) -> str | None:
         """It is seen already: see that it is whole. Returns its ETag."""

@@ -4,10 +4,6 @@ memory:// has every rule that S3 has; S3 itself is moto's server, by the real cl
 """
 
 import signal
-import subprocess
-import sys
-import threading
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,13 +21,12 @@ from reshard.writer.remote import RemoteTarget
 from reshard.writer.split import SplitOptions, SplitResult, write_shards
 from tests.builders import Spec, build
 from tests.running import reshard, reshard_process
-from tests.teams import free_port, processes
+from tests.s3 import KEY, SECRET, Server
+from tests.teams import processes
 from tests.test_split_bytes import snapshot
 from tests.test_writer import ranks_of, record, shard
 
 SPEC = Spec("modelslim_v0_static", dense=1)
-KEY, SECRET = "AKIAOFTHETEST", "wJalrSecretOfTheTest"
-TIMEOUT = 60.0
 Files = dict[str, bytes]
 
 
@@ -280,42 +275,6 @@ def test_merge_writes_folders_only(tmp_path: Path, source: Path) -> None:
 
 
 # --- S3 ---
-
-
-class Server:
-    """moto's S3 server in a process of its own, with a bucket."""
-
-    def __init__(self) -> None:
-        self.port = free_port()
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            if "Running on" in line:
-                break
-        else:
-            pytest.fail("moto's server did not start")
-        # Its log is read on, so that it never waits for a reader.
-        self._drain = threading.Thread(target=self.process.stderr.read)
-        self._drain.start()
-        self.environment = {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
-            "AWS_ACCESS_KEY_ID": KEY,
-            "AWS_SECRET_ACCESS_KEY": SECRET,
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-            "AWS_CONFIG_FILE": "/dev/null",
-            "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
-        }
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/bucket", method="PUT")
-        urllib.request.urlopen(request, timeout=TIMEOUT).close()
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait(TIMEOUT)
-        self._drain.join(TIMEOUT)
-        if self.process.stderr:
-            self.process.stderr.close()
 
 
 @pytest.fixture(scope="module")

@@ -296,7 +296,7 @@ class _Run:
                 return shards
             if time.monotonic() > deadline:
                 raise OutputError(
-                    f"{self._target.address}: {self._team.name(process)} has written {unseen[0]}, and "
+                    f"{self._target.address}: {self._team.name(process)} has written {min(unseen)}, and "
                     f"{self._team.name(0)} does not see it there: each host has a folder of its own. Copy the "
                     "denseffn-rank-* files of all of them into one (.safetensors and .record.json), then run the same "
                     "command on that host alone with --resume"

@@ -92,7 +92,7 @@ class RemoteTarget:
 
     def put(self, name: str, data: bytes) -> None:
         """A small file, in one request; one that holds that already is left alone."""
-        if self.files().get(name) == len(data) and self.read(name) == data:
+        if self._try("looked at", name, self._size) == len(data) and self.read(name) == data:
             return
         self._try("written", name, lambda path: self._fs.pipe_file(path, data))
 
@@ -161,6 +161,12 @@ class RemoteTarget:
         except FileNotFoundError:  # a file system with folders
             self._fs.makedirs(self._root, exist_ok=True)
             return self._fs.open(path, "wb", block_size=part)
+
+    def _size(self, path: str) -> int | None:
+        try:
+            return int(self._fs.info(path)["size"])
+        except FileNotFoundError:
+            return None
 
     def _delete(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError):

@@ -193,6 +193,7 @@ class _Run:
         return written, waiting
 
     def _write_shard(self, planned: PlannedShard) -> tuple[Sink, Shard]:
+        self._advance(0)  # not even begun when another worker has failed
         stream = ShardStream(self._target.create(planned.file, planned.size))
         try:
             stream.write(planned.header)

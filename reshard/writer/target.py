@@ -114,12 +114,13 @@ def sort_names(names: Iterable[str]) -> Contents:
     """What the names in a target are."""
     names = sorted(names)
     shards = frozenset(parsed for name in names if (parsed := parse_shard_file(name)))
+    of_a_set = bool(shards) or REPLACED in names
     return Contents(
         finished=MANIFEST in names and bool(shards),
         replaced=REPLACED in names,
         shards=shards,
         temporaries=tuple(name for name in names if TEMPORARY.fullmatch(name)),
-        foreign=tuple(n for n in names if not (_is_ours(n) or (shards and (n == MANIFEST or is_side_file(n))))),
+        foreign=tuple(n for n in names if not (_is_ours(n) or (of_a_set and (n == MANIFEST or is_side_file(n))))),
     )
 
 

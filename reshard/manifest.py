@@ -141,10 +141,14 @@ class Shard(_Strict):
 
 
 class Record(_Strict):
-    """A finished shard of an unfinished set, until the manifest takes it over; `fingerprint` tells whose it is."""
+    """A finished shard of an unfinished set, until the manifest takes it over; `fingerprint` tells whose it is.
+
+    `etag` is what an object store calls the very bytes.
+    """
 
     fingerprint: Digest
     shard: Shard
+    etag: str | None = None
 
 
 class SideFile(_Strict):

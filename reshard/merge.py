@@ -10,6 +10,7 @@ from reshard.checkpoint import Checkpoint, Layer, Tensor
 from reshard.plan import PlannedTensor, Slice
 from reshard.source.base import Source
 from reshard.source.header import encode_header
+from reshard.writer.file import DirectFile
 from reshard.writer.folder import new_folder
 from reshard.writer.stream import ShardStream
 
@@ -41,15 +42,15 @@ def merge(
         groups = _groups(checkpoint.layers)
         files: list[MergedFile] = []
         weight_map: dict[str, str] = {}
-        temporaries: list[tuple[Path, str]] = []
+        sinks: list[DirectFile] = []
         for number, layers in enumerate(groups, 1):
             name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
             tensors = [tensor for layer in layers for tensor in layer.tensors()]
-            temporaries.append((folder.temporary(name), name))
-            files.append(_write(temporaries[-1][0], name, tensors, readers, tick))
+            sinks.append(folder.create(name, sum(tensor.nbytes for tensor in tensors)))
+            files.append(_write(sinks[-1], tensors, readers, tick))
             weight_map |= {tensor.name: name for tensor in tensors}
-        for temporary, name in temporaries:
-            folder.commit(temporary, name)
+        for sink in sinks:
+            sink.commit()
         for name, data in checkpoint.side_files.items():
             folder.put(name, data)
         index = {"metadata": {"total_size": checkpoint.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
@@ -72,8 +73,7 @@ def _groups(layers: Sequence[Layer]) -> list[list[Layer]]:
 
 
 def _write(
-    path: Path,
-    name: str,
+    sink: DirectFile,
     tensors: Sequence[Tensor],
     readers: Mapping[str, BlockReader],
     tick: Callable[[int], None],
@@ -82,7 +82,7 @@ def _write(
     for tensor in tensors:
         entries[tensor.name] = (tensor.dtype, tensor.shape, at, at + tensor.nbytes)
         at += tensor.nbytes
-    stream = ShardStream(path)
+    stream = ShardStream(sink)
     try:
         stream.write(encode_header(entries, {"format": "pt"}, _HEADER_ALIGNMENT))
         for tensor in tensors:
@@ -92,4 +92,4 @@ def _write(
     except BaseException:
         stream.discard()
         raise
-    return MergedFile(name, size, digest, len(tensors))
+    return MergedFile(sink.name, size, digest, len(tensors))

@@ -2,18 +2,29 @@
 
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from reshard.checkpoint import Checkpoint, Identity, Layer, Linear, Model, Tensor
-from reshard.errors import LayersError, SchemeError, UsageError
+from reshard.errors import LayersError, SchemeError, SourceError, UsageError
 from reshard.modelconfig import read_model_config
 from reshard.naming import CONFIG, DOWN, ROLES, module_name
 from reshard.quantization import declarations
 from reshard.schemes import VARIANTS, Declared, Shape, TensorRule, Variant, check_kind
+from reshard.source.base import parse_json_object
 
 SCHEMES = tuple(dict.fromkeys(variant.scheme for variant in VARIANTS))
 _BLOCK = (128, 128)  # of every published block-scaled checkpoint: DeepSeek-V3's `weight_block_size`
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """A config.json. Raises SourceError where it cannot be read."""
+    try:
+        raw = Path(path).read_bytes()
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
+    return parse_json_object(raw, str(path))
 
 
 def promised(config: Mapping[str, Any], name: str, scheme: str | None = None) -> Checkpoint:

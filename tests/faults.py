@@ -26,13 +26,14 @@ TIMEOUT = 60.0
 PAGE = 4096
 STAGE_BYTES = 65536  # smaller than the writer's own, so that a small shard takes several writes
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}\.tmp")
-KILL, INTERRUPT = "kill", "interrupt"
+KILL, INTERRUPT, STOP = "kill", "interrupt", "stop"
 
 
 class Steps:
     """Records the steps below a folder and its parent. What happens at the step named `at`:
 
-    KILL: the process dies; INTERRUPT: it gets what Ctrl-C sends and goes on; an errno's name: the call fails so.
+    KILL: the process dies; STOP: it does nothing more; INTERRUPT: it gets what Ctrl-C sends and goes on; an errno's
+    name: the call fails so.
     """
 
     def __init__(self, folder: Path, at: str | None = None, action: str = KILL) -> None:
@@ -96,6 +97,9 @@ class Steps:
             before_death()
             os.kill(os.getpid(), signal.SIGKILL)
             threading.Event().wait()  # another thread may be told of the signal first
+        if self._action == STOP:
+            os.kill(os.getpid(), signal.SIGSTOP)
+            threading.Event().wait()
         if self._action == INTERRUPT:
             os.kill(os.getpid(), signal.SIGINT)
             return

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from reshard.address import Address, parse_address
 from reshard.errors import UsageError
-from reshard.source.address import Address, parse_address
 
 
 @pytest.mark.parametrize(

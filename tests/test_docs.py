@@ -177,13 +177,13 @@ def test_the_page_on_checks_has_inputs_hooks_and_arguments_that_there_are() -> N
 
 
 def test_the_estimate_page_has_the_model_s_figures() -> None:
-    from reshard.estimate.described import from_config, read_config
     from reshard.estimate.model import GIB
     from reshard.estimate.profile import load_profile
     from reshard.estimate.sizes import Options, estimate
+    from reshard.promised import promised, read_config
 
     scheme, page = "w8a8_dynamic", (ROOT / "docs" / "estimate.md").read_text()
-    checkpoint = from_config(read_config(ROOT / "configs" / "deepseek-r1.json"), "r1", scheme)
+    checkpoint = promised(read_config(ROOT / "configs" / "deepseek-r1.json"), "r1", scheme)
     one, eight, sixteen = estimate(
         checkpoint, scheme, (1, 8, 16), load_profile("atlas-a2-376t"), Options(tokens=24)
     ).sizes

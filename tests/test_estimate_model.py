@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from reshard.checkpoint import Checkpoint
 from reshard.errors import ProfileError, SchemeError
 from reshard.estimate.alignment import verdict
-from reshard.estimate.described import from_config, in_scheme, read_config
+from reshard.estimate.described import in_scheme
 from reshard.estimate.model import GIB, Matmul, collective_seconds, level_for, matmul_seconds, vector_seconds
 from reshard.estimate.profile import Alignment, Profile, load_profile
 from reshard.estimate.recommend import recommend
 from reshard.estimate.sizes import Estimate, Options, Size, estimate
 from reshard.estimate.step import KINDS, Split, Way, layer_seconds, wire_of
 from reshard.prepare import Cut
+from reshard.promised import promised, read_config
 from reshard.source.open import describe, open_source
 from runtime import DenseFFN, load_shard
 from tests.builders import RECIPES, Spec, build, read_safetensors
@@ -42,7 +43,7 @@ ROUND = load_profile(
 
 
 def r1(scheme: str) -> Checkpoint:
-    return from_config(read_config(CONFIG), "deepseek-r1", scheme)
+    return promised(read_config(CONFIG), "deepseek-r1", scheme)
 
 
 def r1_sizes(profile: Profile, scheme: str, *tp_sizes: int, tokens: int = 24) -> dict[int, Size]:
@@ -213,7 +214,7 @@ def test_a_config_is_estimated_as_the_checkpoint_that_is_made_of_it(tmp_path: Pa
     done = reshard("synth", CONFIG, tmp_path / "m", "--scheme", scheme, "--scale", "1/16", "--layers", 4, "--sparse")
     assert done.code == 0, done.err
     config = read_config(tmp_path / "m" / "config.json")
-    alone = estimate(from_config(config, "m", scheme), "keep", (1, 2, 4), A2, Options(24))
+    alone = estimate(promised(config, "m", scheme), "keep", (1, 2, 4), A2, Options(24))
     assert alone == _estimate(tmp_path / "m", 1, 2, 4)
 
 

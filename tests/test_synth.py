@@ -417,14 +417,14 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
 def test_a_failure_while_naming_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from reshard.writer.folder import OutputFolder
 
-    commit = OutputFolder.commit
+    rename = OutputFolder.rename
 
     def fail(self: OutputFolder, temporary: Path, name: str) -> None:
-        commit(self, temporary, name)
+        rename(self, temporary, name)
         if "00002" in name:
             raise OSError(5, "Input/output error", str(temporary))
 
-    monkeypatch.setattr(OutputFolder, "commit", fail)
+    monkeypatch.setattr(OutputFolder, "rename", fail)
     with pytest.raises(OutputError, match="Input/output error"):
         small(tmp_path, "bf16", shards=3)
     assert not list(tmp_path.iterdir())

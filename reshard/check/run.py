@@ -1,7 +1,6 @@
 """One target, checked: a checkpoint or a shard set at an address, or a config.json alone."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from reshard.check.cut import check_cut, no_cut
@@ -12,12 +11,12 @@ from reshard.check.serving import check_serving, option_size
 from reshard.check.shardset import check_origin, check_set, check_size, plan_of
 from reshard.checkpoint import Checkpoint
 from reshard.convert.rules import converted
-from reshard.errors import AlignmentError, SourceError, UsageError
+from reshard.errors import AlignmentError, UsageError
 from reshard.finding import Finding
 from reshard.modelconfig import has_experts
 from reshard.naming import parse_shard_file
-from reshard.promised import promised
-from reshard.source.base import Source, parse_json_object
+from reshard.promised import promised, read_config
+from reshard.source.base import Source
 from reshard.source.files import read_checkpoint
 from reshard.source.open import describe, open_source
 
@@ -42,16 +41,9 @@ def check_config(path: str, request: Request) -> Report:
     """A config.json's report: of the checkpoint that it promises. Raises SourceError where it cannot be read."""
     if request.against is not None:
         raise UsageError(f"--against goes with a shard set, which {path} is not")
-    config = parse_json_object(_read(path), path)
+    config = read_config(path)
     findings, checkpoint = check_layers(lambda: converted(promised(config, path, request.scheme), request.weights))
     return Report(path, "config", (*findings, *_cuts(checkpoint, request)), file=path)
-
-
-def _read(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _cuts(checkpoint: Checkpoint | None, request: Request) -> list[Finding]:

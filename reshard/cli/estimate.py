@@ -100,13 +100,14 @@ def _measure(output: Output) -> None:
 
 def _of_config(config: Path, schemes: list[str] | None) -> "dict[str, Checkpoint]":
     """The checkpoint that a config.json describes, by scheme."""
-    from reshard.estimate.described import DEFAULT_SCHEMES, from_config, plain_scheme, read_config
+    from reshard.estimate.described import DEFAULT_SCHEMES, plain_scheme
     from reshard.naming import CONFIG
+    from reshard.promised import promised, read_config
 
     parsed = read_config(config)
     model = config.resolve().parent.name if config.name == CONFIG else config.stem
     names = [plain_scheme(word) for word in schemes or DEFAULT_SCHEMES]
-    return {name: from_config(parsed, model, name) for name in names}
+    return {name: promised(parsed, model, name) for name in names}
 
 
 def _of_source(output: Output, path: str, schemes: list[str] | None) -> "dict[str, Checkpoint]":

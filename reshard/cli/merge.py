@@ -10,7 +10,7 @@ from reshard.cli.output import ADDRESS, Debug, Format, Output, Quiet, size_text
 
 def merge(
     shards: Annotated[str, typer.Argument(metavar="SHARDS", help=f"A shard set. {ADDRESS}")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The merged checkpoint's folder: new or empty.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The merged checkpoint's folder: new or empty.")],
     form: Format = "human",
     quiet: Quiet = False,
     debug: Debug = False,
@@ -18,6 +18,8 @@ def merge(
     """Put a shard set together again: Hugging Face names and shapes, bit for bit, with an index."""
     output = Output(form, quiet=quiet, debug=debug)
     with output.errors():
+        from reshard.address import parse_target
+        from reshard.errors import UsageError
         from reshard.merge import INDEX
         from reshard.merge import merge as merge_set
         from reshard.prepare import check_set_digests
@@ -25,18 +27,22 @@ def merge(
         from reshard.source.shardset import read_shard_set, require_shard_set
         from reshard.writer.split import DEFAULT_WORKERS
 
+        target = parse_target(out)
+        if target.kind != "folder":
+            raise UsageError("merge writes folders: give one as OUT, and copy it to the object store")
+        folder = Path(target.place)
         with open_source(shards, notify=output.warn) as source:
             require_shard_set(source)
             checkpoint = read_shard_set(source)
             check_set_digests(source, DEFAULT_WORKERS)
             with output.progress("merge", checkpoint.nbytes) as tick:
-                files = merge_set(source, checkpoint, out, tick)
+                files = merge_set(source, checkpoint, folder, tick)
         if output.is_json:
-            output.json({"out": str(out), "index": INDEX, "files": [vars(file) for file in files]})
+            output.json({"out": str(folder), "index": INDEX, "files": [vars(file) for file in files]})
             return
         output.table(
             [("file", "left"), ("tensors", "right"), ("size", "right"), ("blake3", "left")],
             [[f.name, str(f.tensors), size_text(f.size), f.blake3[:16]] for f in files],
         )
         output.text()
-        output.text(f"{out / INDEX} completes the checkpoint")
+        output.text(f"{folder / INDEX} completes the checkpoint")

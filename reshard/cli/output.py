@@ -33,6 +33,14 @@ class Output:
         self.is_json = form == "json"
         self._quiet = quiet or self.is_json
         self._debug = debug
+        self._speaks = True
+        self._who = ""
+
+    def is_process(self, number: int, size: int, host: str) -> None:
+        """One of several that do the same: only the first one speaks, and errors say whose they are."""
+        self._speaks = number == 0
+        self._quiet = self._quiet or not self._speaks
+        self._who = f"process {number} of {size} ({host}): "
 
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
@@ -45,15 +53,23 @@ class Output:
                 self.json({"error": {"kind": type(error).__name__, "message": message}})
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)  # noqa: T201
+            print(f"{self._who}interrupted", file=sys.stderr)  # noqa: T201
             raise typer.Exit(_INTERRUPTED) from None
+        except SystemExit:  # SIGTERM, which torchrun sends when another process has died
+            if self._who:
+                print(  # noqa: T201
+                    f"error: {self._who}told to end, as torchrun does when another process has ended; finished shards "
+                    "are kept: run the same command with --resume",
+                    file=sys.stderr,
+                )
+            raise
 
     def error(self, error: ReshardError) -> str:
         """An expected error's line on stderr, which is returned; with --debug its traceback before it."""
         if self._debug:
             traceback.print_exception(error)
         message = " ".join(str(error).split())
-        print(f"error: {message}", file=sys.stderr)  # noqa: T201
+        print(f"error: {self._who}{message}", file=sys.stderr)  # noqa: T201
         return message
 
     def json(self, document: Any) -> None:
@@ -62,14 +78,18 @@ class Output:
 
     def text(self, line: str = "") -> None:
         """A line of data."""
-        print(line)  # noqa: T201
+        if self._speaks:
+            print(line)  # noqa: T201
 
     def warn(self, line: str) -> None:
         """A warning."""
-        print(f"warning: {line}", file=sys.stderr)  # noqa: T201
+        if self._speaks:
+            print(f"warning: {line}", file=sys.stderr)  # noqa: T201
 
     def table(self, columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> None:
         """Rows under (title, "left" or "right") columns."""
+        if not self._speaks:
+            return
         from rich.box import SIMPLE_HEAD
         from rich.console import Console
         from rich.table import Table

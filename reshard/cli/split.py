@@ -1,6 +1,7 @@
 """`reshard split`."""
 
 import re
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -9,15 +10,15 @@ import typer
 from reshard.cli.output import ADDRESS, Debug, Format, Output, Quiet, Revision, size_text
 
 if TYPE_CHECKING:
-    from reshard.prepare import Prepared
-    from reshard.writer.split import SplitResult
+    from reshard.prepare import Cut, Prepared
+    from reshard.writer.split import SplitOptions, SplitResult
 
 _SHOWN_DIGEST = 16
 
 
 def split(
     source: Annotated[str, typer.Argument(metavar="SRC", help=f"{ADDRESS} A shard set is cut anew.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The shard set's folder: new or empty.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The shard set's folder, or s3://…: new or empty.")],
     tp: Annotated[int, typer.Option("--tp", help="Size of the DenseFFN group: how many shards.")],
     weights: Annotated[
         Literal["keep", "bf16", "w8a8"], typer.Option(help="Convert while cutting; needs torch unless keep.")
@@ -43,27 +44,68 @@ def split(
         from reshard.errors import OutputError, UsageError
         from reshard.prepare import Cut, check_set_digests, prepare
         from reshard.source.open import open_source
+        from reshard.writer.open import open_target, open_team
         from reshard.writer.split import DEFAULT_WORKERS, SplitOptions, write_shards
+        from reshard.writer.team import agree, read_place
 
-        if resume and overwrite:
-            raise UsageError("--resume keeps what is there, --overwrite replaces it: give one of them")
-        if Path(source).resolve() == out.resolve():
-            raise OutputError(f"{out}: is the source itself; choose another folder for the shards")
-        chosen = _parse_ranks(ranks, tp)
-        threads = workers or DEFAULT_WORKERS
-        with open_source(source, revision, notify=output.warn) as opened:
-            prepared = prepare(opened, Cut(tp, layout, pad, weights, quant_format))
-            for line in prepared.checkpoint.warnings:
-                output.warn(line)
-            if dry_run:
-                _report(output, prepared, out, None)
-                return
-            check_set_digests(opened, threads)
-            total = sum(s.size for s in prepared.plan.shards if chosen is None or s.tp_rank in chosen)
-            options = SplitOptions(chosen, resume, overwrite, threads)
-            with output.progress("split", total) as tick:
-                result = write_shards(prepared, out, options, tick)
-            _report(output, prepared, out, result)
+        place = read_place()
+        if place.size > 1:
+            output.is_process(place.number, place.size, socket.gethostname())
+        with open_team(place) as team:
+            if resume and overwrite:
+                raise UsageError("--resume keeps what is there, --overwrite replaces it: give one of them")
+            target = open_target(out)
+            if _same(source, out):
+                raise OutputError(f"{target.address}: is the source itself; choose another folder for the shards")
+            options = SplitOptions(
+                _parse_ranks(ranks, tp), resume, overwrite, workers or max(1, DEFAULT_WORKERS // place.on_this_host)
+            )
+            cut = Cut(tp, layout, pad, weights, quant_format)
+            with open_source(source, revision, notify=output.warn) as opened:
+                prepared = prepare(opened, cut)
+                agree(team, _account(prepared, cut, target.address, options, dry_run))
+                for line in prepared.checkpoint.warnings:
+                    output.warn(line)
+                if dry_run:
+                    _report(output, prepared, target.address, None)
+                    return
+                check_set_digests(opened, options.workers)
+                total = sum(s.size for s in prepared.plan.shards if options.ranks is None or s.tp_rank in options.ranks)
+                with output.progress("split", total) as team.show:
+                    result = write_shards(prepared, target, options, team=team)
+                _report(output, prepared, target.address, result)
+
+
+def _same(source: str, out: str) -> bool:
+    """Whether two addresses are one place."""
+    from reshard.address import parse_address, parse_target
+
+    one, other = parse_address(source), parse_target(out)
+    if one.kind != other.kind:
+        return False
+    if one.kind == "folder":
+        return Path(one.place).resolve() == Path(other.place).resolve()
+    return one.place.rstrip("/") == other.place.rstrip("/")
+
+
+def _account(prepared: "Prepared", cut: "Cut", out: str, options: "SplitOptions", dry_run: bool) -> dict[str, str]:
+    """What all processes of a team must have in common; threads may differ."""
+    from blake3 import blake3
+
+    from reshard import __version__
+    from reshard.record import fingerprint
+
+    identity = prepared.checkpoint.identity
+    command = {**vars(cut), **vars(options), "dry_run": dry_run, "out": out}
+    del command["workers"]
+    return {
+        "reshard": __version__,
+        **{key: repr(value) for key, value in command.items()},
+        "a source called": identity.name,
+        "a source of files": blake3(repr(identity.files).encode()).hexdigest()[:_SHOWN_DIGEST],
+        "a source of bytes": prepared.sample[:_SHOWN_DIGEST],
+        "a set": fingerprint(prepared.checkpoint, prepared.plan, prepared.sample)[:_SHOWN_DIGEST],
+    }
 
 
 def _parse_ranks(text: str | None, tp: int) -> tuple[int, ...] | None:
@@ -84,7 +126,7 @@ def _parse_ranks(text: str | None, tp: int) -> tuple[int, ...] | None:
     return tuple(sorted(found))
 
 
-def _report(output: Output, prepared: "Prepared", out: Path, result: "SplitResult | None") -> None:
+def _report(output: Output, prepared: "Prepared", out: str, result: "SplitResult | None") -> None:
     """The closing table, or the document; without a result, what would be written."""
     from reshard.naming import MANIFEST
     from reshard.record import scheme_name
@@ -96,7 +138,7 @@ def _report(output: Output, prepared: "Prepared", out: Path, result: "SplitResul
     whole = prepared.checkpoint.nbytes
     largest = max(shard.size for shard in plan.shards)
     document: dict[str, Any] = {
-        "out": str(out),
+        "out": out,
         "dry_run": result is None,
         "complete": bool(result and result.complete),
         "missing_ranks": list(result.missing) if result else [],
@@ -149,7 +191,7 @@ def _report(output: Output, prepared: "Prepared", out: Path, result: "SplitResul
     if result is None:
         output.text("dry run: nothing was written")
     elif result.complete:
-        output.text(f"{out / MANIFEST} completes the set")
+        output.text(f"{out}/{MANIFEST} completes the set")
     else:
         lacking = ", ".join(map(str, result.missing))
         output.text(f"the set still lacks ranks {lacking}: write them, then run the same command with --resume")

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from reshard.address import parse_address
 from reshard.checkpoint import Checkpoint
 from reshard.naming import parse_shard_file
-from reshard.source.address import parse_address
 from reshard.source.base import Source
 from reshard.source.files import read_checkpoint
 from reshard.source.folder import FolderSource
@@ -19,7 +19,7 @@ def open_source(
     notify: Notify = lambda line: None,
     patience: Patience | None = None,
 ) -> Source:
-    """The source at an address (see reshard.source.address). Raises SourceError if there is none.
+    """The source at an address (see reshard.address). Raises SourceError if there is none.
 
     revision: of a hub repository. notify: takes a line for each wait after a fault.
     """

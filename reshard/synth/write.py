@@ -49,7 +49,7 @@ def _write_all(plan: SynthPlan, folder: OutputFolder, tick: Tick) -> None:
         for (temporary, _), file in zip(temporaries, plan.files, strict=True):
             _write(temporary, file, plan.options, tick)
         for temporary, name in temporaries:
-            folder.commit(temporary, name)
+            folder.rename(temporary, name)
         for name, content in plan.side_files.items():
             folder.put(name, content)
     except BaseException:

@@ -1,52 +1,39 @@
-"""The output folder: what it holds, temporary names, durable renames."""
+"""A folder as target: temporary names, durable renames, locks."""
 
 import contextlib
 import errno
 import os
-import re
 import secrets
 import shutil
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from reshard.digests import file_digest
 from reshard.errors import OutputError, SpaceError
-from reshard.naming import CONFIG, MANIFEST, parse_shard_file
-from reshard.source.files import is_description
-from reshard.writer.lock import LOCK_FILE, locked
+from reshard.manifest import Record
+from reshard.naming import MANIFEST
+from reshard.source.folder import FolderSource
+from reshard.writer.file import DirectFile, sync
+from reshard.writer.lock import Lock, locked
+from reshard.writer.target import LOCK_FILE, REPLACED, TEMPORARY, Contents, rank_of, sort_names
 
-_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}\.tmp")
-_RECORD_ENDING = ".record.json"
-REPLACED = f".{MANIFEST}.replaced"
 _RESERVE = 1 << 20  # for the manifest, records and folder entries
-
-
-def record_file(shard: str) -> str:
-    """The name of a finished shard's record in an unfinished set."""
-    return shard.removesuffix(".safetensors") + _RECORD_ENDING
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What stands in an output folder.
-
-    finished: the manifest is there; replaced: an overwrite was cut off between two sets; shards: (rank, size).
-    """
-
-    finished: bool
-    replaced: bool
-    shards: frozenset[tuple[int, int]]
-    temporaries: tuple[str, ...]
-    foreign: tuple[str, ...]
 
 
 class OutputFolder:
     """A folder that a shard set is written into."""
 
+    stages = True
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self._created: list[Path] = []
         self._temporaries: list[Path] = []
+
+    @property
+    def address(self) -> str:
+        """The path."""
+        return str(self.path)
 
     def contents(self) -> Contents:
         """Look at what is there. Raises OutputError if it is no folder."""
@@ -56,14 +43,19 @@ class OutputFolder:
             names = []
         except OSError as error:
             raise OutputError(f"{self.path}: {error.strerror}; give a folder that can be written") from error
-        shards = frozenset(parsed for name in names if (parsed := parse_shard_file(name)))
-        return Contents(
-            finished=MANIFEST in names and bool(shards),
-            replaced=REPLACED in names,
-            shards=shards,
-            temporaries=tuple(name for name in names if _TEMPORARY.fullmatch(name)),
-            foreign=tuple(n for n in names if not (_is_ours(n) or (shards and (n == MANIFEST or _is_side_file(n))))),
-        )
+        return sort_names(names)
+
+    @contextlib.contextmanager
+    def writing(self, ranks: Sequence[int] | None) -> Iterator[Lock]:
+        """The folder made, and the ranks' locks held; what is left unfinished is removed."""
+        try:
+            with os_errors(self.path):
+                self.make()
+            with os_errors(self.path), locked(self.path, ranks) as lock:
+                yield lock
+        finally:
+            self.remove_own_temporaries()
+            self.remove_if_created()
 
     def require_empty(self) -> None:
         """Raises OutputError where there is anything but what killed runs leave."""
@@ -73,7 +65,7 @@ class OutputFolder:
         if there:
             raise OutputError(f"{self.path}: holds {there[0]}; give a new or empty folder")
 
-    def create(self) -> None:
+    def make(self) -> None:
         """Make the folder and its parents, remembering which were not there."""
         missing = []
         path = self.path
@@ -88,10 +80,10 @@ class OutputFolder:
             except OSError as error:
                 raise OutputError(f"{path}: cannot be made: {error.strerror}") from error
             self._created.append(path)
-            _sync(path.parent)
+            sync(path.parent)
 
     def remove_if_created(self) -> None:
-        """Undo `create` where nothing was put into what it made."""
+        """Undo `make` where nothing was put into what it made."""
         for path in reversed(self._created):
             with contextlib.suppress(OSError):
                 path.rmdir()
@@ -104,11 +96,35 @@ class OutputFolder:
                 f"{self.path}: {wanted:,} bytes are to be written, {free:,} are free; make room or choose another disk"
             )
 
+    def create(self, name: str, size: int) -> DirectFile:
+        """Begin a file; it has a name of its own until it is committed."""
+        return DirectFile(self.temporary(name), name)
+
     def temporary(self, name: str) -> Path:
         """A path of its own for a file that will be called `name`."""
         path = self.path / f".{name}.{secrets.token_hex(8)}.tmp"
         self._temporaries.append(path)
         return path
+
+    def files(self) -> Mapping[str, int]:
+        """Names and sizes, as they are now; what another run removes meanwhile is left out."""
+        found = {}
+        with os.scandir(self.path) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):
+                    if entry.is_file():
+                        found[entry.name] = entry.stat().st_size
+        return found
+
+    def read(self, name: str) -> bytes:
+        """A small file."""
+        with FolderSource(self.path) as there:
+            return there.read(name, 0, self.files()[name])
+
+    def holds(self, record: Record) -> bool:
+        """Whether the shard has the recorded digest: it is read."""
+        with FolderSource(self.path) as there:
+            return file_digest(there, record.shard.file, 0, record.shard.size) == record.shard.blake3
 
     def remove_own_temporaries(self) -> None:
         """Remove what `temporary` named and nothing was made of."""
@@ -118,8 +134,8 @@ class OutputFolder:
     def remove_temporaries(self, ranks: Collection[int | None] | None) -> None:
         """Remove what killed runs left of these ranks, None among them for what is of no rank; with None, all of it."""
         for name in self.contents().temporaries:
-            match = _TEMPORARY.fullmatch(name)
-            rank = _rank_of(match[1]) if match else None
+            match = TEMPORARY.fullmatch(name)
+            rank = rank_of(match[1]) if match else None
             if ranks is None or rank in ranks:
                 (self.path / name).unlink(missing_ok=True)
 
@@ -133,55 +149,24 @@ class OutputFolder:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        self.commit(temporary, name)
+        self.rename(temporary, name)
 
-    def commit(self, temporary: Path, name: str) -> None:
+    def rename(self, temporary: Path, name: str) -> None:
         """Give a durable file its name."""
         temporary.replace(self.path / name)
-        self.sync()
-
-    def remove_stale(self, keep: Collection[str]) -> None:
-        """Remove records, and what a set of another size or source left."""
-        ours = [name for name in os.listdir(self.path) if _is_side_file(name) or _rank_of(name) is not None]
-        self.remove([*(name for name in ours if name not in keep), REPLACED])
+        sync(self.path)
 
     def take_manifest_away(self) -> None:
         """From here on the set is one that is being replaced: no reader takes it, and `--resume` finishes it."""
-        (self.path / MANIFEST).replace(self.path / REPLACED)
-        self.sync()
+        with contextlib.suppress(FileNotFoundError):
+            (self.path / MANIFEST).replace(self.path / REPLACED)
+            sync(self.path)
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove files, durably."""
         for name in names:
             (self.path / name).unlink(missing_ok=True)
-        self.sync()
-
-    def sync(self) -> None:
-        """Make renames and removals durable."""
-        _sync(self.path)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _is_side_file(name: str) -> bool:
-    return name == CONFIG or is_description(name)
-
-
-def _is_ours(name: str) -> bool:
-    return name in {REPLACED, LOCK_FILE} or bool(_TEMPORARY.fullmatch(name)) or _rank_of(name) is not None
-
-
-def _rank_of(name: str) -> int | None:
-    """The rank that a shard or a record is of."""
-    shard = name.removesuffix(_RECORD_ENDING) + ".safetensors" if name.endswith(_RECORD_ENDING) else name
-    parsed = parse_shard_file(shard)
-    return parsed[0] if parsed else None
+        sync(self.path)
 
 
 @contextlib.contextmanager
@@ -191,7 +176,7 @@ def new_folder(path: Path) -> Iterator[OutputFolder]:
     folder.require_empty()
     try:
         with os_errors(path):
-            folder.create()
+            folder.make()
         with os_errors(path), locked(path, None):
             folder.require_empty()  # again, now that no other run can change it
             folder.remove_temporaries(None)

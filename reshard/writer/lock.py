@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from reshard.errors import BusyError, OutputError
+from reshard.writer.target import LOCK_FILE
 
-LOCK_FILE = ".reshard.lock"
 _TURN = 1 << 40  # a byte behind every rank's: held only while ranks are taken, and while the manifest is written
 _REST_OF_FILE = 0
 

@@ -1,4 +1,4 @@
-"""The split itself: shards by several threads, then the manifest.
+"""The split itself: shards by several threads, and processes, then the manifest.
 
 Each worker takes a rank at a time and streams its file front to back. A finished shard gets its name and a record;
 when every rank's is there, the manifest takes the records over and the set is complete.
@@ -7,12 +7,12 @@ when every rank's is there, the manifest takes the records over and the set is c
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+import time
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from reshard.digests import file_digest
 from reshard.errors import ManifestError, OutputError
 from reshard.manifest import Manifest, Record, Shard, parse_manifest, parse_record
 from reshard.naming import MANIFEST, shard_file
@@ -20,15 +20,14 @@ from reshard.plan import Plan, PlannedShard
 from reshard.prepare import Prepared, wanted
 from reshard.record import fingerprint, make_manifest, make_shard
 from reshard.source.base import Cancelled
-from reshard.source.folder import FolderSource
-from reshard.writer.folder import OutputFolder, os_errors, record_file
-from reshard.writer.lock import Lock, locked
+from reshard.writer.open import open_target
 from reshard.writer.stream import ShardStream
+from reshard.writer.target import Sink, Target, Turn, record_file, stale
+from reshard.writer.team import Alone, Team, Tick, share
 
 # More than this machine's cores: while one waits for the disk, another cuts and hashes.
 DEFAULT_WORKERS = min(8, 2 * len(os.sched_getaffinity(0)))
-
-Tick = Callable[[int], None]
+_APPEARING_SECONDS = 10.0  # a shared folder may show late what another host has put there
 
 
 @dataclass(frozen=True)
@@ -55,101 +54,133 @@ class SplitResult:
         return not self.missing
 
 
-def write_shards(prepared: Prepared, out: Path, options: SplitOptions, tick: Tick = lambda n: None) -> SplitResult:
-    """Write a plan's shards; `tick` is called with the bytes of each step.
+def write_shards(
+    prepared: Prepared,
+    out: Target | Path | str,
+    options: SplitOptions,
+    tick: Tick = lambda n: None,
+    team: Team | None = None,
+) -> SplitResult:
+    """Write a plan's shards to a folder or an fsspec address; `tick` is called with the bytes of each step.
 
-    Raises OutputError before anything is written where the folder does not allow it.
+    In a team each process writes its share of the ranks, the result is the whole team's, and its `show` takes the
+    place of `tick`. Raises OutputError before anything is written where the target does not allow it.
     """
     plan = prepared.plan
-    folder = OutputFolder(out)
-    ranks = options.ranks if options.ranks is not None else tuple(range(plan.tp_size))
-    _check_folder(folder, plan, ranks, options)
-    try:
-        with os_errors(out):
-            folder.create()
-        with os_errors(out), locked(out, options.ranks) as lock:
-            # Again, now that no other run can change it.
-            _check_folder(folder, plan, ranks, options)
-            folder.remove_temporaries(options.ranks)
-            return _Run(prepared, folder, options, tick).run(ranks, lock)
-    finally:
-        folder.remove_own_temporaries()
-        folder.remove_if_created()
+    target = open_target(out) if isinstance(out, Path | str) else out
+    team = team or Alone(tick)
+    ranks = share(options.ranks if options.ranks is not None else tuple(range(plan.tp_size)), team.place)
+    claimed = options.ranks if team.place.size == 1 else ranks
+    _check_contents(target, plan, ranks, options)
+    team.exchange(None)  # nobody writes before all may
+    with contextlib.ExitStack() as held:
+        turn = held.enter_context(target.writing(claimed))
+        # Again, now that no other run can change it.
+        _check_contents(target, plan, ranks, options)
+        target.remove_temporaries(claimed)
+        run = _Run(prepared, target, options, team)
+        written, kept = run.write(ranks)
+        if not team.place.leads:
+            held.close()
+        written_by, kept_by = zip(*team.exchange((written, kept)), strict=True)
+        missing = run.complete(turn, written_by, kept_by) if team.place.leads else ()
+        (missing, *_) = team.exchange(missing)
+    return SplitResult(_by_rank(written_by), _by_rank(kept_by), missing)
 
 
-def _check_folder(folder: OutputFolder, plan: Plan, ranks: Collection[int], options: SplitOptions) -> None:
-    contents = folder.contents()
+def _by_rank(of_processes: Collection[Sequence[Shard]]) -> tuple[Shard, ...]:
+    return tuple(sorted((s for shards in of_processes for s in shards), key=lambda shard: shard.tp_rank))
+
+
+def _check_contents(target: Target, plan: Plan, ranks: Collection[int], options: SplitOptions) -> None:
+    contents = target.contents()
     if contents.foreign:
         raise OutputError(
-            f"{folder.path}: holds {contents.foreign[0]}, which is no part of a shard set; choose an empty folder"
+            f"{target.address}: holds {contents.foreign[0]}, which is no part of a shard set; choose an empty folder"
         )
     if options.overwrite:
         if contents.finished and options.ranks is not None:
             raise OutputError(
-                f"{folder.path}: holds a finished set, which --overwrite replaces as a whole; leave --ranks out, or "
+                f"{target.address}: holds a finished set, which --overwrite replaces as a whole; leave --ranks out, or "
                 "choose another folder"
             )
         return
     if contents.finished and not options.resume:
-        raise OutputError(f"{folder.path}: holds a finished shard set; choose another folder, or --overwrite it")
+        raise OutputError(f"{target.address}: holds a finished shard set; choose another folder, or --overwrite it")
     other = sorted(size for _, size in contents.shards if size != plan.tp_size)
     # Of a set that this one replaced: an overwrite was cut off, and is gone on with.
     if other and not (options.resume and (contents.replaced or contents.finished)):
-        raise _other_size(folder, other[0], plan)
+        raise _other_size(target, other[0], plan)
     there = sorted(rank for rank, _ in contents.shards if rank in ranks)
     if there and not options.resume:
         raise OutputError(
-            f"{folder.path}: holds rank {there[0]}'s shard of an unfinished set; go on with --resume, or start anew "
+            f"{target.address}: holds rank {there[0]}'s shard of an unfinished set; go on with --resume, or start anew "
             "with --overwrite"
         )
 
 
-def _other_size(folder: OutputFolder, tp_size: int, plan: Plan) -> OutputError:
+def _other_size(target: Target, tp_size: int, plan: Plan) -> OutputError:
     return OutputError(
-        f"{folder.path}: holds shards of tp {tp_size}, this split is for tp {plan.tp_size}; choose another folder, or "
-        "--overwrite it"
+        f"{target.address}: holds shards of tp {tp_size}, this split is for tp {plan.tp_size}; choose another folder, "
+        "or --overwrite it"
     )
 
 
 class _Run:
-    """One split into one folder."""
+    """One process's part of a split."""
 
-    def __init__(self, prepared: Prepared, folder: OutputFolder, options: SplitOptions, tick: Tick) -> None:
+    def __init__(self, prepared: Prepared, target: Target, options: SplitOptions, team: Team) -> None:
         self._prepared = prepared
         self._checkpoint = prepared.checkpoint
         self._plan = prepared.plan
         self._readers = prepared.readers
         self._sample = prepared.sample
         self._fingerprint = fingerprint(prepared.checkpoint, prepared.plan, prepared.sample)
-        self._folder = folder
+        self._target = target
         self._options = options
-        self._tick = tick
+        self._team = team
         self._stop = threading.Event()
 
-    def run(self, ranks: Sequence[int], lock: Lock) -> SplitResult:
+    def write(self, ranks: Sequence[int]) -> tuple[list[Shard], list[Shard]]:
+        """Write these ranks' shards. Returns those that were written, and those of an earlier run that were kept."""
         kept = self._kept(ranks) if self._options.resume else {}
         todo = [self._plan.shards[rank] for rank in ranks if rank not in kept]
-        self._folder.check_space(sum(shard.size for shard in todo))
+        self._target.check_space(sum(self._team.exchange(sum(shard.size for shard in todo))))
         self._prepared.source.prefetch(wanted(self._prepared, todo))
-        # A finished set stays whole until every new shard is durable; then they change places.
-        staged = self._folder.contents().finished and self._options.overwrite
-        written = self._write(todo, staged)
-        done = {**kept, **{shard.tp_rank: shard for shard in written}}
-        missing = self._finish(done) if lock.finish() else self._others(done)
-        return SplitResult(tuple(written), tuple(kept.values()), missing)
+        replacing = any(self._team.exchange(self._options.overwrite and self._target.contents().finished))
+        if replacing and not self._target.stages:
+            self._take_manifest_away()
+        # Where files can wait unseen, a finished set stays whole until every new shard is durable.
+        staged = replacing and self._target.stages
+        written, waiting = self._write(todo, staged)
+        if staged:
+            self._team.exchange(None)
+            self._take_manifest_away()
+        return [*written, *(self._commit(sink, shard) for sink, shard in waiting)], list(kept.values())
 
-    def _write(self, todo: Sequence[PlannedShard], staged: bool) -> list[Shard]:
-        """Write shards with several threads. What is not finished when one fails is removed."""
-        durable: list[tuple[Path, Shard]] = []  # written and not yet under their names
+    def _take_manifest_away(self) -> None:
+        """The first process does it; then each where it sees one, in a folder of its own."""
+        if self._team.place.leads:
+            self._target.take_manifest_away()
+        self._team.exchange(None)
+        self._target.take_manifest_away()
+
+    def _write(self, todo: Sequence[PlannedShard], staged: bool) -> tuple[list[Shard], list[tuple[Sink, Shard]]]:
+        """Write shards with several threads; staged ones wait to be committed.
+
+        What is not finished when one fails is removed.
+        """
+        waiting: list[tuple[Sink, Shard]] = []
         written: list[Shard] = []
-        futures: list[Future[tuple[Path, Shard]]] = []
+        futures: list[Future[tuple[Sink, Shard]]] = []
         with ThreadPoolExecutor(self._options.workers, thread_name_prefix="reshard") as pool:
             try:
                 futures += [pool.submit(self._write_shard, shard) for shard in todo]
                 for future in as_completed(futures):
-                    durable.append(future.result())
-                    if not staged:
-                        written.append(self._commit(*durable.pop()))
+                    if staged:
+                        waiting.append(future.result())
+                    else:
+                        written.append(self._commit(*future.result()))
             except BaseException:
                 self._stop.set()
                 self._prepared.source.cancel()
@@ -159,13 +190,11 @@ class _Run:
                     if not future.cancelled() and not isinstance(future.exception(), Cancelled | None):
                         future.result()
                 raise
-        if staged:
-            self._folder.take_manifest_away()
-        written += [self._commit(temporary, shard) for temporary, shard in durable]
-        return sorted(written, key=lambda shard: shard.tp_rank)
+        return written, waiting
 
-    def _write_shard(self, planned: PlannedShard) -> tuple[Path, Shard]:
-        stream = ShardStream(self._folder.temporary(planned.file))
+    def _write_shard(self, planned: PlannedShard) -> tuple[Sink, Shard]:
+        self._advance(0)  # not even begun when another worker has failed
+        stream = ShardStream(self._target.create(planned.file, planned.size))
         try:
             stream.write(planned.header)
             digests = [stream.write_tensor(tensor, self._readers, self._advance) for tensor in planned.tensors]
@@ -174,46 +203,45 @@ class _Run:
             stream.discard()
             self._stop.set()
             raise
-        return stream.path, make_shard(planned, size, digest, digests)
+        return stream.sink, make_shard(planned, size, digest, digests)
 
     def _advance(self, nbytes: int) -> None:
         if self._stop.is_set():
             raise Cancelled
-        self._tick(nbytes)
+        self._team.tick(nbytes)
 
-    def _commit(self, temporary: Path, shard: Shard) -> Shard:
-        self._folder.commit(temporary, shard.file)
-        record = Record(fingerprint=self._fingerprint, shard=shard)
-        self._folder.put(record_file(shard.file), (record.model_dump_json(indent=1) + "\n").encode())
+    def _commit(self, sink: Sink, shard: Shard) -> Shard:
+        etag = sink.commit()
+        record = Record(fingerprint=self._fingerprint, shard=shard, etag=etag)
+        self._target.put(record_file(shard.file), (record.model_dump_json(indent=1) + "\n").encode())
         return shard
 
     def _kept(self, ranks: Collection[int]) -> dict[int, Shard]:
         """The shards of these ranks that earlier runs finished, that are of this very set, and whole."""
-        with FolderSource(self._folder.path) as there:
-            recorded = {rank: shard for rank, shard in self._recorded(there).items() if rank in ranks}
-            return {rank: s for rank, s in recorded.items() if file_digest(there, s.file) == s.blake3}
+        recorded = {rank: record for rank, record in self._recorded().items() if rank in ranks}
+        return {rank: record.shard for rank, record in recorded.items() if self._target.holds(record)}
 
-    def _recorded(self, there: FolderSource) -> dict[int, Shard]:
-        """The shards in the folder that a record of this very set (or its manifest) names, in the size it names."""
-        sizes, found = there.files(), {}
+    def _recorded(self) -> dict[int, Record]:
+        """The shards in the target that a record of this very set (or its manifest) names, in the size it names."""
+        sizes, found = self._target.files(), {}
         if MANIFEST in sizes:
-            manifest = parse_manifest(there.read(MANIFEST, 0, sizes[MANIFEST]))
-            found = {shard.tp_rank: shard for shard in manifest.shards}
+            manifest = parse_manifest(self._target.read(MANIFEST))
+            found = {s.tp_rank: Record(fingerprint=self._fingerprint, shard=s) for s in manifest.shards}
             if manifest.tp_size != self._plan.tp_size:
-                raise _other_size(self._folder, manifest.tp_size, self._plan)
+                raise _other_size(self._target, manifest.tp_size, self._plan)
             if manifest != self._manifest(manifest.shards) or not all(map(self._is_planned, manifest.shards)):
                 raise OutputError(
-                    f"{self._folder.path}: holds a finished set of another source or of other options; choose another "
-                    "folder, or --overwrite it"
+                    f"{self._target.address}: holds a finished set of another source or of other options; choose "
+                    "another folder, or --overwrite it"
                 )
         for rank in range(self._plan.tp_size):
             name = record_file(shard_file(rank, self._plan.tp_size))
             if rank not in found and name in sizes:
                 with contextlib.suppress(ManifestError):  # a damaged record: its shard is written again
-                    record = parse_record(there.read(name, 0, sizes[name]), name)
+                    record = parse_record(self._target.read(name), name)
                     if record.fingerprint == self._fingerprint and self._is_planned(record.shard):
-                        found[rank] = record.shard
-        return {rank: shard for rank, shard in found.items() if sizes.get(shard.file) == shard.size}
+                        found[rank] = record
+        return {rank: record for rank, record in found.items() if sizes.get(record.shard.file) == record.shard.size}
 
     def _is_planned(self, shard: Shard) -> bool:
         """Whether a shard is what the plan makes of its rank, whatever its digests."""
@@ -225,23 +253,53 @@ class _Run:
     def _manifest(self, shards: Sequence[Shard]) -> Manifest:
         return make_manifest(self._checkpoint, self._plan, self._sample, shards)
 
-    def _others(self, done: Mapping[int, Shard]) -> tuple[int, ...]:
+    def _others(self, done: Collection[int]) -> tuple[int, ...]:
         return tuple(rank for rank in range(self._plan.tp_size) if rank not in done)
 
-    def _finish(self, done: Mapping[int, Shard]) -> tuple[int, ...]:
-        """Write the manifest if every rank's shard is there. Returns the ranks that are not."""
-        with FolderSource(self._folder.path) as there:
-            # Our own as they are there now: another run may have replaced one since.
-            shards = {rank: s for rank, s in self._recorded(there).items() if rank not in done or done[rank] == s}
+    def complete(
+        self, turn: Turn, written: Sequence[Sequence[Shard]], kept: Sequence[Sequence[Shard]]
+    ) -> tuple[int, ...]:
+        """Write the manifest if every rank's shard is there. Returns the ranks that are not.
+
+        written, kept: by process. Raises OutputError where another process's shards are in a folder of its own.
+        """
+        of_processes = [[*new, *old] for new, old in zip(written, kept, strict=True)]
+        done = {shard.tp_rank: shard for shards in of_processes for shard in shards}
+        if not turn.finish():
+            return self._others(done)
+        shards = self._seen(done, of_processes)
         if len(shards) == self._plan.tp_size:
             shards = {**self._kept(self._others(done)), **done}
         missing = self._others(shards)
         if missing:
             return missing
-        self._folder.remove_temporaries((None,))
+        self._target.remove_temporaries(None)
         for name, data in sorted(self._checkpoint.side_files.items()):
-            self._folder.put(name, data)
+            self._target.put(name, data)
         ordered = [shards[rank] for rank in range(self._plan.tp_size)]
-        self._folder.put(MANIFEST, self._manifest(ordered).to_json())
-        self._folder.remove_stale({MANIFEST, *self._checkpoint.side_files, *(s.file for s in self._plan.shards)})
+        self._target.put(MANIFEST, self._manifest(ordered).to_json())
+        keep = {MANIFEST, *self._checkpoint.side_files, *(s.file for s in self._plan.shards)}
+        self._target.remove(stale(self._target.files(), keep))
         return ()
+
+    def _seen(self, done: Mapping[int, Shard], of_processes: Sequence[Sequence[Shard]]) -> dict[int, Shard]:
+        """The recorded shards that are there now; another run may have replaced one of those that are done."""
+        deadline = time.monotonic() + _APPEARING_SECONDS
+        while True:
+            shards = {
+                r: record.shard for r, record in self._recorded().items() if done.get(r, record.shard) == record.shard
+            }
+            for process, made in enumerate(of_processes):
+                unseen = [shard.file for shard in made if shard.tp_rank not in shards]
+                if process and unseen:
+                    break
+            else:
+                return shards
+            if time.monotonic() > deadline:
+                raise OutputError(
+                    f"{self._target.address}: {self._team.name(process)} has written {min(unseen)}, and "
+                    f"{self._team.name(0)} does not see it there: each host has a folder of its own. Copy the "
+                    "denseffn-rank-* files of all of them into one (.safetensors and .record.json), then run the same "
+                    "command on that host alone with --resume"
+                )
+            time.sleep(0.5)

@@ -1,32 +1,28 @@
-"""One shard file, written front to back past the page cache where the file system allows it.
+"""One shard file, put together and hashed front to back.
 
 Bytes are gathered in a small page-aligned stage that stays in the processor's cache: there they are hashed, and from
-there the disk takes them. So nothing waits in the page cache for the closing fsync, and memory does not grow.
+there the target takes them.
 """
 
-import errno
-import fcntl
 import mmap
-import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import numpy as np
 from blake3 import blake3
 
 from reshard.blocks import BlockReader
 from reshard.dtypes import itemsize
-from reshard.plan import ALIGNMENT, PlannedTensor
+from reshard.plan import PlannedTensor
+from reshard.writer.target import Sink
 
 STAGE_BYTES = 1 << 20
 
 
 class ShardStream:
-    """Writes a file that does not exist yet. `close` makes it durable; `discard` removes it."""
+    """Writes into a sink. `close` makes it durable; `discard` gives it up."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._descriptor = _create(path)
+    def __init__(self, sink: Sink) -> None:
+        self.sink = sink
         memory = mmap.mmap(-1, STAGE_BYTES)  # page-aligned, as direct writes want it
         self._memory = memoryview(memory)
         self._stage = np.frombuffer(memory, np.uint8)
@@ -63,21 +59,14 @@ class ShardStream:
         return hasher.hexdigest()
 
     def close(self) -> tuple[int, str]:
-        """Write what is staged and fsync. Returns the file's size and BLAKE3."""
+        """Write what is staged and make it durable. Returns the file's size and BLAKE3."""
         self._flush()
-        os.fsync(self._descriptor)
-        self._release()
+        self.sink.close()
         return self._written, self._hasher.hexdigest()
 
     def discard(self) -> None:
-        """Close and remove the file."""
-        self._release()
-        self.path.unlink(missing_ok=True)
-
-    def _release(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        """Nothing of it stays."""
+        self.sink.discard()
 
     def _advance(self, size: int) -> None:
         self._filled += size
@@ -87,12 +76,8 @@ class ShardStream:
     def _flush(self) -> None:
         data = self._memory[: self._filled]
         self._hasher.update(data)
-        if self._filled % ALIGNMENT:
-            _leave_direct(self._descriptor)  # only the file's tail is no whole number of pages
-        while data:
-            size = _write(self._descriptor, data, self._written)
-            self._written += size
-            data = data[size:]
+        self.sink.write(data)
+        self._written += self._filled
         self._filled = 0
 
 
@@ -133,33 +118,3 @@ class _Grid:
             if top < bottom and left < right:
                 block = out[top - row : bottom - row, left - column : right - column]
                 reader.read(block, source_row + top - at_row, source_column + left - at_column)
-
-
-def _create(path: Path) -> int:
-    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
-    try:
-        return os.open(path, flags | os.O_DIRECT, 0o644)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-    path.unlink(missing_ok=True)  # some file systems create it and then refuse direct writes
-    return os.open(path, flags, 0o644)
-
-
-def _write(descriptor: int, data: memoryview, at: int) -> int:
-    try:
-        return os.pwrite(descriptor, data, at)
-    except OSError as error:
-        # A file system may take the flag and still refuse this write; without the flag it is an ordinary one.
-        if error.errno != errno.EINVAL or not _leave_direct(descriptor):
-            raise
-        return os.pwrite(descriptor, data, at)
-
-
-def _leave_direct(descriptor: int) -> bool:
-    """Go on with ordinary writes. False if they were so already."""
-    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    if not flags & os.O_DIRECT:
-        return False
-    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
-    return True

@@ -51,3 +51,13 @@ def parse_address(text: str, revision: str | None = None) -> Address:
     if revision is not None:
         raise UsageError(f"--revision {revision}: that is for a hub repository, and a folder has no revisions")
     return found
+
+
+def parse_target(text: str) -> Address:
+    """What a text means as a place to write to: a folder here, or one on another file system. Raises UsageError."""
+    scheme = _SCHEME.match(text)
+    if scheme is None:
+        return Address("folder", text)
+    if scheme[1].lower() == "hf":
+        raise UsageError(f"{text}: the hub is read, not written; give a folder, and upload it with hf upload")
+    return parse_address(text)

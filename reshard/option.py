@@ -81,7 +81,7 @@ def broken_rules(
         return (*named, Broken("alone", message))
     if shards_tp_size in (None, value):
         return named
-    way = f"set it to {shards_tp_size}, or " if shards_tp_size in sizes else ""
+    way = f"set it to {shards_tp_size}, or " if shards_tp_size in sizes and setup.moe is not False else ""
     message = (
         f"{OPTION} is {value}, the shard set is cut for {shards_tp_size}: {way}cut it with reshard split --tp {value}"
     )

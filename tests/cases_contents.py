@@ -4,7 +4,7 @@ import copy
 import shutil
 from pathlib import Path
 
-from reshard.errors import SchemeError
+from reshard.errors import LayersError, SchemeError, ShapesError
 from tests.builders import RECIPES, Raw, Spec, build
 from tests.corrupt import (
     AGAIN,
@@ -79,9 +79,17 @@ def _no_config(folder: Path) -> None:
 
 
 _NAMES = [
-    Case("gate without up", without(f"{UP}.weight"), (f"{UP}.weight", "missing", "gate_proj.weight"), AGAIN),
-    Case("up without gate", without(f"{GATE}.weight"), (f"{GATE}.weight", "missing", "up_proj.weight"), AGAIN),
-    Case("no down", without(f"{DOWN}.weight"), (f"{DOWN}.weight", "missing", "up_proj.weight"), AGAIN),
+    Case(
+        "gate without up", without(f"{UP}.weight"), (f"{UP}.weight", "missing", "gate_proj.weight"), AGAIN, LayersError
+    ),
+    Case(
+        "up without gate",
+        without(f"{GATE}.weight"),
+        (f"{GATE}.weight", "missing", "up_proj.weight"),
+        AGAIN,
+        LayersError,
+    ),
+    Case("no down", without(f"{DOWN}.weight"), (f"{DOWN}.weight", "missing", "up_proj.weight"), AGAIN, LayersError),
     Case(
         "weight without its scale",
         without(f"{UP}.weight_scale"),
@@ -103,7 +111,8 @@ _NAMES = [
         without(f"{UP}.weight"),
         (f"{UP}.weight", "missing", "up_proj.weight_scale"),
         AGAIN,
-        spec=Spec("ct_dynamic"),
+        LayersError,
+        Spec("ct_dynamic"),
     ),
     Case(
         "channel scale of a wrong shape",
@@ -133,6 +142,7 @@ _NAMES = [
         both(with_tensor(f"{UP}.weight", "BF16", (256, 256), 131072), _no_config),
         (f"{UP}.weight", f"{GATE}.weight", "[256, 256]", "[512, 256]"),
         OTHER_FILE,
+        ShapesError,
     ),
     Case(
         "gate and up of different types",
@@ -182,31 +192,42 @@ _CONFIGS = [
         config(first_k_dense_replace=1),
         ("config.json", "first_k_dense_replace = 1", "gives 0,", "the names give 0-1", "only in the names: 1"),
         OTHER_FILE,
+        LayersError,
     ),
     Case(
         "config has more dense layers",
         config(first_k_dense_replace=3),
         ("config.json", "first_k_dense_replace = 3", "gives 0-2", "the names give 0-1", "only in config.json: 2"),
         OTHER_FILE,
+        LayersError,
     ),
-    Case("no dense layer", _only_experts, ("no dense layer", "config.json", "first_k_dense_replace = 0"), "is named"),
+    Case(
+        "no dense layer",
+        _only_experts,
+        ("no dense layer", "config.json", "first_k_dense_replace = 0"),
+        "is named",
+        LayersError,
+    ),
     Case(
         "config of another hidden size",
         config(hidden_size=128),
         (f"{GATE}.weight", "config.json", "[512, 256]", "[512, 128]", "hidden_size 128"),
         OTHER_FILE,
+        ShapesError,
     ),
     Case(
         "config of another intermediate size",
         config(intermediate_size=1024),
         (f"{GATE}.weight", "config.json", "[512, 256]", "[1024, 256]", "intermediate_size 1024"),
         OTHER_FILE,
+        ShapesError,
     ),
     Case(
         "down stored transposed",
         tensors(_transposed_down),
         (f"{DOWN}.weight", "config.json", "[512, 256]", "[256, 512]"),
         OTHER_FILE,
+        ShapesError,
     ),
     Case(
         "description contradicts a type",

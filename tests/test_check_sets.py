@@ -120,7 +120,11 @@ def tensor(manifest: dict[str, Any], rank: int, name: str) -> dict[str, Any]:
         (lambda m: m.update(padding={"padded_intermediate_size": 1024, "multiple": 1}), "cut", "padding is"),
         (lambda m: tensor(m, 0, "down_proj.weight").update(dtype="I32"), "headers", "is I8 [256, 256], manifest.json"),
         (lambda m: tensor(m, 1, "down_proj.weight").update(shape=[512, 128]), "headers", "says I8 [512, 128]"),
-        (lambda m: tensor(m, 1, "down_proj.weight")["slices"][0].update(start=0, stop=256), "cut", "no shard holds"),
+        (
+            lambda m: tensor(m, 1, "down_proj.weight")["slices"][0].update(start=0, stop=256),
+            "cut",
+            "the shards hold positions 0..256 of dim 1, it has",
+        ),
     ],
 )
 def test_a_manifest_that_is_not_of_its_files(shards: Path, change: Change, check: str, says: str) -> None:

@@ -15,6 +15,8 @@ from reshard.source.base import parse_json_object
 
 SCHEMES = tuple(dict.fromkeys(variant.scheme for variant in VARIANTS))
 _BLOCK = (128, 128)  # of every published block-scaled checkpoint: DeepSeek-V3's `weight_block_size`
+# llm-compressor writes scales in BF16, ModelSlim and DeepSeek in F32.
+_BF16_SCALES = frozenset(v.kind for v in VARIANTS if v.kind.startswith(("int8-channel", "fp8-channel", "fp8-block-c")))
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
@@ -83,7 +85,10 @@ def _linear(module: str, declared: Declared, weight: tuple[int, int], own: str) 
     variant = next(variant for variant in VARIANTS if variant.kind == declared.kind)
     tensors = {
         rule.suffix: Tensor(
-            f"{module}.{rule.suffix}", _dtype(rule, own), _shape(module, rule, variant, declared, weight), ()
+            f"{module}.{rule.suffix}",
+            _dtype(rule, declared.kind, own),
+            _shape(module, rule, variant, declared, weight),
+            (),
         )
         for rule in variant.tensors
     }
@@ -107,11 +112,13 @@ def _shape(
     return shapes[rule.shape]
 
 
-def _dtype(rule: TensorRule, own: str) -> str:
-    """A weight that is not quantised has the model's own type; a scale that may have several is taken for F32."""
+def _dtype(rule: TensorRule, kind: str, own: str) -> str:
+    """A weight that is not quantised has the model's own type; a scale that may have several has its tool's."""
     if len(rule.dtypes) == 1:
         return next(iter(rule.dtypes))
-    return own if rule.shape is Shape.OUT_IN else "F32"
+    if rule.shape is Shape.OUT_IN:
+        return own
+    return "BF16" if kind in _BF16_SCALES else "F32"
 
 
 def _own_dtype(config: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from reshard.prepare import Cut
 from tests.builders import RECIPES, Spec, build
 from tests.running import TIMEOUT_SECONDS, reshard, reshard_process, split
 
-COMMANDS = ["split", "inspect", "verify", "merge", "estimate", "synth", "schema"]
+COMMANDS = ["split", "inspect", "verify", "merge", "check", "estimate", "synth", "schema"]
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 

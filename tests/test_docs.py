@@ -153,6 +153,7 @@ def test_the_page_on_checks_has_every_check_rule_and_option() -> None:
         table = page.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0]
         assert re.findall(r"^\| `([\w-]+)` \| (.+) \|$", table, re.MULTILINE) == list(rows.items())
     said = reshard("check", "--help").out + reshard("split", "--help").out + reshard("verify", "--help").out
+    said += reshard("synth", "--help").out
     for option in set(re.findall(r"--[a-z][a-z-]+", page)):
         assert option in said, option
 

@@ -107,7 +107,7 @@ def test_killed_and_resumed(hub: Hub, tmp_path: Path) -> None:
     code = "from reshard.cli.main import main; main()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, command)],
-        env={**os.environ, "HF_ENDPOINT": hub.url, "TMPDIR": str(staging)},
+        env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "TMPDIR": str(staging)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )

@@ -15,14 +15,14 @@ from tests.vllm.models import write_model
 
 if importlib.util.find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
-
-# What vLLM wants on a CPU, two workers on one NUMA node; inherited by every process that is started here.
-os.environ |= {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-}
+else:
+    # What vLLM wants on a CPU, two workers on one NUMA node; inherited by every process that is started here.
+    os.environ |= {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
 W8A8 = CHECKPOINTS / "llmcompressor-w8a8-all-dense"
 
 

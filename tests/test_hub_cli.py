@@ -142,7 +142,7 @@ def test_interrupted_while_a_server_lets_one_wait(hub: Hub, tmp_path: Path) -> N
     code = "from reshard.cli.main import main; main()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, "split", REPO, str(tmp_path / "out"), "--tp", "2"],
-        env={**os.environ, "HF_ENDPOINT": hub.url},
+        env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -34,20 +35,25 @@ TIMEOUT = 600
 _MB = 1e6
 
 
-def _load(group: dist.ProcessGroup, served: Served) -> tuple[float, int]:
-    """(seconds, bytes read from disk) of loading a worker's weights."""
+def _load(group: dist.ProcessGroup, hosts: list[Path], served: Served) -> tuple[float, int]:
+    """(seconds, bytes read from disk) of loading a worker's weights.
+
+    Each worker reads a copy of its own, as on hosts of their own: of one file the second reader would find in the page
+    cache what the first has read.
+    """
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader import get_model_loader
     from vllm.utils.torch_utils import set_default_torch_dtype
 
+    host = hosts[group.rank()]
+    served = replace(served, model=host / "model", shards=served.shards and host / "tp2")
     config = inside.config_of(served)
     loader = get_model_loader(config.load_config)
     with set_current_vllm_config(config), set_default_torch_dtype(config.model_config.dtype):
         model = loader.create_model(vllm_config=config, model_config=config.model_config)
-        for folder in (served.model, served.model.parent / "tp2"):
-            for file in folder.glob("*.safetensors"):
-                with file.open("rb") as opened:
-                    os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        for file in host.glob("*/*.safetensors"):
+            with file.open("rb") as opened:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         dist.barrier(group)
         before, start = _read_bytes(), time.perf_counter()
         loader.load_weights(model, config.model_config)
@@ -58,7 +64,8 @@ def _read_bytes() -> int:
     return int(Path("/proc/self/io").read_text().split("read_bytes:")[1].split()[0])
 
 
-def _show_start(model: Path, shards: Path, runs: int) -> None:
+def _show_start(hosts: list[Path], runs: int) -> None:
+    model, shards = hosts[0] / "model", hosts[0] / "tp2"
     ranks = Ranks(2)
     kinds = {
         "engine": Served(model, data=2, dtype="bfloat16"),
@@ -67,13 +74,13 @@ def _show_start(model: Path, shards: Path, runs: int) -> None:
     found: dict[str, list[tuple[float, int]]] = {kind: [] for kind in kinds}
     for number in range(runs + 1):
         for kind, served in kinds.items():
-            per_rank = ranks.run(_load, served, timeout=TIMEOUT)
+            per_rank = ranks.run(_load, hosts, served, timeout=TIMEOUT)
             if number:
                 found[kind].append((max(seconds for seconds, _ in per_rank), sum(size for _, size in per_rank)))
     ranks.stop()
     seconds = {kind: statistics.median(s for s, _ in values) for kind, values in found.items()}
     read = {kind: statistics.median(size for _, size in values) for kind, values in found.items()}
-    print("\nloading the weights, from disk, two workers")
+    print("\nloading the weights, from disk, two workers, each with files of its own")
     for kind in kinds:
         print(f"  {kind:7} {seconds[kind]:7.2f} s {read[kind] / _MB:9.0f} MB read by both")
     times, sizes = seconds["ours"] / seconds["engine"], read["ours"] / read["engine"]
@@ -133,12 +140,14 @@ def main() -> None:
     print(f"{os.cpu_count()} processors, {cpu_name()}")
     work = Path(tempfile.mkdtemp(prefix=".bench-", dir=arguments.folder))
     try:
-        model = write_model(work / "model", dtype="bfloat16", intermediate=INTERMEDIATE)
-        split(model, work / "tp2", Cut(2))
+        hosts = [work / "host-0", work / "host-1"]
+        model = write_model(hosts[0] / "model", dtype="bfloat16", intermediate=INTERMEDIATE)
+        split(model, hosts[0] / "tp2", Cut(2))
         if arguments.only != "serving":
-            _show_start(model, work / "tp2", arguments.runs)
+            shutil.copytree(hosts[0], hosts[1])
+            _show_start(hosts, arguments.runs)
         if arguments.only != "start":
-            _show_serving(work, model, work / "tp2", min(2, arguments.runs))
+            _show_serving(work, model, hosts[0] / "tp2", min(2, arguments.runs))
     finally:
         shutil.rmtree(work)
 

@@ -20,6 +20,8 @@ _REPOSITORY = re.compile(rf"{_LABEL}/{_LABEL}")
 _HUB = re.compile(rf"hf://({_LABEL}/{_LABEL})/?(?:@(.+))?")
 _SCHEME = re.compile(r"([a-z0-9][a-z0-9+.-]*)(?:://|::)", re.IGNORECASE)
 _LOCAL = ("file", "local")
+_USER = re.compile(r"://[^/@\s'\"]*@")
+_QUERY = re.compile(r"(://[^?\s'\"]*)\?[^\s'\"]*")
 
 
 @dataclass(frozen=True)
@@ -61,3 +63,9 @@ def parse_target(text: str) -> Address:
     if scheme[1].lower() == "hf":
         raise UsageError(f"{text}: the hub is read, not written; give a folder, and upload it with hf upload")
     return parse_address(text)
+
+
+def redacted(text: object) -> str:
+    """A library's message as one line, its addresses without users, passwords and signatures."""
+    line = " ".join(str(text).split())
+    return _QUERY.sub(r"\1", _USER.sub("://", line))

@@ -2,41 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from os import PathLike
+    from collections.abc import Callable, Mapping
     from typing import Literal
 
     from reshard.check.report import Report
 
-    class Check(Protocol):
-        """What the fixture gives."""
-
-        def __call__(
-            self,
-            path: str | PathLike[str] | None = None,
-            *,
-            config: str | PathLike[str] | None = None,
-            tp: int | tuple[int, ...] = (),
-            scheme: str | None = None,
-            weights: str = "keep",
-            pad: bool = False,
-            against: str | PathLike[str] | None = None,
-            device: Literal["cpu", "npu"] = "cpu",
-            additional_config: Mapping[str, Any] | None = None,
-            data_parallel_size: int | None = None,
-            tensor_parallel_size: int | None = None,
-            strict: bool = False,
-        ) -> Report:
-            """Check one target as `reshard check` does; the test fails, with a line for each, if a check does."""
-
 
 @pytest.fixture(scope="session")
-def reshard_check() -> Check:
+def reshard_check() -> Callable[..., Report]:
     """`reshard check` for a test: call it with a checkpoint's or shard set's address, or with `config=FILE`.
 
     The arguments are the command's options. A failed check fails the test with its lines; the report is returned.
@@ -59,6 +37,7 @@ def reshard_check() -> Check:
         additional_config: Mapping[str, Any] | None = None,
         data_parallel_size: int | None = None,
         tensor_parallel_size: int | None = None,
+        revision: str | None = None,
         strict: bool = False,
     ) -> Report:
         __tracebackhide__ = True
@@ -73,6 +52,7 @@ def reshard_check() -> Check:
             pad=pad,
             against=None if against is None else str(against),
             device=device,
+            revision=revision,
             serving=None if all(value is None for value in said) else serving,
         )
         report = check_source(str(path), request) if config is None else check_config(str(config), request)

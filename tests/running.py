@@ -58,3 +58,18 @@ def split(source: Path, out: Path, cut: Cut, options: SplitOptions | None = None
     """What the split command does, without the command line."""
     with open_source(str(source)) as opened:
         return write_shards(prepare(opened, cut), out, options or SplitOptions())
+
+
+def same_but_for_the_origin(origin: dict[str, str], out: Path, right: Path) -> None:
+    """That two sets are the same bytes, and that the manifest of `out` has `origin` in the place of the other's."""
+    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in right.iterdir())
+    for path in right.iterdir():
+        got, wanted = (out / path.name).read_bytes(), path.read_bytes()
+        if path.name == "manifest.json":
+            ours, theirs = json.loads(got), json.loads(wanted)
+            assert {key: ours["source"].pop(key) for key in origin} == origin
+            for key in origin:
+                del theirs["source"][key]
+            assert ours == theirs
+        else:
+            assert got == wanted, path.name

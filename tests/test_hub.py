@@ -1,6 +1,5 @@
 """The hub as a source: what is asked of a real server through the real client, and what faults do."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from reshard.source.transport import Patience
 from reshard.writer.split import SplitOptions, write_shards
 from tests.builders import Spec, build
 from tests.hub_server import COMMIT, REPO, SECRET, Asked, Fault, Handler, Hub, serving
-from tests.running import split
+from tests.running import same_but_for_the_origin, split
 from tests.test_source import allowed_bytes
 
 MOVED = "2" * 40
@@ -76,21 +75,7 @@ def is_weights(asked: Asked) -> bool:
     return asked.is_data and asked.file.endswith(".safetensors")
 
 
-def same_but_for_the_origin(out: Path, right: Path) -> None:
-    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in right.iterdir())
-    for path in right.iterdir():
-        got, wanted = (out / path.name).read_bytes(), path.read_bytes()
-        if path.name == "manifest.json":
-            ours, theirs = json.loads(got), json.loads(wanted)
-            assert {k: ours["source"].pop(k) for k in ("kind", "name", "commit")} == {
-                "kind": "hub",
-                "name": REPO,
-                "commit": COMMIT,
-            }
-            del theirs["source"]["kind"], theirs["source"]["name"], theirs["source"]["commit"]
-            assert ours == theirs
-        else:
-            assert got == wanted, path.name
+ORIGIN = {"kind": "hub", "name": REPO, "commit": COMMIT}
 
 
 @pytest.mark.parametrize("recipe", ["bf16", "fp8_block", "modelslim_dynamic", "ct_static"])
@@ -103,7 +88,7 @@ def test_the_set_is_the_folder_s_and_each_byte_is_served_once(tmp_path: Path, re
             prepared = prepare(source, Cut(2))
             write_shards(prepared, tmp_path / "out", SplitOptions())
             dense = prepared.checkpoint.nbytes
-        same_but_for_the_origin(tmp_path / "out", tmp_path / "right")
+        same_but_for_the_origin(ORIGIN, tmp_path / "out", tmp_path / "right")
         headers = small = 0
         for path in model.iterdir():
             if path.suffix == ".safetensors":
@@ -144,7 +129,7 @@ def test_a_server_that_fails_is_asked_again(hub: Hub, tmp_path: Path, status: in
     waits, lines = Waits(), list[str]()
     cut_from(hub, tmp_path / "out", waits=waits, lines=lines)
     split(hub.commits[COMMIT], tmp_path / "right", Cut(2))
-    same_but_for_the_origin(tmp_path / "out", tmp_path / "right")
+    same_but_for_the_origin(ORIGIN, tmp_path / "out", tmp_path / "right")
     assert set(waits) >= {1.0, 2.0}
     assert max(waits) <= 30.0
     assert lines[0].startswith(f"{REPO}: HTTP {status}")
@@ -199,7 +184,7 @@ def test_a_connection_cut_in_the_middle_goes_on_where_it_broke(tmp_path: Path) -
         hub.fault = times(1, cut, is_weights)
         cut_from(hub, tmp_path / "out")
         split(tmp_path / "model", tmp_path / "right", Cut(2))
-        same_but_for_the_origin(tmp_path / "out", tmp_path / "right")
+        same_but_for_the_origin(ORIGIN, tmp_path / "out", tmp_path / "right")
         assert hub.data_bytes - before <= 1.02 * dense + before
 
 
@@ -210,7 +195,7 @@ def test_a_range_answered_with_the_whole_file_is_not_taken(hub: Hub, tmp_path: P
     hub.fault = times(1, whole, is_weights)
     cut_from(hub, tmp_path / "out")
     split(hub.commits[COMMIT], tmp_path / "right", Cut(2))
-    same_but_for_the_origin(tmp_path / "out", tmp_path / "right")
+    same_but_for_the_origin(ORIGIN, tmp_path / "out", tmp_path / "right")
     hub.fault = times(1000, whole, is_weights)
     with pytest.raises(SourceError, match=r"answers the range 0 to 8 with the whole file; given up after 6 tries"):
         cut_from(hub, tmp_path / "other")
@@ -270,7 +255,7 @@ def test_a_branch_that_moves_is_not_mixed_in(hub: Hub, tmp_path: Path) -> None:
         hub.refs["main"] = MOVED
         write_shards(prepared, tmp_path / "out", SplitOptions())
     split(hub.commits[COMMIT], tmp_path / "right", Cut(2))
-    same_but_for_the_origin(tmp_path / "out", tmp_path / "right")
+    same_but_for_the_origin(ORIGIN, tmp_path / "out", tmp_path / "right")
 
 
 def test_a_mirror_that_answers_with_another_commit_is_refused(hub: Hub, tmp_path: Path) -> None:

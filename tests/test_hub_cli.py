@@ -16,9 +16,9 @@ from reshard.prepare import Cut
 from tests.builders import Spec, build
 from tests.faults import ROOT
 from tests.hub_server import COMMIT, REPO, Asked, Handler, Hub, serving
-from tests.running import Done, reshard, reshard_process, split
+from tests.running import Done, reshard, reshard_process, same_but_for_the_origin, split
 from tests.test_docs import steady
-from tests.test_hub import is_weights, same_but_for_the_origin
+from tests.test_hub import ORIGIN, is_weights
 
 SET_COMMIT = "3" * 40
 
@@ -44,10 +44,26 @@ def test_a_checkpoint_is_inspected_split_and_verified(hub: Hub, tmp_path: Path) 
     done = run(hub, "split", REPO, tmp_path / "out", "--tp", 2, "--revision", "main")
     assert done.code == 0, done.err
     assert re.search(r"^split: \S+ \S+ in \S+ s", done.err, re.MULTILINE)
-    same_but_for_the_origin(tmp_path / "out", tmp_path / "right")
+    same_but_for_the_origin(ORIGIN, tmp_path / "out", tmp_path / "right")
     checked = run(hub, "verify", tmp_path / "out", "--source", REPO, "--revision", COMMIT, "--quiet")
     assert checked.code == 0, checked.out + checked.err
     assert f"every byte is {REPO}'s" in checked.out
+
+
+def test_a_revision_is_checked_and_estimated(hub: Hub) -> None:
+    """main is a checkpoint, tp2 its shard set."""
+    for revision, kind in (("main", "checkpoint"), ("tp2", "shard set")):
+        done = run(hub, "check", REPO, "--revision", revision, "--format", "json")
+        assert done.code == 0, done.err
+        assert done.document["targets"][0]["kind"] == kind
+    assert run(hub, "check", REPO, "--revision", "none").code == 1
+    done = run(hub, "estimate", REPO, "--revision", "tp2", "--tp", 1, "--format", "json")
+    assert done.code == 0, done.err
+    assert done.document["source"] == "model"  # what the set was cut from
+    for command in (("check",), ("estimate", "--tp", 1)):
+        done = run(hub, *command, "--config", ROOT / "configs" / "deepseek-r1.json", "--revision", "main")
+        assert done.code == 2
+        assert "--revision goes with a hub repository, which " in done.err
 
 
 def test_a_wrong_byte_is_found_against_the_hub(hub: Hub, tmp_path: Path) -> None:
@@ -121,7 +137,7 @@ def test_killed_and_resumed(hub: Hub, tmp_path: Path) -> None:
     done = run(hub, *command, "--format", "json", TMPDIR=str(staging))
     assert done.code == 0, done.err
     assert [shard["kept"] for shard in done.document["shards"]] == [True, False]
-    same_but_for_the_origin(out, tmp_path / "right")
+    same_but_for_the_origin(ORIGIN, out, tmp_path / "right")
     fetched = hub.data_bytes - before
     assert fetched < 0.8 * done.document["unsplit_bytes"]
     assert list(staging.iterdir()) == []

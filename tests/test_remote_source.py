@@ -1,10 +1,6 @@
 """Folders on other file systems, by fsspec: memory, and a real S3 server."""
 
-import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +10,16 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from reshard.address import redacted
 from reshard.errors import SourceError, UsageError
 from reshard.prepare import Cut, prepare
 from reshard.source.open import describe, open_source
 from reshard.source.remote import RemoteFiles
-from reshard.source.transport import Fault, Patience, redacted
+from reshard.source.transport import Fault, Patience
 from reshard.writer.split import SplitOptions, write_shards
 from tests.builders import Spec, build
-from tests.running import Done, reshard, reshard_process, split
-
-KEY, SECRET = "key-of-the-tests", "secret-of-the-tests"
+from tests.running import Done, reshard, reshard_process, same_but_for_the_origin, split
+from tests.s3 import KEY, SECRET, Server
 
 
 def upload(folder: Path, address: str, **options: Any) -> None:
@@ -44,23 +40,11 @@ def memory(tmp_path: Path) -> Iterator[Path]:
     MemoryFileSystem.pseudo_dirs[:] = [""]
 
 
-def same_but_for_the_origin(out: Path, right: Path) -> None:
-    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in right.iterdir())
-    for path in right.iterdir():
-        got, wanted = (out / path.name).read_bytes(), path.read_bytes()
-        if path.name == "manifest.json":
-            ours, theirs = json.loads(got), json.loads(wanted)
-            assert (ours["source"].pop("kind"), theirs["source"].pop("kind")) == ("remote", "folder")
-            assert ours == theirs
-        else:
-            assert got == wanted, path.name
-
-
 def test_every_command_takes_an_address(memory: Path) -> None:
     seen = reshard("inspect", "memory://store/model", "--format", "json")
     assert seen.document["source"] == {"kind": "remote", "name": "model", "commit": None}
     assert reshard("split", "memory://store/model", memory / "out", "--tp", 2, "--quiet").code == 0
-    same_but_for_the_origin(memory / "out", memory / "right")
+    same_but_for_the_origin({"kind": "remote"}, memory / "out", memory / "right")
     checked = reshard("verify", memory / "out", "--source", "memory://store/model", "--quiet")
     assert checked.code == 0, checked.out + checked.err
 
@@ -133,7 +117,7 @@ def test_faults_that_pass(faults: Faults, memory: Path) -> None:
     waits: list[float] = []
     with open_source("memory://store/model", patience=Patience(sleep=waits.append)) as source:
         write_shards(prepare(source, Cut(2)), memory / "out", SplitOptions())
-    same_but_for_the_origin(memory / "out", memory / "right")
+    same_but_for_the_origin({"kind": "remote"}, memory / "out", memory / "right")
     assert len(waits) == 3
 
 
@@ -213,51 +197,32 @@ def test_messages_hold_no_credentials() -> None:
 
 
 @pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    """moto's S3 server, in a process of its own."""
-    code = (
-        "import sys; from werkzeug.serving import make_server; from moto.server import DomainDispatcherApplication, "
-        "create_backend_app; server = make_server('127.0.0.1', 0, DomainDispatcherApplication(create_backend_app), "
-        "threaded=True); print(server.server_port, flush=True); server.serve_forever()"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    assert process.stdout is not None
-    with process:
-        try:
-            yield f"http://127.0.0.1:{int(process.stdout.readline())}"
-        finally:
-            process.kill()
+def s3() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.stop()
 
 
-def run_s3(endpoint: str, *arguments: object, key: str = KEY) -> Done:
-    return reshard_process(
-        *arguments,
-        AWS_ENDPOINT_URL=endpoint,
-        AWS_ACCESS_KEY_ID=key,
-        AWS_SECRET_ACCESS_KEY=SECRET,
-        AWS_DEFAULT_REGION="us-east-1",
-        AWS_CONFIG_FILE=os.devnull,
-        AWS_SHARED_CREDENTIALS_FILE=os.devnull,
-    )
-
-
-def test_a_real_s3_server(s3: str, tmp_path: Path) -> None:
+def test_a_real_s3_server(s3: Server, tmp_path: Path) -> None:
     build(tmp_path / "model", Spec("fp8_block"))
     split(tmp_path / "model", tmp_path / "right", Cut(2))
-    options = {"key": KEY, "secret": SECRET, "endpoint_url": s3}
-    fsspec.filesystem("s3", **options).mkdir("bucket")
+    options = {"key": KEY, "secret": SECRET, "endpoint_url": s3.environment["AWS_ENDPOINT_URL"]}
+
+    def run(*arguments: object) -> Done:
+        return reshard_process(*arguments, **s3.environment)
+
     upload(tmp_path / "model", "s3://bucket/models/model", **options)
     upload(tmp_path / "right", "s3://bucket/models/right", **options)
-    done = run_s3(s3, "split", "s3://bucket/models/model", tmp_path / "out", "--tp", 2, "--quiet")
+    done = run("split", "s3://bucket/models/model", tmp_path / "out", "--tp", 2, "--quiet")
     assert done.code == 0, done.err
-    same_but_for_the_origin(tmp_path / "out", tmp_path / "right")
+    same_but_for_the_origin({"kind": "remote"}, tmp_path / "out", tmp_path / "right")
     assert KEY not in (tmp_path / "out" / "manifest.json").read_text()
-    done = run_s3(s3, "verify", "s3://bucket/models/right", "--source", "s3://bucket/models/model", "--quiet")
+    done = run("verify", "s3://bucket/models/right", "--source", "s3://bucket/models/model", "--quiet")
     assert done.code == 0, done.out + done.err
-    done = run_s3(s3, "split", "s3://bucket/models/right", tmp_path / "tp1", "--tp", 1, "--quiet")
+    done = run("split", "s3://bucket/models/right", tmp_path / "tp1", "--tp", 1, "--quiet")
     assert done.code == 0, done.err
     for address in ("s3://bucket/models/nothing", "s3://none/model"):
-        done = run_s3(s3, "inspect", address)
+        done = run("inspect", address)
         assert done.code == 1
         assert "no such folder at that address" in done.err
         assert done.err.count("\n") == 1

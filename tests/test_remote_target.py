@@ -258,13 +258,8 @@ def test_a_package_that_is_missing_is_named(source: Path) -> None:
         "split", source, "s3://bucket/sets", "--tp", 4, before="import sys; sys.modules['s3fs'] = None"
     )
     assert done.code == 1
-    assert done.err == "error: s3://bucket/sets: s3:// needs a package: pip install 'reshard[s3]'\n"
-
-
-def test_messages_hide_what_may_be_secret() -> None:
-    text = remote._text
-    said = OSError("GET https://me:pw@host/b/k?X-Amz-Signature=abc&token=def failed\nat once.")
-    assert text(said) == "GET https://…@host/b/k failed at once"
+    assert done.err.startswith("error: s3://: needs s3fs, which cannot be imported (")
+    assert done.err.endswith("; pip install 'reshard[s3]'\n")
 
 
 def test_merge_writes_folders_only(tmp_path: Path, source: Path) -> None:

@@ -44,7 +44,8 @@ class Request:
     """What to check beyond the input itself.
 
     tp_sizes: group sizes to cut for; of a shard set, those that it may be cut for. scheme: of a config.json alone.
-    weights, pad: as `split` takes them. against: the address of what a shard set was cut from.
+    weights, pad: as `split` takes them. revision: of a hub repository that is checked. against: the address of what a
+    shard set was cut from.
     """
 
     tp_sizes: tuple[int, ...] = ()
@@ -54,6 +55,7 @@ class Request:
     against: str | None = None
     device: Literal["cpu", "npu"] = "cpu"
     serving: Serving | None = None
+    revision: str | None = None
 
 
 @dataclass(frozen=True)

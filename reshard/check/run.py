@@ -28,7 +28,7 @@ def check_source(address: str, request: Request) -> Report:
     """
     if request.scheme is not None:
         raise UsageError(f"--scheme goes with --config: the tensors of {address} say what they are")
-    with open_source(address) as source:
+    with open_source(address, request.revision) as source:
         if any(parse_shard_file(name) for name in source.files()):
             return Report(address, "shard set", tuple(_set(source, request, address)))
         if request.against is not None:
@@ -41,6 +41,8 @@ def check_config(path: str, request: Request) -> Report:
     """A config.json's report: of the checkpoint that it promises. Raises SourceError where it cannot be read."""
     if request.against is not None:
         raise UsageError(f"--against goes with a shard set, which {path} is not")
+    if request.revision is not None:
+        raise UsageError(f"--revision goes with a hub repository, which {path} is not")
     config = read_config(path)
     findings, checkpoint = check_layers(lambda: converted(promised(config, path, request.scheme), request.weights))
     return Report(path, "config", (*findings, *_cuts(checkpoint, request)), file=path)

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from reshard.cli.output import Debug, Output
+from reshard.cli.output import Debug, Output, Revision
+from reshard.cli.sizes import parse_sizes
 
 if TYPE_CHECKING:
     from reshard.check.report import Report, Request, Serving
 
 _UNREADABLE, _FAILED = 1, 3
-_MAX_SIZE = 99_999
+_MAX_SIZE = 99_999  # of an engine's sizes: larger ones are a slip
 
 
 def check(
@@ -47,6 +48,7 @@ def check(
     tensor_parallel_size: Annotated[
         int | None, typer.Option(min=1, max=_MAX_SIZE, help="The engine's; 1 where it is left out.")
     ] = None,
+    revision: Revision = None,
     strict: Annotated[bool, typer.Option("--strict", help="Warnings fail, too.")] = False,
     form: Annotated[
         Literal["human", "json", "junit", "github"], typer.Option("--format", help="What stdout carries.")
@@ -63,7 +65,7 @@ def check(
         if not targets:
             raise UsageError("nothing to check: give a PATH, or --config FILE")
         serving = _serving(additional_config, data_parallel_size, tensor_parallel_size)
-        request = Request(_sizes(tp), scheme, weights, pad, against, device, serving)
+        request = Request(parse_sizes(tp), scheme, weights, pad, against, device, serving, revision)
         reports = [_report(output, target, is_config, request) for target, is_config in targets]
         _write(output, form, reports, strict)
     if any(report.unreadable for report in reports):
@@ -104,19 +106,6 @@ def _write(output: Output, form: str, reports: "list[Report]", strict: bool) -> 
     }
     for line in lines[form]:
         output.text(line)
-
-
-def _sizes(text: str | None) -> tuple[int, ...]:
-    """Group sizes such as `4,8`. Raises UsageError for anything else."""
-    from reshard.errors import UsageError
-
-    if text is None:
-        return ()
-    parts = [part.strip() for part in text.split(",")]
-    for part in parts:
-        if not (part.isascii() and part.isdigit() and 1 <= int(part) <= _MAX_SIZE):
-            raise UsageError(f"--tp {text}: {part!r} is no group size; write them as 4,8, each from 1 to {_MAX_SIZE}")
-    return tuple(dict.fromkeys(int(part) for part in parts))
 
 
 def _serving(additional: str | None, data_parallel: int | None, tensor_parallel: int | None) -> "Serving | None":

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from reshard.cli.output import Debug, Format, Output
+from reshard.cli.output import ADDRESS, Debug, Format, Output, Revision
+from reshard.cli.sizes import parse_sizes
 
 if TYPE_CHECKING:
     from reshard.checkpoint import Checkpoint
@@ -18,7 +19,7 @@ _WIDTHS = {"bfloat16": 2, "float32": 4}
 
 def estimate(
     path: Annotated[
-        str | None, typer.Argument(metavar="[PATH]", help="A checkpoint's or a shard set's folder; or --config.")
+        str | None, typer.Argument(metavar="[PATH]", help=f"A checkpoint or a shard set. {ADDRESS} Or --config.")
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="A Hugging Face config.json, where no checkpoint is at hand.")
@@ -45,6 +46,7 @@ def estimate(
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure this machine instead and print its profile (needs torch).")
     ] = False,
+    revision: Revision = None,
     form: Format = "human",
     debug: Debug = False,
 ) -> None:
@@ -67,13 +69,15 @@ def estimate(
         from reshard.estimate.recommend import recommend
         from reshard.estimate.sizes import Options, estimate
 
-        sizes = _sizes(tp)
+        sizes = sorted(parse_sizes(tp))
         profile = load_profile(device, override or ())
         schemes = None if scheme is None else _words(scheme, "--scheme")
         if config is not None:
+            if revision is not None:
+                raise UsageError(f"--revision goes with a hub repository, which {config} is not")
             checkpoints = _of_config(config, schemes)
         elif path is not None:
-            checkpoints = _of_source(output, path, schemes)
+            checkpoints = _of_source(output, path, revision, schemes)
         else:
             raise UsageError("nothing to estimate: give a PATH, or --config FILE")
         options = Options(batch, _WIDTHS[reduce_dtype], pad)
@@ -110,30 +114,19 @@ def _of_config(config: Path, schemes: list[str] | None) -> "dict[str, Checkpoint
     return {name: promised(parsed, model, name) for name in names}
 
 
-def _of_source(output: Output, path: str, schemes: list[str] | None) -> "dict[str, Checkpoint]":
+def _of_source(output: Output, path: str, revision: str | None, schemes: list[str] | None) -> "dict[str, Checkpoint]":
     """A checkpoint as it is and as it could be converted, by scheme."""
     from reshard.convert.rules import KEEP
     from reshard.estimate.described import in_scheme, plain_scheme
     from reshard.record import scheme_name
     from reshard.source.open import describe, open_source
 
-    with open_source(path) as source:
+    with open_source(path, revision, notify=output.warn) as source:
         checkpoint = describe(source)
     for line in checkpoint.warnings:
         output.warn(line)
     found = [in_scheme(checkpoint, plain_scheme(word)) for word in schemes or (KEEP,)]
     return {scheme_name(one.layers): one for one in found}
-
-
-def _sizes(text: str) -> list[int]:
-    from reshard.errors import UsageError
-    from reshard.naming import MAX_TP_SIZE
-
-    words = _words(text, "--tp")
-    for word in words:
-        if not (word.isascii() and word.isdigit() and 1 <= int(word) <= MAX_TP_SIZE):
-            raise UsageError(f"--tp {text}: {word!r} is no group size; give numbers from 1, such as 1,2,4,8")
-    return sorted({int(word) for word in words})
 
 
 def _words(text: str, option: str) -> list[str]:

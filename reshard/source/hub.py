@@ -14,9 +14,10 @@ from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, get_session, httpx, parse_ratelimit_headers
 
 from reshard import __version__
+from reshard.address import redacted
 from reshard.errors import SourceError
 from reshard.source.base import Origin
-from reshard.source.transport import Fault, redacted
+from reshard.source.transport import Fault
 
 _LIBRARY = "reshard"
 _MAY_PASS = frozenset({408, 429, 500, 502, 503, 504})

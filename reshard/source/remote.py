@@ -6,13 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import fsspec
-from fsspec.registry import known_implementations
 
-from reshard.errors import MissingDependencyError, SourceError, UsageError
+from reshard.address import redacted
+from reshard.errors import SourceError, UsageError
+from reshard.filesystems import missing_package
 from reshard.source.base import Origin
-from reshard.source.transport import Fault, redacted
+from reshard.source.transport import Fault
 
-_EXTRAS = {"s3fs": "reshard[s3]"}
 _AT_ONCE = 16
 # What another try does not mend.
 _STAYS = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, ValueError, TypeError)
@@ -30,7 +30,7 @@ class RemoteFiles:
             # Listings that are kept would hide that an object changed; an instance that is kept would be shared.
             self._fs, self._path = fsspec.url_to_fs(address, use_listings_cache=False, skip_instance_cache=True)
         except ImportError as error:
-            raise _missing(address, error) from None
+            raise missing_package(address, error) from None
         except (ValueError, TypeError, OSError) as error:
             raise UsageError(f"{self._name}: {redacted(error)}") from None
         self._sizes: dict[str, int] = {}
@@ -95,20 +95,6 @@ def _name(address: str) -> str:
     protocol, _, rest = address.partition("::")[0].rpartition("://")
     path = rest.partition("?")[0].partition("#")[0].rpartition("@")[2].strip("/")
     return path.rpartition("/")[2] or protocol or "remote"
-
-
-def _missing(address: str, error: ImportError) -> MissingDependencyError:
-    """Which package reads the address."""
-    for link in address.split("::"):
-        known = known_implementations.get(link.partition("://")[0], {})
-        package = known.get("class", "").partition(".")[0]
-        if package and package != "fsspec":
-            wanted = _EXTRAS.get(package, package)
-            return MissingDependencyError(
-                f"{link.partition('://')[0]}://: read with {package}, which cannot be imported "
-                f"({redacted(error)}); pip install '{wanted}'"
-            )
-    return MissingDependencyError(f"{_name(address)}: {redacted(error)}")
 
 
 def _said(error: Exception) -> str:

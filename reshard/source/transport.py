@@ -1,6 +1,5 @@
 """What a source elsewhere must offer, and how faults that may pass are borne."""
 
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,9 +10,6 @@ from reshard.errors import SourceError
 from reshard.source.base import Cancelled, Origin
 
 Notify = Callable[[str], None]
-
-_USER = re.compile(r"://[^/@\s'\"]*@")
-_QUERY = re.compile(r"(://[^?\s'\"]*)\?[^\s'\"]*")
 
 
 class Fault(Exception):
@@ -103,9 +99,3 @@ class Pauses:
                 return
             self._silent_until = now + delay
         self._notify(line)
-
-
-def redacted(text: object) -> str:
-    """A library's message as one line, its addresses without users, passwords and signatures."""
-    line = " ".join(str(text).split())
-    return _QUERY.sub(r"\1", _USER.sub("://", line))

@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 import fsspec
 from fsspec.spec import AbstractBufferedFile
 
-from reshard.errors import MissingDependencyError, OutputError, UsageError
+from reshard.address import redacted
+from reshard.errors import OutputError, UsageError
+from reshard.filesystems import missing_package
 from reshard.manifest import Record
 from reshard.naming import MANIFEST
 from reshard.writer.target import REPLACED, Contents, rank_of, sort_names
@@ -21,7 +23,6 @@ T = TypeVar("T")
 
 PART_BYTES = 16 << 20
 _MOST_PARTS = 9_000  # S3 takes 10,000
-_EXTRAS = {"s3": "reshard[s3]", "s3a": "reshard[s3]"}
 
 
 class RemoteTarget:
@@ -42,9 +43,7 @@ class RemoteTarget:
         try:
             self._fs, root = fsspec.url_to_fs(self.address, use_listings_cache=False)
         except ImportError as error:
-            extra = _EXTRAS.get(protocol)
-            way_out = f"pip install '{extra}'" if extra else str(error)
-            raise MissingDependencyError(f"{self.address}: {protocol}:// needs a package: {way_out}") from error
+            raise missing_package(self.address, error) from error
         except Exception as error:
             raise UsageError(f"{self.address}: is no address that can be used: {_text(error)}") from error
         self._root = str(root).rstrip("/")
@@ -226,7 +225,5 @@ def _etag(info: Mapping[str, Any]) -> str | None:
 
 
 def _text(error: BaseException) -> str:
-    """A driver's message in one line, without what may be secret: passwords and queries of URLs."""
-    text = " ".join((str(error) or type(error).__name__).split())
-    text = re.sub(r"//[^/@\s]*@", "//…@", text)
-    return re.sub(r"(\w+://[^\s?\"']*)\?[^\s\"']*", r"\1", text).rstrip(".")
+    """A driver's message; some say nothing."""
+    return redacted(error).rstrip(".") or type(error).__name__

@@ -15,6 +15,7 @@ from tests.running import reshard, split
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = [command.callback.__name__ for command in app.registered_commands if command.callback]
 
 
@@ -29,7 +30,7 @@ def transcript() -> list[tuple[str, str]]:
 
 
 def scheme_rows() -> list[str]:
-    """The README's table of schemes, out of the split table."""
+    """The table of schemes, out of the split table."""
     head = ["| scheme | said by | tensors of a linear |", "| --- | --- | --- |"]
     return head + [
         f"| `{v.scheme}` | `{v.kind}` | {', '.join(f'`{rule.suffix}`' for rule in v.tensors)} |" for v in VARIANTS
@@ -37,7 +38,7 @@ def scheme_rows() -> list[str]:
 
 
 def cut_rows() -> list[str]:
-    """The README's table of cuts, out of the split table."""
+    """The table of cuts, out of the split table."""
     rows = {}
     for rule in (rule for variant in VARIANTS for rule in variant.tensors):
         types = ", ".join(sorted(set().union(*(r.dtypes for v in VARIANTS for r in v.tensors if _same(r, rule)))))
@@ -50,9 +51,10 @@ def _same(one: TensorRule, other: TensorRule) -> bool:
     return (one.suffix, one.shape) == (other.suffix, other.shape)
 
 
-def section(name: str) -> list[str]:
-    """The lines between a pair of marks."""
-    return README.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0].strip().splitlines()
+def section(page: str, name: str) -> list[str]:
+    """The lines between a pair of marks of a page of docs/."""
+    text = (ROOT / "docs" / page).read_text()
+    return text.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0].strip().splitlines()
 
 
 def test_the_transcript_is_what_the_commands_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,8 +76,8 @@ def steady(text: str) -> str:
 
 
 def test_the_tables_are_the_split_table() -> None:
-    assert section("schemes") == scheme_rows()
-    assert section("cuts") == cut_rows()
+    assert section("formats.md", "schemes") == scheme_rows()
+    assert section("formats.md", "cuts") == cut_rows()
 
 
 def test_every_command_is_described() -> None:
@@ -97,9 +99,15 @@ def test_targets_that_are_named_exist() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_files_that_are_named_exist() -> None:
-    for path in re.findall(r"\]\(((?!http|#)[^)]+)\)", README):
-        assert (ROOT / path).exists(), path
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_exist(page: Path) -> None:
+    for path in re.findall(r"\]\(((?!http|#)[^)]+)\)", page.read_text()):
+        assert (page.parent / path).exists(), path
+
+
+def test_every_page_can_be_found_from_the_readme() -> None:
+    for page in PAGES[1:]:
+        assert f"](docs/{page.name})" in README, page.name
 
 
 def test_the_version_stands_in_the_changelog_and_once_in_the_code() -> None:
@@ -150,7 +158,7 @@ def test_the_page_on_checks_has_every_check_rule_and_option() -> None:
 
     page = (ROOT / "docs" / "check.md").read_text()
     for name, rows in (("checks", CHECKS), ("rules", RULES)):
-        table = page.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0]
+        table = "\n".join(section("check.md", name))
         assert re.findall(r"^\| `([\w-]+)` \| (.+) \|$", table, re.MULTILINE) == list(rows.items())
     said = reshard("check", "--help").out + reshard("split", "--help").out + reshard("verify", "--help").out
     said += reshard("synth", "--help").out
@@ -196,7 +204,6 @@ def test_the_estimate_page_has_the_model_s_figures() -> None:
     ]
     saved = eight.saved / GIB
     wanted.append(f"| GiB saved at tp 8 | {saved:.3f} | 0.969 | {saved / 0.969 - 1:+.1%} |".replace("%", " %"))
-    table = page.split("<!-- hand -->")[1].split("<!-- /hand -->")[0].strip().splitlines()
-    assert table[2:] == wanted
+    assert section("estimate.md", "hand")[2:] == wanted
     less = milliseconds[0] - milliseconds[1], milliseconds[0] - milliseconds[2]
     assert f"{less[0]:.3f} ms less ({less[1]:.3f} with int8" in page

@@ -39,7 +39,8 @@ def test_a_config_alone() -> None:
     assert lines[-3:] == [
         "w8a8_dynamic: choose tp 8",
         "  0.343 ms a step, 1.169 ms unsplit; a device holds 0.139 GiB and saves 0.970",
-        "  tp 16 takes 1.592 ms: it leaves the node (196 GB/s) for the cluster (25 GB/s, 1.5 us)",
+        "  tp 16 takes 1.592 ms: gather and scatter take 1.281 ms more, over the cluster (25 GB/s, 1.5 us) and not the "
+        "node (196 GB/s, 0.5 us)",
     ]
 
 
@@ -69,7 +70,7 @@ def test_the_document_has_everything() -> None:
     assert [size["tp_size"] for size in w8a8["sizes"]] == [1, 8, 32]
     eight = w8a8["sizes"][1]
     assert eight["network"] == "node"
-    assert eight["alignment"] == {"tiles": True, "blocks": True, "notes": []}
+    assert eight["alignment"] == {"tiles": True, "blocks": True, "too_wide": False, "notes": []}
     assert eight["gathered_as_int8"]["gather_bytes_per_token_layer"] == 7 * 7172
     assert eight["gathered_as_bf16"]["gather_bytes_per_token_layer"] == 7 * 2 * 7168
     assert eight["gathered_as_int8"]["messages_per_layer"] == 14

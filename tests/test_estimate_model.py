@@ -15,7 +15,15 @@ from reshard.checkpoint import Checkpoint
 from reshard.errors import ProfileError, SchemeError
 from reshard.estimate.alignment import verdict
 from reshard.estimate.described import in_scheme
-from reshard.estimate.model import GIB, Matmul, collective_seconds, level_for, matmul_seconds, vector_seconds
+from reshard.estimate.model import (
+    GIB,
+    Matmul,
+    collective_seconds,
+    level_for,
+    matmul_seconds,
+    messages,
+    vector_seconds,
+)
 from reshard.estimate.profile import Alignment, Profile, load_profile
 from reshard.estimate.recommend import recommend
 from reshard.estimate.sizes import Estimate, Options, Size, estimate
@@ -111,10 +119,12 @@ def test_collectives_in_a_mesh_use_one_link_for_each_peer() -> None:
     """1 MB over a link of a third of 6 GB/s, at half of it: 1 ms, whatever the group's size."""
     for ranks in (2, 3, 4):
         assert collective_seconds(ROUND, ranks, 10**6) == pytest.approx(1e-3 + 1e-6 + 10e-6)
+        assert messages(ROUND, ranks) == ranks - 1
     assert collective_seconds(ROUND, 1, 10**6) == 0
 
 
 def test_collectives_over_a_switch_send_everything_over_one_link() -> None:
+    assert [messages(ROUND, ranks) for ranks in (5, 8, 16, 64)] == [3, 3, 4, 6]
     for ranks in (5, 8, 16, 64):
         wanted = (ranks - 1) * 1e-3 + ceil(log2(ranks)) * 3e-6 + 10e-6
         assert collective_seconds(ROUND, ranks, 10**6) == pytest.approx(wanted)
@@ -153,12 +163,13 @@ def test_more_of_anything_never_takes_less(
 
 def test_bytes_and_messages_on_the_wire() -> None:
     dynamic = Split(8, 24, 7168, 2304, "dynamic", "dynamic")
-    assert wire_of(dynamic).gather_bytes == 7 * (7168 + 4)
-    assert wire_of(dynamic).scatter_bytes == 7 * 2 * 7168
-    assert wire_of(dynamic).messages == 14
-    assert wire_of(replace(dynamic, quantise_first=False)).nbytes == 7 * 4 * 7168
-    assert wire_of(replace(dynamic, reduce_bytes=4)).scatter_bytes == 7 * 4 * 7168
-    assert wire_of(replace(dynamic, tp_size=1)).nbytes == wire_of(replace(dynamic, tp_size=1)).messages == 0
+    assert wire_of(A2, dynamic).gather_bytes == 7 * (7168 + 4)
+    assert wire_of(A2, dynamic).scatter_bytes == 7 * 2 * 7168
+    assert wire_of(A2, dynamic).messages == 14
+    assert wire_of(A2, replace(dynamic, quantise_first=False)).nbytes == 7 * 4 * 7168
+    assert wire_of(A2, replace(dynamic, reduce_bytes=4)).scatter_bytes == 7 * 4 * 7168
+    assert wire_of(A2, replace(dynamic, tp_size=1)).nbytes == wire_of(A2, replace(dynamic, tp_size=1)).messages == 0
+    assert wire_of(A3, dynamic).messages == 6  # over a switch
 
 
 @pytest.mark.parametrize("recipe", ["bf16", "modelslim_dynamic", "modelslim_static", "fp8_block", "modelslim_mix"])
@@ -256,7 +267,7 @@ def test_layers_of_several_schemes_add_up(tmp_path: Path) -> None:
     assert size.as_int8 is not None
     layer = Split(2, 24, 256, 256, "dynamic", "bf16")
     assert size.as_int8.step_seconds == pytest.approx(2 * sum(layer_seconds(A2, layer).values()))
-    assert size.as_int8.wire == wire_of(layer)
+    assert size.as_int8.wire == wire_of(A2, layer)
 
 
 # --- alignment ---

@@ -151,6 +151,11 @@ def test_options_reach_the_estimate() -> None:
     assert static == pytest.approx(plain + 3 * (2 * 10e-6 - 2 * 5e-6))
 
 
+def test_a_batch_beyond_counting_is_wrong_usage() -> None:
+    done = reshard("estimate", "--config", CONFIG, "--tp", 8, "--batch", 10**400)
+    assert (done.code, done.out) == (2, "")
+
+
 def test_padding_lets_any_size_be() -> None:
     arguments = ("estimate", "--config", CONFIG, "--tp", "32", "--scheme", "fp8_block", "--pad")
     document = reshard(*arguments, "--format", "json").document
@@ -273,8 +278,11 @@ def test_measuring_without_torch_says_how_to_get_it() -> None:
     assert "pip install 'reshard[runtime]'" in done.err
 
 
-def test_this_machine_is_measured_and_estimated(tmp_path: Path) -> None:
-    """Two real processes; what comes out is a profile, and more than nothing."""
+def test_this_machine_is_measured_and_estimated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two real processes, whatever lies in the current folder; what comes out is a profile, and more than nothing."""
+    (tmp_path / "runtime").mkdir()
+    (tmp_path / "runtime" / "__init__.py").write_text("raise RuntimeError('another runtime')")
+    monkeypatch.chdir(tmp_path)
     done = reshard("estimate", "--measure")
     assert done.code == 0, done.err
     (tmp_path / "local.toml").write_text(done.out)

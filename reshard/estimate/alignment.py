@@ -15,16 +15,20 @@ SCALE_BLOCK = 128  # of FP8 and INT8 block checkpoints: DeepSeek-V3's `weight_bl
 
 @dataclass(frozen=True)
 class Verdict:
-    """tiles: None where the device has none. blocks: of 128, which only block-scaled checkpoints need."""
+    """tiles: None where the device has none. blocks: of 128, which only block-scaled checkpoints need.
+
+    padding: what kernels would pad; too_wide: why the int8 kernel refuses the matrices, a line each.
+    """
 
     tiles: bool | None
     blocks: bool
-    notes: tuple[str, ...] = ()
+    padding: tuple[str, ...] = ()
+    too_wide: str | None = None
 
     @property
-    def fits(self) -> bool:
-        """Whether the device's kernels take the matrices as they are."""
-        return self.tiles is not False
+    def notes(self) -> tuple[str, ...]:
+        """All that is to be said."""
+        return (*self.padding, self.too_wide) if self.too_wide else self.padding
 
 
 def verdict(alignment: Alignment | None, share: int, hidden_size: int, ways: frozenset[Way]) -> Verdict:
@@ -33,17 +37,17 @@ def verdict(alignment: Alignment | None, share: int, hidden_size: int, ways: fro
     if alignment is None:
         return Verdict(None, blocks)
     tiles = {way: alignment.bf16_tile if way == "bf16" else alignment.int8_tile for way in ways}
-    notes = []
+    padding = []
     for way in sorted(tiles):
         unit = lcm(*tiles[way])
         number = "BF16" if way == "bf16" else "INT8"
-        notes += [
+        padding += [
             f"{what} = {size} is not a multiple of {unit}: the {' x '.join(map(str, tiles[way]))} tiles of {number} "
             "would be padded"
             for what, size in (("I/R", share), ("hidden_size", hidden_size))
             if size % unit
         ]
-    limit, widest = alignment.last_dim_limit, max(2 * share, hidden_size)
+    limit, widest, too_wide = alignment.last_dim_limit, max(2 * share, hidden_size), None
     if limit is not None and ways != {"bf16"} and widest > limit:
-        notes.append(f"a matrix is {widest} wide, the int8 kernel takes up to {limit}: cut it for a larger group")
-    return Verdict(not notes, blocks, tuple(dict.fromkeys(notes)))
+        too_wide = f"a matrix is {widest} wide, the int8 kernel takes up to {limit}: cut it for a larger group"
+    return Verdict(not padding, blocks, tuple(padding), too_wide)

@@ -259,6 +259,23 @@ def test_quiet_and_pipes(model: Path, tmp_path: Path) -> None:
     assert reshard("split", model, tmp_path / "quiet", "--tp", 2, "--quiet").err == ""
 
 
+@pytest.mark.parametrize("form", ["human", "json"])
+@pytest.mark.parametrize("command", ["inspect", "check", "verify"])
+def test_what_stdout_cannot_take_is_an_error(shards: Path, command: str, form: str) -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "reshard", command, shards, "--format", form],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=TIMEOUT_SECONDS,
+            check=False,
+        )
+    assert done.returncode == 1
+    *progress, error = done.stderr.decode().splitlines()
+    assert error == "error: stdout: No space left on device: what was to be written there is lost"
+    assert len(progress) == (command == "verify" and form == "human")
+
+
 def test_a_table_shows_whole_cells_however_long(capsys: pytest.CaptureFixture[str]) -> None:
     Output("human", quiet=True, debug=False).table([("file", "left"), ("size", "right")], [["x" * 300, "1 B"]])
     assert f"{'x' * 300}    1 B\n" in capsys.readouterr().out

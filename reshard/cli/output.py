@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 import time
 import traceback
@@ -10,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from reshard.errors import ReshardError
+from reshard.errors import OutputError, ReshardError
 
 Format = Annotated[
     Literal["human", "json"], typer.Option("--format", help="What stdout carries: text, or one JSON document.")
@@ -51,7 +52,8 @@ class Output:
         except ReshardError as error:
             message = self.error(error)
             if self.is_json:
-                self.json({"error": {"kind": type(error).__name__, "message": message}})
+                with contextlib.suppress(OutputError):  # stdout itself may be what failed
+                    self.json({"error": {"kind": type(error).__name__, "message": message}})
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             print(f"{self._who}interrupted", file=sys.stderr)  # noqa: T201
@@ -80,7 +82,8 @@ class Output:
     def text(self, line: str = "") -> None:
         """A line of data."""
         if self._speaks:
-            print(line)  # noqa: T201
+            with _stdout():
+                print(line)  # noqa: T201
 
     def warn(self, line: str) -> None:
         """A warning."""
@@ -101,7 +104,8 @@ class Output:
         for row in rows:
             table.add_row(*row)
         # Without a height rich makes a terminal that is called dumb 80 columns wide.
-        Console(width=_WHOLE, height=1, highlight=False).print(table)
+        with _stdout():
+            Console(width=_WHOLE, height=1, highlight=False).print(table)
 
     @contextlib.contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -115,6 +119,19 @@ class Output:
             lines = _Lines(what, total)
             yield lines
             lines.finish()
+
+
+@contextlib.contextmanager
+def _stdout() -> Iterator[None]:
+    """What is printed inside is written, or the command fails; a reader that has gone (`| head`) just ends it."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again when it ends
+        raise OutputError(f"stdout: {error.strerror}: what was to be written there is lost") from error
 
 
 @contextlib.contextmanager

@@ -20,6 +20,9 @@ class NpuKernels:
 
     name = "npu"
 
+    def __init__(self) -> None:
+        self._one: dict[torch.device, torch.Tensor] = {}
+
     def collectives(self, group: torch.distributed.ProcessGroup) -> Collectives:
         """Hccl's."""
         return TensorCollectives(group)
@@ -35,6 +38,9 @@ class NpuKernels:
                 f"{name}: {list(weight_NK.shape)}; npu_quant_matmul takes last dims up to {_LAST_DIM_LIMIT}: cut it "
                 "for a larger group"
             )
+        if weight_NK.dtype == torch.int8 and weight_NK.device not in self._one:
+            # npu_quant_matmul wants a scale even where int32 output does not use it; made here, no call makes one.
+            self._one[weight_NK.device] = torch.ones(1, dtype=torch.float32, device=weight_NK.device)
         weight_KN = weight_NK.t().contiguous()
         # The cast changes no shape, and is the one kernel of these that torch_npu has no shape function for.
         return weight_KN if weight_KN.is_meta else torch_npu.npu_format_cast(weight_KN, _FRACTAL_NZ)
@@ -61,9 +67,7 @@ class NpuKernels:
 
     def int8_matmul(self, q_TK: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """[T, N] int32."""
-        # The kernel wants a scale, which int32 output does not use.
-        scale = torch.ones(1, dtype=torch.float32, device=q_TK.device)
-        return torch_npu.npu_quant_matmul(q_TK, weight, scale, output_dtype=torch.int32)
+        return torch_npu.npu_quant_matmul(q_TK, weight, self._one[q_TK.device], output_dtype=torch.int32)
 
     def int8_linear(
         self,

@@ -36,7 +36,7 @@ class PairwiseNpuKernels(NpuKernels):
 
 
 class Calls(TorchDispatchMode):
-    """The names of torch_npu's operators and of collectives, and the arguments of the format casts."""
+    """The names of torch_npu's operators, of collectives and of `ones`, and the arguments of the format casts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name().split(".")[0]
-        if name.startswith(("npu::", "c10d::")):
+        if name.startswith(("npu::", "c10d::", "aten::ones")):
             self.names.append(name)
         if name == "npu::npu_format_cast":
             self.casts.append((tuple(args[0].shape), args[0].is_contiguous(), args[1]))

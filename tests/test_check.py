@@ -21,6 +21,7 @@ from tests.test_bad_input import CASES, bad_source, listing
 from tests.test_models import CONFIGS, DENSE_LAYERS, FROZEN, MODELS
 
 R1 = CONFIGS / "deepseek-r1.json"
+_FP8 = json.loads(R1.read_text())["quantization_config"]
 # Headers do not tell these: split compares the two values, verify and a second cut hash the shards.
 NEEDS_VALUES = {"gate and up of different input_scale", "set with a changed shard"}
 
@@ -115,6 +116,26 @@ def test_a_promised_checkpoint_is_what_a_real_one_is_read_as(tmp_path: Path, rec
         assert shapes[0] == shapes[1]
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"torch_dtype": ["bfloat16"], "quantization_config": None}, "dtype is ['bfloat16']; a model of bfloat16,"),
+        (
+            {"intermediate_size": 10**400},
+            "intermediate_size is 100000000000000000...0000000000000000000, up to 2147483647",
+        ),
+        (
+            {"quantization_config": {**_FP8, "modules_to_not_convert": ["model.layers.1.mlp.up_proj"]}},
+            "model.layers.1.mlp: gate_proj is fp8_block (weight, weight_scale_inv), up_proj is bf16 (weight); they are",
+        ),
+    ],
+)
+def test_a_config_that_no_checkpoint_can_be_of(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(json.loads(R1.read_text()) | change))
+    ((_, message),) = failed("--config", tmp_path / "config.json", "--tp", 8)
+    assert says in message
+
+
 def test_modelslim_s_scheme_is_named_with_a_config_alone() -> None:
     (scheme,) = of(findings("--config", R1, "--scheme", "w8a8_dynamic")[1], "scheme")
     assert scheme["message"] == "w8a8_dynamic (weight I8, weight_offset F32, weight_scale F32)"
@@ -143,6 +164,13 @@ def test_a_cut_that_the_sizes_do_not_allow(tp: int, check: str, says: str) -> No
     assert found == check
     assert message.startswith(f"tp {tp}: ")
     assert says in message
+
+
+@pytest.mark.parametrize(("tp", "way"), [(32, True), (5, False)])
+def test_bf16_is_a_way_out_only_where_it_is_one(tp: int, way: bool) -> None:
+    ((_, message),) = failed("--config", R1, "--tp", tp)
+    assert ("--weights bf16" in message) is way
+    assert (failed("--config", R1, "--tp", tp, "--weights", "bf16") == []) is way
 
 
 def test_the_way_out_of_a_cut_passes() -> None:

@@ -87,7 +87,7 @@ def _set(source: Source, request: Request, address: str) -> list[Finding]:
     if checkpoint is not None and request.device == "npu":
         findings.append(check_kernels(checkpoint))
         try:
-            findings += check_npu(checkpoint, plan_of(manifest, checkpoint, "fused"))
+            findings += check_npu(checkpoint, plan_of(manifest, checkpoint, "fused", (0,)))
         except AlignmentError as error:  # a set that keeps gate and up apart may be one that cannot be stacked
             findings.append(Finding("forward", "", f"not checked: {error}", "skipped"))
     if request.serving is not None:

@@ -1,6 +1,6 @@
 """A shard set: its manifest, its files' headers, and the cut that they claim to be."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from blake3 import blake3
@@ -88,9 +88,9 @@ def check_origin(manifest: Manifest, original: Checkpoint, name: str) -> list[Fi
     return [Finding("source", "", line, "ok")]
 
 
-def plan_of(manifest: Manifest, checkpoint: Checkpoint, layout: str) -> Plan:
+def plan_of(manifest: Manifest, checkpoint: Checkpoint, layout: str, tp_ranks: Iterable[int] | None = None) -> Plan:
     """The set's own cut of its own weights. Raises AlignmentError where its sizes do not allow that."""
-    return make_plan(checkpoint, manifest.tp_size, layout, pad=manifest.padding is not None)
+    return make_plan(checkpoint, manifest.tp_size, layout, manifest.padding is not None, tp_ranks)
 
 
 def _ranks(source: Source, manifest: Manifest) -> Iterator[Finding]:

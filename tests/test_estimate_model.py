@@ -262,30 +262,33 @@ def test_layers_of_several_schemes_add_up(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("tp_size", "bf16", "int8", "blocks"),
-    [(8, True, True, True), (32, True, True, False), (64, True, True, False), (128, True, False, False)],
+    [(8, True, True, True), (32, True, True, False), (128, True, True, False), (256, False, False, False)],
 )
 def test_r1_s_tiles_and_blocks(tp_size: int, bf16: bool, int8: bool, blocks: bool) -> None:
     share = 18432 // tp_size
     for way, tiles in (("bf16", bf16), ("dynamic", int8), ("static", int8)):
-        found = verdict(A2.alignment, share, 7168, frozenset({way}))  # type: ignore[arg-type]
+        found = verdict(A2.alignment, share, 7168, [(way, way)])  # type: ignore[list-item]
         assert (found.tiles, found.blocks, found.fits) == (tiles, blocks, tiles)
         assert bool(found.notes) is not tiles
         if not tiles:
-            assert found.notes[0].startswith("I/R = 144 is not a multiple of 32: the 16 x 32 tiles of INT8")
+            number = "16 x 16 tiles of BF16" if way == "bf16" else "16 x 32 tiles of INT8"
+            assert f"I/R = 72 is no multiple of 16: down_proj is no whole {number}" in "; ".join(found.notes)
 
 
 def test_kernels_that_take_narrow_matrices_only() -> None:
-    wide = verdict(A2.alignment, 53248, 16384, frozenset({"dynamic"}))
+    wide = verdict(A2.alignment, 53248, 16384, [("dynamic", "dynamic")])
     assert not wide.fits
-    assert "106496 wide, the int8 kernel takes up to 65535" in wide.notes[0]
-    assert verdict(A2.alignment, 53248, 16384, frozenset({"bf16"})).fits
-    assert verdict(A2.alignment, 53248 // 2, 16384, frozenset({"dynamic"})).fits
+    (note,) = wide.notes
+    assert note == "gate_up_proj is 106496 wide, the int8 kernel takes up to 65535: cut it for a larger group"
+    assert verdict(A2.alignment, 53248, 16384, [("bf16", "bf16")]).fits
+    assert verdict(A2.alignment, 53248, 16384, [("bf16", "dynamic")]).fits
+    assert verdict(A2.alignment, 53248 // 2, 16384, [("dynamic", "dynamic")]).fits
 
 
 def test_a_device_without_tiles_has_no_verdict_on_them() -> None:
-    assert verdict(None, 7, 5, frozenset({"bf16"})).tiles is None
+    assert verdict(None, 7, 5, [("bf16", "bf16")]).tiles is None
     tiles = Alignment(bf16_tile=[16, 16], int8_tile=[16, 32])
-    assert len(verdict(tiles, 7, 5, frozenset({"bf16"})).notes) == 2
+    assert len(verdict(tiles, 7, 5, [("bf16", "bf16")]).notes) == 4
 
 
 # --- the recommendation ---
@@ -322,10 +325,10 @@ def test_what_does_not_fit_is_not_recommended() -> None:
 
 def test_cuts_that_fit_the_tiles_come_first() -> None:
     one_switch = load_profile("atlas-a3-752t", ["network.cluster.latency_us=0", "network.cluster.bandwidth_gb_s=1e9"])
-    assert _recommend(one_switch, 64, 128)[0] == 64
-    tp_size, reason = _recommend(one_switch, 128)
-    assert tp_size == 128
-    assert "not a multiple of 32" in reason
+    assert _recommend(one_switch, 128, 256)[0] == 128
+    tp_size, reason = _recommend(one_switch, 256)
+    assert tp_size == 256
+    assert "I/R = 72 is no multiple of 16" in reason
 
 
 def test_of_sizes_alike_the_one_that_holds_less() -> None:

@@ -195,6 +195,18 @@ def test_the_option_s_size_is_judged_too() -> None:
     assert (check, message[:6]) == ("blocks", "tp 32:")
 
 
+@pytest.mark.parametrize(("option", "data", "tensor"), [(5, 32, 1), (99_999_999_999, 32, 1), (5, 10, 2)])
+def test_an_option_that_may_not_stay_is_judged_by_its_own_rules_alone(option: int, data: int, tensor: int) -> None:
+    """divides would offer sizes, or --pad, that the option's own line forbids."""
+    wrong = "option-size" if tensor == 1 else "option-alone"
+    sizes = ["--data-parallel-size", data, "--tensor-parallel-size", tensor]
+    arguments = ["--additional-config", json.dumps({OPTION: option}), *sizes]
+    for more in ([], ["--tp", 8]):
+        assert [check for check, _ in failed("--config", R1, *arguments, *more)] == [wrong]
+    (divides,) = of(findings("--config", R1, *arguments)[1], "divides")
+    assert divides["message"] == f"not checked: see {wrong}"
+
+
 def test_nothing_to_check_is_wrong_usage() -> None:
     assert "give a PATH, or --config FILE" in usage()
 
@@ -219,6 +231,37 @@ def test_what_cannot_be_read_is_1_and_the_others_are_checked_all_the_same(tmp_pa
     assert first == f"error: {tmp_path}/none: no such folder; give the one that holds the checkpoint"
     assert second.startswith(f"error: {tmp_path}/bad.json: not valid JSON")
     assert "FAILED   divides" in done.out
+    assert f"{tmp_path}/none\n  FAILED   input  {tmp_path}/none: no such folder" in done.out
+    assert done.out.endswith("\n7 checks: 3 ok, 3 failed, 1 not made\n")
+
+
+def test_an_error_line_names_its_target(tmp_path: Path) -> None:
+    """Of a hundred files in a row: every one is called config.json, every folder has one."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "b" / "config.json").write_text("{}")
+    done = reshard("check", tmp_path / "a", tmp_path / "b" / "config.json")
+    assert done.code == 1
+    assert [line.split(": ")[:2] for line in done.err.splitlines()] == [
+        ["error", f"{tmp_path}/a"],
+        ["error", f"{tmp_path}/b/config.json"],
+    ]
+
+
+@pytest.mark.parametrize("path", ["models/config.json", "nobody/model.json"])
+def test_a_config_that_is_not_there_is_no_hub_repository(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = reshard("check", path)
+    assert (done.code, done.err) == (1, f"error: {path}: cannot be read: No such file or directory\n")
+
+
+def test_a_terminal_that_lacks_a_character() -> None:
+    done = reshard_process("check", R1, "--tp", "32", PYTHONIOENCODING="ascii")
+    assert done.code == 3
+    assert "18, 24, 36, \\u2026; or --pad" in done.out
+    assert done.err == ""
 
 
 def test_a_json_file_is_a_config() -> None:

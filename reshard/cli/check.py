@@ -18,7 +18,7 @@ _UNREADABLE, _FAILED = 1, 3
 def check(
     paths: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[PATH]...", help="Checkpoints or shard sets; a .json file is taken as with --config."),
+        typer.Argument(metavar="PATH", help="Checkpoints or shard sets; a .json file is taken as with --config."),
     ] = None,
     config: Annotated[
         list[str] | None, typer.Option("--config", metavar="FILE", help="A config.json, with no checkpoint at hand.")

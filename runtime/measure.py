@@ -1,12 +1,11 @@
 """How fast this machine runs the runtime's kernels and gloo: a rank of a group of processes that all measure at once.
 
-`python -m runtime.measure RANK SIZE FILE` (FILE: where the ranks meet) prints a JSON object: seconds, and bytes or
-operations a second, each from the shortest of several runs, which other work on the machine disturbed least. The ranks
-work at the same time, as they do when they serve, so that what they share (memory, caches) is shared here too.
+`python -m runtime.measure RANK SIZE THREADS FILE` (FILE: where the ranks meet) prints a JSON object: seconds, and bytes
+or operations a second, each from the shortest of several runs, which other work on the machine disturbed least. The
+ranks work at the same time, as they do when they serve, so that what they share (memory, caches) is shared here too.
 """
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -114,8 +113,9 @@ def _shortest(group: dist.ProcessGroup, call: Callable[[], object]) -> float:
 
 def main() -> None:
     """Meet the others, measure, print."""
-    rank, size, meeting = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
+    rank, size, threads = (int(argument) for argument in sys.argv[1:4])
+    meeting = sys.argv[4]
+    torch.set_num_threads(threads)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=_TIMEOUT)
     found = measure(dist.group.WORLD)
     dist.destroy_process_group()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from reshard import __version__
+from reshard.cli.output import Output
 from reshard.prepare import Cut
 from tests.builders import RECIPES, Spec, build
 from tests.running import TIMEOUT_SECONDS, reshard, reshard_process, split
@@ -256,6 +257,11 @@ def test_quiet_and_pipes(model: Path, tmp_path: Path) -> None:
     assert "split: " in loud.err
     assert "\x1b" not in loud.err + loud.out
     assert reshard("split", model, tmp_path / "quiet", "--tp", 2, "--quiet").err == ""
+
+
+def test_a_table_shows_whole_cells_however_long(capsys: pytest.CaptureFixture[str]) -> None:
+    Output("human", quiet=True, debug=False).table([("file", "left"), ("size", "right")], [["x" * 300, "1 B"]])
+    assert f"{'x' * 300}    1 B\n" in capsys.readouterr().out
 
 
 def test_a_terminal_gets_a_bar(model: Path, tmp_path: Path) -> None:

@@ -1,5 +1,14 @@
 """`reshard estimate` from the command line: table, chart, picture, document, wrong usage."""
 
+import contextlib
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -31,7 +40,7 @@ def test_a_config_alone() -> None:
     assert rows == [
         ["w8a8_dynamic", "1", "1.108", "0.000", "0", "-", "0", "1.169", "-", "yes", "yes"],
         ["w8a8_dynamic", "8", "0.139", "0.970", "200,704", "150,556", "14", "0.351", "0.343", "yes", "yes"],
-        ["w8a8_dynamic", "16", "0.069", "1.039", "430,080", "322,620", "30", "2.016", "1.592", "yes", "yes"],
+        ["w8a8_dynamic", "16", "0.069", "1.039", "430,080", "322,620", "8", "2.016", "1.592", "yes", "yes"],
     ]
     bars = [line for line in lines if line.startswith("w8a8_dynamic tp")]
     assert [line.split()[-2:] for line in bars[:1]] == [["1.169", "ms"]]
@@ -39,7 +48,8 @@ def test_a_config_alone() -> None:
     assert lines[-3:] == [
         "w8a8_dynamic: choose tp 8",
         "  0.343 ms a step, 1.169 ms unsplit; a device holds 0.139 GiB and saves 0.970",
-        "  tp 16 takes 1.592 ms: it leaves the node (196 GB/s) for the cluster (25 GB/s, 1.5 us)",
+        "  tp 16 takes 1.592 ms: gather and scatter take 1.281 ms more, over the cluster (25 GB/s, 1.5 us) and not the "
+        "node (196 GB/s, 0.5 us)",
     ]
 
 
@@ -48,6 +58,48 @@ def test_bars_are_as_long_as_their_times() -> None:
     bars = [line for line in done.out.splitlines() if line.startswith("bf16 tp")]
     cells = [sum(line.count(glyph) for glyph in "█▓▒░") for line in bars[:3]]
     assert cells == [60, round(60 * 0.486 / 2.289), round(60 * 2.132 / 2.289)]
+
+
+def _in_a_terminal(columns: int, terminal: str) -> list[str]:
+    """The lines of an estimate on a terminal so wide, without colours and bold."""
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+    try:
+        with subprocess.Popen(
+            [sys.executable, "-m", "reshard", "estimate", "--config", CONFIG, "--tp", "1,8,16"],
+            stdout=follower,
+            env={key: value for key, value in os.environ.items() if key != "COLUMNS"} | {"TERM": terminal},
+        ) as process:
+            os.close(follower)
+            shown = b""
+            with contextlib.suppress(OSError):  # Linux says EIO where the other end is closed
+                while piece := os.read(leader, 1 << 16):
+                    shown += piece
+        assert process.returncode == 0
+    finally:
+        os.close(leader)
+    return re.sub(r"\x1b\[[0-9;]*m", "", shown.decode()).splitlines()
+
+
+@pytest.mark.parametrize(("columns", "terminal"), [(60, "xterm"), (80, "dumb"), (200, "xterm-256color")])
+def test_a_narrow_terminal_gets_shorter_bars_and_whole_figures(columns: int, terminal: str) -> None:
+    lines = _in_a_terminal(columns, terminal)
+    row = ["w8a8_dynamic", "16", "0.069", "1.039", "430,080", "322,620", "8", "2.016", "1.592", "yes", "yes"]
+    assert [line.split() for line in lines if line.startswith("w8a8_dynamic  ")][-1] == row
+    bars = [line for line in lines if " tp " in line and "█" in line]
+    assert len(bars) == 6
+    assert max(len(line) for line in bars) <= columns
+    assert max(line.count("█") for line in bars) == min(60, columns - len("w8a8_dynamic tp 1     2.289 ms recommended"))
+    legend = lines[lines.index(bars[-1]) + 1]
+    assert legend.split()[:2] == ["█", "matmuls"]
+    assert len(legend) <= columns
+
+
+def test_where_the_locale_has_no_blocks_bars_are_ascii() -> None:
+    done = reshard_process("estimate", "--config", CONFIG, "--tp", "5,8", PYTHONIOENCODING="ascii")
+    assert (done.code, done.err) == (0, "")
+    assert "# matmuls  + quantise, SwiGLU, copies  = all_gather  - reduce_scatter" in done.out
+    assert "24, 32, \\u2026; or --pad" in done.out
 
 
 def test_the_defaults_of_a_config_and_of_a_checkpoint(model: Path) -> None:
@@ -69,7 +121,7 @@ def test_the_document_has_everything() -> None:
     assert [size["tp_size"] for size in w8a8["sizes"]] == [1, 8, 32]
     eight = w8a8["sizes"][1]
     assert eight["network"] == "node"
-    assert eight["alignment"] == {"tiles": True, "blocks": True, "notes": []}
+    assert eight["alignment"] == {"tiles": True, "blocks": True, "too_wide": False, "notes": []}
     assert eight["gathered_as_int8"]["gather_bytes_per_token_layer"] == 7 * 7172
     assert eight["gathered_as_bf16"]["gather_bytes_per_token_layer"] == 7 * 2 * 7168
     assert eight["gathered_as_int8"]["messages_per_layer"] == 14
@@ -97,6 +149,11 @@ def test_options_reach_the_estimate() -> None:
     assert step("--device", "atlas-a3-752t") != plain
     static = step("--set", "static.collective_us=20", "--set", "static.matmul_us=0")
     assert static == pytest.approx(plain + 3 * (2 * 10e-6 - 2 * 5e-6))
+
+
+def test_a_batch_beyond_counting_is_wrong_usage() -> None:
+    done = reshard("estimate", "--config", CONFIG, "--tp", 8, "--batch", 10**400)
+    assert (done.code, done.out) == (2, "")
 
 
 def test_padding_lets_any_size_be() -> None:
@@ -129,7 +186,7 @@ def test_the_picture(tmp_path: Path) -> None:
     assert widths["#99f6e4"] == pytest.approx([190 * 0.970 / 1.108], abs=0.5)
     time = {kind: sum(values) for kind, values in widths.items()}
     assert sum(time[kind] for kind in ("#2563eb", "#7c3aed", "#d97706", "#b91c1c")) == pytest.approx(
-        470 * (1 + 0.343 / 1.169), abs=0.5
+        380 * (1 + 0.343 / 1.169), abs=0.5
     )
 
 
@@ -137,6 +194,16 @@ def test_the_picture_that_the_readme_shows_is_what_is_drawn(tmp_path: Path) -> N
     done = reshard("estimate", "--config", CONFIG, "--tp", "1,2,4,8,16", "--svg", tmp_path / "e.svg")
     assert done.code == 0
     assert (tmp_path / "e.svg").read_bytes() == (ROOT / "docs" / "estimate.svg").read_bytes()
+
+
+def test_the_picture_s_texts_do_not_reach_the_next_bars(tmp_path: Path) -> None:
+    """Where the longest bar is the recommended one. A bold letter or figure of 14 pixels is 9.5 wide."""
+    arguments = ("--config", CONFIG, "--tp", "16", "--scheme", "bf16", "--batch", 100_000)
+    assert reshard("estimate", *arguments, "--svg", tmp_path / "e.svg").code == 0
+    root = ET.fromstring((tmp_path / "e.svg").read_text())
+    (text,) = [t for t in root.iter(f"{SVG}text") if (t.text or "").endswith(" recommended")]
+    assert text.text == "8364.349 recommended"
+    assert float(text.get("x", "nan")) + 9.5 * len(text.text) < 690
 
 
 def test_a_picture_that_cannot_be_written(tmp_path: Path) -> None:
@@ -165,7 +232,15 @@ def test_any_model_s_config_will_do(tmp_path: Path) -> None:
         (("--config", CONFIG, "--tp", "8,zero"), 2, "--tp 8,zero: 'zero' is no group size"),
         (("--config", CONFIG, "--tp", "0"), 2, "--tp 0: '0' is no group size"),
         (("--config", CONFIG, "--tp", "8", "--set", "speed=1"), 2, "--set speed=1: no key of the profile"),
+        (("--config", CONFIG, "--tp", "9" * 5000), 2, "--tp 9999999"),
+        (
+            ("--config", CONFIG, "--tp", "8", "--set", "compute.bf16_tflops=1e-310"),
+            1,
+            "Atlas A2 376T: its rates are so",
+        ),
         (("--measure", "--tp", "8"), 2, "--measure prints this machine's profile and takes no PATH"),
+        (("--measure", "--set", "a=b"), 2, "--measure prints this machine's profile and takes no PATH"),
+        (("--measure", "--svg", "e.svg"), 2, "--measure prints this machine's profile and takes no PATH"),
         (("--config", CONFIG, "--tp", "8", "--device", "abacus"), 1, "device abacus: no such profile; there are "),
         (("--config", CONFIG, "--tp", "8", "--scheme", "int3"), 2, "--scheme int3: there are bf16, "),
         (("--config", "nowhere.json", "--tp", "8"), 1, "nowhere.json: cannot be read: No such file or directory"),
@@ -203,8 +278,11 @@ def test_measuring_without_torch_says_how_to_get_it() -> None:
     assert "pip install 'reshard[runtime]'" in done.err
 
 
-def test_this_machine_is_measured_and_estimated(tmp_path: Path) -> None:
-    """Two real processes; what comes out is a profile, and more than nothing."""
+def test_this_machine_is_measured_and_estimated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two real processes, whatever lies in the current folder; what comes out is a profile, and more than nothing."""
+    (tmp_path / "runtime").mkdir()
+    (tmp_path / "runtime" / "__init__.py").write_text("raise RuntimeError('another runtime')")
+    monkeypatch.chdir(tmp_path)
     done = reshard("estimate", "--measure")
     assert done.code == 0, done.err
     (tmp_path / "local.toml").write_text(done.out)

@@ -1,6 +1,7 @@
 """Device profiles: what comes with the program, what is refused, what a machine's measurement becomes."""
 
 import re
+import signal
 import subprocess
 import sys
 import tomllib
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from reshard.errors import ProfileError, UsageError
-from reshard.estimate.measure import _result, profile_of, to_toml
+from reshard.estimate.measure import _results, profile_of, to_toml
 from reshard.estimate.profile import load_profile, names, parse_profile
 
 ROOT = Path(__file__).parent.parent
@@ -194,8 +195,10 @@ def test_a_profile_is_written_as_it_is_read() -> None:
         assert parse_profile(tomllib.loads(to_toml(profile)), "again") == profile
 
 
-def test_a_process_that_fails_is_an_error() -> None:
-    code = "import sys; print('noise', file=sys.stderr); sys.exit('no such device')"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_the_process_that_fails_first_is_the_error_and_the_others_are_ended() -> None:
+    codes = ("import signal; signal.pause()", "import sys; print('noise', file=sys.stderr); sys.exit('no such device')")
+    pipe = subprocess.PIPE
+    processes = [subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe, text=True) for code in codes]
     with pytest.raises(ProfileError, match=r"^--measure: process 1 ended with 1: no such device$"):
-        _result(1, process)
+        _results(processes)
+    assert processes[0].returncode == -signal.SIGKILL

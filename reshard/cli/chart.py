@@ -10,46 +10,49 @@ if TYPE_CHECKING:
     from reshard.estimate.sizes import Estimate, Size
     from reshard.estimate.step import Kind
 
-_CELLS = 60
-_STYLES: "dict[Kind, tuple[str, str]]" = {
-    "matmul": ("█", "blue"),
-    "vector": ("▓", "magenta"),
-    "gather": ("▒", "yellow"),
-    "scatter": ("░", "red"),
-}
+_CELLS, _FEWEST_CELLS = 60, 10
+_COLOURS: "dict[Kind, str]" = {"matmul": "blue", "vector": "magenta", "gather": "yellow", "scatter": "red"}
+_GLYPHS, _ASCII = "█▓▒░", "#+=-"
+_MARK = " recommended"
 
 
 def show_chart(found: "Sequence[Estimate]", best: "dict[str, int | None]") -> None:
-    """Print the chart to stdout; the recommended sizes are marked."""
+    """Print the chart to stdout, as wide as a terminal allows; the recommended sizes are marked."""
     from rich.console import Console
     from rich.text import Text
 
     from reshard.estimate.svg import LABELS
 
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    glyphs = dict(zip(_COLOURS, _ASCII if console.options.ascii_only else _GLYPHS, strict=True))
     longest = max((size.runs.step_seconds for one in found for size in one.sizes), default=1.0)
     wide = max((len(one.scheme) for one in found), default=0)
+    label = wide + len(" tp 1234 ")
+    cells = min(_CELLS, max(_FEWEST_CELLS, console.width - label - len(_time(longest) + _MARK)))
     for one in found:
         for size in one.sizes:
-            mark = " recommended" if best[one.scheme] == size.tp_size else ""
+            mark = _MARK if best[one.scheme] == size.tp_size else ""
             line = Text(f"{one.scheme:<{wide}} tp {size.tp_size:<4} ")
-            line.append_text(_bar(size, longest))
-            line.append(f" {size.runs.step_seconds * 1e3:.3f} ms{mark}")
-            console.print(line)
-    legend = Text(" " * (wide + 9))
-    for kind, (glyph, style) in _STYLES.items():
-        legend.append(glyph, style).append(f" {LABELS[kind]}  ")
-    console.print(legend)
+            line.append_text(_bar(size, longest, cells, glyphs)).append(_time(size.runs.step_seconds) + mark)
+            console.print(line, soft_wrap=True)
+    entries = [Text.assemble((glyph, _COLOURS[kind]), f" {LABELS[kind]}") for kind, glyph in glyphs.items()]
+    legend = Text("  ").join(entries)
+    indent = max(0, min(label, console.width - len(legend)))
+    console.print(Text(" " * indent).append_text(legend) if len(legend) <= console.width else Text("\n").join(entries))
 
 
-def _bar(size: "Size", longest: float) -> "Text":
+def _time(seconds: float) -> str:
+    return f" {seconds * 1e3:.3f} ms"
+
+
+def _bar(size: "Size", longest: float, cells: int, glyphs: "dict[Kind, str]") -> "Text":
     """Cells by rounding the running sum, so that parts add up to the whole's length."""
     from rich.text import Text
 
     bar, done, total = Text(), 0, 0.0
-    for kind, (glyph, style) in _STYLES.items():
+    for kind, glyph in glyphs.items():
         total += size.runs.seconds[kind]
-        upto = round(total / longest * _CELLS)
-        bar.append(glyph * (upto - done), style)
+        upto = round(total / longest * cells)
+        bar.append(glyph * (upto - done), _COLOURS[kind])
         done = upto
     return bar

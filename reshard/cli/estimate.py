@@ -32,7 +32,9 @@ def estimate(
             "of a config.json any that `synth` makes (default: bf16,w8a8_dynamic)."
         ),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Tokens that each rank brings to a decode step.")] = 24,
+    batch: Annotated[
+        int, typer.Option(min=1, max=1_000_000, help="Tokens that each rank brings to a decode step.")
+    ] = 24,
     device: Annotated[str, typer.Option(help="A device profile's name, or its .toml file.")] = "atlas-a2-376t",
     override: Annotated[
         list[str] | None,
@@ -56,8 +58,8 @@ def estimate(
         from reshard.errors import UsageError
 
         if measure:
-            if path is not None or config is not None or tp is not None:
-                raise UsageError("--measure prints this machine's profile and takes no PATH, --config or --tp")
+            if any(given is not None for given in (path, config, tp, scheme, override, svg, revision)):
+                raise UsageError("--measure prints this machine's profile and takes no PATH and no option but --format")
             _measure(output)
             return
         if path is not None and config is not None:
@@ -139,7 +141,9 @@ def _words(text: str, option: str) -> list[str]:
 
 
 def _title(checkpoint: "Checkpoint", profile: "Profile") -> str:
-    return f"{checkpoint.identity.name} on {profile.name}"
+    from reshard.errors import printable
+
+    return printable(f"{checkpoint.identity.name} on {profile.name}")
 
 
 def _subtitle(checkpoint: "Checkpoint", options: "Options") -> str:

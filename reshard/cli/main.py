@@ -60,8 +60,8 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def main() -> None:
     """The console script."""
     signal.signal(signal.SIGTERM, _terminate)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name or an ellipsis that the terminal's encoding lacks
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the locale cannot write, as stderr shows it
+        sys.stdout.reconfigure(errors="backslashreplace")
     # The 91,000 entries of R1's headers hold no cycles; looking for some takes a sixth of `inspect`.
     gc.disable()
     app()

@@ -23,6 +23,7 @@ Revision = Annotated[
 ]
 
 _INTERRUPTED = 130
+_WHOLE = 10_000  # columns: no cell is cut to fit, a narrow terminal wraps the line
 _LINE_SECONDS = 5.0  # without a terminal: how often a line of progress is written at most
 
 
@@ -103,8 +104,8 @@ class Output:
             table.add_column(title, justify="right" if side == "right" else "left", no_wrap=True)
         for row in rows:
             table.add_row(*row)
-        wide = None if sys.stdout.isatty() else 200  # a pipe has no width to fit
-        Console(width=wide, highlight=False, soft_wrap=False).print(table)
+        # Without a height rich makes a terminal that is called dumb 80 columns wide.
+        Console(width=_WHOLE, height=1, highlight=False).print(table)
 
     @contextlib.contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:

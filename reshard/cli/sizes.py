@@ -10,6 +10,8 @@ def parse_sizes(text: str | None) -> tuple[int, ...]:
         return ()
     parts = [part.strip() for part in text.split(",")]
     for part in parts:
-        if not (part.isascii() and part.isdigit() and 1 <= int(part) <= MAX_TP_SIZE):
+        if not (
+            part.isascii() and part.isdigit() and len(part) <= len(str(MAX_TP_SIZE)) and 1 <= int(part) <= MAX_TP_SIZE
+        ):
             raise UsageError(f"--tp {text}: {part!r} is no group size; write them as 4,8, each from 1 to {MAX_TP_SIZE}")
     return tuple(dict.fromkeys(int(part) for part in parts))

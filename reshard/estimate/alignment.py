@@ -16,16 +16,20 @@ SCALE_BLOCK = 128  # of FP8 and INT8 block checkpoints: DeepSeek-V3's `weight_bl
 
 @dataclass(frozen=True)
 class Verdict:
-    """tiles: None where the device has none. blocks: of 128, which only block-scaled checkpoints need."""
+    """tiles: None where the device has none. blocks: of 128, which only block-scaled checkpoints need.
+
+    padding: what kernels would pad; too_wide: why the int8 kernel refuses the matrices, a line each.
+    """
 
     tiles: bool | None
     blocks: bool
-    notes: tuple[str, ...] = ()
+    padding: tuple[str, ...] = ()
+    too_wide: str | None = None
 
     @property
-    def fits(self) -> bool:
-        """Whether the device's kernels take the matrices as they are."""
-        return self.tiles is not False
+    def notes(self) -> tuple[str, ...]:
+        """All that is to be said."""
+        return (*self.padding, self.too_wide) if self.too_wide else self.padding
 
 
 def verdict(alignment: Alignment | None, share: int, hidden_size: int, ways: Iterable[tuple[Way, Way]]) -> Verdict:
@@ -33,10 +37,11 @@ def verdict(alignment: Alignment | None, share: int, hidden_size: int, ways: Ite
     blocks = share % SCALE_BLOCK == 0
     if alignment is None:
         return Verdict(None, blocks)
-    notes: list[str] = []
+    padding: list[str] = []
+    too_wide: list[str] = []
     for role, way in dict.fromkeys(item for pair in ways for item in zip((GATE_UP, DOWN), pair, strict=True)):
         number, tile = ("BF16", alignment.bf16_tile) if way == "bf16" else ("INT8", alignment.int8_tile)
-        notes += tile_faults(role, share, hidden_size, tile, number)
+        padding += tile_faults(role, share, hidden_size, tile, number)
         if way != "bf16" and alignment.last_dim_limit is not None:
-            notes += limit_faults(role, share, hidden_size, alignment.last_dim_limit)
-    return Verdict(not notes, blocks, tuple(dict.fromkeys(notes)))
+            too_wide += limit_faults(role, share, hidden_size, alignment.last_dim_limit)
+    return Verdict(not padding, blocks, tuple(dict.fromkeys(padding)), next(iter(too_wide), None))

@@ -64,6 +64,7 @@ def _size_document(size: Size, tokens: int) -> dict[str, Any]:
         "alignment": {
             "tiles": size.alignment.tiles,
             "blocks": size.alignment.blocks,
+            "too_wide": size.alignment.too_wide is not None,
             "notes": list(size.alignment.notes),
         },
         "gathered_as_bf16": gathered(size.as_bf16),

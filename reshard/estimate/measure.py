@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def profile_of(found: Sequence[Mapping[str, float]]) -> Profile:
     }
     memory = max(slow["memory_bytes_s"], slow["bf16_weight_bytes_s"], slow["int8_weight_bytes_s"])
     static_collective = max(0.0, slow["gather_s"] - slow["latency_s"])
-    processors = f"{len(found)} processes at once, {os.cpu_count()} processors"
+    processors = f"{len(found)} processes at once, {_processors()} processors"
     table: dict[str, Any] = {
         "name": f"{LOCAL}: one of {processors}",
         "compute": {
@@ -101,19 +102,32 @@ def _table(values: Mapping[str, Any], path: tuple[str, ...], lines: list[str]) -
 
 
 def _run() -> list[dict[str, float]]:
+    # -P and the path: what this program imports from, not what lies in the current folder under the same name.
+    command = [sys.executable, "-P", "-m", "runtime.measure"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    threads = str(max(1, _processors() // PROCESSES))
     with tempfile.TemporaryDirectory(prefix="reshard-measure-") as folder:
-        command = [sys.executable, "-m", "runtime.measure"]
         processes = [
             subprocess.Popen(
-                [*command, str(rank), str(PROCESSES), str(Path(folder) / "meeting")],
+                [*command, str(rank), str(PROCESSES), threads, str(Path(folder) / "meeting")],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
+                env=environment,
             )
             for rank in range(PROCESSES)
         ]
+        return _results(processes)
+
+
+def _results(processes: "Sequence[subprocess.Popen[str]]") -> list[dict[str, float]]:
+    """What each printed. The first that fails is the error: the others then fail for want of it, and are killed."""
+    with ThreadPoolExecutor(len(processes)) as threads:
         try:
-            return [_result(rank, process) for rank, process in enumerate(processes)]
+            waiting = [threads.submit(_result, rank, process) for rank, process in enumerate(processes)]
+            for done in as_completed(waiting):
+                done.result()
+            return [done.result() for done in waiting]
         finally:
             for process in processes:
                 process.kill()
@@ -130,6 +144,11 @@ def _result(rank: int, process: "subprocess.Popen[str]") -> dict[str, float]:
         raise ProfileError(f"--measure: process {rank} ended with {process.returncode}: {last}")
     found: dict[str, float] = json.loads(out)
     return found
+
+
+def _processors() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def _memory_bytes() -> int:

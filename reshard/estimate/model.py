@@ -70,8 +70,16 @@ def collective_seconds(profile: Profile, ranks: int, nbytes: int) -> float:
     if level.topology == "mesh" and level.devices is not None:  # which a mesh always has
         data, steps = nbytes / (bandwidth / (level.devices - 1)), 1
     else:
-        data, steps = (ranks - 1) * nbytes / bandwidth, ceil(log2(ranks))
+        data, steps = (ranks - 1) * nbytes / bandwidth, messages(profile, ranks)
     return data + (steps * level.latency_us + profile.static.collective_us) * _MICRO
+
+
+def messages(profile: Profile, ranks: int) -> int:
+    """How many messages a rank sends in a collective: in a mesh one to each other rank, all at once; over a switch
+    one after another, ceil(log2 R).
+    """
+    _, level = level_for(profile, ranks)
+    return ranks - 1 if level.topology == "mesh" else ceil(log2(ranks))
 
 
 def level_for(profile: Profile, ranks: int) -> tuple[str, Network]:

@@ -1,5 +1,6 @@
 """Which group size to choose, and why."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from reshard.estimate.model import GIB
@@ -23,53 +24,92 @@ class Recommendation:
 def recommend(profile: Profile, found: Estimate) -> Recommendation:
     """The size with the shortest step; of sizes within 2 % of it, the one that holds the least.
 
-    Left out: what the device's memory does not hold and, unless nothing else is left, what its tiles do not fit.
+    Left out: what the device's memory does not hold, what its int8 kernel refuses and, unless nothing else is left,
+    what its tiles do not fit. The reasons name each size that takes less, and the next smaller and larger one.
     """
-    fitting = [size for size in found.sizes if fits_memory(profile, size)]
-    aligned = [size for size in fitting if size.alignment.fits]
-    if not fitting:
-        return Recommendation(found.scheme, None, (_FULL if found.sizes else _IMPOSSIBLE,))
-    candidates = aligned or fitting
+    possible = [size for size in found.sizes if _refusal(profile, size) is None]
+    if not possible:
+        return Recommendation(found.scheme, None, _why_none(profile, found.sizes))
+    candidates = [size for size in possible if size.alignment.tiles is not False] or possible
     shortest = min(size.runs.step_seconds for size in candidates)
     best = min(
         (size for size in candidates if size.runs.step_seconds <= _ALIKE * shortest),
         key=lambda size: (size.held, size.tp_size),
     )
-    reasons = [_gain(found.unsplit, best), *_neighbours(profile, found, best)]
-    if not best.alignment.fits:
-        reasons.append(best.alignment.notes[0])
-    return Recommendation(found.scheme, best.tp_size, tuple(reasons))
+    reasons = [*_gain(profile, found, best), *(_why_not(profile, size, best) for size in _others(found, best))]
+    return Recommendation(found.scheme, best.tp_size, (*reasons, *best.alignment.padding[:1]))
 
 
-def _gain(unsplit: Size, best: Size) -> str:
-    before, after = unsplit.runs.step_seconds, best.runs.step_seconds
+def _refusal(profile: Profile, size: Size) -> str | None:
+    """Why the device cannot run it at all."""
+    return size.alignment.too_wide if fits_memory(profile, size) else _FULL
+
+
+def _why_none(profile: Profile, sizes: Sequence[Size]) -> tuple[str, ...]:
+    refusals = {size.tp_size: _refusal(profile, size) for size in sizes}
+    if len(set(refusals.values())) > 1:
+        return tuple(f"tp {tp_size}: {why}" for tp_size, why in refusals.items())
+    return tuple(why for why in refusals.values() if why)[:1] or (_IMPOSSIBLE,)
+
+
+def _gain(profile: Profile, found: Estimate, best: Size) -> list[str]:
+    before, after = found.unsplit.runs.step_seconds, best.runs.step_seconds
     if best.tp_size == 1:
-        return f"no other size takes less than the {_ms(before)} unsplit"
-    return (
+        if len(found.sizes) == 1:
+            return [f"{_ms(before)} unsplit; there is no other size to compare with"]
+        if any(_takes_less(size, best) for size in found.sizes):
+            return [f"{_ms(before)} unsplit"]
+        return [f"no other size takes less than the {_ms(before)} unsplit"]
+    said = (
         f"{_ms(after)} a step, {_ms(before)} unsplit; a device holds {best.held / GIB:.3f} GiB and saves "
         f"{best.saved / GIB:.3f}"
     )
+    asked = any(size.tp_size == 1 for size in found.sizes)
+    if not asked and _takes_less(found.unsplit, best) and _refusal(profile, found.unsplit) is None:
+        return [said, "unsplit takes less: this saves memory, not time"]
+    return [said]
 
 
-def _neighbours(profile: Profile, found: Estimate, best: Size) -> list[str]:
-    """What the next smaller and the next larger size would change."""
-    said = []
-    smaller = max((s for s in found.sizes if 1 < s.tp_size < best.tp_size), key=lambda s: s.tp_size, default=None)
-    if smaller is not None and smaller.runs.step_seconds > best.runs.step_seconds:
-        said.append(f"tp {smaller.tp_size} takes {_ms(smaller.runs.step_seconds)}: more weights to read")
-    larger = min((s for s in found.sizes if s.tp_size > best.tp_size), key=lambda s: s.tp_size, default=None)
-    if larger is None:
-        return said
-    text = f"tp {larger.tp_size} takes {_ms(larger.runs.step_seconds)}"
-    if larger.network != best.network and best.tp_size > 1:
-        inner, outer = profile.network[best.network], profile.network[larger.network]
-        why = f"it leaves the {best.network} ({inner.bandwidth_gb_s:g} GB/s) for the {larger.network} "
-        why += f"({outer.bandwidth_gb_s:g} GB/s, {outer.latency_us:g} us)"
-    elif not larger.alignment.fits:
-        why = larger.alignment.notes[0]
-    else:
-        why = "gather and scatter outweigh what is read less"
-    return [*said, f"{text}: {why}"]
+def _takes_less(size: Size, best: Size) -> bool:
+    return size.runs.step_seconds < best.runs.step_seconds
+
+
+def _others(found: Estimate, best: Size) -> list[Size]:
+    """What takes less, the next smaller group and the next larger one."""
+    smaller = max((size.tp_size for size in found.sizes if 1 < size.tp_size < best.tp_size), default=None)
+    larger = min((size.tp_size for size in found.sizes if size.tp_size > best.tp_size), default=None)
+    return [size for size in found.sizes if _takes_less(size, best) or size.tp_size in (smaller, larger)]
+
+
+def _why_not(profile: Profile, size: Size, best: Size) -> str:
+    text = f"tp {size.tp_size} takes {_ms(size.runs.step_seconds)}"
+    refusal = _refusal(profile, size)
+    if refusal is not None:
+        return f"{text}: {refusal}"
+    if not _takes_less(size, best):
+        return f"{text}: {_what_takes_longer(profile, size, best)}"
+    if best.alignment.tiles is not False and size.alignment.tiles is False:
+        return f"{text}: {size.alignment.padding[0]}"
+    return f"{text}, which is alike, and holds {size.held / GIB:.3f} GiB"
+
+
+def _what_takes_longer(profile: Profile, size: Size, best: Size) -> str:
+    """The kind of work that adds the most to the better size's time."""
+    more = {kind: seconds - best.runs.seconds[kind] for kind, seconds in size.runs.seconds.items()}
+    collectives = more["gather"] + more["scatter"]
+    if collectives >= max(more["matmul"], more["vector"]):
+        said = f"gather and scatter take {_ms(collectives)} more"
+        if size.network == best.network or best.tp_size == 1:
+            return said
+        inner, outer = profile.network[best.network], profile.network[size.network]
+        return (
+            f"{said}, over the {size.network} ({outer.bandwidth_gb_s:g} GB/s, {outer.latency_us:g} us) and not the "
+            f"{best.network} ({inner.bandwidth_gb_s:g} GB/s, {inner.latency_us:g} us)"
+        )
+    if more["vector"] > more["matmul"]:
+        return f"quantising, SwiGLU and copies take {_ms(more['vector'])} more"
+    said = f"matmuls take {_ms(more['matmul'])} more"
+    return f"{said}, with more weights to read" if size.held > best.held else said
 
 
 def _ms(seconds: float) -> str:

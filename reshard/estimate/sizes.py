@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 
 from reshard.checkpoint import Checkpoint
 from reshard.dtypes import nbytes
@@ -90,7 +91,7 @@ def estimate(
 ) -> Estimate:
     """Estimate a checkpoint for group sizes. A size that cannot be cut or connected is refused by itself.
 
-    Raises SchemeError for float32 weights, whose rate no profile has.
+    Raises SchemeError for float32 weights, whose rate no profile has, ProfileError for rates next to zero.
     """
     _check_types(checkpoint)
     unsplit = _size(checkpoint, _plan(checkpoint, 1, options), profile, options, None)
@@ -174,7 +175,9 @@ def _gathered(profile: Profile, splits: Sequence[Split]) -> Gathered:
     for split in splits:
         for kind, value in layer_seconds(profile, split).items():
             seconds[kind] = seconds.get(kind, 0.0) + value
-    return Gathered(max((wire_of(split) for split in splits), key=lambda wire: wire.nbytes), seconds)
+    if not isfinite(sum(seconds.values())):
+        raise ProfileError(f"{profile.name}: its rates are so low that a step takes forever")
+    return Gathered(max((wire_of(profile, split) for split in splits), key=lambda wire: wire.nbytes), seconds)
 
 
 def fits_memory(profile: Profile, size: Size) -> bool:

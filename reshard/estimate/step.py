@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from reshard.estimate.model import Matmul, Number, collective_seconds, matmul_seconds, vector_seconds
+from reshard.estimate.model import Matmul, Number, collective_seconds, matmul_seconds, messages, vector_seconds
 from reshard.estimate.profile import Profile
 
 Way = Literal["bf16", "dynamic", "static"]
@@ -58,8 +58,8 @@ class Split:
 class Wire:
     """What one rank sends for one layer: bytes for each of its tokens, and messages, whatever the number of tokens.
 
-    all_gather sends each token to R - 1 ranks, reduce_scatter the partial sums of R - 1 ranks' tokens to them: one
-    message to each other rank, twice.
+    all_gather brings each token to R - 1 ranks, reduce_scatter the partial sums of R - 1 ranks' tokens to them. Each
+    is as many messages as its time is made of: see `reshard.estimate.model.messages`.
     """
 
     gather_bytes: int
@@ -72,10 +72,11 @@ class Wire:
         return self.gather_bytes + self.scatter_bytes
 
 
-def wire_of(split: Split) -> Wire:
+def wire_of(profile: Profile, split: Split) -> Wire:
     """What a layer puts on the wire."""
     others = split.tp_size - 1
-    return Wire(others * split.token_bytes, others * split.reduce_bytes * split.hidden_size, 2 * others)
+    scattered = others * split.reduce_bytes * split.hidden_size
+    return Wire(others * split.token_bytes, scattered, 2 * messages(profile, split.tp_size))
 
 
 def layer_seconds(profile: Profile, split: Split) -> dict[Kind, float]:

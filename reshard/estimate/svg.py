@@ -17,7 +17,7 @@ LABELS: dict[Kind, str] = {
 }
 _HELD, _SAVED = "#0f766e", "#99f6e4"
 _INK, _SOFT, _LINE = "#111827", "#6b7280", "#e5e7eb"
-_WIDTH, _LEFT, _TIME, _MEMORY, _MEMORY_AT = 980, 96, 470, 190, 690  # pixels: bars' starts and greatest lengths
+_WIDTH, _LEFT, _TIME, _MEMORY, _MEMORY_AT = 980, 96, 380, 190, 690  # pixels: bars' starts and greatest lengths
 _ROW, _BAR, _TOP, _GROUP = 30, 18, 92, 46
 
 

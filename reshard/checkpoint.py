@@ -237,7 +237,7 @@ def _check_shapes(layers: list[Layer], config: ModelConfig | None) -> Model:
                     f"{list(wanted)} (hidden_size {hidden_size}, intermediate_size {intermediate_size}); is {where} "
                     "of this checkpoint?"
                 )
-        _check_pair(layer.index, gate, up)
+        check_pair(layer.index, gate, up)
     return Model(
         model_type=config.model_type if config else "",
         hidden_size=hidden_size,
@@ -246,8 +246,8 @@ def _check_shapes(layers: list[Layer], config: ModelConfig | None) -> Model:
     )
 
 
-def _check_pair(layer: int, gate: Linear, up: Linear) -> None:
-    """What gate and up have must be alike: they are stacked."""
+def check_pair(layer: int, gate: Linear, up: Linear) -> None:
+    """Raises SchemeError where gate and up differ: they are stacked."""
     if gate.variant != up.variant:
         raise SchemeError(
             f"model.layers.{layer}.mlp: gate_proj is {gate.variant.scheme} ({', '.join(gate.tensors)}), up_proj is "

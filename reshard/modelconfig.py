@@ -1,5 +1,6 @@
 """config.json: a model's sizes, and which of its layers are dense."""
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ from reshard.errors import SourceError
 from reshard.naming import CONFIG
 
 _MAX_LAYERS = 10_000
+_MAX_SIZE = 2**31 - 1  # of a dimension: more is no model's
 _EXPERT_COUNTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
 
 
@@ -102,4 +104,6 @@ def _number(config: Mapping[str, Any], key: str, default: int | None = None) -> 
         value = default
     if type(value) is not int or value < 0 or (value == 0 and default is None):
         raise SourceError(f"{CONFIG}: {key} is {value!r}, a whole number is wanted; is it a language model's config?")
+    if value > _MAX_SIZE:
+        raise SourceError(f"{CONFIG}: {key} is {reprlib.repr(value)}, up to {_MAX_SIZE} are believed")
     return value

@@ -7,6 +7,7 @@ gate and up are cut along dim 0 (rows r·L..(r+1)·L), down along dim 1; what st
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import lcm
 
 from reshard.checkpoint import Checkpoint, Conversion, Layer, Linear, Tensor
 from reshard.dtypes import itemsize, nbytes
@@ -96,12 +97,21 @@ class Plan:
         return sum(shard.size for shard in self.shards)
 
 
-def make_plan(checkpoint: Checkpoint, tp_size: int, layout: str = "fused", pad: bool = False) -> Plan:
-    """Cut a checkpoint for `tp_size` ranks. Raises AlignmentError, with the sizes that work, where it cannot be."""
+def make_plan(
+    checkpoint: Checkpoint,
+    tp_size: int,
+    layout: str = "fused",
+    pad: bool = False,
+    tp_ranks: Iterable[int] | None = None,
+) -> Plan:
+    """Cut a checkpoint for `tp_size` ranks, or plan some of these only: every rank's shapes are the same.
+
+    Raises AlignmentError, with the sizes that work, where it cannot be.
+    """
     padding = _share(checkpoint, tp_size, layout, pad)
     padded = padding.padded_intermediate_size if padding else checkpoint.model.intermediate_size
     shards = []
-    for tp_rank in range(tp_size):
+    for tp_rank in range(tp_size) if tp_ranks is None else tp_ranks:
         tensors = [
             tensor
             for layer in checkpoint.layers
@@ -112,20 +122,20 @@ def make_plan(checkpoint: Checkpoint, tp_size: int, layout: str = "fused", pad: 
 
 
 def grid(layers: Iterable[Layer]) -> int:
-    """What I/R must be a multiple of: the scale blocks' size along I, or 1."""
+    """What I/R must be a multiple of: the scale blocks' sizes along I, or 1."""
     found = 1
     for layer in layers:
         for role in ROLES:
             linear = layer.linears[role]
             if linear.block and any(rule.in_blocks for rule in linear.variant.tensors):
-                found = max(found, linear.block[1 if role == DOWN else 0])
+                found = lcm(found, linear.block[1 if role == DOWN else 0])
     return found
 
 
 def working_sizes(intermediate_size: int, multiple: int) -> list[int]:
     """The tp sizes that give every rank a whole multiple of `multiple` of I."""
     shares = intermediate_size // multiple if intermediate_size % multiple == 0 else 0
-    return [size for size in range(1, shares + 1) if shares % size == 0]
+    return [size for size in range(1, min(shares, MAX_TP_SIZE) + 1) if shares % size == 0]
 
 
 def _share(checkpoint: Checkpoint, tp_size: int, layout: str, pad: bool) -> Padding | None:
@@ -149,9 +159,10 @@ def _share(checkpoint: Checkpoint, tp_size: int, layout: str, pad: bool) -> Padd
     use = f"use a tp of {shown}; or --pad" if sizes else "use --pad"
     if multiple == 1:
         raise AlignmentError(f"{name}: dim 0 = {size} is not divisible by tp {tp_size}; {use} to add zero rows")
+    unscaled = ", or --weights bf16" if size % tp_size == 0 else ""
     raise AlignmentError(
         f"{name}: dim 0 = {size} over tp {tp_size} gives {size / tp_size:g} rows, not a multiple of the "
-        f"{multiple}-row scale block; {use} to add zero rows, or --weights bf16"
+        f"{multiple}-row scale block; {use} to add zero rows{unscaled}"
     )
 
 

@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from reshard.checkpoint import Checkpoint, Identity, Layer, Linear, Model, Tensor
+from reshard.checkpoint import Checkpoint, Identity, Layer, Linear, Model, Tensor, check_pair
 from reshard.errors import LayersError, SchemeError, SourceError, UsageError
 from reshard.modelconfig import read_model_config
-from reshard.naming import CONFIG, DOWN, ROLES, module_name
+from reshard.naming import CONFIG, DOWN, GATE, ROLES, UP, module_name
 from reshard.quantization import declarations
 from reshard.schemes import VARIANTS, Declared, Shape, TensorRule, Variant, check_kind
 from reshard.source.base import parse_json_object
@@ -49,6 +49,7 @@ def promised(config: Mapping[str, Any], name: str, scheme: str | None = None) ->
             module = module_name(index, role)
             declared = declare(module)
             linears[role] = _linear(module, declared, sizes[::-1] if role == DOWN else sizes, own)
+        check_pair(index, linears[GATE], linears[UP])
         layers.append(Layer(index, linears))
     tensors = [tensor for layer in layers for tensor in layer.tensors()]
     return Checkpoint(
@@ -123,6 +124,6 @@ def _dtype(rule: TensorRule, kind: str, own: str) -> str:
 
 def _own_dtype(config: Mapping[str, Any]) -> str:
     named = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    if named not in _DTYPES:
+    if not isinstance(named, str) or named not in _DTYPES:
         raise SchemeError(f"{CONFIG}: dtype is {named!r}; a model of {', '.join(_DTYPES)} is split")
     return _DTYPES[named]

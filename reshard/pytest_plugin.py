@@ -8,9 +8,8 @@ import pytest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from typing import Literal
 
-    from reshard.check.report import Report
+    from reshard.check.report import Device, Report, Weights
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +17,7 @@ def reshard_check() -> Callable[..., Report]:
     """`reshard check` for a test: call it with a checkpoint's or shard set's address, or with `config=FILE`.
 
     The arguments are the command's options. A failed check fails the test with its lines; the report is returned.
-    What cannot be read raises reshard.errors.SourceError.
+    A target that cannot be read raises reshard.errors.SourceError, a value that is none reshard.errors.UsageError.
     """
     from reshard.check.report import Request, Serving
     from reshard.check.run import check_config, check_source
@@ -30,10 +29,10 @@ def reshard_check() -> Callable[..., Report]:
         config: Any = None,
         tp: int | tuple[int, ...] = (),
         scheme: str | None = None,
-        weights: str = "keep",
+        weights: Weights = "keep",
         pad: bool = False,
         against: Any = None,
-        device: Literal["cpu", "npu"] = "cpu",
+        device: Device = "cpu",
         additional_config: Mapping[str, Any] | None = None,
         data_parallel_size: int | None = None,
         tensor_parallel_size: int | None = None,
@@ -44,7 +43,11 @@ def reshard_check() -> Callable[..., Report]:
         if (path is None) == (config is None):
             raise UsageError("reshard_check: give a path, or config=")
         said = (additional_config, data_parallel_size, tensor_parallel_size)
-        serving = Serving(additional_config or {}, data_parallel_size or 1, tensor_parallel_size or 1)
+        serving = Serving(
+            {} if additional_config is None else additional_config,
+            1 if data_parallel_size is None else data_parallel_size,
+            1 if tensor_parallel_size is None else tensor_parallel_size,
+        )
         request = Request(
             tp_sizes=(tp,) if isinstance(tp, int) else tuple(tp),
             scheme=scheme,

@@ -21,6 +21,7 @@ from tests.test_bad_input import CASES, bad_source, listing
 from tests.test_models import CONFIGS, DENSE_LAYERS, FROZEN, MODELS
 
 R1 = CONFIGS / "deepseek-r1.json"
+_FP8 = json.loads(R1.read_text())["quantization_config"]
 # Headers do not tell these: split compares the two values, verify and a second cut hash the shards.
 NEEDS_VALUES = {"gate and up of different input_scale", "set with a changed shard"}
 
@@ -115,6 +116,26 @@ def test_a_promised_checkpoint_is_what_a_real_one_is_read_as(tmp_path: Path, rec
         assert shapes[0] == shapes[1]
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"torch_dtype": ["bfloat16"], "quantization_config": None}, "dtype is ['bfloat16']; a model of bfloat16,"),
+        (
+            {"intermediate_size": 10**400},
+            "intermediate_size is 100000000000000000...0000000000000000000, up to 2147483647",
+        ),
+        (
+            {"quantization_config": {**_FP8, "modules_to_not_convert": ["model.layers.1.mlp.up_proj"]}},
+            "model.layers.1.mlp: gate_proj is fp8_block (weight, weight_scale_inv), up_proj is bf16 (weight); they are",
+        ),
+    ],
+)
+def test_a_config_that_no_checkpoint_can_be_of(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(json.loads(R1.read_text()) | change))
+    ((_, message),) = failed("--config", tmp_path / "config.json", "--tp", 8)
+    assert says in message
+
+
 def test_modelslim_s_scheme_is_named_with_a_config_alone() -> None:
     (scheme,) = of(findings("--config", R1, "--scheme", "w8a8_dynamic")[1], "scheme")
     assert scheme["message"] == "w8a8_dynamic (weight I8, weight_offset F32, weight_scale F32)"
@@ -145,6 +166,13 @@ def test_a_cut_that_the_sizes_do_not_allow(tp: int, check: str, says: str) -> No
     assert says in message
 
 
+@pytest.mark.parametrize(("tp", "way"), [(32, True), (5, False)])
+def test_bf16_is_a_way_out_only_where_it_is_one(tp: int, way: bool) -> None:
+    ((_, message),) = failed("--config", R1, "--tp", tp)
+    assert ("--weights bf16" in message) is way
+    assert (failed("--config", R1, "--tp", tp, "--weights", "bf16") == []) is way
+
+
 def test_the_way_out_of_a_cut_passes() -> None:
     for way in (["--pad"], ["--weights", "bf16"], ["--weights", "w8a8"]):
         assert failed("--config", R1, "--tp", 32, *way) == []
@@ -165,6 +193,18 @@ def test_the_option_s_size_is_judged_too() -> None:
     arguments = ["--additional-config", json.dumps({OPTION: 32}), "--data-parallel-size", 32]
     ((check, message),) = failed("--config", R1, *arguments, "--tp", 8)
     assert (check, message[:6]) == ("blocks", "tp 32:")
+
+
+@pytest.mark.parametrize(("option", "data", "tensor"), [(5, 32, 1), (99_999_999_999, 32, 1), (5, 10, 2)])
+def test_an_option_that_may_not_stay_is_judged_by_its_own_rules_alone(option: int, data: int, tensor: int) -> None:
+    """divides would offer sizes, or --pad, that the option's own line forbids."""
+    wrong = "option-size" if tensor == 1 else "option-alone"
+    sizes = ["--data-parallel-size", data, "--tensor-parallel-size", tensor]
+    arguments = ["--additional-config", json.dumps({OPTION: option}), *sizes]
+    for more in ([], ["--tp", 8]):
+        assert [check for check, _ in failed("--config", R1, *arguments, *more)] == [wrong]
+    (divides,) = of(findings("--config", R1, *arguments)[1], "divides")
+    assert divides["message"] == f"not checked: see {wrong}"
 
 
 def test_nothing_to_check_is_wrong_usage() -> None:
@@ -191,6 +231,37 @@ def test_what_cannot_be_read_is_1_and_the_others_are_checked_all_the_same(tmp_pa
     assert first == f"error: {tmp_path}/none: no such folder; give the one that holds the checkpoint"
     assert second.startswith(f"error: {tmp_path}/bad.json: not valid JSON")
     assert "FAILED   divides" in done.out
+    assert f"{tmp_path}/none\n  FAILED   input  {tmp_path}/none: no such folder" in done.out
+    assert done.out.endswith("\n7 checks: 3 ok, 3 failed, 1 not made\n")
+
+
+def test_an_error_line_names_its_target(tmp_path: Path) -> None:
+    """Of a hundred files in a row: every one is called config.json, every folder has one."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "b" / "config.json").write_text("{}")
+    done = reshard("check", tmp_path / "a", tmp_path / "b" / "config.json")
+    assert done.code == 1
+    assert [line.split(": ")[:2] for line in done.err.splitlines()] == [
+        ["error", f"{tmp_path}/a"],
+        ["error", f"{tmp_path}/b/config.json"],
+    ]
+
+
+@pytest.mark.parametrize("path", ["models/config.json", "nobody/model.json"])
+def test_a_config_that_is_not_there_is_no_hub_repository(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = reshard("check", path)
+    assert (done.code, done.err) == (1, f"error: {path}: cannot be read: No such file or directory\n")
+
+
+def test_a_terminal_that_lacks_a_character() -> None:
+    done = reshard_process("check", R1, "--tp", "32", PYTHONIOENCODING="ascii")
+    assert done.code == 3
+    assert "18, 24, 36, \\u2026; or --pad" in done.out
+    assert done.err == ""
 
 
 def test_a_json_file_is_a_config() -> None:

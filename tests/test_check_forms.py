@@ -71,6 +71,22 @@ def test_junit_of_a_command() -> None:
     assert "dim 0 = 18432 over tp 5" in str(failure.get("message"))
 
 
+def test_cases_are_told_apart_and_every_encoding_carries_them() -> None:
+    wheres = ("é", "é", "é (2)", "\n", "\\n")
+    report = Report("ü", None, tuple(Finding("cut", where, "x") for where in wheres))
+    written = junit([report], False)
+    assert written.isascii()
+    root = ET.fromstring(written)
+    assert [case.get("name") for case in root[0]] == [
+        "cut: é",
+        "cut: é (2)",
+        "cut: é (2) (2)",
+        "cut: \\n",
+        "cut: \\n (2)",
+    ]
+    assert root[0].get("name") == "ü"
+
+
 def test_junit_has_an_error_for_what_cannot_be_read(tmp_path: Path) -> None:
     done = reshard("check", tmp_path / "none", "--format", "junit")
     assert done.code == 1
@@ -158,6 +174,25 @@ def test_the_document_has_everything(reports: list[Report], strict: bool) -> Non
     made = json.loads(json.dumps(document(reports, strict)))
     assert [t["findings"] for t in made["targets"]] == [[vars(f) for f in report.findings] for report in reports]
     assert made["ok"] == all(target["ok"] for target in made["targets"])
+
+
+def test_the_document_s_shape() -> None:
+    """Programs read it: a key that goes or is renamed breaks them."""
+    finding = {"check": "size", "where": "tp 2", "message": "m", "severity": "warning"}
+    unreadable = {"check": "input", "where": "", "message": "gone", "severity": "error"}
+    reports = [
+        Report("a", "shard set", (Finding("size", "tp 2", "m", "warning"),)),
+        Report("b", None, (Finding("input", "", "gone"),), "b"),
+    ]
+    assert document(reports, False) == {
+        "ok": False,
+        "strict": False,
+        "targets": [
+            {"target": "a", "kind": "shard set", "ok": True, "findings": [finding]},
+            {"target": "b", "kind": None, "ok": False, "findings": [unreadable]},
+        ],
+    }
+    assert document(reports[:1], True)["ok"] is False
 
 
 @pytest.mark.parametrize("form", ["human", "json", "junit", "github"])

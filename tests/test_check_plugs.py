@@ -6,15 +6,19 @@ GitHub and pre-commit themselves go by.
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from reshard.check.report import Report
+from reshard.errors import UsageError
 from reshard.prepare import Cut
 from tests.builders import Spec, build
 from tests.running import TIMEOUT_SECONDS, split
@@ -152,8 +156,6 @@ def test_the_other_hook_takes_what_args_give(hooks: dict[str, dict[str, Any]]) -
 
 
 def test_the_config_hook_is_for_config_json(hooks: dict[str, dict[str, Any]]) -> None:
-    import re
-
     wanted = re.compile(hooks["reshard-check-config"]["files"])
     assert all(wanted.search(path) for path in ("config.json", "models/r1/config.json"))
     assert not any(wanted.search(path) for path in ("generation_config.json", "tokenizer.json", "config.jsonl"))
@@ -198,6 +200,26 @@ def test_the_fixture_passes_fails_and_says_why(pytester: pytest.Pytester) -> Non
             "*SourceError: nowhere: no such folder*",
         ]
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"tp": 0}, "tp 0: a group size is a whole number from 1 to 99999"),
+        ({"tp": "8,16"}, "tp '8': a group size is a whole number"),
+        ({"tp": 8, "device": "gpu"}, "device 'gpu': there are cpu, npu"),
+        ({"tp": 8, "weights": "int8"}, "weights 'int8': there are keep, bf16, w8a8"),
+        ({"data_parallel_size": 0}, "data-parallel size 0: a whole number from 1 to 99999 is wanted"),
+        ({"tensor_parallel_size": "2"}, "tensor-parallel size '2': a whole number"),
+        ({"additional_config": "{}"}, "additional config '{}': a mapping of options is wanted"),
+    ],
+)
+def test_a_value_that_is_none_is_refused(
+    reshard_check: Callable[..., Report], arguments: dict[str, Any], says: str
+) -> None:
+    """A slip that were taken for a default would be a check that was never made."""
+    with pytest.raises(UsageError, match=re.escape(says)):
+        reshard_check(config=R1, **arguments)
 
 
 def test_a_set_in_the_fixture(pytester: pytest.Pytester, tmp_path: Path) -> None:

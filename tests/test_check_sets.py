@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,15 @@ import pytest
 from blake3 import blake3
 
 from reshard.check.report import CHECKS
+from reshard.check.shardset import check_origin, check_set
 from reshard.naming import MANIFEST, shard_file
 from reshard.option import OPTION
 from reshard.prepare import Cut
+from reshard.source.open import describe, open_source
 from tests.builders import RECIPES, Spec, build, read_safetensors, write_safetensors
 from tests.checking import failed, findings, of, usage
 from tests.corrupt import edited_json
-from tests.running import split
+from tests.running import reshard, split
 from tests.test_check_setups import setup
 
 RANK_1 = shard_file(1, 2)
@@ -208,7 +211,29 @@ def test_a_source_whose_header_changed(shards: Path, model: Path) -> None:
 
 
 def test_a_source_that_cannot_be_read_is_1(shards: Path, tmp_path: Path) -> None:
-    assert [check for check, _ in failed(shards, "--against", tmp_path / "none")] == ["input"]
+    (shards / "config.json").unlink()
+    done = reshard("check", shards, "--against", tmp_path / "none")
+    assert (done.code, done.err) == (
+        1,
+        f"error: {shards}: --against: {tmp_path}/none: no such folder; give the one that holds the checkpoint\n",
+    )
+    assert "FAILED   ranks     config.json: missing" in done.out, "what was found of the set itself still stands"
+
+
+@pytest.mark.parametrize("commit", ["a" * 40, "b" * 40])
+def test_another_commit_of_the_hub_is_a_warning(shards: Path, model: Path, commit: str) -> None:
+    """Weights that were trained on have the same names, sizes and headers: only the commit tells."""
+    edited_json(MANIFEST, lambda m: m["source"].update(kind="hub", name="org/model", commit="a" * 40))(shards)
+    with open_source(str(shards)) as source:
+        _, manifest, _ = check_set(source)
+    assert manifest is not None
+    with open_source(str(model)) as source:
+        original = describe(source)
+    original = replace(original, identity=replace(original.identity, kind="hub", name="org/model", commit=commit))
+    (found,) = check_origin(manifest, original, "org/model")
+    assert found.severity == ("ok" if commit[0] == "a" else "warning")
+    if commit[0] == "b":
+        assert f"cut from org/model at commit {'a' * 40}, this is org/model at commit {commit}: " in found.message
 
 
 def test_the_size_that_is_asked_for(shards: Path) -> None:
@@ -216,6 +241,10 @@ def test_the_size_that_is_asked_for(shards: Path) -> None:
     assert failed(shards, "--tp", "4,8") == [
         ("size", ": cut for tp 2, --tp asks for 4, 8; reshard split SET OUT --tp 4 cuts it anew")
     ]
+    assert failed(shards, "--tp", "5,8")[0][1].endswith("asks for 5, 8; reshard split SET OUT --tp 8 cuts it anew")
+    ((_, message),) = failed(shards, "--tp", "5,7")
+    assert "dim 0 = 512 is not divisible by tp 5" in message
+    assert "cuts it anew" not in message
 
 
 @pytest.mark.parametrize(

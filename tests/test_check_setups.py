@@ -31,16 +31,21 @@ def test_r1_is_whole_tiles(scheme: str, tp: int) -> None:
     assert [f["severity"] for check in ("kernels", "tiles", "limits") for f in of(found, check)] == ["ok"] * 3
 
 
-@pytest.mark.parametrize(("scheme", "multiple"), [("bf16", 16), ("w8a8_dynamic", 32)])
-@pytest.mark.parametrize("share", [16, 32, 48, 64, 80])
-def test_tiles_are_16_x_16_in_bf16_and_16_x_32_in_int8(tmp_path: Path, scheme: str, multiple: int, share: int) -> None:
-    file = small(tmp_path, intermediate_size=2 * share)
+@pytest.mark.parametrize(("scheme", "rows", "columns"), [("bf16", 16, 16), ("w8a8_dynamic", 16, 32)])
+@pytest.mark.parametrize(("share", "hidden"), [(16, 32), (24, 32), (32, 32), (40, 32), (48, 32), (48, 16), (48, 8)])
+def test_tiles_are_16_x_16_in_bf16_and_16_x_32_in_int8(
+    tmp_path: Path, scheme: str, rows: int, columns: int, share: int, hidden: int
+) -> None:
+    """Of the matrices [in, out] that a device holds: a tile that is not full is padded."""
+    file = small(tmp_path, intermediate_size=2 * share, hidden_size=hidden)
     arguments = ("--config", file, "--scheme", scheme, "--tp", 2, "--device", "npu")
     code, found = findings(*arguments)
     assert code == 0, "padded tiles are right, if slow"
     wrong = [f["message"] for f in of(found, "tiles") if f["severity"] == "warning"]
-    assert len(wrong) == (0 if share % multiple == 0 else 2)
-    assert all(f"{share} is no multiple of {multiple}" in line for line in wrong)
+    held = {"gate_up_proj": (hidden, 2 * share), "down_proj": (share, hidden)}
+    padded = [role for role, (k, n) in held.items() for size, side in ((k, rows), (n, columns)) if size % side]
+    assert sorted(line.split(".")[4] for line in wrong) == sorted(padded)
+    assert all(("whatever the group size" in line) == ("hidden_size = " in line) for line in wrong)
     assert reshard("check", *arguments, "--strict").code == (3 if wrong else 0)
 
 
@@ -48,8 +53,12 @@ def test_hidden_size_is_a_side_of_the_tiles_too(tmp_path: Path) -> None:
     found = findings(
         "--config", small(tmp_path, hidden_size=7184), "--scheme", "w8a8_dynamic", "--tp", 8, "--device", "npu"
     )
-    assert [f["severity"] for f in of(found[1], "tiles")] == ["warning", "warning"]
-    assert all("7184 is no multiple of 32" in f["message"] for f in of(found[1], "tiles"))
+    (tiles,) = of(found[1], "tiles")
+    assert (tiles["severity"], tiles["message"]) == (
+        "warning",
+        "model.layers.0.mlp.down_proj.weight [7184, 2304]: hidden_size = 7184 is no multiple of 32: down_proj is no "
+        "whole 16 x 32 tiles of INT8 and would be padded, whatever the group size",
+    )
 
 
 @pytest.mark.parametrize(("size", "fits"), [(65_535, True), (65_536, False)])
@@ -60,7 +69,8 @@ def test_int8_matrices_are_up_to_65535_wide(tmp_path: Path, dim: str, size: int,
     wide = size if dim == "hidden_size" else size // 2 * 2
     wrong = failed("--config", file, "--scheme", "w8a8_dynamic", "--tp", tp, "--device", "npu")
     assert bool(wrong) == (wide > 65_535) == (not fits)
-    assert all(check == "limits" and "up to 65535; cut it for a larger group" in message for check, message in wrong)
+    way = "whatever the group size; BF16 has no such limit" if dim == "hidden_size" else ": cut it for a larger group"
+    assert all(check == "limits" and "up to 65535" in message and way in message for check, message in wrong)
     assert failed("--config", file, "--scheme", "bf16", "--tp", tp, "--device", "npu") == []
 
 
@@ -87,6 +97,22 @@ def test_without_torch_npu_the_forward_is_not_checked() -> None:
     (forward,) = of(done.document["targets"][0]["findings"], "forward")
     assert forward["severity"] == "skipped"
     assert forward["message"].startswith("not checked: torch_npu is not installed here")
+
+
+@pytest.mark.parametrize(
+    ("raises", "says"),
+    [("AttributeError('of another torch')", "of another torch"), ("OSError", "OSError"), ("KeyError(1)", "1")],
+)
+def test_a_torch_npu_that_cannot_be_imported_is_no_traceback(tmp_path: Path, raises: str, says: str) -> None:
+    (tmp_path / "torch_npu.py").write_text(f"raise {raises}")
+    done = reshard_process(
+        *("check", "--config", R1, "--tp", "8", "--device", "npu", "--format", "json"),
+        before=f"import sys; sys.path.insert(0, {str(tmp_path)!r})",
+    )
+    assert done.code == 0
+    (forward,) = of(done.document["targets"][0]["findings"], "forward")
+    assert forward["severity"] == "skipped"
+    assert forward["message"] == f"not checked: torch_npu is installed and cannot be imported: {says}"
 
 
 def test_the_cpu_has_no_tiles_and_no_limits() -> None:

@@ -1,5 +1,6 @@
 """What a cut is refused for, the sizes that are offered instead, and DeepSeek-R1's own numbers."""
 
+import json
 import re
 
 import pytest
@@ -8,8 +9,10 @@ from hypothesis import strategies as st
 
 from reshard.checkpoint import Checkpoint
 from reshard.errors import AlignmentError
-from reshard.plan import Plan, make_plan
+from reshard.plan import Plan, grid, make_plan, working_sizes
+from reshard.promised import promised
 from tests.builders import Spec
+from tests.test_models import CONFIGS
 from tests.test_plan import BLOCK, checkpoint_of, grid_of, share_of
 
 
@@ -30,7 +33,7 @@ def test_listed_sizes_work_and_no_others(recipe: str, intermediate: int, tp: int
     assert message.startswith(f"model.layers.0.mlp.gate_proj.weight: dim 0 = {intermediate} ")
     assert f"tp {tp}" in message
     assert "--pad" in message
-    assert ("--weights bf16" in message) == (grid_of(spec) == BLOCK)
+    assert ("--weights bf16" in message) == (grid_of(spec) == BLOCK and intermediate % tp == 0)
     match = re.search(r"use a tp of ([0-9, ]+?)(, …)?;", message)
     listed = [int(size) for size in match[1].split(",")] if match else []
     limit = max(listed, default=0) if match and match[2] else intermediate
@@ -47,6 +50,34 @@ def test_listed_sizes_work_and_no_others(recipe: str, intermediate: int, tp: int
 def test_group_sizes_out_of_range(tp: int, message: str, pad: bool) -> None:
     with pytest.raises(AlignmentError, match=f"^{re.escape(message)}"):
         make_plan(checkpoint_of(Spec("bf16", hidden=4, intermediate=12)), tp, "fused", pad)
+
+
+def test_blocks_of_two_sizes_are_both_kept_whole() -> None:
+    """A share of whole 48-column blocks of down that cuts gate's 32-row blocks in two would take the wrong scales."""
+    config = json.loads((CONFIGS / "deepseek-r1.json").read_text()) | {"intermediate_size": 960, "hidden_size": 96}
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "config_groups": {}}
+    for name, roles, block in (("a", "gate|up", [32, 32]), ("b", "down", [48, 48])):
+        common = {"num_bits": 8, "type": "float", "symmetric": True}
+        config["quantization_config"]["config_groups"][name] = {
+            "targets": [rf"re:.*mlp\.({roles})_proj$"],
+            "weights": {**common, "strategy": "block", "block_structure": block},
+            "input_activations": {**common, "strategy": "group", "dynamic": True},
+        }
+    checkpoint = promised(config, "model")
+    assert grid(checkpoint.layers) == 96
+    with pytest.raises(
+        AlignmentError, match=r"gives 240 rows, not a multiple of the 96-row .*; use a tp of 1, 2, 5, 10;"
+    ):
+        make_plan(checkpoint, 4)
+
+
+def test_some_ranks_of_a_plan_are_those_of_the_whole() -> None:
+    checkpoint = checkpoint_of(Spec("fp8_block", hidden=BLOCK, intermediate=8 * BLOCK))
+    assert make_plan(checkpoint, 8, tp_ranks=(3, 0)).shards == tuple(make_plan(checkpoint, 8).shards[r] for r in (3, 0))
+
+
+def test_no_size_is_offered_that_no_shard_file_has_digits_for() -> None:
+    assert working_sizes(2**31, 1) == [2**power for power in range(17)]
 
 
 # --- DeepSeek-R1's own numbers ---

@@ -10,12 +10,12 @@ _CHECKS = ("divides", "blocks")
 
 
 def check_cut(checkpoint: Checkpoint, tp_size: int, pad: bool) -> tuple[list[Finding], Plan | None]:
-    """Findings, and the plan if the cut can be made."""
+    """Findings and, if the cut can be made, the plan of rank 0; every rank's shapes are the same."""
     where = f"tp {tp_size}"
     size, block = checkpoint.model.intermediate_size, grid(checkpoint.layers)
     divides = 1 <= tp_size <= size and size % tp_size == 0
     try:
-        plan = make_plan(checkpoint, tp_size, pad=pad)
+        plan = make_plan(checkpoint, tp_size, pad=pad, tp_ranks=(0,))
     except AlignmentError as error:
         if not divides:
             return [Finding("divides", where, str(error)), *_skipped(where, "blocks", "see divides")], None

@@ -8,19 +8,18 @@ import importlib.util
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import lcm
 
 from reshard.checkpoint import Checkpoint
-from reshard.errors import ReshardError
 from reshard.finding import Finding
 from reshard.naming import DOWN, GATE, GATE_UP, module_name
 from reshard.plan import Plan, PlannedTensor
+from reshard.tiles import limit_faults, tile_faults
 
 LAST_DIM_LIMIT = 65_535
-"""Of npu_quant_matmul's operands (torch_npu 2.13, operator documentation); they are transposed, so of either dim."""
+"""Of npu_quant_matmul's operands; see reshard.tiles."""
 
-TILES = {"BF16": (16, 16), "F16": (16, 16), "I8": (16, 32)}
-"""Rows and columns of FRACTAL_NZ by the weight's type. Weights are transposed, so a dim is held against both."""
+TILES = {"BF16": ("BF16", (16, 16)), "F16": ("FP16", (16, 16)), "I8": ("INT8", (16, 32))}
+"""FRACTAL_NZ's number and tile by the weight's type; see reshard.tiles."""
 
 AS_BF16 = frozenset({"fp8_block", "fp8_channel", "int8_block"})
 """Schemes that Ascend has no kernel for: the runtime multiplies their scales out at load."""
@@ -33,8 +32,15 @@ class Module:
     """One rank's part of a layer's gate_up_proj or down_proj, and the type that its weight has on the device."""
 
     name: str
+    role: str
     scheme: str
     tensors: Mapping[str, PlannedTensor]
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """L and H."""
+        rows, columns = self.weight.shape
+        return (rows // 2, columns) if self.role == GATE_UP else (columns, rows)
 
     @property
     def weight(self) -> PlannedTensor:
@@ -67,7 +73,7 @@ def check_npu(checkpoint: Checkpoint, plan: Plan) -> list[Finding]:
 def _module(plan: Plan, layer: int, role: str, scheme: str) -> Module:
     start = f"{module_name(layer, role)}."
     tensors = {t.name.removeprefix(start): t for t in plan.shards[0].tensors if t.name.startswith(start)}
-    return Module(start.rstrip("."), scheme, tensors)
+    return Module(start.rstrip("."), role, scheme, tensors)
 
 
 def _distinct(layers: list[tuple[Module, Module]]) -> list[Module]:
@@ -92,42 +98,31 @@ def check_kernels(checkpoint: Checkpoint) -> Finding:
 def _tiles(layers: list[tuple[Module, Module]], where: str) -> Iterator[Finding]:
     """A matrix that is no whole tiles is padded on the device: right, and slower and larger than it looks."""
     wrong: list[str] = []
-    right: dict[str, tuple[tuple[int, ...], ...]] = {}
+    right: dict[str, list[str]] = {}
     for module in _distinct(layers):
-        tile = TILES.get(module.dtype)
-        if tile is None:
+        if module.dtype not in TILES:
             continue
-        name, multiple = f"{module.dtype} tiles of {tile[0]} x {tile[1]}", lcm(*tile)
-        right[name] = (*right.get(name, ()), module.weight.shape)
-        wrong += [
-            f"{module.name}.weight [{', '.join(map(str, module.weight.shape))}]: {size} is no multiple of {multiple}, "
-            f"{name} would be padded; a share of intermediate_size that is one avoids it"
-            for size in dict.fromkeys(_local(module))
-            if size % multiple
-        ]
+        number, tile = TILES[module.dtype]
+        shown = _shown(module.weight.shape)
+        right.setdefault(f"{number} tiles of {tile[0]} x {tile[1]}", []).append(shown)
+        faults = tile_faults(module.role, *module.sizes, tile, number)
+        wrong += [f"{module.name}.weight {shown}: {fault}" for fault in faults]
     for line in wrong:
         yield Finding("tiles", where, line, "warning")
     if not wrong:
-        shown = "; ".join(f"{name}: {', '.join(map(_shown, shapes))}" for name, shapes in right.items())
-        yield Finding("tiles", where, shown or "no tiles for float32", "ok")
-
-
-def _local(module: Module) -> tuple[int, int]:
-    """Its dims; of [2L, H] L and H: gate and up are two matrices."""
-    rows, columns = module.weight.shape
-    return (rows // 2, columns) if module.name.endswith(GATE_UP) else (rows, columns)
+        line = "; ".join(f"{name}: {', '.join(shapes)}" for name, shapes in right.items())
+        yield Finding("tiles", where, line or "no tiles for float32", "ok")
 
 
 def _limits(layers: list[tuple[Module, Module]], where: str) -> Iterator[Finding]:
     quantised = [module for module in _distinct(layers) if module.dtype == "I8"]
-    wrong = [module for module in quantised if max(module.weight.shape) > LAST_DIM_LIMIT]
-    for module in wrong:
-        yield Finding(
-            "limits",
-            where,
-            f"{module.name}.weight {_shown(module.weight.shape)}: npu_quant_matmul takes last dims up to "
-            f"{LAST_DIM_LIMIT}; cut it for a larger group",
-        )
+    wrong = [
+        f"{module.name}.weight {_shown(module.weight.shape)}: {fault}"
+        for module in quantised
+        for fault in limit_faults(module.role, *module.sizes, LAST_DIM_LIMIT)
+    ]
+    for line in wrong:
+        yield Finding("limits", where, line)
     if not wrong:
         widest = max((size for module in quantised for size in module.weight.shape), default=0)
         line = f"the widest matrix is {widest}, npu_quant_matmul takes up to {LAST_DIM_LIMIT}"
@@ -148,8 +143,8 @@ def _forward(checkpoint: Checkpoint, plan: Plan, layers: list[tuple[Module, Modu
             from runtime.meta import Linear, forward_on_meta
 
             kernels = kernels_for(device_of("npu"))
-    except (ImportError, OSError, RuntimeError, ReshardError) as error:  # without CANN's libraries torch fails, too
-        reason = str(error.__cause__ or error).splitlines()[0]
+    except Exception as error:  # whatever a torch_npu raises that lacks CANN, or is of another torch
+        reason = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
         return skipped(f"torch_npu is installed and cannot be imported: {reason}")
     checked = 0
     seen = set()

@@ -63,20 +63,25 @@ def junit(reports: Sequence[Report], strict: bool) -> str:
     for report in reports:
         suite = ET.SubElement(root, "testsuite", name=printable(report.target))
         counts: Counter[str] = Counter(tests=len(report.findings))
-        names: Counter[str] = Counter()
+        names: set[str] = set()
         for finding in report.findings:
-            name = f"{finding.check}: {finding.where}" if finding.where else finding.check
-            names[name] += 1
-            if names[name] > 1:  # a reader of results tells cases apart by their names
-                name = f"{name} ({names[name]})"
-            case = ET.SubElement(suite, "testcase", classname="reshard.check", name=printable(name))
+            plain = name = printable(f"{finding.check}: {finding.where}" if finding.where else finding.check)
+            number = 1
+            while name in names:  # a reader of results tells cases apart by their names
+                number += 1
+                name = f"{plain} ({number})"
+            names.add(name)
+            case = ET.SubElement(suite, "testcase", classname="reshard.check", name=name)
             counts[_add_result(case, finding, strict)] += 1
         keys = ("tests", "failures", "errors", "skipped")
         suite.attrib |= {key: str(counts[key]) for key in keys}
         totals += counts
     root.attrib |= {key: str(totals[key]) for key in ("tests", "failures", "errors")}
     ET.indent(root)
-    return ET.tostring(root, encoding="unicode", xml_declaration=True)
+    written: bytes = ET.tostring(
+        root, encoding="us-ascii", xml_declaration=True
+    )  # right, whatever stdout is encoded in
+    return written.decode()
 
 
 def _add_result(case: ET.Element, finding: Finding, strict: bool) -> str:

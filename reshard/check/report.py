@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from reshard.errors import UsageError
 from reshard.finding import Finding, Severity
+from reshard.naming import MAX_TP_SIZE
 
 CHECKS = {
     "input": "what was given can be read",
@@ -28,15 +30,26 @@ CHECKS = {
 """Every check, in the order in which they are reported."""
 
 Kind = Literal["config", "checkpoint", "shard set"]
+Device = Literal["cpu", "npu"]
+Weights = Literal["keep", "bf16", "w8a8"]
+
+_MAX_SIZE = 99_999  # of an engine's sizes: larger ones are a slip
 
 
 @dataclass(frozen=True)
 class Serving:
-    """How an engine would be started: its additional config, and its sizes."""
+    """How an engine would be started: its additional config, and its sizes. Raises UsageError for what is none."""
 
     additional_config: Mapping[str, Any]
     data_parallel_size: int = 1
     tensor_parallel_size: int = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.additional_config, Mapping):
+            raise UsageError(f"additional config {self.additional_config!r}: a mapping of options is wanted")
+        for name, size in (("data", self.data_parallel_size), ("tensor", self.tensor_parallel_size)):
+            if type(size) is not int or not 1 <= size <= _MAX_SIZE:
+                raise UsageError(f"{name}-parallel size {size!r}: a whole number from 1 to {_MAX_SIZE} is wanted")
 
 
 @dataclass(frozen=True)
@@ -45,17 +58,25 @@ class Request:
 
     tp_sizes: group sizes to cut for; of a shard set, those that it may be cut for. scheme: of a config.json alone.
     weights, pad: as `split` takes them. revision: of a hub repository that is checked. against: the address of what a
-    shard set was cut from.
+    shard set was cut from. Raises UsageError for values that are none of these.
     """
 
     tp_sizes: tuple[int, ...] = ()
     scheme: str | None = None
-    weights: str = "keep"
+    weights: Weights = "keep"
     pad: bool = False
     against: str | None = None
-    device: Literal["cpu", "npu"] = "cpu"
+    device: Device = "cpu"
     serving: Serving | None = None
     revision: str | None = None
+
+    def __post_init__(self) -> None:
+        for size in self.tp_sizes:
+            if type(size) is not int or not 1 <= size <= MAX_TP_SIZE:
+                raise UsageError(f"tp {size!r}: a group size is a whole number from 1 to {MAX_TP_SIZE}")
+        for name, value, known in (("weights", self.weights, Weights), ("device", self.device, Device)):
+            if value not in get_args(known):
+                raise UsageError(f"{name} {value!r}: there are {', '.join(get_args(known))}")
 
 
 @dataclass(frozen=True)
@@ -73,7 +94,7 @@ class Report:
 
     @property
     def unreadable(self) -> bool:
-        """Whether the target could not be read, so that nothing was checked."""
+        """Whether the target, or what it was to be held against, could not be read."""
         return any(finding.check == "input" for finding in self.findings)
 
     def failed(self, strict: bool = False) -> bool:

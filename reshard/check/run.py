@@ -11,26 +11,28 @@ from reshard.check.serving import check_serving, option_size
 from reshard.check.shardset import check_origin, check_set, check_size, plan_of
 from reshard.checkpoint import Checkpoint
 from reshard.convert.rules import converted
-from reshard.errors import AlignmentError, UsageError
+from reshard.errors import AlignmentError, ReshardError, UsageError
 from reshard.finding import Finding
+from reshard.manifest import Manifest
 from reshard.modelconfig import has_experts
 from reshard.naming import parse_shard_file
 from reshard.promised import promised, read_config
 from reshard.source.base import Source
 from reshard.source.files import read_checkpoint
 from reshard.source.open import describe, open_source
+from reshard.source.transport import Notify
 
 
-def check_source(address: str, request: Request) -> Report:
-    """A checkpoint's or a shard set's report.
+def check_source(address: str, request: Request, notify: Notify = lambda line: None) -> Report:
+    """A checkpoint's or a shard set's report. notify: takes a line for each wait after a server's fault.
 
     Raises SourceError where it cannot be read, UsageError where the request does not go with what it is.
     """
     if request.scheme is not None:
         raise UsageError(f"--scheme goes with --config: the tensors of {address} say what they are")
-    with open_source(address, request.revision) as source:
+    with open_source(address, request.revision, notify=notify) as source:
         if any(parse_shard_file(name) for name in source.files()):
-            return Report(address, "shard set", tuple(_set(source, request, address)))
+            return Report(address, "shard set", tuple(_set(source, request, address, notify)))
         if request.against is not None:
             raise UsageError(f"--against goes with a shard set, which {address} is not")
         findings, checkpoint = check_layers(lambda: converted(read_checkpoint(source), request.weights))
@@ -53,18 +55,19 @@ def _cuts(checkpoint: Checkpoint | None, request: Request) -> list[Finding]:
     found: list[Finding] = []
     if checkpoint is not None and request.device == "npu":
         found.append(check_kernels(checkpoint))
+    setup = check_serving(request.serving, _moe(checkpoint), None) if request.serving is not None else []
+    wrong = [finding.check for finding in setup if finding.severity == "error"]
     option = option_size(request.serving)
-    sizes = tuple(dict.fromkeys((*request.tp_sizes, *((option,) if option else ()))))
+    # A value that may not stay is not judged as a size: two lines would advise on it, by different rules.
+    sizes = tuple(dict.fromkeys((*request.tp_sizes, *((option,) if option and not wrong else ()))))
     if checkpoint is None:
         found += no_cut("the layers could not be described")
     elif not sizes:
-        found += no_cut("no size to cut for; give --tp")
+        found += no_cut(f"see {wrong[0]}" if option else "no size to cut for; give --tp")
     else:
         for size in sizes:
             found += _cut(checkpoint, size, request)
-    if request.serving is not None:
-        found += check_serving(request.serving, _moe(checkpoint), None)
-    return found
+    return found + setup
 
 
 def _cut(checkpoint: Checkpoint, tp_size: int, request: Request) -> list[Finding]:
@@ -72,7 +75,7 @@ def _cut(checkpoint: Checkpoint, tp_size: int, request: Request) -> list[Finding
     return findings + check_npu(checkpoint, plan) if plan is not None and request.device == "npu" else findings
 
 
-def _set(source: Source, request: Request, address: str) -> list[Finding]:
+def _set(source: Source, request: Request, address: str, notify: Notify) -> list[Finding]:
     if request.weights != "keep" or request.pad:
         raise UsageError(f"--weights and --pad go with a checkpoint; {address} is cut already")
     findings, manifest, checkpoint = check_set(source)
@@ -80,19 +83,29 @@ def _set(source: Source, request: Request, address: str) -> list[Finding]:
         wanted = {"size": request.tp_sizes, "source": request.against, "option": request.serving}
         asked = tuple(check for check, value in wanted.items() if value)
         return [*findings, *not_checked(asked, "see manifest")]
-    findings += check_size(manifest, request.tp_sizes)
+    findings += check_size(manifest, checkpoint, request.tp_sizes)
     if request.against is not None:
-        with open_source(request.against) as original:
-            findings += check_origin(manifest, describe(original), request.against)
+        findings += _origin(manifest, request.against, notify)
     if checkpoint is not None and request.device == "npu":
         findings.append(check_kernels(checkpoint))
         try:
-            findings += check_npu(checkpoint, plan_of(manifest, checkpoint, "fused"))
+            findings += check_npu(checkpoint, plan_of(manifest, checkpoint, "fused", (0,)))
         except AlignmentError as error:  # a set that keeps gate and up apart may be one that cannot be stacked
             findings.append(Finding("forward", "", f"not checked: {error}", "skipped"))
     if request.serving is not None:
         findings += check_serving(request.serving, _moe(checkpoint), manifest.tp_size)
     return findings
+
+
+def _origin(manifest: Manifest, against: str, notify: Notify) -> list[Finding]:
+    """What the set was cut from; where that cannot be read, what was found of the set itself still stands."""
+    try:
+        with open_source(against, notify=notify) as original:
+            return check_origin(manifest, describe(original), against)
+    except UsageError:
+        raise
+    except ReshardError as error:
+        return [Finding("input", "--against", str(error))]
 
 
 def _moe(checkpoint: Checkpoint | None) -> bool | None:

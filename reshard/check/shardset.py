@@ -1,6 +1,6 @@
 """A shard set: its manifest, its files' headers, and the cut that they claim to be."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from blake3 import blake3
@@ -58,17 +58,14 @@ def check_set(source: Source) -> tuple[list[Finding], Manifest | None, Checkpoin
     return [*found, *wrong], manifest, checkpoint
 
 
-def check_size(manifest: Manifest, tp_sizes: tuple[int, ...]) -> list[Finding]:
-    """Whether the set is cut for one of the sizes that are asked for."""
+def check_size(manifest: Manifest, checkpoint: Checkpoint | None, tp_sizes: tuple[int, ...]) -> list[Finding]:
+    """Whether the set is cut for one of the sizes that are asked for; checkpoint: what it puts together, if whole."""
     if not tp_sizes:
         return []
     if manifest.tp_size in tp_sizes:
         return [Finding("size", "", f"cut for tp {manifest.tp_size}, as --tp asks for", "ok")]
-    asked = ", ".join(map(str, tp_sizes))
-    line = (
-        f"cut for tp {manifest.tp_size}, --tp asks for {asked}; reshard split SET OUT --tp {tp_sizes[0]} cuts it anew"
-    )
-    return [Finding("size", "", line)]
+    line = f"cut for tp {manifest.tp_size}, --tp asks for {', '.join(map(str, tp_sizes))}"
+    return [Finding("size", "", f"{line}{_cut_anew(manifest, checkpoint, tp_sizes)}")]
 
 
 def check_origin(manifest: Manifest, original: Checkpoint, name: str) -> list[Finding]:
@@ -81,6 +78,13 @@ def check_origin(manifest: Manifest, original: Checkpoint, name: str) -> list[Fi
         hint = "the same weights in other files? reshard verify --source compares the bytes"
         return [replace(wrong[0], message=f"{wrong[0].message}; {hint}"), *wrong[1:]]
     files = len(manifest.source.files)
+    cut, there = (_repository(s.kind, s.name, s.commit) for s in (manifest.source, original.identity))
+    if cut and there and cut != there:
+        line = (
+            f"the set was cut from {cut}, this is {there}: files of the same names, sizes and headers, which may hold "
+            "other values; reshard verify --source compares the bytes"
+        )
+        return [Finding("source", "", line, "warning")]
     line = (
         f"{name}: {files} {'file' if files == 1 else 'files'}, of the names, sizes and headers that the set was cut "
         "from; their bytes: reshard verify --source"
@@ -88,9 +92,28 @@ def check_origin(manifest: Manifest, original: Checkpoint, name: str) -> list[Fi
     return [Finding("source", "", line, "ok")]
 
 
-def plan_of(manifest: Manifest, checkpoint: Checkpoint, layout: str) -> Plan:
+def _cut_anew(manifest: Manifest, checkpoint: Checkpoint | None, tp_sizes: tuple[int, ...]) -> str:
+    """The way to one of the sizes, or why there is none; to be added to a line."""
+    if checkpoint is None:
+        return ""
+    why = ""
+    for size in tp_sizes:
+        try:
+            make_plan(checkpoint, size, manifest.layout, tp_ranks=())
+        except AlignmentError as error:
+            why = why or f"; {error}"
+        else:
+            return f"; reshard split SET OUT --tp {size} cuts it anew"
+    return why
+
+
+def _repository(kind: str, name: str, commit: str | None) -> str | None:
+    return f"{name} at commit {commit}" if kind == "hub" and commit else None
+
+
+def plan_of(manifest: Manifest, checkpoint: Checkpoint, layout: str, tp_ranks: Iterable[int] | None = None) -> Plan:
     """The set's own cut of its own weights. Raises AlignmentError where its sizes do not allow that."""
-    return make_plan(checkpoint, manifest.tp_size, layout, pad=manifest.padding is not None)
+    return make_plan(checkpoint, manifest.tp_size, layout, manifest.padding is not None, tp_ranks)
 
 
 def _ranks(source: Source, manifest: Manifest) -> Iterator[Finding]:

@@ -13,13 +13,12 @@ if TYPE_CHECKING:
     from reshard.check.report import Report, Request, Serving
 
 _UNREADABLE, _FAILED = 1, 3
-_MAX_SIZE = 99_999  # of an engine's sizes: larger ones are a slip
 
 
 def check(
     paths: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[PATH]...", help="Checkpoints or shard sets; a .json file is taken as with --config."),
+        typer.Argument(metavar="PATH", help="Checkpoints or shard sets; a .json file is taken as with --config."),
     ] = None,
     config: Annotated[
         list[str] | None, typer.Option("--config", metavar="FILE", help="A config.json, with no checkpoint at hand.")
@@ -42,12 +41,8 @@ def check(
     additional_config: Annotated[
         str | None, typer.Option(metavar="JSON", help="The engine's, with denseffn_tensor_parallel_size in it.")
     ] = None,
-    data_parallel_size: Annotated[
-        int | None, typer.Option(min=1, max=_MAX_SIZE, help="The engine's; 1 where it is left out.")
-    ] = None,
-    tensor_parallel_size: Annotated[
-        int | None, typer.Option(min=1, max=_MAX_SIZE, help="The engine's; 1 where it is left out.")
-    ] = None,
+    data_parallel_size: Annotated[int | None, typer.Option(help="The engine's; 1 where it is left out.")] = None,
+    tensor_parallel_size: Annotated[int | None, typer.Option(help="The engine's; 1 where it is left out.")] = None,
     revision: Revision = None,
     strict: Annotated[bool, typer.Option("--strict", help="Warnings fail, too.")] = False,
     form: Annotated[
@@ -75,22 +70,28 @@ def check(
 
 
 def _is_config(path: str) -> bool:
-    return path.endswith(".json") and Path(path).is_file()
+    """A file that is missing is one too: `models/r1.json` would be a hub repository's name else."""
+    return path.endswith(".json") and "://" not in path and not Path(path).is_dir()
 
 
 def _report(output: Output, target: str, is_config: bool, request: "Request") -> "Report":
     """A target's report; what cannot be read is one too, so that the others are checked all the same."""
     from reshard.check.report import Report
     from reshard.check.run import check_config, check_source
-    from reshard.errors import ReshardError, UsageError
+    from reshard.errors import ReshardError, SourceError, UsageError
     from reshard.finding import Finding
 
     try:
-        return check_config(target, request) if is_config else check_source(target, request)
+        report = check_config(target, request) if is_config else check_source(target, request, output.warn)
     except UsageError:
         raise
     except ReshardError as error:
-        return Report(target, None, (Finding("input", "", output.error(error)),), target if is_config else None)
+        message = output.error(error, of=target)
+        return Report(target, None, (Finding("input", "", message),), target if is_config else None)
+    for finding in report.findings:
+        if finding.check == "input":
+            output.error(SourceError(finding.line), of=target)
+    return report
 
 
 def _write(output: Output, form: str, reports: "list[Report]", strict: bool) -> None:
@@ -100,7 +101,7 @@ def _write(output: Output, form: str, reports: "list[Report]", strict: bool) -> 
         output.json(forms.document(reports, strict))
         return
     lines: dict[str, Iterable[str]] = {
-        "human": forms.text([report for report in reports if not report.unreadable]),
+        "human": forms.text(reports),
         "junit": [forms.junit(reports, strict)],
         "github": forms.github(reports, strict),
     }
@@ -120,4 +121,6 @@ def _serving(additional: str | None, data_parallel: int | None, tensor_parallel:
         config = parse_json_object((additional or "{}").encode(), "--additional-config")
     except SourceError as error:
         raise UsageError(str(error).removesuffix("; copy or download it again")) from error
-    return Serving(config, data_parallel or 1, tensor_parallel or 1)
+    return Serving(
+        config, 1 if data_parallel is None else data_parallel, 1 if tensor_parallel is None else tensor_parallel
+    )

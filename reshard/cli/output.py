@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from reshard.errors import OutputError, ReshardError
+from reshard.errors import OutputError, ReshardError, printable
 
 Format = Annotated[
     Literal["human", "json"], typer.Option("--format", help="What stdout carries: text, or one JSON document.")
@@ -67,12 +67,16 @@ class Output:
                 )
             raise
 
-    def error(self, error: ReshardError) -> str:
-        """An expected error's line on stderr, which is returned; with --debug its traceback before it."""
+    def error(self, error: ReshardError, of: str = "") -> str:
+        """An expected error's line on stderr, which is returned; with --debug its traceback before it.
+
+        of: which of several inputs it is about; the line names it.
+        """
         if self._debug:
             traceback.print_exception(error)
         message = " ".join(str(error).split())
-        print(f"error: {self._who}{message}", file=sys.stderr)  # noqa: T201
+        about = f"{printable(of)}: " if of and printable(of) not in message else ""
+        print(f"error: {self._who}{about}{message}", file=sys.stderr)  # noqa: T201
         return message
 
     def json(self, document: Any) -> None:

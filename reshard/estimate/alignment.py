@@ -1,14 +1,15 @@
 """Whether a cut's local matrices are whole tiles of the device, and whole scale blocks.
 
-The matrices are [2L, H] and [H, L] as they are stored, and transposed on the device: both L and H are held against
-both sides of the tile. So W8A8 on Ascend wants multiples of 32, BF16 of 16.
+Tiles and limits: see `reshard.tiles`.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from math import lcm
 
 from reshard.estimate.profile import Alignment
 from reshard.estimate.step import Way
+from reshard.naming import DOWN, GATE_UP
+from reshard.tiles import limit_faults, tile_faults
 
 SCALE_BLOCK = 128  # of FP8 and INT8 block checkpoints: DeepSeek-V3's `weight_block_size`
 
@@ -31,23 +32,16 @@ class Verdict:
         return (*self.padding, self.too_wide) if self.too_wide else self.padding
 
 
-def verdict(alignment: Alignment | None, share: int, hidden_size: int, ways: frozenset[Way]) -> Verdict:
-    """The verdict for L = `share` and H = `hidden_size`; ways: how the layers' linears are run."""
+def verdict(alignment: Alignment | None, share: int, hidden_size: int, ways: Iterable[tuple[Way, Way]]) -> Verdict:
+    """The verdict for L = `share` and H = `hidden_size`; ways: how each layer's gate_up_proj and down_proj are run."""
     blocks = share % SCALE_BLOCK == 0
     if alignment is None:
         return Verdict(None, blocks)
-    tiles = {way: alignment.bf16_tile if way == "bf16" else alignment.int8_tile for way in ways}
-    padding = []
-    for way in sorted(tiles):
-        unit = lcm(*tiles[way])
-        number = "BF16" if way == "bf16" else "INT8"
-        padding += [
-            f"{what} = {size} is not a multiple of {unit}: the {' x '.join(map(str, tiles[way]))} tiles of {number} "
-            "would be padded"
-            for what, size in (("I/R", share), ("hidden_size", hidden_size))
-            if size % unit
-        ]
-    limit, widest, too_wide = alignment.last_dim_limit, max(2 * share, hidden_size), None
-    if limit is not None and ways != {"bf16"} and widest > limit:
-        too_wide = f"a matrix is {widest} wide, the int8 kernel takes up to {limit}: cut it for a larger group"
-    return Verdict(not padding, blocks, tuple(padding), too_wide)
+    padding: list[str] = []
+    too_wide: list[str] = []
+    for role, way in dict.fromkeys(item for pair in ways for item in zip((GATE_UP, DOWN), pair, strict=True)):
+        number, tile = ("BF16", alignment.bf16_tile) if way == "bf16" else ("INT8", alignment.int8_tile)
+        padding += tile_faults(role, share, hidden_size, tile, number)
+        if way != "bf16" and alignment.last_dim_limit is not None:
+            too_wide += limit_faults(role, share, hidden_size, alignment.last_dim_limit)
+    return Verdict(not padding, blocks, tuple(dict.fromkeys(padding)), next(iter(too_wide), None))

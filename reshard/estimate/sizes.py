@@ -136,7 +136,6 @@ def _size(checkpoint: Checkpoint, plan: Plan, profile: Profile, options: Options
         Split(plan.tp_size, options.tokens, model.hidden_size, share, gate_up, down, False, options.reduce_bytes)
         for gate_up, down in ways
     ]
-    all_ways = frozenset(way for pair in ways for way in pair)
     quantised = any(gate_up != "bf16" for gate_up, _ in ways)
     first = [replace(split, quantise_first=True) for split in splits]
     return Size(
@@ -147,7 +146,7 @@ def _size(checkpoint: Checkpoint, plan: Plan, profile: Profile, options: Options
         shard=max(sum(tensor.nbytes for tensor in shard.tensors) for shard in plan.shards),
         saved=(held if unsplit is None else unsplit) - held,
         network=level_for(profile, plan.tp_size)[0],
-        alignment=verdict(profile.alignment, share, model.hidden_size, all_ways),
+        alignment=verdict(profile.alignment, share, model.hidden_size, ways),
         as_bf16=_gathered(profile, splits),
         as_int8=_gathered(profile, first) if quantised else None,
     )

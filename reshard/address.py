@@ -35,6 +35,8 @@ class Address:
 
 def parse_address(text: str, revision: str | None = None) -> Address:
     """What a text means, with the value of --revision. Raises UsageError where the two contradict each other."""
+    if revision == "":
+        raise UsageError("--revision: is empty; name a branch, tag or commit, or leave it out")
     scheme = _SCHEME.match(text)
     if scheme and scheme[1].lower() == "hf":
         named = _HUB.fullmatch(text)

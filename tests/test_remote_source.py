@@ -170,15 +170,18 @@ def test_a_package_that_is_missing_is_named() -> None:
     ("address", "name"),
     [
         ("s3://bucket/models/r1/", "r1"),
-        ("s3://bucket", "bucket"),
+        ("s3://bucket", "s3"),
+        ("s3://bucket/", "s3"),
+        ("s3://bucket/r1@v2", "r1@v2"),
+        ("hdfs:///models/r1", "r1"),
         ("ftp://user:pass@word@host/models/r1", "r1"),
-        ("https://user:password@host", "host"),
+        ("https://user:password@host", "https"),
         ("https://host/r1?X-Amz-Signature=abc/def", "r1"),
         ("zip://::s3://bucket/r1.zip", "zip"),
         ("zip://inner/r1::s3://bucket/r1.zip", "r1"),
     ],
 )
-def test_names_hold_no_credentials(address: str, name: str) -> None:
+def test_names_hold_no_credentials_hosts_and_buckets(address: str, name: str) -> None:
     from reshard.source.remote import _name
 
     assert _name(address) == name

@@ -41,7 +41,7 @@ class RemoteFiles:
             raise missing_package(address, error) from None
         except (ValueError, TypeError, OSError) as error:
             raise UsageError(f"{self._place}: {redacted(error)}") from None
-        self._is_http = "https" in self._fs.protocol and self._fs.async_impl
+        self._is_http = address.partition("://")[0] in ("http", "https")
         self._sizes: dict[str, int] = {}
         self._states: dict[str, str] = {}
         self._lock = threading.Lock()

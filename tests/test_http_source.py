@@ -20,7 +20,7 @@ from reshard.source.open import describe, open_source
 from reshard.source.transport import Patience
 from reshard.writer.split import SplitOptions, write_shards
 from tests.builders import Spec, build
-from tests.running import same_but_for_the_origin, split
+from tests.running import reshard, same_but_for_the_origin, split
 
 Fault = Callable[["Folder", str], bool]
 
@@ -100,6 +100,27 @@ def test_a_checkpoint_on_a_server(model: Path, tmp_path: Path) -> None:
         write_shards(prepare(source, Cut(2)), tmp_path / "out", SplitOptions())
     same_but_for_the_origin({"kind": "remote"}, tmp_path / "out", tmp_path / "right")
     assert "127.0.0.1" not in (tmp_path / "out" / "manifest.json").read_text()
+
+
+def test_a_password_in_an_address_is_not_repeated(tmp_path: Path) -> None:
+    build(tmp_path / "model", Spec("fp8_block", computable=True))
+    with serving(tmp_path) as url:
+        address = url.replace("//", "//user:secret@") + "/model"
+        done = reshard("split", address, tmp_path / "out", "--tp", 2)
+        assert done.code == 0, done.err
+        checked = reshard("verify", tmp_path / "out", "--source", address)
+        assert checked.code == 0, checked.out + checked.err
+        missing = reshard("inspect", f"{address}s")
+        assert missing.code == 1
+    for text in (
+        done.out,
+        done.err,
+        checked.out,
+        checked.err,
+        missing.err,
+        (tmp_path / "out/manifest.json").read_text(),
+    ):
+        assert "secret" not in text
 
 
 def test_a_server_that_knows_no_ranges(model: Path) -> None:

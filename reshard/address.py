@@ -20,7 +20,7 @@ _REPOSITORY = re.compile(rf"{_LABEL}/{_LABEL}")
 _HUB = re.compile(rf"hf://({_LABEL}/{_LABEL})/?(?:@(.+))?")
 _SCHEME = re.compile(r"([a-z0-9][a-z0-9+.-]*)(?:://|::)", re.IGNORECASE)
 _LOCAL = ("file", "local")
-_USER = re.compile(r"://[^/@\s'\"]*@")
+_USER = re.compile(r"://[^/\s'\"]*@")
 _QUERY = re.compile(r"(://[^?\s'\"]*)\?[^\s'\"]*")
 
 

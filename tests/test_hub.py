@@ -1,5 +1,6 @@
 """The hub as a source: what is asked of a real server through the real client, and what faults do."""
 
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -356,6 +357,13 @@ def test_what_is_not_there(hub: Hub, tmp_path: Path) -> None:
 def test_what_is_no_hub(hub: Hub, body: bytes) -> None:
     hub.fault = times(1, lambda handler, asked: handler.answer(200, body), lambda asked: True)
     with pytest.raises(SourceError, match="does HF_ENDPOINT name a hub"):
+        opened(hub)
+
+
+def test_a_mirror_that_gives_no_sizes(hub: Hub) -> None:
+    body = json.dumps({"id": REPO, "sha": COMMIT, "siblings": [{"rfilename": "model.safetensors"}]}).encode()
+    hub.fault = times(1, lambda handler, asked: handler.answer(200, body), lambda asked: True)
+    with pytest.raises(SourceError, match=r"does not say how large its files are; see to HF_ENDPOINT"):
         opened(hub)
 
 

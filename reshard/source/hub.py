@@ -85,9 +85,12 @@ class HubFiles:
                 f"{self._repo}: {self._endpoint} answers with no description of a model ({_said(error)}); does "
                 "HF_ENDPOINT name a hub?"
             ) from None
-        for file in info.siblings or ():
-            if "/" not in file.rfilename and file.size is not None:
-                self._sizes[file.rfilename] = file.size
+        top = {file.rfilename: file.size for file in info.siblings or () if "/" not in file.rfilename}
+        self._sizes = {name: size for name, size in top.items() if size is not None}
+        if top and not self._sizes:
+            raise SourceError(
+                f"{self._repo}: {self._endpoint} does not say how large its files are; see to HF_ENDPOINT"
+            )
         if not info.sha:
             raise SourceError(f"{self._repo}: {self._endpoint} names no commit; does HF_ENDPOINT name a hub?")
         self._commit = info.sha

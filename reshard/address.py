@@ -20,7 +20,7 @@ _REPOSITORY = re.compile(rf"{_LABEL}/{_LABEL}")
 _HUB = re.compile(rf"hf://({_LABEL}/{_LABEL})/?(?:@(.+))?")
 _SCHEME = re.compile(r"([a-z0-9][a-z0-9+.-]*)(?:://|::)", re.IGNORECASE)
 _LOCAL = ("file", "local")
-_USER = re.compile(r"://[^/@\s'\"]*@")
+_USER = re.compile(r"://[^/\s'\"]*@")
 _QUERY = re.compile(r"(://[^?\s'\"]*)\?[^\s'\"]*")
 
 
@@ -35,6 +35,8 @@ class Address:
 
 def parse_address(text: str, revision: str | None = None) -> Address:
     """What a text means, with the value of --revision. Raises UsageError where the two contradict each other."""
+    if revision == "":
+        raise UsageError("--revision: is empty; name a branch, tag or commit, or leave it out")
     scheme = _SCHEME.match(text)
     if scheme and scheme[1].lower() == "hf":
         named = _HUB.fullmatch(text)

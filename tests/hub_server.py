@@ -2,6 +2,7 @@
 
 /api/models/{repo}/revision/{revision}   the commit; with ?blobs=true every file's size
 /{repo}/resolve/{commit}/{file}          302 to /blobs/{commit}/{file}, with X-Repo-Commit, X-Linked-Size, X-Linked-Etag
+                                         and, as for files that Xet stores, X-Xet-Hash
 /blobs/{commit}/{file}                   the bytes; ranges; no token is needed here, as at the hub's store
 """
 
@@ -52,7 +53,8 @@ class Hub:
     commits: dict[str, Path]
     refs: dict[str, str] = field(default_factory=lambda: {"main": COMMIT})
     token: str | None = None
-    gated: bool = False
+    gated: bool = False  # described to everyone, its files for the token only
+    prefix: str = ""  # of all paths, as a proxy's
     fault: Fault = lambda handler, asked: False
     url: str = ""
     store: str = ""  # another origin: the token must stay behind
@@ -75,7 +77,7 @@ class Handler(BaseHTTPRequestHandler):
         parts = urlsplit(self.path)
         asked = Asked(
             self.command,
-            unquote(parts.path),
+            unquote(parts.path).removeprefix(self.hub.prefix),
             parts.query,
             self.headers.get("Range"),
             self.headers.get("Authorization"),
@@ -94,15 +96,21 @@ class Handler(BaseHTTPRequestHandler):
             commit, file = asked.path.removeprefix("/blobs/").split("/")
             self.send_range((hub.commits[commit] / file).read_bytes(), asked.range)
             return
-        if hub.token is not None and asked.authorization != f"Bearer {hub.token}":
+        if self._is_refused(asked):
             code = "GatedRepo" if hub.gated else "RepoNotFound"
-            self.answer(403 if hub.gated else 401, headers={"X-Error-Code": code})
+            self.answer(403 if asked.authorization and hub.gated else 401, headers={"X-Error-Code": code})
         elif match := re.fullmatch(rf"/api/models/{REPO}(?:/revision/(.+))?", asked.path):
             self._describe(match[1] or "main", "blobs" in parse_qs(asked.query))
         elif match := re.fullmatch(rf"/{REPO}/resolve/([^/]+)/([^/]+)", asked.path):
             self._resolve(hub.refs.get(match[1], match[1]), match[2])
         else:
             self.answer(404, headers={"X-Error-Code": "RepoNotFound"})
+
+    def _is_refused(self, asked: Asked) -> bool:
+        hub = self.hub
+        if hub.token is None or (hub.gated and asked.path.startswith("/api/")):
+            return False
+        return asked.authorization != f"Bearer {hub.token}"
 
     def _describe(self, revision: str, blobs: bool) -> None:
         commit = self.hub.refs.get(revision, revision)
@@ -125,7 +133,9 @@ class Handler(BaseHTTPRequestHandler):
             "Location": f"{self.hub.store}/blobs/{commit}/{file}?{SECRET}",
             "X-Repo-Commit": commit,
             "X-Linked-Size": str(path.stat().st_size),
-            "X-Linked-Etag": f'"{hashlib.sha256(path.name.encode()).hexdigest()}"',
+            "X-Linked-Etag": f'"{hashlib.sha256(path.read_bytes()).hexdigest()}"',
+            "X-Xet-Hash": "0" * 64,
+            "Link": f'<{self.hub.url}/api/models/{REPO}/xet-read-token/{commit}>; rel="xet-auth"',
         }
         self.answer(302, headers=headers)
 
@@ -165,7 +175,7 @@ class Handler(BaseHTTPRequestHandler):
 def serving(hub: Hub) -> Iterator[Hub]:
     """The hub, answering at `hub.url` until the block ends."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
-    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    hub.url = f"http://127.0.0.1:{server.server_address[1]}{hub.prefix}"
     hub.store = f"http://localhost:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()

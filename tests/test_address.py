@@ -47,6 +47,13 @@ def test_revisions() -> None:
             parse_address(text, "v1")
 
 
+@pytest.mark.parametrize("text", ["org/model", "hf://org/model@v1", "/models/r1"])
+def test_an_empty_revision_is_refused(text: str) -> None:
+    """As an unset variable gives it."""
+    with pytest.raises(UsageError, match="--revision: is empty"):
+        parse_address(text, "")
+
+
 @pytest.mark.parametrize("text", ["hf://model", "hf://datasets/org/name", "hf://", "hf://org/name@"])
 def test_what_is_no_model_repository(text: str) -> None:
     with pytest.raises(UsageError, match="hf://ORG/NAME"):

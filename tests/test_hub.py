@@ -1,7 +1,10 @@
 """The hub as a source: what is asked of a real server through the real client, and what faults do."""
 
+import json
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from email.utils import formatdate
 from pathlib import Path
 
 import numpy as np
@@ -141,7 +144,8 @@ def test_a_server_that_fails_is_asked_again(hub: Hub, tmp_path: Path, status: in
     [
         ({"Retry-After": "17"}, 17.0),
         ({"RateLimit": '"resolvers";r=0;t=41', "Retry-After": "3"}, 41.0),
-        ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0.0),
+        ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, 1.0),
+        ({"Retry-After": "0"}, 1.0),
         ({"Retry-After": "soon"}, 1.0),
         ({}, 1.0),
     ],
@@ -154,6 +158,14 @@ def test_how_long_a_busy_server_asks_to_wait_is_honoured(
     cut_from(hub, tmp_path / "out", waits=waits)
     assert set(waits) == {wait}
     assert len(waits) == len({(asked.file, asked.range) for asked in hub.data_requests()})
+
+
+def test_a_date_to_wait_for_is_honoured(hub: Hub, tmp_path: Path) -> None:
+    headers = {"Retry-After": formatdate(time.time() + 500, usegmt=True)}
+    hub.fault = times(1, lambda handler, asked: handler.answer(429, headers=headers), is_data)
+    waits = Waits()
+    cut_from(hub, tmp_path / "out", waits=waits)
+    assert 300 < min(waits) <= max(waits) <= 500
 
 
 def test_a_wait_that_is_too_long_is_told_and_not_waited(hub: Hub) -> None:
@@ -270,6 +282,17 @@ def test_a_mirror_that_answers_with_another_commit_is_refused(hub: Hub, tmp_path
         cut_from(hub, tmp_path / "out")
 
 
+def test_a_mirror_s_file_that_changes_is_not_mixed_in(hub: Hub, tmp_path: Path) -> None:
+    """Under the same commit, in the same size and with the same header."""
+    build(tmp_path / "changed", Spec("fp8_block", seed=1))
+    with opened(hub) as source:
+        prepared = prepare(source, Cut(2))
+        hub.commits[COMMIT] = tmp_path / "changed"
+        with pytest.raises(SourceError, match=r"safetensors: has changed since it was first read \(its ETag was "):
+            write_shards(prepared, tmp_path / "out", SplitOptions())
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_endless_fault_ends_in_one_line_and_leaves_nothing(hub: Hub, tmp_path: Path) -> None:
     with opened(hub) as source:
         prepared = prepare(source, Cut(2))
@@ -288,16 +311,35 @@ def test_a_private_repository_says_how_to_log_in(hub: Hub, monkeypatch: pytest.M
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "0")
     with pytest.raises(SourceError, match=r"hf auth login.*HF_TOKEN") as raised:
-        opened(hub)
+        describe(opened(hub))
     assert ("gated" in str(raised.value)) == gated
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(SourceError, match="take a token that may read it") as raised:
-        opened(hub)
+        describe(opened(hub))
     assert "hf_wrong" not in str(raised.value)
     monkeypatch.setenv("HF_TOKEN", "hf_right")
     with opened(hub) as source:
         describe(source)
     assert {asked.authorization for asked in hub.data_requests()} == {None}
+
+
+def test_a_token_that_is_not_accepted(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {"X-Error-Message": "Invalid credentials in Authorization header"}
+    hub.fault = times(1, lambda handler, asked: handler.answer(401, headers=said), lambda asked: True)
+    with pytest.raises(
+        SourceError, match=r"\(HTTP 401, Invalid credentials in Authorization header\): see to the name"
+    ):
+        opened(hub)
+    monkeypatch.setenv("HF_TOKEN", "hf_…")
+    with pytest.raises(SourceError, match="the token of this account holds what no token can; see to HF_TOKEN"):
+        opened(hub)
+
+
+def test_a_file_that_may_not_be_read(hub: Hub) -> None:
+    hub.fault = times(1000, lambda handler, asked: handler.answer(403), lambda asked: "/resolve/" in asked.path)
+    with pytest.raises(SourceError, match=r"is listed and may not be read \(HTTP 403\): ") as raised:
+        describe(opened(hub))
+    assert "no such repository" not in str(raised.value)
 
 
 def test_what_is_not_there(hub: Hub, tmp_path: Path) -> None:
@@ -315,6 +357,13 @@ def test_what_is_not_there(hub: Hub, tmp_path: Path) -> None:
 def test_what_is_no_hub(hub: Hub, body: bytes) -> None:
     hub.fault = times(1, lambda handler, asked: handler.answer(200, body), lambda asked: True)
     with pytest.raises(SourceError, match="does HF_ENDPOINT name a hub"):
+        opened(hub)
+
+
+def test_a_mirror_that_gives_no_sizes(hub: Hub) -> None:
+    body = json.dumps({"id": REPO, "sha": COMMIT, "siblings": [{"rfilename": "model.safetensors"}]}).encode()
+    hub.fault = times(1, lambda handler, asked: handler.answer(200, body), lambda asked: True)
+    with pytest.raises(SourceError, match=r"does not say how large its files are; see to HF_ENDPOINT"):
         opened(hub)
 
 

@@ -174,6 +174,45 @@ def test_interrupted_while_a_server_lets_one_wait(hub: Hub, tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
+def test_interrupted_while_a_server_is_silent(hub: Hub, tmp_path: Path) -> None:
+    """Ctrl-C does not wait for huggingface_hub's timeout, which may be long."""
+    begun, ended = threading.Event(), threading.Event()
+
+    def silent(handler: Handler, asked: Asked) -> bool:
+        first, last = (int(n) for n in (asked.range or "0-0").removeprefix("bytes=").split("-"))
+        if not is_weights(asked) or last - first < 50_000:
+            return False
+        size = (hub.commits[COMMIT] / asked.file).stat().st_size
+        handler.send_response(206)
+        handler.send_header("Content-Length", str(last - first + 1))
+        handler.send_header("Content-Range", f"bytes {first}-{last}/{size}")
+        handler.end_headers()
+        begun.set()
+        ended.wait()
+        return True
+
+    hub.fault = silent
+    code = "from reshard.cli.main import main; main()"
+    environment = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DOWNLOAD_TIMEOUT": "600"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "split", REPO, str(tmp_path / "out"), "--tp", "2"],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert begun.wait(60), "the server was not asked for weights within 60 s"
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        ended.set()
+    assert process.returncode == 130, err
+    assert err == "interrupted\n"
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_of_that_name_comes_first(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build(tmp_path / REPO, Spec("bf16"))
     monkeypatch.chdir(tmp_path)
@@ -202,8 +241,35 @@ def test_a_private_repository(hub: Hub, tmp_path: Path) -> None:
 def test_offline(tmp_path: Path) -> None:
     done = reshard_process("inspect", REPO, HF_HUB_OFFLINE="1")
     assert done.code == 1
-    assert "HF_HUB_OFFLINE" in done.err
+    assert re.match(r"error: org/model: no folder is called so, and HF_HUB_OFFLINE forbids", done.err)
     assert done.err.count("\n") == 1
+
+
+def test_an_endpoint_with_a_path(hub: Hub, tmp_path: Path) -> None:
+    with serving(Hub(hub.commits, prefix="/mirror/hf")) as mirror:
+        done = run(mirror, "split", REPO, tmp_path / "out", "--tp", 2, "--quiet")
+    assert done.code == 0, done.err
+    same_but_for_the_origin(ORIGIN, tmp_path / "out", tmp_path / "right")
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["", "huggingface.co", "localhost:8000", "http://", "http://host:99999", "http://[::1"]
+)
+def test_an_endpoint_that_is_no_address(endpoint: str) -> None:
+    done = reshard_process("inspect", REPO, HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="0")
+    assert done.code == 1
+    assert done.out == ""
+    assert done.err == f"error: HF_ENDPOINT={endpoint}: is no hub's address; write it as https://HOST, or unset it\n"
+
+
+def test_where_nothing_can_be_staged(hub: Hub, tmp_path: Path) -> None:
+    """No other folder is taken in the place of the one that TMPDIR names."""
+    (tmp_path / "file").touch()
+    for place, why in (("missing", "No such file or directory"), ("file", "Not a directory")):
+        done = run(hub, "split", REPO, tmp_path / "out", "--tp", 2, "--quiet", TMPDIR=str(tmp_path / place))
+        assert done.code == 1
+        assert done.err == f"error: {tmp_path / place}: what is fetched cannot be staged there: {why}; see to TMPDIR\n"
+        assert not (tmp_path / "out").exists()
 
 
 def test_revisions_that_contradict(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from reshard.address import redacted
-from reshard.errors import SourceError, UsageError
+from reshard.errors import SourceError, SpaceError, UsageError
 from reshard.prepare import Cut, prepare
 from reshard.source.open import describe, open_source
 from reshard.source.remote import RemoteFiles
+from reshard.source.staged import _Writer
 from reshard.source.transport import Fault, Patience
 from reshard.writer.split import SplitOptions, write_shards
 from tests.builders import Spec, build
@@ -170,15 +171,18 @@ def test_a_package_that_is_missing_is_named() -> None:
     ("address", "name"),
     [
         ("s3://bucket/models/r1/", "r1"),
-        ("s3://bucket", "bucket"),
+        ("s3://bucket", "s3"),
+        ("s3://bucket/", "s3"),
+        ("s3://bucket/r1@v2", "r1@v2"),
+        ("hdfs:///models/r1", "r1"),
         ("ftp://user:pass@word@host/models/r1", "r1"),
-        ("https://user:password@host", "host"),
+        ("https://user:password@host", "https"),
         ("https://host/r1?X-Amz-Signature=abc/def", "r1"),
         ("zip://::s3://bucket/r1.zip", "zip"),
         ("zip://inner/r1::s3://bucket/r1.zip", "r1"),
     ],
 )
-def test_names_hold_no_credentials(address: str, name: str) -> None:
+def test_names_hold_no_credentials_hosts_and_buckets(address: str, name: str) -> None:
     from reshard.source.remote import _name
 
     assert _name(address) == name
@@ -187,10 +191,17 @@ def test_names_hold_no_credentials(address: str, name: str) -> None:
 def test_messages_hold_no_credentials() -> None:
     said = redacted("Cannot open https://user:pass@host/r1?X-Amz-Signature=abc&y=1, nor\n's3://k:s@b/c'")
     assert said == "Cannot open https://host/r1 nor 's3://b/c'"
+    assert redacted("ftp://user:pass@word@host/r1 is away: me@home") == "ftp://host/r1 is away: me@home"
     with pytest.raises(Fault) as raised:
         RemoteFiles("http://user:password@127.0.0.1:9/r1?token=abc").sizes()
     assert "password" not in str(raised.value)
     assert "abc" not in str(raised.value)
+
+
+def test_a_stage_that_is_full() -> None:
+    said = r"the disk is full .*; let TMPDIR name a folder with more room"
+    with Path("/dev/full").open("r+b", buffering=0) as full, pytest.raises(SpaceError, match=said):
+        _Writer(full.fileno())(0, b"data")
 
 
 # --- S3 ---

@@ -5,6 +5,9 @@ that one can neither be cut off nor go on within a range. Endpoints: /api/models
 gives the commit and every file's size in one answer, /{repo}/resolve/{commit}/{file} redirects to the bytes.
 """
 
+import contextlib
+import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from email.utils import parsedate_to_datetime
@@ -16,12 +19,12 @@ from huggingface_hub.utils import build_hf_headers, get_session, httpx, parse_ra
 from reshard import __version__
 from reshard.address import redacted
 from reshard.errors import SourceError
-from reshard.source.base import Origin
-from reshard.source.transport import Fault
+from reshard.source.base import Cancelled, Origin
+from reshard.source.transport import MAY_PASS, Fault
 
 _LIBRARY = "reshard"
-_MAY_PASS = frozenset({408, 429, 500, 502, 503, 504})
 _COMMIT = "X-Repo-Commit"
+_LINKED_ETAG = "X-Linked-Etag"  # of the file, at the hub's redirect; the store behind it has ETags of its own
 
 
 class HubFiles:
@@ -36,6 +39,10 @@ class HubFiles:
         self._endpoint = endpoint or constants.ENDPOINT
         self._commit: str | None = None
         self._sizes: dict[str, int] = {}
+        self._etags: dict[str, str] = {}
+        self._lock = threading.Lock()
+        self._open: set[httpx.Response] = set()
+        self._cancelled = False
 
     @property
     def origin(self) -> Origin:
@@ -62,16 +69,28 @@ class HubFiles:
         except httpx.HTTPError as error:
             response = getattr(error, "response", None)  # HfHubHTTPError has one
             raise (Fault(_said(error)) if response is None else self._refusal(response)) from None
-        except (OfflineModeIsEnabled, HFValidationError, httpx.InvalidURL) as error:
-            raise SourceError(f"{self._repo}: {_said(error)}") from None
+        except OfflineModeIsEnabled:
+            raise SourceError(
+                f"{self._repo}: no folder is called so, and HF_HUB_OFFLINE forbids to ask {self._endpoint}; see to the "
+                "name, or unset it"
+            ) from None
+        except (HFValidationError, httpx.InvalidURL) as error:
+            raise SourceError(f"{self._repo}: no folder is called so, and no repository: {_said(error)}") from None
+        except UnicodeEncodeError:
+            raise SourceError(
+                f"{self._repo}: the token of this account holds what no token can; see to HF_TOKEN, or `hf auth login`"
+            ) from None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise SourceError(
                 f"{self._repo}: {self._endpoint} answers with no description of a model ({_said(error)}); does "
                 "HF_ENDPOINT name a hub?"
             ) from None
-        for file in info.siblings or ():
-            if "/" not in file.rfilename and file.size is not None:
-                self._sizes[file.rfilename] = file.size
+        top = {file.rfilename: file.size for file in info.siblings or () if "/" not in file.rfilename}
+        self._sizes = {name: size for name, size in top.items() if size is not None}
+        if top and not self._sizes:
+            raise SourceError(
+                f"{self._repo}: {self._endpoint} does not say how large its files are; see to HF_ENDPOINT"
+            )
         if not info.sha:
             raise SourceError(f"{self._repo}: {self._endpoint} names no commit; does HF_ENDPOINT name a hub?")
         self._commit = info.sha
@@ -86,7 +105,10 @@ class HubFiles:
         }
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
         try:
-            with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
+            with (
+                get_session().stream("GET", url, headers=headers, timeout=timeout) as response,
+                self._listed(response),
+            ):
                 self._check(response, file, start, stop)
                 yield from response.iter_raw()
         except httpx.HTTPError as error:
@@ -94,8 +116,31 @@ class HubFiles:
         except (OfflineModeIsEnabled, httpx.InvalidURL) as error:
             raise SourceError(f"{self._repo}: {_said(error)}") from None
 
+    def cancel(self) -> None:
+        """Hang up. A server that has fallen silent would be waited for until the timeout."""
+        with self._lock:
+            self._cancelled = True
+            for response in self._open:
+                stream = response.extensions.get("network_stream")
+                if stream is not None:
+                    with contextlib.suppress(OSError):
+                        socket.socket.shutdown(stream.get_extra_info("socket"), socket.SHUT_RDWR)
+
     def close(self) -> None:
         """Nothing is held: the client is huggingface_hub's."""
+
+    @contextlib.contextmanager
+    def _listed(self, response: httpx.Response) -> Iterator[None]:
+        """An answer that `cancel` may cut off."""
+        with self._lock:
+            if self._cancelled:
+                raise Cancelled
+            self._open.add(response)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._open.discard(response)
 
     def _check(self, response: httpx.Response, file: str, start: int, stop: int) -> None:
         """Whether an answer is the range of the file of the commit, before any of its bytes is taken."""
@@ -120,26 +165,44 @@ class HubFiles:
         encoding = response.headers.get("Content-Encoding", "identity")
         if encoding != "identity":
             raise Fault(f"the answer is encoded as {encoding}, identity was asked for")
+        self._check_unchanged(response, file)
+
+    def _check_unchanged(self, response: httpx.Response, file: str) -> None:
+        """The commit pins a file at the hub; a mirror may serve what it likes, and then its ETag tells."""
+        linked = (step.headers.get(_LINKED_ETAG) for step in response.history)
+        etag = next(filter(None, linked), None) or response.headers.get("ETag")
+        if etag is None:
+            return
+        first = self._etags.setdefault(file, etag.removeprefix("W/"))
+        if first != etag.removeprefix("W/"):
+            raise SourceError(
+                f"{self._repo}: {file}: has changed since it was first read (its ETag was {first} and is {etag}); "
+                "start again"
+            )
 
     def _refusal(self, response: httpx.Response, file: str | None = None) -> Fault | SourceError:
         """What an answer that brings nothing means."""
         status, code = response.status_code, response.headers.get("X-Error-Code", "")
-        if status in _MAY_PASS:
+        why = ", ".join(filter(None, (f"HTTP {status}", redacted(response.headers.get("X-Error-Message", "")))))
+        if status in MAY_PASS:
             return Fault(f"HTTP {status} {response.reason_phrase}".rstrip(), _retry_after(response))
         if code == "GatedRepo":
             return SourceError(
                 f"{self._repo}: is gated: accept its terms at {self._endpoint}/{self._repo}, then {self._way_in()}"
             )
         if code == "RevisionNotFound":
-            return SourceError(f"{self._repo}: has no revision {self._revision or 'main'}; see to --revision")
+            revision = self._commit or self._revision or "main"
+            return SourceError(f"{self._repo}: has no revision {revision}; see to --revision")
         if status == 404 and file is not None:
             return SourceError(f"{self._repo}: {file}: is listed and not there (HTTP 404); try again")
+        if status in (401, 403) and file is not None:
+            return SourceError(f"{self._repo}: {file}: is listed and may not be read ({why}): {self._way_in()}")
         if status in (401, 403, 404):
             return SourceError(
                 f"{self._repo}: no folder is called so, and {self._endpoint} knows no such repository, or it is "
-                f"private (HTTP {status}): see to the name, or {self._way_in()}"
+                f"private ({why}): see to the name, or {self._way_in()}"
             )
-        return SourceError(f"{self._repo}: {file or self._endpoint}: HTTP {status} {response.reason_phrase}")
+        return SourceError(f"{self._repo}: {file or self._endpoint}: {why}")
 
     def _way_in(self) -> str:
         if get_token():
@@ -162,5 +225,5 @@ def _retry_after(response: httpx.Response) -> float | None:
         return float(text)
     try:
         return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return None

@@ -1,9 +1,12 @@
 """From an address to a source and its description."""
 
+import os
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from reshard.address import parse_address
+from reshard.address import parse_address, redacted
 from reshard.checkpoint import Checkpoint
+from reshard.errors import SourceError
 from reshard.naming import parse_shard_file
 from reshard.source.base import Source
 from reshard.source.files import read_checkpoint
@@ -30,12 +33,27 @@ def open_source(
     from reshard.source.staged import StagedSource
 
     if found.kind == "hub":
+        _check_endpoint()
         from reshard.source.hub import HubFiles
 
         return StagedSource(HubFiles(found.place, found.revision), patience or Patience(), notify)
     from reshard.source.remote import RemoteFiles
 
     return StagedSource(RemoteFiles(found.place), patience or Patience(), notify)
+
+
+def _check_endpoint() -> None:
+    """Raises SourceError for an HF_ENDPOINT that is no address; with some, huggingface_hub cannot be imported."""
+    text = os.environ.get("HF_ENDPOINT")
+    if text is None:
+        return
+    try:
+        parts = urlsplit(text)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise SourceError(f"HF_ENDPOINT={redacted(text)}: is no hub's address; write it as https://HOST, or unset it")
 
 
 def describe(source: Source) -> Checkpoint:

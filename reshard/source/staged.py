@@ -117,9 +117,10 @@ class StagedSource:
             self._claim(file, start, stop)
 
     def cancel(self) -> None:
-        """Make calls that wait raise Cancelled; what is fetched is dropped at its next step."""
+        """Make calls that wait raise Cancelled; what is being fetched is dropped."""
         self._pauses.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._remote.cancel()
 
     def close(self) -> None:
         """End what is being fetched; a stage goes with its last view."""
@@ -164,7 +165,7 @@ class StagedSource:
     def _stage(self, file: str) -> _Staged:
         try:
             with contextlib.ExitStack() as undo:
-                stream = undo.enter_context(tempfile.TemporaryFile(buffering=0))
+                stream = undo.enter_context(tempfile.TemporaryFile(buffering=0, dir=_folder()))
                 os.truncate(stream.fileno(), self._files[file])
                 staged = _Staged(stream, MappedFile(stream.fileno(), file))
                 undo.pop_all()
@@ -180,12 +181,15 @@ class StagedSource:
             raise SourceError(f"{self.origin.name}: {file}: {there}")
 
     def _check_space(self, wanted: int) -> None:
-        folder = os.statvfs(tempfile.gettempdir())
+        try:
+            folder = os.statvfs(_folder())
+        except OSError as error:
+            raise _stage_error(error) from error
         free = folder.f_bavail * folder.f_frsize
         if wanted > free:
             raise SpaceError(
-                f"{tempfile.gettempdir()}: {wanted:,} bytes are to be staged there, {free:,} are free; let TMPDIR name "
-                "a folder with more room"
+                f"{_folder()}: {wanted:,} bytes are to be staged there, {free:,} are free; let TMPDIR name a folder "
+                "with more room"
             )
 
     def _fetch(self, file: str, start: int, stop: int, put: Callable[[int, bytes], None]) -> None:
@@ -193,6 +197,7 @@ class StagedSource:
         at, failures = start, 0
         while at < stop:
             before = at
+            self._pauses.check()
             try:
                 for chunk in self._remote.fetch(file, at, stop):
                     self._pauses.check()
@@ -233,10 +238,14 @@ class _Writer:
 
 
 def _stage_error(error: OSError) -> SourceError | SpaceError:
-    folder = tempfile.gettempdir()
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return SpaceError(f"{folder}: the disk is full ({error.strerror}); let TMPDIR name a folder with more room")
-    return SourceError(f"{folder}: what is fetched cannot be staged there: {error.strerror}; see to TMPDIR")
+        return SpaceError(f"{_folder()}: the disk is full ({error.strerror}); let TMPDIR name a folder with more room")
+    return SourceError(f"{_folder()}: what is fetched cannot be staged there: {error.strerror}; see to TMPDIR")
+
+
+def _folder() -> str:
+    """Where stages lie: in TMPDIR even if that is full or missing, when tempfile would silently choose another."""
+    return os.environ.get("TMPDIR") or "/tmp"  # noqa: S108 - files there have no name
 
 
 def _start(piece: _Piece) -> int:

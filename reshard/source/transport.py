@@ -11,6 +11,8 @@ from reshard.source.base import Cancelled, Origin
 
 Notify = Callable[[str], None]
 
+MAY_PASS = frozenset({408, 429, 500, 502, 503, 504})  # HTTP statuses after which it is worth asking again
+
 
 class Fault(Exception):
     """What may pass: a connection that broke, a server that is busy. `retry_after`: the seconds that it asks for."""
@@ -36,6 +38,9 @@ class Remote(Protocol):
         Raises Fault for what may pass, SourceError for what does not.
         """
 
+    def cancel(self) -> None:
+        """Make calls of `fetch` that wait for a server end soon, in whatever way."""
+
     def close(self) -> None:
         """Release what is held."""
 
@@ -44,7 +49,8 @@ class Remote(Protocol):
 class Patience:
     """How faults are borne. After `tries` in a row that brought nothing it is over.
 
-    The seconds between them double from `first` to `longest`; what a server asks for goes first, up to `bearable`.
+    The seconds between them double from `first` to `longest`, and are more where a server asks for more, up to
+    `bearable`.
     sleep: for tests; the real one ends early when the source is cancelled.
     """
 
@@ -83,7 +89,8 @@ class Pauses:
         asked = fault.retry_after
         if asked is not None and asked > patience.bearable:
             raise SourceError(f"{what}: {fault}; the server asks for {asked:.0f} s of patience: try again then")
-        delay = asked if asked is not None else min(patience.longest, patience.first * 2 ** (failures - 1))
+        # Not less than its own: a date that a server gives lies in the past where this clock is fast.
+        delay = max(asked or 0.0, min(patience.longest, patience.first * 2 ** (failures - 1)))
         self._say(f"{what}: {fault}; again in {delay:g} s", delay)
         if patience.sleep is not None:
             patience.sleep(delay)

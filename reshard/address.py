@@ -71,3 +71,8 @@ def redacted(text: object) -> str:
     """A library's message as one line, its addresses without users, passwords and signatures."""
     line = " ".join(str(text).split())
     return _QUERY.sub(r"\1", _USER.sub("://", line))
+
+
+def shown(address: str) -> str:
+    """An address as reports and messages show it: without user, password and signature."""
+    return redacted(address) if "://" in address else address

@@ -104,23 +104,22 @@ def test_a_checkpoint_on_a_server(model: Path, tmp_path: Path) -> None:
 
 def test_a_password_in_an_address_is_not_repeated(tmp_path: Path) -> None:
     build(tmp_path / "model", Spec("fp8_block", computable=True))
+    out = tmp_path / "out"
     with serving(tmp_path) as url:
         address = url.replace("//", "//user:secret@") + "/model"
-        done = reshard("split", address, tmp_path / "out", "--tp", 2)
-        assert done.code == 0, done.err
-        checked = reshard("verify", tmp_path / "out", "--source", address)
-        assert checked.code == 0, checked.out + checked.err
-        missing = reshard("inspect", f"{address}s")
-        assert missing.code == 1
-    for text in (
-        done.out,
-        done.err,
-        checked.out,
-        checked.err,
-        missing.err,
-        (tmp_path / "out/manifest.json").read_text(),
-    ):
-        assert "secret" not in text
+        runs = [
+            (0, reshard("split", address, out, "--tp", 2)),
+            (0, reshard("verify", out, "--source", address)),
+            (0, reshard("check", out, "--against", address)),
+            (3, reshard("check", address, "--tp", "5", "--format", "junit")),
+            (1, reshard("check", f"{address}s", out, "--against", address)),
+            (1, reshard("inspect", f"{address}s")),
+            (2, reshard("check", address, "--scheme", "bf16", "--tp", 2)),
+        ]
+        for code, done in runs:
+            assert done.code == code, done.out + done.err
+            assert "secret" not in done.out + done.err
+    assert "secret" not in (out / "manifest.json").read_text()
 
 
 def test_a_server_that_knows_no_ranges(model: Path) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from reshard.address import shown
 from reshard.check.cut import check_cut, no_cut
 from reshard.check.device import check_kernels, check_npu
 from reshard.check.layers import check_layers, config_of
@@ -29,14 +30,14 @@ def check_source(address: str, request: Request, notify: Notify = lambda line: N
     Raises SourceError where it cannot be read, UsageError where the request does not go with what it is.
     """
     if request.scheme is not None:
-        raise UsageError(f"--scheme goes with --config: the tensors of {address} say what they are")
+        raise UsageError(f"--scheme goes with --config: the tensors of {shown(address)} say what they are")
     with open_source(address, request.revision, notify=notify) as source:
         if any(parse_shard_file(name) for name in source.files()):
-            return Report(address, "shard set", tuple(_set(source, request, address, notify)))
+            return Report(shown(address), "shard set", tuple(_set(source, request, address, notify)))
         if request.against is not None:
-            raise UsageError(f"--against goes with a shard set, which {address} is not")
+            raise UsageError(f"--against goes with a shard set, which {shown(address)} is not")
         findings, checkpoint = check_layers(lambda: converted(read_checkpoint(source), request.weights))
-    return Report(address, "checkpoint", (*findings, *_cuts(checkpoint, request)))
+    return Report(shown(address), "checkpoint", (*findings, *_cuts(checkpoint, request)))
 
 
 def check_config(path: str, request: Request) -> Report:
@@ -77,7 +78,7 @@ def _cut(checkpoint: Checkpoint, tp_size: int, request: Request) -> list[Finding
 
 def _set(source: Source, request: Request, address: str, notify: Notify) -> list[Finding]:
     if request.weights != "keep" or request.pad:
-        raise UsageError(f"--weights and --pad go with a checkpoint; {address} is cut already")
+        raise UsageError(f"--weights and --pad go with a checkpoint; {shown(address)} is cut already")
     findings, manifest, checkpoint = check_set(source)
     if manifest is None:
         wanted = {"size": request.tp_sizes, "source": request.against, "option": request.serving}
@@ -101,7 +102,7 @@ def _origin(manifest: Manifest, against: str, notify: Notify) -> list[Finding]:
     """What the set was cut from; where that cannot be read, what was found of the set itself still stands."""
     try:
         with open_source(against, notify=notify) as original:
-            return check_origin(manifest, describe(original), against)
+            return check_origin(manifest, describe(original), shown(against))
     except UsageError:
         raise
     except ReshardError as error:

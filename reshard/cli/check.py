@@ -76,6 +76,7 @@ def _is_config(path: str) -> bool:
 
 def _report(output: Output, target: str, is_config: bool, request: "Request") -> "Report":
     """A target's report; what cannot be read is one too, so that the others are checked all the same."""
+    from reshard.address import shown
     from reshard.check.report import Report
     from reshard.check.run import check_config, check_source
     from reshard.errors import ReshardError, SourceError, UsageError
@@ -86,11 +87,11 @@ def _report(output: Output, target: str, is_config: bool, request: "Request") ->
     except UsageError:
         raise
     except ReshardError as error:
-        message = output.error(error, of=target)
-        return Report(target, None, (Finding("input", "", message),), target if is_config else None)
+        message = output.error(error, of=shown(target))
+        return Report(shown(target), None, (Finding("input", "", message),), target if is_config else None)
     for finding in report.findings:
         if finding.check == "input":
-            output.error(SourceError(finding.line), of=target)
+            output.error(SourceError(finding.line), of=shown(target))
     return report
 
 

@@ -23,7 +23,7 @@ def verify(
     """Check a shard set against its manifest and, with --source, against what it was cut from."""
     output = Output(form, quiet=quiet, debug=debug)
     with output.errors():
-        from reshard.address import redacted
+        from reshard.address import shown
         from reshard.errors import UsageError
         from reshard.source.open import describe, open_source
         from reshard.source.shardset import read_manifest_only, require_shard_set
@@ -81,7 +81,7 @@ def verify(
                     f"digests: {len(manifest.shards)} shards, {tensors} tensors, {size_text(nbytes)}: as written"
                 )
                 if source is not None:
-                    output.text(f"source: every byte is {redacted(source)}'s")
+                    output.text(f"source: every byte is {shown(source)}'s")
                     worst = max(computed, key=lambda layer: layer.difference)
                     output.text(
                         f"computation: {len(computed)} layers on random tokens, split against unsplit: they differ by "

@@ -111,8 +111,11 @@ def estimate(
 
 
 def _plan(checkpoint: Checkpoint, tp_size: int, options: Options) -> Plan:
-    """A device that holds everything stacks nothing, so that scale blocks need not divide."""
-    return make_plan(checkpoint, tp_size, "separate" if tp_size == 1 else "fused", options.pad)
+    """Rank 0's part, which is as large as every rank's.
+
+    A device that holds everything stacks nothing, so that scale blocks need not divide.
+    """
+    return make_plan(checkpoint, tp_size, "separate" if tp_size == 1 else "fused", options.pad, tp_ranks=(0,))
 
 
 def _check_types(checkpoint: Checkpoint) -> None:
@@ -143,7 +146,7 @@ def _size(checkpoint: Checkpoint, plan: Plan, profile: Profile, options: Options
         share=share,
         padded=plan.padding is not None,
         held=held,
-        shard=max(sum(tensor.nbytes for tensor in shard.tensors) for shard in plan.shards),
+        shard=sum(tensor.nbytes for tensor in plan.shards[0].tensors),
         saved=(held if unsplit is None else unsplit) - held,
         network=level_for(profile, plan.tp_size)[0],
         alignment=verdict(profile.alignment, share, model.hidden_size, ways),
@@ -153,13 +156,13 @@ def _size(checkpoint: Checkpoint, plan: Plan, profile: Profile, options: Options
 
 
 def _held(checkpoint: Checkpoint, plan: Plan) -> int:
-    """Bytes of the fullest shard's tensors; of linears that run as BF16, their weights in BF16 and no scales."""
+    """Bytes of the shard's tensors; of linears that run as BF16, their weights in BF16 and no scales."""
     ways: dict[str, Way] = {}
     for layer in checkpoint.layers:
         for role, linear in layer.linears.items():
             ways[module_name(layer.index, role)] = way_of(linear.variant.scheme)
         ways[module_name(layer.index, GATE_UP)] = ways[module_name(layer.index, GATE)]
-    return max(sum(_bytes_held(t.name, t.dtype, t.shape, ways) for t in shard.tensors) for shard in plan.shards)
+    return sum(_bytes_held(t.name, t.dtype, t.shape, ways) for t in plan.shards[0].tensors)
 
 
 def _bytes_held(name: str, dtype: str, shape: tuple[int, ...], ways: dict[str, Way]) -> int:

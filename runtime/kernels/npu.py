@@ -35,8 +35,8 @@ class NpuKernels:
         """[K, N], contiguous, FRACTAL_NZ."""
         if weight_NK.dtype == torch.int8 and max(weight_NK.shape) > _LAST_DIM_LIMIT:
             raise ShardError(
-                f"{name}: {list(weight_NK.shape)}; npu_quant_matmul takes last dims up to {_LAST_DIM_LIMIT}: cut it "
-                "for a larger group"
+                f"{name}: {list(weight_NK.shape)}; npu_quant_matmul takes last dims up to {_LAST_DIM_LIMIT}: a "
+                "larger group narrows all but hidden_size; BF16 has no such limit"
             )
         if weight_NK.dtype == torch.int8 and weight_NK.device not in self._one:
             # npu_quant_matmul wants a scale even where int32 output does not use it; made here, no call makes one.

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,11 +11,13 @@ from torch import nn
 
 from reshard.errors import GroupError, ReshardError, ShardError, UsageError
 from reshard.manifest import Manifest, parse_manifest
+from reshard.option import OPTION
 from reshard.prepare import Cut
 from runtime.loader import load_shard
 from runtime.serving.vllm.fill import fill
 from runtime.serving.vllm.groups import chunks
 from runtime.serving.vllm.options import Options, parse
+from runtime.serving.vllm.refusals import refuse, refuse_elastic
 from runtime.serving.vllm.source import check_same, read_others, replaced
 from runtime.shard import LinearShard
 from tests.builders import CHECKPOINTS, Spec, build, read_safetensors, write_safetensors
@@ -324,3 +327,62 @@ def test_options_that_are_none(extra: dict[str, object], said: str) -> None:
         parse(extra)
     assert said in str(caught.value)
     assert isinstance(caught.value, ReshardError)
+
+
+def _setup(**changed: Any) -> SimpleNamespace:
+    """What is asked of vLLM's config: data-parallel size 16."""
+    parallel = {
+        "data_parallel_size": 16,
+        "tensor_parallel_size": 1,
+        "use_ubatching": False,
+        "prefill_context_parallel_size": 1,
+        "enable_elastic_ep": False,
+    }
+    own = {"lora_config": None, "kv_transfer_config": None}
+    parallel |= {key: value for key, value in changed.items() if key in parallel}
+    own |= {key: value for key, value in changed.items() if key in own}
+    return SimpleNamespace(parallel_config=SimpleNamespace(**parallel), **own)
+
+
+_CONSUMER = SimpleNamespace(is_kv_consumer=True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "device", "said"),
+    [
+        ({"lora_config": object()}, "cuda", "does not go with LoRA;"),
+        ({"use_ubatching": True}, "cuda", "does not go with dual batch overlap (enable_dbo, ubatch_size);"),
+        ({"prefill_context_parallel_size": 2}, "cuda", "does not go with prefill context parallelism;"),
+        (
+            {"kv_transfer_config": _CONSUMER},
+            "npu",
+            "leave it out and set finegrained_tp_config.mlp_tensor_parallel_size to",
+        ),
+        ({"tensor_parallel_size": 2}, "cuda", "is 8, tensor-parallel size 2"),
+    ],
+)
+def test_what_the_option_does_not_go_with(changed: dict[str, Any], device: str, said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        refuse(_setup(**changed), {OPTION: 8}, True, 8, device)
+    assert str(caught.value).startswith(OPTION)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "npu"])
+def test_setups_that_are_served(device: str) -> None:
+    refuse(_setup(), {OPTION: 8}, True, 8, device)
+    refuse(_setup(kv_transfer_config=SimpleNamespace(is_kv_consumer=False)), {OPTION: 8}, True, 8, device)
+    refuse(_setup(kv_transfer_config=_CONSUMER), {OPTION: 8}, True, 8, "cuda")
+
+
+def test_without_the_option_the_engine_decides() -> None:
+    """Its own layers are filled, whatever runs over them: vllm-ascend's in a decode node, tensor parallelism's."""
+    ascends = {"finegrained_tp_config": {"mlp_tensor_parallel_size": 8}}
+    refuse(_setup(kv_transfer_config=_CONSUMER), ascends, True, 8, "npu")
+    refuse(_setup(tensor_parallel_size=8, lora_config=object(), use_ubatching=True), {}, True, 8, "cuda")
+
+
+def test_ranks_that_join_later() -> None:
+    refuse_elastic(_setup())
+    with pytest.raises(UsageError, match="elastic expert parallelism"):
+        refuse_elastic(_setup(enable_elastic_ep=True))

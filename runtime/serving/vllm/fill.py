@@ -79,8 +79,8 @@ def _computed(linear: nn.Module) -> frozenset[str]:
 
     `get_computed_params` of vllm_ascend/quantization/method_adapters.py. llm-compressor writes no offsets, say.
     """
-    said = getattr(getattr(linear, "quant_method", None), "get_computed_params", frozenset)()
-    return frozenset(said) - {"weight", "weight_scale"}
+    computed = getattr(getattr(linear, "quant_method", None), "get_computed_params", None)
+    return frozenset(computed() if computed else ()) - {"weight", "weight_scale"}
 
 
 def _bytes(*tensors: torch.Tensor) -> set[int]:

@@ -316,6 +316,7 @@ def test_options() -> None:
             {"shards": "x", "shard": "y"},
             "has 'shard'; denseffn_shards takes enable_weights_track, reduce_dtype, ",
         ),
+        ({"shards": "s3://b/tp8"}, "shards is 's3://b/tp8'; a set is served from a folder"),
         ({"shards": "x", "num_threads": 8}, "has 'num_threads'"),
         ({"shards": "x", "verify": "no"}, "verify is 'no'; it may be 'header', 'digest'"),
         ({"shards": "x", "source": 1}, "source is 1; it may be 'same', 'any'"),

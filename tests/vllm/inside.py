@@ -183,6 +183,21 @@ def w8a8_forward(group: dist.ProcessGroup, served: Served, counts: list[int]) ->
         }
 
 
+def load_before_0_32(group: dist.ProcessGroup, served: Served) -> str:
+    """What is said in a vLLM whose loaders have no `create_model`: 0.27.1's, say."""
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    create_model = BaseModelLoader.create_model
+    del BaseModelLoader.create_model
+    try:
+        with loaded(served):
+            return "loaded"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        BaseModelLoader.create_model = create_model
+
+
 def loaded_again(group: dist.ProcessGroup, served: Served) -> tuple[str, str, bool]:
     """What an engine is told that reloads from disk, one that is sent weights, and whether the layer is the same."""
     from vllm.model_executor.model_loader.reload.inplace import reload_weights

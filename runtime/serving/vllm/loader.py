@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import vllm
 from torch import nn
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.load import LoadConfig
@@ -29,7 +30,7 @@ from runtime.loader import load_shard, read_manifest, share_of
 from runtime.serving.vllm.fill import fill
 from runtime.serving.vllm.groups import Group, make_group
 from runtime.serving.vllm.options import parse
-from runtime.serving.vllm.refusals import refuse, refuse_elastic
+from runtime.serving.vllm.refusals import refuse, refuse_elastic, refuse_unbuilt
 from runtime.serving.vllm.source import check_same, read_others
 from runtime.serving.vllm.structure import (
     compare_built,
@@ -59,12 +60,18 @@ class DenseFFNShardsLoader(DefaultModelLoader):
         super().__init__(own)
         self._manifest: Manifest | None = None  # while a model is loaded whose dense layers come from it
 
+    def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
+        """As the engine does it. Raises UsageError where that cannot split layers."""
+        if not hasattr(DefaultModelLoader, "create_model"):  # before 0.32 a loader has no say in what is built
+            refuse_unbuilt(_additional(vllm_config), vllm.__version__)
+        return super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+
     def create_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         """The model, its dense layers with one rank's sizes where the option is set."""
         if _is_draft(model_config):
             return super().create_model(vllm_config, model_config, prefix)
         refuse_elastic(vllm_config)
-        additional = vllm_config.additional_config if isinstance(vllm_config.additional_config, dict) else {}
+        additional = _additional(vllm_config)
         size = option_of(additional)
         folder, config = self.options.shards, model_config.hf_text_config
         problem: Exception | None = None
@@ -178,6 +185,11 @@ class DenseFFNShardsLoader(DefaultModelLoader):
 
         for name, tensor in read_others(files, self._manifest, passed_over):
             yield source.prefix + name, tensor
+
+
+def _additional(vllm_config: VllmConfig) -> dict[str, Any]:
+    """The additional config; a platform's own kind of it has no option of ours."""
+    return vllm_config.additional_config if isinstance(vllm_config.additional_config, dict) else {}
 
 
 def _is_draft(model_config: ModelConfig) -> bool:

@@ -43,3 +43,12 @@ def refuse_elastic(config: Any) -> None:
         raise UsageError(
             "denseffn_shards does not go with elastic expert parallelism (enable_elastic_ep); leave one of the two out"
         )
+
+
+def refuse_unbuilt(additional: dict[str, Any], version: str) -> None:
+    """Raise UsageError for the option, to an engine that builds models without asking the loader."""
+    if additional.get(OPTION) not in (None, 1):
+        raise UsageError(
+            f"{OPTION} needs vLLM 0.32 or later, this is {version}; leave it out: with tensor parallelism, or "
+            f"vllm-ascend's {_ASCENDS}, the shards fill the engine's own layers"
+        )

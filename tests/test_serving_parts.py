@@ -138,6 +138,15 @@ def test_fill_leaves_what_the_engine_computes() -> None:
         fill(linear, _shard(weight=_WEIGHT))
 
 
+def test_fill_takes_static_linears_without_weight_scales() -> None:
+    """ModelSlim v1 writes five tensors for them: deq_scale holds the scale."""
+    linear = _as_ascend_makes_it("w8a8_static", 1, 4, 3)
+    static = {name: value.detach().clone() for name, value in linear.named_parameters() if "weight_" not in name}
+    linear.quant_method = Computes()
+    fill(linear, _shard("w8a8_static", **static | {"deq_scale": torch.rand(4)}))
+    assert linear.deq_scale.max() < 1
+
+
 _SCALE = torch.full((4, 1), 0.1)
 _FP8 = torch.ones(4, 3).to(torch.float8_e4m3fn)
 

@@ -31,7 +31,7 @@ def fill(linear: nn.Module, shard: LinearShard) -> set[str]:
                 "without online quantisation, and convert with reshard split --weights"
             )
     absent = parameters.keys() - shard.tensors.keys()
-    if not shard.tensors.keys() <= parameters.keys() or not absent <= _computed(linear):
+    if not shard.tensors.keys() <= parameters.keys() or not absent <= _computed(linear, shard):
         raise ShardError(
             f"{shard.name}: the engine's layer has {_names(parameters)}, the shard ({shard.scheme}) "
             f"{_names(shard.tensors)}; cut the shards from the very model that is served"
@@ -74,13 +74,15 @@ def _fitted(shard: LinearShard, suffix: str, parameter: torch.Tensor, parts: int
     )
 
 
-def _computed(linear: nn.Module) -> frozenset[str]:
-    """What vllm-ascend's methods say they compute, less the weight's scale: a shard has it.
+def _computed(linear: nn.Module, shard: LinearShard) -> frozenset[str]:
+    """What vllm-ascend's methods say they compute or need not: llm-compressor writes no offsets, say.
 
-    `get_computed_params` of vllm_ascend/quantization/method_adapters.py. llm-compressor writes no offsets, say.
+    `get_computed_params` of vllm_ascend/quantization/method_adapters.py. It lists the weight's scale, which only
+    ModelSlim's static W8A8 may leave out: there deq_scale stands for it.
     """
     computed = getattr(getattr(linear, "quant_method", None), "get_computed_params", None)
-    return frozenset(computed() if computed else ()) - {"weight", "weight_scale"}
+    needed = {"weight"} if "deq_scale" in shard.tensors else {"weight", "weight_scale"}
+    return frozenset(computed() if computed else ()) - needed
 
 
 def _bytes(*tensors: torch.Tensor) -> set[int]:

@@ -40,9 +40,11 @@ _numbers = itertools.count()
 def config_of(served: Served) -> Any:
     """The VllmConfig of this process."""
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.models import utils
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
+    utils._model_to_pp_missing_layer_names.clear()  # by id(model): a later model may have that of one let go
     rank, own = dist.get_rank(), served.tensor * served.pipeline  # own: a data-parallel rank's processes
     arguments: dict[str, Any] = {
         "model": str(served.model),

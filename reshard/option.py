@@ -128,9 +128,9 @@ def _names(additional_config: Mapping[str, Any]) -> tuple[Broken, ...]:
 
 
 def _ascends(additional_config: Mapping[str, Any]) -> Any:
-    """The value of vllm-ascend's own option, if it is there."""
+    """The value of vllm-ascend's own option, if it is there; 0 is its way to say that it is not."""
     nested = additional_config.get(_ASCEND[0])
-    return nested.get(_ASCEND[1]) if isinstance(nested, Mapping) else None
+    return (nested.get(_ASCEND[1]) or None) if isinstance(nested, Mapping) else None
 
 
 def _divisors(number: int) -> list[int]:

@@ -83,6 +83,12 @@ def test_two_owners_of_the_same_layers() -> None:
     )
 
 
+def test_ascends_zero_is_off() -> None:
+    off = {"finegrained_tp_config": {"mlp_tensor_parallel_size": 0}}
+    assert not broken_rules({OPTION: 8, **off}, Setup(16, 1, moe=True), 8)
+    assert not broken_rules(off, Setup(16, 8, moe=True), 8)
+
+
 _sizes = st.integers(1, 64)
 
 

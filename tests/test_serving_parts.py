@@ -1,132 +1,23 @@
-"""The parts of the vLLM hook that need no vLLM: filling parameters, groups, what is read of the model, options."""
+"""The parts of the vLLM hook that need no vLLM: groups, what is read of the model, options, refusals."""
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from reshard.errors import GroupError, ReshardError, ShardError, UsageError
 from reshard.manifest import Manifest, parse_manifest
+from reshard.option import OPTION
 from reshard.prepare import Cut
-from runtime.serving.vllm.fill import fill
 from runtime.serving.vllm.groups import chunks
 from runtime.serving.vllm.options import Options, parse
+from runtime.serving.vllm.refusals import refuse, refuse_elastic
 from runtime.serving.vllm.source import check_same, read_others, replaced
-from runtime.shard import LinearShard
 from tests.builders import Spec, build, read_safetensors, write_safetensors
 from tests.running import split
-
-
-class Linear(nn.Module):
-    """An engine's linear with parameters of given types and shapes, all 9 to begin with."""
-
-    def __init__(self, parts: int = 1, **parameters: tuple[torch.dtype, tuple[int, ...]]) -> None:
-        super().__init__()
-        self.output_sizes = [1] * parts
-        for name, (dtype, shape) in parameters.items():
-            value = torch.full(shape, 9, dtype=dtype)
-            self.register_parameter(name, nn.Parameter(value, requires_grad=False))
-
-
-def _shard(scheme: str = "w8a8_dynamic", **tensors: torch.Tensor) -> LinearShard:
-    return LinearShard("model.layers.0.mlp.down_proj", scheme, None, tensors)
-
-
-_WEIGHT = torch.arange(12, dtype=torch.int8).reshape(4, 3)
-_INT8 = {"weight": (torch.int8, (4, 3))}
-
-
-def test_fill_copies_every_tensor() -> None:
-    scale = torch.rand(4, 1)
-    linear = Linear(**_INT8, weight_scale=(torch.float32, (4, 1)))
-    assert fill(linear, _shard(weight=_WEIGHT, weight_scale=scale)) == set()
-    assert torch.equal(linear.weight, _WEIGHT)
-    assert torch.equal(linear.weight_scale, scale)
-
-
-def test_fill_takes_a_scale_in_one_dimension() -> None:
-    scale = torch.rand(4)
-    linear = Linear(**_INT8, weight_scale=(torch.float32, (4, 1)))
-    fill(linear, _shard(weight=_WEIGHT, weight_scale=scale))
-    assert torch.equal(linear.weight_scale[:, 0], scale)
-
-
-def test_fill_gives_each_part_of_a_stacked_linear_the_one_scale() -> None:
-    linear = Linear(2, **_INT8, input_scale=(torch.float32, (2,)))
-    fill(linear, _shard(weight=_WEIGHT, input_scale=torch.tensor([0.5])))
-    assert linear.input_scale.tolist() == [0.5, 0.5]
-
-
-def test_fill_widens_scales_exactly() -> None:
-    scale = torch.rand(4, 1).bfloat16()
-    linear = Linear(**_INT8, weight_scale=(torch.float32, (4, 1)))
-    assert fill(linear, _shard(weight=_WEIGHT, weight_scale=scale)) == {"torch.bfloat16 to torch.float32"}
-    assert torch.equal(linear.weight_scale, scale.float())
-
-
-def test_fill_casts_weights_that_are_not_quantised() -> None:
-    weight = torch.rand(4, 3)
-    linear = Linear(weight=(torch.bfloat16, (4, 3)))
-    assert fill(linear, _shard("bf16", weight=weight)) == {"torch.float32 to torch.bfloat16"}
-    assert torch.equal(linear.weight, weight.bfloat16())
-
-
-_SCALE = torch.full((4, 1), 0.1)
-_FP8 = torch.ones(4, 3).to(torch.float8_e4m3fn)
-
-
-@pytest.mark.parametrize(
-    ("linear", "shard", "said"),
-    [
-        (
-            Linear(**_INT8),
-            _shard(weight=_WEIGHT, weight_scale=_SCALE),
-            "the engine's layer has weight, the shard (w8a8_dynamic) weight, weight_scale",
-        ),
-        (
-            Linear(**_INT8, weight_scale=(torch.float32, (4, 1))),
-            _shard(weight=_WEIGHT),
-            "the engine's layer has weight, weight_scale, the shard (w8a8_dynamic) weight;",
-        ),
-        (
-            Linear(weight=(torch.int8, (8, 3))),
-            _shard(weight=_WEIGHT),
-            "weight is [4, 3], the engine's parameter [8, 3]",
-        ),
-        (
-            Linear(weight=(torch.int8, (3, 4))),
-            _shard(weight=_WEIGHT),
-            "weight is [4, 3], the engine's parameter [3, 4]",
-        ),
-        (
-            Linear(weight=(torch.float32, (4, 3))),
-            _shard(weight=_WEIGHT),
-            "weight is torch.int8, the engine's parameter torch.float32",
-        ),
-        (
-            Linear(weight=(torch.bfloat16, (4, 3))),
-            _shard("fp8_block", weight=_FP8),
-            "weight is torch.float8_e4m3fn, the engine's parameter torch.bfloat16",
-        ),
-        (
-            Linear(**_INT8, weight_scale=(torch.bfloat16, (4, 1))),
-            _shard(weight=_WEIGHT, weight_scale=_SCALE),
-            "weight_scale is torch.float32, the engine's parameter torch.bfloat16",
-        ),
-        (Linear(2, **_INT8).to("meta"), _shard(weight=_WEIGHT), "weight has no memory yet"),
-    ],
-)
-def test_fill_refuses(linear: Linear, shard: LinearShard, said: str) -> None:
-    before = {name: value.clone() for name, value in linear.named_parameters() if not value.is_meta}
-    with pytest.raises(ShardError) as caught:
-        fill(linear, shard)
-    assert said in str(caught.value)
-    assert str(caught.value).startswith("model.layers.0.mlp.down_proj")
-    for name, value in before.items():
-        assert torch.equal(getattr(linear, name), value)
 
 
 def test_groups_are_consecutive_data_parallel_ranks() -> None:
@@ -247,6 +138,7 @@ def test_options() -> None:
             {"shards": "x", "shard": "y"},
             "has 'shard'; denseffn_shards takes enable_weights_track, reduce_dtype, ",
         ),
+        ({"shards": "s3://b/tp8"}, "shards is 's3://b/tp8'; a set is served from a folder"),
         ({"shards": "x", "num_threads": 8}, "has 'num_threads'"),
         ({"shards": "x", "verify": "no"}, "verify is 'no'; it may be 'header', 'digest'"),
         ({"shards": "x", "source": 1}, "source is 1; it may be 'same', 'any'"),
@@ -258,3 +150,62 @@ def test_options_that_are_none(extra: dict[str, object], said: str) -> None:
         parse(extra)
     assert said in str(caught.value)
     assert isinstance(caught.value, ReshardError)
+
+
+def _setup(**changed: Any) -> SimpleNamespace:
+    """What is asked of vLLM's config: data-parallel size 16."""
+    parallel = {
+        "data_parallel_size": 16,
+        "tensor_parallel_size": 1,
+        "use_ubatching": False,
+        "prefill_context_parallel_size": 1,
+        "enable_elastic_ep": False,
+    }
+    own = {"lora_config": None, "kv_transfer_config": None}
+    parallel |= {key: value for key, value in changed.items() if key in parallel}
+    own |= {key: value for key, value in changed.items() if key in own}
+    return SimpleNamespace(parallel_config=SimpleNamespace(**parallel), **own)
+
+
+_CONSUMER = SimpleNamespace(is_kv_consumer=True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "device", "said"),
+    [
+        ({"lora_config": object()}, "cuda", "does not go with LoRA;"),
+        ({"use_ubatching": True}, "cuda", "does not go with dual batch overlap (enable_dbo, ubatch_size);"),
+        ({"prefill_context_parallel_size": 2}, "cuda", "does not go with prefill context parallelism;"),
+        (
+            {"kv_transfer_config": _CONSUMER},
+            "npu",
+            "leave it out and set finegrained_tp_config.mlp_tensor_parallel_size to",
+        ),
+        ({"tensor_parallel_size": 2}, "cuda", "is 8, tensor-parallel size 2"),
+    ],
+)
+def test_what_the_option_does_not_go_with(changed: dict[str, Any], device: str, said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        refuse(_setup(**changed), {OPTION: 8}, True, 8, device)
+    assert str(caught.value).startswith(OPTION)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "npu"])
+def test_setups_that_are_served(device: str) -> None:
+    refuse(_setup(), {OPTION: 8}, True, 8, device)
+    refuse(_setup(kv_transfer_config=SimpleNamespace(is_kv_consumer=False)), {OPTION: 8}, True, 8, device)
+    refuse(_setup(kv_transfer_config=_CONSUMER), {OPTION: 8}, True, 8, "cuda")
+
+
+def test_without_the_option_the_engine_decides() -> None:
+    """Its own layers are filled, whatever runs over them: vllm-ascend's in a decode node, tensor parallelism's."""
+    ascends = {"finegrained_tp_config": {"mlp_tensor_parallel_size": 8}}
+    refuse(_setup(kv_transfer_config=_CONSUMER), ascends, True, 8, "npu")
+    refuse(_setup(tensor_parallel_size=8, lora_config=object(), use_ubatching=True), {}, True, 8, "cuda")
+
+
+def test_ranks_that_join_later() -> None:
+    refuse_elastic(_setup())
+    with pytest.raises(UsageError, match="elastic expert parallelism"):
+        refuse_elastic(_setup(enable_elastic_ep=True))

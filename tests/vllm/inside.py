@@ -25,6 +25,7 @@ class Served:
     shards: Path | None = None
     data: int = 1
     tensor: int = 1
+    pipeline: int = 1
     option: Any = None
     dtype: str = "float32"
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -32,17 +33,19 @@ class Served:
     engine: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-_joined: list[tuple[int, int]] = []
+_joined: list[tuple[int, int, int]] = []
 _numbers = itertools.count()
 
 
 def config_of(served: Served) -> Any:
     """The VllmConfig of this process."""
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.models import utils
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
-    rank = dist.get_rank()
+    utils._model_to_pp_missing_layer_names.clear()  # by id(model): a later model may have that of one let go
+    rank, own = dist.get_rank(), served.tensor * served.pipeline  # own: a data-parallel rank's processes
     arguments: dict[str, Any] = {
         "model": str(served.model),
         "skip_tokenizer_init": True,
@@ -50,10 +53,11 @@ def config_of(served: Served) -> Any:
         "max_model_len": 256,
         "enforce_eager": True,
         "tensor_parallel_size": served.tensor,
+        "pipeline_parallel_size": served.pipeline,
         "additional_config": served.additional | ({} if served.option is None else {OPTION: served.option}),
     }
     if served.data > 1:
-        arguments |= {"data_parallel_size": served.data, "data_parallel_rank": rank // served.tensor}
+        arguments |= {"data_parallel_size": served.data, "data_parallel_rank": rank // own}
         arguments |= {"data_parallel_address": "127.0.0.1", "data_parallel_rpc_port": 29550}
     if served.shards is not None:
         arguments |= {"load_format": "denseffn_shards"}
@@ -73,7 +77,7 @@ def _join(config: Any) -> None:
     cpu_model_runner._torch_cuda_wrapper  # noqa: B018 - the import is what counts
     torch.accelerator.empty_cache = lambda: None  # as vLLM's CPU worker does
     parallel = config.parallel_config
-    layout = (parallel.data_parallel_size, parallel.tensor_parallel_size)
+    layout = (parallel.data_parallel_size, parallel.pipeline_parallel_size, parallel.tensor_parallel_size)
     if _joined != [layout]:
         if _joined:
             destroy_model_parallel()
@@ -81,9 +85,7 @@ def _join(config: Any) -> None:
         # vLLM's CPU worker names its shared memory so, where the processor has AVX-512.
         os.environ["VLLM_DIST_IDENT"] = f"{os.getppid()}-{next(_numbers)}"
         with set_current_vllm_config(config):
-            init_worker_distributed_environment(
-                config, dist.get_rank() % parallel.tensor_parallel_size, "env://", 0, "gloo"
-            )
+            init_worker_distributed_environment(config, dist.get_rank() % parallel.world_size, "env://", 0, "gloo")
 
 
 @contextlib.contextmanager
@@ -140,8 +142,13 @@ def forward(group: dist.ProcessGroup, served: Served, counts: list[list[int]]) -
         for each in counts:
             x = tokens(dist.get_rank(), each[dist.get_rank()], dtype=config.model_config.dtype)
             with set_forward_context(None, config, num_tokens=len(x)):
-                results.append([layer.mlp(x).clone() for layer in model.model.layers])
+                results.append([layer.mlp(x).clone() for layer in _held(model)])
     return results
+
+
+def _held(model: Any) -> list[Any]:
+    """The decoder layers of this pipeline stage."""
+    return list(model.model.layers[model.model.start_layer : model.model.end_layer])
 
 
 def forward_of(group: dist.ProcessGroup, served: Served, owner: int, count: int) -> list[torch.Tensor]:
@@ -176,6 +183,40 @@ def w8a8_forward(group: dist.ProcessGroup, served: Served, counts: list[int]) ->
             "plain": plain,
             "ratio": packed.nbytes / x.nbytes,
         }
+
+
+def load_before_0_32(group: dist.ProcessGroup, served: Served) -> str:
+    """What is said in a vLLM whose loaders have no `create_model`: 0.27.1's, say."""
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    create_model = BaseModelLoader.create_model
+    del BaseModelLoader.create_model
+    try:
+        with loaded(served):
+            return "loaded"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        BaseModelLoader.create_model = create_model
+
+
+def loaded_again(group: dist.ProcessGroup, served: Served) -> tuple[str, str, bool]:
+    """What an engine is told that reloads from disk, one that is sent weights, and whether the layer is the same."""
+    from vllm.model_executor.model_loader.reload.inplace import reload_weights
+
+    def told(weights: Any) -> str:
+        try:
+            reload_weights(config, model, weights, None, is_checkpoint_format=True)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return "loaded"
+
+    with loaded(served) as (config, model):
+        linear = model.model.layers[0].mlp.gate_up_proj
+        before = linear(tokens(0, 3))[0]
+        from_disk = told(None)
+        same = torch.equal(linear(tokens(0, 3))[0], before)
+        return from_disk, told(iter([("model.layers.0.mlp.gate_proj.weight", torch.zeros(512, 256))])), same
 
 
 def without_counts(group: dist.ProcessGroup, served: Served) -> str:

@@ -116,3 +116,38 @@ def write_model(
     index = {"metadata": {}, "weight_map": {tensor: name for name, tensors in files.items() for tensor in tensors}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
+
+
+def write_llama(folder: Path, layers: int = 2) -> Path:
+    """A random Llama: all its layers are dense, and none is DeepSeek's."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+
+    tensors = {
+        "model.embed_tokens.weight": random(VOCABULARY, HIDDEN),
+        "model.norm.weight": torch.ones(HIDDEN),
+        "lm_head.weight": random(VOCABULARY, HIDDEN),
+    }
+    for index in range(layers):
+        layer = f"model.layers.{index}"
+        tensors |= {f"{layer}.self_attn.{name}_proj.weight": random(HIDDEN, HIDDEN) for name in "qkvo"}
+        tensors |= {f"{layer}.mlp.{name}_proj.weight": random(INTERMEDIATE, HIDDEN) for name in ("gate", "up")}
+        tensors[f"{layer}.mlp.down_proj.weight"] = random(HIDDEN, INTERMEDIATE)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{layer}.{norm}.weight"] = torch.ones(HIDDEN)
+    settings = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "torch_dtype": "float32",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": layers,
+        "num_attention_heads": _HEADS,
+        "vocab_size": VOCABULARY,
+    }
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(settings))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder

@@ -102,6 +102,22 @@ def test_two_groups_of_two(ranks: GetRanks, dense: Path) -> None:
     assert not torch.equal(held[0][name], held[1][name])
 
 
+def test_pipeline_stages_split_their_own_layers(ranks: GetRanks, dense: Path, mixed: Path) -> None:
+    """Two stages of two data-parallel ranks: ranks 0 and 2 hold the first, 1 and 3 the second."""
+    four, counts = ranks(4), [[5, 3, 40, 7], [1, 2, 1, 9]]
+    whole = four.run(inside.forward, Served(dense, data=2, pipeline=2), counts, timeout=300)
+    ours = four.run(inside.forward, _split(dense, pipeline=2), counts, timeout=300)
+    assert sorted(len(layers) for layers in (whole[0][0], whole[1][0])) == [1, 2]
+    for before, after in zip(whole, ours, strict=True):
+        for unsplit, got in zip(before, after, strict=True):
+            torch.testing.assert_close(got, unsplit, rtol=1e-5, atol=1e-4)
+    held = four.run(inside.parameters, _split(mixed, pipeline=2), timeout=300)
+    name = "model.layers.1.mlp.gate_up_proj.weight"
+    assert [name in parameters for parameters in held] == [True, False, True, False]
+    assert held[0][name].shape == (INTERMEDIATE, HIDDEN)
+    assert not torch.equal(held[0][name], held[2][name])
+
+
 def test_w8a8_tokens_travel_quantised(two: Ranks, w8a8: Path) -> None:
     found = two.run(inside.w8a8_forward, _split(w8a8, dtype="bfloat16"), [3, 17])
     for each in found:
@@ -172,6 +188,14 @@ def test_another_dtype_casts_unquantised_weights(two: Ranks, dense: Path) -> Non
         name = "model.layers.1.mlp.gate_up_proj.weight"
         assert after[name].dtype == torch.bfloat16
         assert torch.equal(before[name].bfloat16(), after[name])
+
+
+def test_weights_are_not_loaded_again(two: Ranks, dense: Path) -> None:
+    """The engine would cut what it loads to the first rank's part, on every rank."""
+    for from_disk, sent, same in two.run(inside.loaded_again, _split(dense)):
+        assert from_disk.startswith("UsageError: denseffn_shards fills a model once")
+        assert same
+        assert sent.startswith("UsageError: a dense layer's weight [512, 256] was sent to a rank that holds a part")
 
 
 def test_a_draft_model_is_left_alone(two: Ranks, dense: Path) -> None:

@@ -1,6 +1,5 @@
 """What the plugin refuses, in vLLM's own workers: on all ranks, with one message."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from tests.distributed import Ranks
 from tests.running import reshard, split
 from tests.vllm import inside
 from tests.vllm.inside import Served
-from tests.vllm.models import write_model
+from tests.vllm.models import write_llama, write_model
 
 RANK_1 = "denseffn-rank-00001-of-00002.safetensors"
 GetRanks = Callable[[int], Ranks]
@@ -118,6 +117,12 @@ def test_the_option_must_be_the_sets_size(two: Ranks, dense: Path) -> None:
     _fails(two, served, "denseffn_tensor_parallel_size is 2, the shard set is cut for 4: cut it with")
 
 
+def test_the_option_in_an_older_vllm(two: Ranks, dense: Path) -> None:
+    served = Served(dense, dense.parent / "tp2", data=2, option=2)
+    for said in two.run(inside.load_before_0_32, served):
+        assert said.startswith("UsageError: denseffn_tensor_parallel_size needs vLLM 0.32 or later, this is ")
+
+
 def test_without_the_option_the_layers_are_whole(two: Ranks, dense: Path) -> None:
     _fails(two, Served(dense, dense.parent / "tp2", data=2), "cut for 2, the engine's dense layers are for 1")
 
@@ -134,18 +139,17 @@ def test_the_option_beside_tensor_parallelism(pair: Ranks, dense: Path) -> None:
 
 def test_a_model_without_experts_has_no_lockstep(ranks: GetRanks, dense: Path, tmp_path: Path) -> None:
     """vLLM runs each data-parallel rank of such a model as an engine of its own, of data-parallel size 1."""
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "vocab_size": 512,
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    served = Served(tmp_path, dense.parent / "tp2", option=2)
+    model = write_llama(tmp_path / "model")
+    served = Served(model, dense.parent / "tp2", option=2)
     _fails(ranks(1), served, "denseffn_tensor_parallel_size is 2, and the model has no expert layers")
+
+
+def test_dense_layers_that_are_not_deepseeks(pair: Ranks, tmp_path: Path) -> None:
+    """Another model's set can be cut; its layers would keep whatever their memory held."""
+    model = write_llama(tmp_path / "model")
+    split(model, tmp_path / "tp2", Cut(2))
+    said = "layers 0, 1 are dense here, the engine has built none as DeepSeek's dense MLP"
+    _fails(pair, Served(model, tmp_path / "tp2", tensor=2), said)
 
 
 @pytest.mark.parametrize("strategy", ["eager", "prefetch"])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import vllm
 from torch import nn
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.load import LoadConfig
@@ -19,18 +20,25 @@ from vllm.distributed.parallel_state import get_dp_group, get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
+from vllm.platforms import current_platform
 
 from reshard.errors import ShardError, UsageError
 from reshard.manifest import Manifest
-from reshard.option import OPTION, Setup, broken_rules, option_of
+from reshard.option import OPTION, option_of
 from runtime.group import agree
 from runtime.loader import load_shard, read_manifest, share_of
 from runtime.serving.vllm.fill import fill
-from runtime.serving.vllm.groups import make_group
+from runtime.serving.vllm.groups import Group, make_group
 from runtime.serving.vllm.options import parse
+from runtime.serving.vllm.refusals import refuse, refuse_elastic, refuse_unbuilt
 from runtime.serving.vllm.source import check_same, read_others
-from runtime.serving.vllm.split import SplitMLP, split
-from runtime.serving.vllm.structure import compare_built, compare_model, dense_mlps, intermediate_size
+from runtime.serving.vllm.structure import (
+    compare_built,
+    compare_found,
+    compare_model,
+    dense_mlps,
+    intermediate_size,
+)
 
 _log = init_logger("vllm.denseffn_shards")
 _MIB = 1 << 20
@@ -52,31 +60,41 @@ class DenseFFNShardsLoader(DefaultModelLoader):
         super().__init__(own)
         self._manifest: Manifest | None = None  # while a model is loaded whose dense layers come from it
 
+    def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
+        """As the engine does it. Raises UsageError where that cannot split layers."""
+        if not hasattr(DefaultModelLoader, "create_model"):  # before 0.32 a loader has no say in what is built
+            refuse_unbuilt(_additional(vllm_config), vllm.__version__)
+        return super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+
     def create_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         """The model, its dense layers with one rank's sizes where the option is set."""
         if _is_draft(model_config):
             return super().create_model(vllm_config, model_config, prefix)
-        parallel, additional = vllm_config.parallel_config, vllm_config.additional_config
-        additional = additional if isinstance(additional, dict) else {}
-        setup = Setup(parallel.data_parallel_size, parallel.tensor_parallel_size, moe=model_config.is_moe)
-        size = option_of(additional) if additional else None
+        refuse_elastic(vllm_config)
+        additional = _additional(vllm_config)
+        size = option_of(additional)
         folder, config = self.options.shards, model_config.hf_text_config
         problem: Exception | None = None
         digest, share = "", 0
         try:
             manifest, digest = read_manifest(folder)
-            _refuse(additional, setup, manifest.tp_size, vllm_config, size)
+            refuse(vllm_config, additional, model_config.is_moe, manifest.tp_size, current_platform.device_type)
             compare_model(config, manifest, str(folder))
             share = share_of(manifest)
         except Exception as error:  # whatever it is, the others must not wait for this rank
             problem = error
         data_parallel = get_dp_group()
-        agree(data_parallel.cpu_group, {"shard set": digest, OPTION: size}, problem)
+        settings = {"shard set": digest, OPTION: size, "reduce_dtype": self.options.reduce_dtype}
+        agree(data_parallel.cpu_group, settings, problem)
         if size is None or size == 1:
             return super().create_model(vllm_config, model_config, prefix)
         group = make_group(data_parallel.ranks, data_parallel.device_group, data_parallel.cpu_group, size)
         with intermediate_size(config, share):
             model = super().create_model(vllm_config, model_config, prefix)
+        from runtime.serving.vllm.split import (
+            split,
+        )  # not at the top: it imports the engine's model, `register` must not
+
         for mlp in dense_mlps(model).values():
             made = split(mlp, group, self.options.reduce_dtype)
             vllm_config.compilation_config.static_forward_context[made.layer_name] = made
@@ -100,6 +118,14 @@ class DenseFFNShardsLoader(DefaultModelLoader):
         finally:
             self._manifest = None
 
+    def get_all_weights(
+        self, model_config: ModelConfig, model: nn.Module
+    ) -> Generator[tuple[str, torch.Tensor], None, None]:
+        """The model's own weights, while it is loaded. Raises UsageError to an engine that loads them again."""
+        if self._manifest is None and not _is_draft(model_config):
+            raise UsageError("denseffn_shards fills a model once, at start, and does not reload it; start it again")
+        return super().get_all_weights(model_config, model)
+
     def track_weights_loading(self, model: nn.Module, loaded_weights: set[str] | None, *args: Any, **kw: Any) -> None:
         """The engine's check that nothing is missing, which does not know of the shards."""
         if loaded_weights is not None:
@@ -112,10 +138,11 @@ class DenseFFNShardsLoader(DefaultModelLoader):
         start, folder = time.perf_counter(), self.options.shards
         self._manifest, digest = read_manifest(folder)
         compare_model(model_config.hf_text_config, self._manifest, str(folder))
+        compare_found(mlps, model_config.hf_text_config, str(folder))
         if not mlps:  # a pipeline stage without any
             return digest
         rank, size = _place(mlps, self._manifest, folder)
-        compare_built(mlps, self._manifest, share_of(self._manifest), str(folder))
+        compare_built(mlps, share_of(self._manifest), str(folder))
         shard = load_shard(folder, rank, tp_size=size, layers=mlps, verify=self.options.verify, dequantise=False)
         casts: set[str] = set()
         for index, mlp in mlps.items():
@@ -160,37 +187,22 @@ class DenseFFNShardsLoader(DefaultModelLoader):
             yield source.prefix + name, tensor
 
 
+def _additional(vllm_config: VllmConfig) -> dict[str, Any]:
+    """The additional config; a platform's own kind of it has no option of ours."""
+    return vllm_config.additional_config if isinstance(vllm_config.additional_config, dict) else {}
+
+
 def _is_draft(model_config: ModelConfig) -> bool:
     """A speculative model beside the served one: the shards are not its."""
     return bool(model_config.runner_type == "draft")
-
-
-def _refuse(
-    additional: dict[str, Any], setup: Setup, shards_tp_size: int, vllm_config: VllmConfig, size: int | None
-) -> None:
-    """Raise UsageError for what the option, or a layer split over data-parallel ranks, does not go with."""
-    messages = [rule.message for rule in broken_rules(additional, setup, shards_tp_size)]
-    parallel = vllm_config.parallel_config
-    if size is not None and size > 1:
-        without = {
-            "LoRA": vllm_config.lora_config is not None,
-            "dual batch overlap (enable_dbo)": parallel.enable_dbo,
-            "elastic expert parallelism (enable_elastic_ep)": parallel.enable_elastic_ep,
-            "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
-        }
-        messages += [
-            f"{OPTION} does not go with {name}; leave one of the two out" for name, on in without.items() if on
-        ]
-    if messages:
-        raise UsageError("; ".join(messages))
 
 
 def _place(mlps: dict[int, Any], manifest: Manifest, folder: Path) -> tuple[int, int]:
     """(tp_rank, tp_size) of the layers, from the layers themselves."""
     places = set()
     for mlp in mlps.values():
-        if isinstance(mlp, SplitMLP):
-            places.add((mlp.group.rank, mlp.group.size))
+        if group := _group(mlp):
+            places.add((group.rank, group.size))
         else:
             places |= {(linear.tp_rank, linear.tp_size) for linear in (mlp.gate_up_proj, mlp.down_proj)}
     if len(places) != 1:
@@ -206,10 +218,16 @@ def _place(mlps: dict[int, Any], manifest: Manifest, folder: Path) -> tuple[int,
 
 
 def _together(mlps: dict[int, Any]) -> torch.distributed.ProcessGroup | None:
-    """The group that loads a shard set together, if it is known: vllm-ascend's own is not."""
+    """The ranks that load a shard set together, at one place in all other parallelism."""
     for mlp in mlps.values():
-        if isinstance(mlp, SplitMLP):
-            return mlp.group.host
+        if group := _group(mlp):
+            return group.host
         if mlp.gate_up_proj.tp_size == get_tp_group().world_size:
             return get_tp_group().cpu_group
+        return get_dp_group().cpu_group  # vllm-ascend's MLP groups are chunks of it
     return None
+
+
+def _group(mlp: Any) -> Group | None:
+    """The group of an MLP that is split over data-parallel ranks (`runtime.serving.vllm.split`)."""
+    return getattr(mlp, "group", None)

@@ -46,6 +46,10 @@ def parse(extra: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
         raise UsageError(
             f"model_loader_extra_config: shards is {shards!r}; it must be the folder that reshard split wrote"
         )
+    if "://" in shards:
+        raise UsageError(
+            f"model_loader_extra_config: shards is {shards!r}; a set is served from a folder: copy it to every host"
+        )
     reduce_dtype = _one_of("reduce_dtype", extra.get("reduce_dtype"), (None, *_DTYPES))
     return (
         Options(

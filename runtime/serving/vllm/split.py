@@ -12,10 +12,11 @@ sizes of the collectives are the same everywhere, and nothing is exchanged for t
 import torch
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
+from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 from vllm.model_executor.models.deepseek_v2 import DeepseekV2MLP
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from reshard.errors import GroupError, TokensError
+from reshard.errors import GroupError, TokensError, UsageError
 from runtime.collectives import reduce_dtype_for
 from runtime.kernels import kernels_for
 from runtime.serving.vllm.groups import Group
@@ -61,11 +62,25 @@ class SplitMLP(DeepseekV2MLP):
 
 
 def split(mlp: DeepseekV2MLP, group: Group, reduce_dtype: torch.dtype | None) -> SplitMLP:
-    """Turn an MLP that was built with one rank's sizes into one that runs over the group. It stays the same object."""
+    """Turn an MLP that was built with one rank's sizes into one that runs over the group. It stays the same object.
+
+    The engine takes its linears for whole ones, and would cut whatever it loads into them to the first rank's part:
+    their parameters refuse that.
+    """
     mlp.__class__ = SplitMLP
     mlp.layer_name = mlp.gate_up_proj.prefix.removesuffix(".gate_up_proj")
     mlp.group, mlp.reduce_dtype, mlp._travel = group, reduce_dtype, None
+    for parameter in mlp.parameters():
+        parameter.weight_loader = _refuse_to_load
+    record_metadata_for_reloading(mlp)  # what the engine makes the parameters of again, before it reloads them
     return mlp
+
+
+def _refuse_to_load(param: torch.Tensor, loaded_weight: torch.Tensor, *place: object) -> None:
+    raise UsageError(
+        f"a dense layer's weight {list(loaded_weight.shape)} was sent to a rank that holds a part of it: "
+        "denseffn_shards fills that from the shards, once, at start; start the engine again"
+    )
 
 
 def _counts(group: Group, layer_name: str) -> list[int]:

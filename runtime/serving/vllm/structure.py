@@ -5,23 +5,30 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from vllm.model_executor.models.deepseek_v2 import DeepseekV2DecoderLayer, DeepseekV2MLP
+from vllm.distributed.parallel_state import get_pp_group
+from vllm.distributed.utils import get_pp_indices
 
 from reshard.errors import ShardError
 from reshard.manifest import Manifest
 
 
 def dense_mlps(model: nn.Module) -> dict[int, Any]:
-    """The dense layers' MLPs that this process holds (a pipeline stage has its own), by the layer's index."""
+    """The dense layers' MLPs that this process holds (a pipeline stage has its own), by the layer's index.
+
+    A decoder layer knows its index, and its `mlp` is DeepSeek's dense one. vLLM has more than one class of such layers
+    (for V3.2 on CUDA its own).
+    """
+    from vllm.model_executor.models.deepseek_v2 import DeepseekV2MLP  # not where the plugin is only registered
+
     return {
         module.layer_idx: module.mlp
         for module in model.modules()
-        if isinstance(module, DeepseekV2DecoderLayer) and isinstance(module.mlp, DeepseekV2MLP)
+        if hasattr(module, "layer_idx") and isinstance(getattr(module, "mlp", None), DeepseekV2MLP)
     }
 
 
 def dense_by_config(config: Any) -> list[int]:
-    """The indices of the whole model's dense layers, as vLLM's DeepseekV2DecoderLayer decides."""
+    """The indices of the whole model's dense layers, as vLLM's decoder layers decide."""
     if getattr(config, "n_routed_experts", None) is None:
         return list(range(config.num_hidden_layers))
     frequency = getattr(config, "moe_layer_freq", 1)
@@ -46,13 +53,23 @@ def compare_model(config: Any, manifest: Manifest, folder: str) -> None:
         )
 
 
-def compare_built(mlps: Mapping[int, Any], manifest: Manifest, share: int, folder: str) -> None:
-    """What was built against what the set holds. Raises ShardError with both."""
-    cut = [layer.index for layer in manifest.layers]
-    if not mlps.keys() <= set(cut):
+def compare_found(mlps: Mapping[int, Any], config: Any, folder: str) -> None:
+    """Whether `mlps` are all dense layers of this pipeline stage. Raises ShardError with both.
+
+    A dense layer of another class would be filled from neither the set nor the model's files.
+    """
+    stage = get_pp_group()
+    first, end = get_pp_indices(config.num_hidden_layers, stage.rank_in_group, stage.world_size)
+    dense = [index for index in dense_by_config(config) if first <= index < end]
+    if sorted(mlps) != dense:
         raise ShardError(
-            f"{folder}: its dense layers are {_shown(cut)}, the engine has built {_shown(sorted(mlps))} dense"
+            f"{folder}: layers {_shown(dense)} are dense here, the engine has built {_shown(sorted(mlps))} as "
+            "DeepSeek's dense MLP; denseffn_shards serves DeepSeek models in vLLM's own implementation"
         )
+
+
+def compare_built(mlps: Mapping[int, Any], share: int, folder: str) -> None:
+    """The sizes that were built against a rank's share in the set. Raises ShardError with both."""
     for index, mlp in mlps.items():
         built = (*mlp.gate_up_proj.output_partition_sizes, mlp.down_proj.input_size_per_partition)
         if set(built) != {share}:

@@ -91,9 +91,8 @@ class DenseFFNShardsLoader(DefaultModelLoader):
         group = make_group(data_parallel.ranks, data_parallel.device_group, data_parallel.cpu_group, size)
         with intermediate_size(config, share):
             model = super().create_model(vllm_config, model_config, prefix)
-        from runtime.serving.vllm.split import (
-            split,
-        )  # not at the top: it imports the engine's model, `register` must not
+        # Not at the top: it imports the engine's model, and `register` must not.
+        from runtime.serving.vllm.split import split
 
         for mlp in dense_mlps(model).values():
             made = split(mlp, group, self.options.reduce_dtype)

@@ -70,6 +70,22 @@ def test_the_transcript_is_what_the_commands_say(tmp_path: Path, monkeypatch: py
         assert steady(said) == steady(output.rstrip()), command
 
 
+def test_the_steps_to_a_server_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the server, on a small model of R1's shape."""
+    monkeypatch.chdir(tmp_path)
+    done = reshard(
+        "synth", ROOT / "configs" / "deepseek-r1.json", "MODEL", "--scheme", "w8a8_dynamic", "--scale", "1/16"
+    )
+    assert done.code == 0, done.err
+    block = README.split("<!-- steps -->")[1].split("<!-- /steps -->")[0]
+    lines = re.sub(r"\\\n", "", block).splitlines()
+    commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("reshard ")]
+    assert [command[0] for command in commands] == ["estimate", "check", "split", "verify"]
+    for command in commands:
+        done = reshard(*command)
+        assert done.code == 0, done.out + done.err
+
+
 def steady(text: str) -> str:
     """Without the rounding that a processor's own order of additions makes."""
     return re.sub(r"differ by \S+ of", "differ by … of", text)

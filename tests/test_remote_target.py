@@ -12,6 +12,7 @@ import fsspec
 import pytest
 
 from reshard.errors import OutputError, SourceError, UsageError
+from reshard.filesystems import same_place
 from reshard.prepare import Cut, prepare
 from reshard.source.folder import FolderSource
 from reshard.source.open import open_source
@@ -20,6 +21,7 @@ from reshard.writer.open import open_target
 from reshard.writer.remote import RemoteTarget
 from reshard.writer.split import SplitOptions, SplitResult, write_shards
 from tests.builders import Spec, build
+from tests.faults import ROOT
 from tests.running import reshard, reshard_process
 from tests.s3 import KEY, SECRET, Server
 from tests.teams import processes
@@ -262,11 +264,46 @@ def test_a_package_that_is_missing_is_named(source: Path) -> None:
     assert done.err.endswith("; pip install 'reshard[s3]'\n")
 
 
-def test_merge_writes_folders_only(tmp_path: Path, source: Path) -> None:
+def test_what_is_written_to_this_host_only(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no folder is made that is called as the address."""
     split(source, tmp_path / "set")
-    done = reshard("merge", tmp_path / "set", "s3://bucket/merged")
-    assert done.code == 2
-    assert done.err == "error: merge writes folders: give one as OUT, and copy it to the object store\n"
+    config = ROOT / "configs" / "deepseek-v2-lite.json"
+    monkeypatch.chdir(tmp_path)
+    for writer, command in (
+        ("merge", ("merge", "set", "s3://bucket/x")),
+        ("synth", ("synth", config, "s3://bucket/x", "--scale", "1/16", "--layers", 2)),
+        ("--svg", ("estimate", "--config", config, "--tp", 2, "--svg", "s3://bucket/x")),
+    ):
+        done = reshard(*command)
+        assert (done.code, done.out) == (2, "")
+        assert done.err == (
+            f"error: s3://bucket/x: {writer} writes to this host only; give a path here, and copy what is written\n"
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_synth_takes_a_file_address(tmp_path: Path) -> None:
+    config = ROOT / "configs" / "deepseek-v2-lite.json"
+    done = reshard("synth", config, f"file://{tmp_path}/model", "--scale", "1/16", "--layers", 2)
+    assert done.code == 0, done.err
+    assert (tmp_path / "model" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("spelling", ["memory://sets/tp4", "memory:///sets/tp4/", "memory://sets/tp4//"])
+def test_out_is_the_source_however_it_is_spelt(source: Path, memory: str, spelling: str) -> None:
+    split(source, memory)
+    before = objects(memory)
+    done = reshard("split", memory, spelling, "--tp", 2, "--overwrite")
+    assert done.code == 1
+    assert "is the source itself" in done.err
+    assert objects(memory) == before
+
+
+def test_one_place_or_two() -> None:
+    assert same_place("s3://bucket/a", "s3a://bucket/a/")
+    assert not same_place("s3://bucket/a", "s3://bucket/ab")
+    assert not same_place("sftp://one/sets", "sftp://other/sets")
+    assert not same_place("nothing://a", "memory://a")
 
 
 # --- S3 ---

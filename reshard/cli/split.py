@@ -84,8 +84,10 @@ def _same(source: str, out: str) -> bool:
     if one.kind != other.kind:
         return False
     if one.kind == "folder":
-        return Path(one.place).resolve() == Path(other.place).resolve()
-    return one.place.rstrip("/") == other.place.rstrip("/")
+        return Path(one.place).exists() and Path(other.place).exists() and Path(one.place).samefile(other.place)
+    from reshard.filesystems import same_place
+
+    return same_place(one.place, other.place)
 
 
 def _account(prepared: "Prepared", cut: "Cut", out: str, options: "SplitOptions", dry_run: bool) -> dict[str, str]:

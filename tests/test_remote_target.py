@@ -22,7 +22,8 @@ from reshard.writer.remote import RemoteTarget
 from reshard.writer.split import SplitOptions, SplitResult, write_shards
 from tests.builders import Spec, build
 from tests.faults import ROOT
-from tests.running import reshard, reshard_process
+from tests.forks import reshard as reshard_process
+from tests.running import reshard
 from tests.s3 import KEY, SECRET, Server
 from tests.teams import processes
 from tests.test_split_bytes import snapshot
@@ -439,6 +440,7 @@ remote.Upload.write = write
 def test_s3_whose_server_dies(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = Server()
     _use(server, monkeypatch)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # how often the driver asks a dead server again is its own matter
     done: list[int] = []
 
     def tick(nbytes: int) -> None:

@@ -1,10 +1,10 @@
 """One set written by several processes: the bytes of one, whatever happens to any of them."""
 
-import json
 import shutil
 import signal
 import socket
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from reshard.prepare import Cut
 from reshard.writer.team import Alone, Place, agree, read_place, share
 from tests.builders import Spec, build
 from tests.faults import INTERRUPT, KILL, STOP
+from tests.forks import TIMEOUT, Fork, Job
 from tests.running import reshard, split
-from tests.teams import processes, torchrun
+from tests.teams import place, processes, torchrun
 from tests.test_split_bytes import snapshot
 from tests.test_writer import record, shard
 from tests.test_writer_faults import SWAP, check_clean, check_left, files_in
@@ -84,9 +85,8 @@ def test_accounts_that_differ_are_refused_by_name() -> None:
 # --- the same bytes ---
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_torchrun_makes_the_set_of_one_process(tmp_path: Path, source: Path, wanted: Files, size: int) -> None:
-    (done,) = torchrun(source, tmp_path / "out", "--tp", 4, size=size)
+def test_torchrun_makes_the_set_of_one_process(tmp_path: Path, source: Path, wanted: Files) -> None:
+    (done,) = torchrun(source, tmp_path / "out", "--tp", 4, size=3)
     assert done.code == 0, done.err
     assert snapshot(tmp_path / "out") == wanted
     assert done.out == reshard("split", source, tmp_path / "alone", "--tp", 4).out.replace("alone", "out")
@@ -181,18 +181,28 @@ def test_a_process_is_killed(tmp_path: Path, source: Path, wanted: Files, proces
     assert snapshot(out) == wanted
 
 
-def test_killed_under_torchrun(tmp_path: Path, source: Path, wanted: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_under_torchrun(tmp_path: Path, source: Path, wanted: Files) -> None:
     out = tmp_path / "out"
-    fault = {"process": 1, "out": str(out), "at": STEPS[0][1], "action": KILL}
-    monkeypatch.setenv("FAULT", json.dumps(fault))
-    (done,) = torchrun(source, out, "--tp", 4, "--workers", 1, size=3, module="tests.team_process")
+    fault = {"process": 1, "out": out, "at": STEPS[0][1], "action": KILL}
+    (done,) = torchrun(source, out, "--tp", 4, "--workers", 1, size=3, fault=fault)
     assert done.code == 1
     for other in (0, 2):
         assert f"error: process {other} of 3 (" in done.err
     assert "manifest.json" not in files_in(out)
     check_left(files_in(out), wanted)
-    (done,) = torchrun(source, out, "--tp", 4, "--resume", size=3)
+    command = [source, out, "--tp", 4, "--resume"]
+    assert [done.code for done in processes(command, command, command)] == [0, 0, 0]
+    assert snapshot(out) == wanted
+
+
+def test_torchrun_starts_them_anew(tmp_path: Path, source: Path, wanted: Files) -> None:
+    """With the store of those that ended, and what they left in it."""
+    out = tmp_path / "out"
+    fault = {"process": 1, "out": out, "at": STEPS[1][1], "action": KILL, "run": 0}
+    (done,) = torchrun(source, out, "--tp", 4, "--workers", 1, "--resume", restarts=1, fault=fault)
     assert done.code == 0, done.err
+    assert "process 1 of 2 (" in done.err
+    assert "(kept)" in done.out
     assert snapshot(out) == wanted
 
 
@@ -215,7 +225,7 @@ def test_a_process_that_does_nothing_more(tmp_path: Path, source: Path) -> None:
     out = tmp_path / "out"
     command = [source, out, "--tp", 4, "--workers", 1]
     fault = {"process": 1, "out": out, "at": STEPS[0][1], "action": STOP, "constants": {"ANSWER_SECONDS": 2.0}}
-    first, _ = processes(command, command, fault=fault)
+    first, _ = processes(command, command, fault=fault, last=1)
     assert first.code == 1
     assert "process 1 of 2" in first.err
     assert "has died or does not answer within 2 s" in first.err
@@ -223,28 +233,86 @@ def test_a_process_that_does_nothing_more(tmp_path: Path, source: Path) -> None:
 
 
 def test_a_process_that_reads_nothing_more(tmp_path: Path, source: Path) -> None:
-    """It lives and answers, and its disk does not: the job fails before it comes back."""
+    """It lives and answers, and its disk does not."""
     out = tmp_path / "out"
     command = [source, out, "--tp", 4, "--workers", 1]
     hang = """
 import os, threading
-from pathlib import Path
-import reshard.writer.gloo, reshard.writer.stream
-reshard.writer.gloo.STALLED_SECONDS = 2.0
-reshard.writer.stream.STAGE_BYTES = 65536
 real = os.pwrite
 def pwrite(*arguments):
     if os.environ["RANK"] == "1":
-        threading.Event().wait(8)
-        os._exit(7)
+        threading.Event().wait()
     return real(*arguments)
 os.pwrite = pwrite
 """
-    first, second = processes(command, command, before=hang)
-    assert (first.code, second.code) == (1, 7), (first, second)
+    fault = {"constants": {"STALLED_SECONDS": 2.0}}
+    first, _ = processes(command, command, before=hang, fault=fault, last=1)
+    assert first.code == 1
     assert "process 1 of 2" in first.err
     assert "has read and written nothing for 2 s" in first.err
     assert "manifest.json" not in files_in(out)
+
+
+def test_a_process_that_cannot_show_progress(tmp_path: Path, source: Path, wanted: Files) -> None:
+    """Its stderr is closed: neither it nor the others wait for it."""
+    command = [source, tmp_path / "out", "--tp", 4]
+    closed = """
+import os, sys
+import reshard.cli.output
+class Closed:
+    def isatty(self):
+        return False
+    def flush(self):
+        pass
+    def write(self, text):
+        raise BrokenPipeError(32, "Broken pipe")
+if os.environ["RANK"] == "0":
+    reshard.cli.output._LINE_SECONDS = 0.0
+    sys.stderr = Closed()
+"""
+    first, second = processes(command, command, before=closed)
+    assert (first.code, second.code) == (1, 1), (first, second)
+    assert "process 0 of 2 (" in second.err
+    assert "has failed: [Errno 32] Broken pipe" in second.err
+    assert snapshot(tmp_path / "out") == wanted, "only the closing line could not be shown"
+
+
+def test_a_meeting_counts_nothing_that_an_earlier_one_left() -> None:
+    """The store may be one from before; whoever comes first waits for the last."""
+    pytest.importorskip("torch")
+    from torch.distributed import HashStore
+
+    from reshard.writer.gloo import meet
+
+    store = HashStore()
+    opened = []
+    for _ in range(2):
+        with ThreadPoolExecutor(3) as pool:
+            early = [pool.submit(meet, store, Place(number, 3)) for number in (1, 2)]
+            assert not wait(early, timeout=0.5).done
+            parts = [pool.submit(meet, store, Place(0, 3)), *early]
+            for number, part in enumerate(parts):
+                part.result(timeout=TIMEOUT).set(f"{number}", f"{number}")
+            assert [part.result().get(f"{number}") for number, part in enumerate(parts)] == [b"0", b"1", b"2"]
+            opened.append(store.add("reshard/meetings", 0))
+    assert opened == [1, 2]
+
+
+def test_interrupted_while_it_waits_for_the_others(tmp_path: Path, source: Path) -> None:
+    """A store that takes the connection and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(TIMEOUT)
+        arguments = ["split", str(source), str(tmp_path / "out"), "--tp", "4"]
+        process = Fork(Job(arguments, place(1, 2, silent.getsockname()[1])), tmp_path)
+        try:
+            connection, _ = silent.accept()
+            with connection:
+                process.kill(signal.SIGINT)
+                done = process.done()
+        finally:
+            process.kill()
+    assert (done.code, done.out) == (130, "")
+    assert done.err == f"process 1 of 2 ({socket.gethostname()}): interrupted\n"
 
 
 def test_a_process_that_never_comes(tmp_path: Path, source: Path) -> None:
@@ -258,7 +326,8 @@ def test_a_process_that_never_comes(tmp_path: Path, source: Path) -> None:
 
 def test_without_torch_the_extra_is_named(tmp_path: Path, source: Path) -> None:
     command = [source, tmp_path / "out", "--tp", 4]
-    for done in processes(command, command, before="import sys; sys.modules['torch'] = None"):
+    hidden = "import sys; sys.modules['torch'] = None; del sys.modules['reshard.writer.gloo']"
+    for done in processes(command, command, before=hidden):
         assert done.code == 1
         assert "pip install 'reshard[runtime]'" in done.err
         assert done.err.startswith("error: process ")

@@ -1,5 +1,6 @@
 """`reshard split`."""
 
+import os
 import re
 import socket
 from pathlib import Path
@@ -51,6 +52,8 @@ def split(
         place = read_place()
         if place.size > 1:
             output.is_process(place.number, place.size, socket.gethostname())
+            # Where the store's host dies torch adds the stack of its own code to our line.
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         with open_team(place) as team:
             if resume and overwrite:
                 raise UsageError("--resume keeps what is there, --overwrite replaces it: give one of them")

@@ -6,6 +6,7 @@ Each is told its arguments, environment and folder, ends as any Python program d
 import atexit
 import functools
 import gc
+import importlib
 import json
 import os
 import select
@@ -135,12 +136,8 @@ def _server() -> Server:
 
 
 def _serve() -> None:
-    import s3fs  # noqa: F401
-
-    import reshard.prepare
-    import reshard.writer.remote
-    import tests.team_process  # noqa: F401
-
+    for module in ("s3fs", "reshard.prepare", "reshard.writer.remote", "tests.team_process"):
+        importlib.import_module(module)
     gc.collect()
     gc.freeze()  # what was imported is not copied for a fork to collect it
     reading, writing = os.pipe()
@@ -203,8 +200,6 @@ def _become(job: dict[str, Any]) -> None:
     os.chdir(job["folder"])
     sys.argv = ["reshard", *job["arguments"]]
     exec(job["before"], {"__name__": "before"})
-    import importlib
-
     importlib.import_module(job["main"]).main()
 
 

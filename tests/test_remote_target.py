@@ -4,7 +4,7 @@ memory:// has every rule that S3 has; S3 itself is moto's server, by the real cl
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from reshard.writer import remote
 from reshard.writer.open import open_target
 from reshard.writer.remote import RemoteTarget
 from reshard.writer.split import SplitOptions, SplitResult, write_shards
+from reshard.writer.team import Alone
 from tests.builders import Spec, build
 from tests.faults import ROOT
 from tests.forks import reshard as reshard_process
@@ -141,6 +142,27 @@ def test_a_shard_of_another_size_or_without_a_record_is_written_again(source: Pa
     fs.rm_file(f"/sets/tp4/{record(1)}")
     result = split(source, memory, resume=True)
     assert ranks_of(result.kept) == [2]
+    assert objects(memory) == wanted
+
+
+def test_a_record_of_another_set_vouches_for_nothing(
+    source: Path, wanted: Files, memory: str, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no ETag tells whose a shard is: another source's takes its place, and the run ends before its record."""
+    split(source, memory, ranks=(0,))
+    put = RemoteTarget.put
+
+    def failing(target: RemoteTarget, name: str, data: bytes) -> None:
+        if name == record(0):
+            raise OutputError("the network is down")
+        put(target, name, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RemoteTarget, "put", failing)
+        with pytest.raises(OutputError, match="the network is down"):
+            split(other, memory, ranks=(0,), overwrite=True)
+    assert objects(memory)[shard(0)] != wanted[shard(0)]
+    assert ranks_of(split(source, memory, resume=True).kept) == []
     assert objects(memory) == wanted
 
 
@@ -386,6 +408,41 @@ def test_s3_a_shard_with_another_etag_is_written_again(source: Path, wanted: Fil
     fs.pipe_file(f"{root}/{shard(1)}", bytes(len(wanted[shard(1)])))
     result = split(source, s3, resume=True)
     assert ranks_of(result.kept) == [0]
+    assert objects(s3) == wanted
+
+
+def test_s3_an_empty_folder_of_the_console(source: Path, wanted: Files, s3: str) -> None:
+    """S3's console makes a folder as an empty object whose key ends with a slash."""
+    fs, root = fsspec.url_to_fs(s3)
+    bucket, _, key = root.partition("/")
+    fs.call_s3("put_object", Bucket=bucket, Key=f"{key}/", Body=b"")
+    split(source, s3)
+    assert {name: data for name, data in objects(s3).items() if name} == wanted
+
+
+class Meddling(Alone):
+    """A team of one; when its shards are written, something happens before the manifest."""
+
+    def __init__(self, happens: Callable[[], None]) -> None:
+        super().__init__()
+        self._happens = happens
+
+    def exchange(self, value: Any) -> list[Any]:
+        if isinstance(value, tuple) and value and isinstance(value[0], list):
+            self._happens()
+        return [value]
+
+
+def test_s3_another_run_that_writes_there_is_seen(source: Path, wanted: Files, s3: str) -> None:
+    """No manifest names a shard that is somebody else's."""
+    fs, root = fsspec.url_to_fs(s3)
+    foreign = bytes(len(wanted[shard(1)]))
+    team = Meddling(lambda: fs.pipe_file(f"{root}/{shard(1)}", foreign))
+    with open_source(str(source)) as opened, pytest.raises(OutputError, match=r"another run writes to this place"):
+        write_shards(prepare(opened, Cut(4)), s3, SplitOptions(), team=team)
+    assert "manifest.json" not in objects(s3)
+    result = split(source, s3, resume=True)
+    assert ranks_of(result.written) == [1]
     assert objects(s3) == wanted
 
 

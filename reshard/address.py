@@ -18,7 +18,8 @@ from reshard.errors import UsageError
 _LABEL = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _REPOSITORY = re.compile(rf"{_LABEL}/{_LABEL}")
 _HUB = re.compile(rf"hf://({_LABEL}/{_LABEL})/?(?:@(.+))?")
-_SCHEME = re.compile(r"([a-z0-9][a-z0-9+.-]*)(?:://|::)", re.IGNORECASE)
+_SCHEME = re.compile(r"([a-z0-9][a-z0-9+._-]*)(?:://|::)", re.IGNORECASE)
+_ONE_SLASH = re.compile(r"([a-z0-9][a-z0-9+._-]+):/", re.IGNORECASE)
 _LOCAL = ("file", "local")
 _USER = re.compile(r"://[^/\s'\"]*@")
 _QUERY = re.compile(r"(://[^?\s'\"]*)\?[^\s'\"]*")
@@ -61,10 +62,25 @@ def parse_target(text: str) -> Address:
     """What a text means as a place to write to: a folder here, or one on another file system. Raises UsageError."""
     scheme = _SCHEME.match(text)
     if scheme is None:
+        if not text:
+            raise UsageError("an empty OUT names no place: give a folder, or an address such as s3://BUCKET/PATH")
+        if typo := _ONE_SLASH.match(text):
+            raise UsageError(f"{text}: an address is written {typo[1]}://…, and a folder of that name ./{text}")
         return Address("folder", text)
     if scheme[1].lower() == "hf":
         raise UsageError(f"{text}: the hub is read, not written; give a folder, and upload it with hf upload")
-    return parse_address(text)
+    found = parse_address(text)
+    if not (found.place if found.kind == "folder" else text[scheme.end() :].strip("/")):
+        raise UsageError(f"{text}: names no place; give an address such as s3://BUCKET/PATH")
+    return found
+
+
+def parse_local_target(text: str, writer: str) -> Path:
+    """What a text means as a place to write to where only this host will do. Raises UsageError; writer: who says so."""
+    found = parse_target(text)
+    if found.kind != "folder":
+        raise UsageError(f"{text}: {writer} writes to this host only; give a path here, and copy what is written")
+    return Path(found.place)
 
 
 def redacted(text: object) -> str:

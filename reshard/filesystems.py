@@ -1,5 +1,6 @@
-"""File systems that fsspec knows: the package that one of them needs and that is not there."""
+"""File systems that fsspec knows: which place an address names, and the package that is not there for it."""
 
+from fsspec import get_filesystem_class
 from fsspec.registry import known_implementations
 
 from reshard.address import redacted
@@ -19,3 +20,17 @@ def missing_package(address: str, error: ImportError) -> MissingDependencyError:
                 f"{protocol}://: needs {package}, which cannot be imported ({redacted(error)}); pip install '{wanted}'"
             )
     return MissingDependencyError(f"{redacted(address)}: {redacted(error)}")
+
+
+def same_place(one: str, other: str) -> bool:
+    """Whether two addresses are one place, however they are spelt: s3:// and s3a://, one slash more or less."""
+    return _place(one) == _place(other)
+
+
+def _place(address: str) -> object:
+    """The file system, what of it the address names (such as a host), and the path there."""
+    try:
+        system = get_filesystem_class(address.partition("://")[0])
+    except (ImportError, ValueError):  # refused, in its own words, when it is opened
+        return address.rstrip("/")
+    return system, system._get_kwargs_from_urls(address), str(system._strip_protocol(address)).strip("/")

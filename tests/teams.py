@@ -9,20 +9,44 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.faults import ROOT
+from tests import forks
+from tests.forks import ROOT, TIMEOUT
 from tests.running import Done
 
-TIMEOUT = 120.0
 
+def torchrun(
+    *arguments: object, size: int = 2, nodes: int = 1, restarts: int = 0, fault: dict[str, Any] | None = None
+) -> list[Done]:
+    """`size` processes on each of so many nodes, all here. Returns what each node's torchrun says.
 
-def torchrun(*arguments: object, size: int = 2, nodes: int = 1, module: str = "reshard") -> list[Done]:
-    """`size` processes on each of so many nodes, all here. Returns what each node's torchrun says."""
+    fault: see tests.team_process.
+    """
     place = (
         ["--standalone"] if nodes == 1 else ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}"]
     )
     command = [sys.executable, "-m", "torch.distributed.run", *place, "--nnodes", nodes, "--nproc-per-node", size]
-    command += ["-m", module, "split", *arguments]
-    return _finish([_start(command, ROOT, {}) for _ in range(nodes)])
+    command += ["--max-restarts", restarts, "-m", "tests.team_process" if fault else "reshard", "split", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT": json.dumps(fault or {}, default=str)}
+    started = [
+        subprocess.Popen(
+            [str(part) for part in command],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(nodes)
+    ]
+    ended = []
+    try:
+        for process in started:
+            out, err = process.communicate(timeout=TIMEOUT)
+            ended.append(Done(process.returncode, out, err))
+    finally:
+        for process in started:
+            process.kill()
+    return ended
 
 
 def processes(
@@ -31,58 +55,39 @@ def processes(
     fault: dict[str, Any] | None = None,
     size: int | None = None,
     before: str = "",
+    last: int | None = None,
 ) -> list[Done]:
     """A split in one process for each command, each in a folder of its own where such are given.
 
-    fault: see tests.team_process. size: how many there are to be, where not all come. A process that does nothing
-    more is killed when the others have ended.
+    fault: see tests.team_process. size: how many there are to be, where not all come. before: Python that runs first
+    in each. last: a process that does nothing more, and is killed when the others have ended.
     """
     port = free_port()
-    started = []
-    for number, arguments in enumerate(commands):
-        environment = {
-            "RANK": str(number),
-            "WORLD_SIZE": str(size or len(commands)),
-            "LOCAL_WORLD_SIZE": str(len(commands)),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "FAULT": json.dumps(fault or {}, default=str),
-            "PYTHONPATH": str(ROOT),
-        }
-        program = (
-            ["-c", f"{before}\nfrom reshard.cli.main import main\nmain()"] if before else ["-m", "tests.team_process"]
+    jobs = [
+        forks.Job(
+            ["split", *map(str, arguments)],
+            {**place(number, size or len(commands), port), "FAULT": json.dumps(fault or {}, default=str)},
+            str(folders[number] if folders else ROOT),
+            before,
+            "tests.team_process",
         )
-        command = [sys.executable, *program, "split", *arguments]
-        started.append(_start(command, folders[number] if folders else ROOT, environment))
-    return _finish(started, fault.get("process") if fault and fault.get("action") == "stop" else None)
+        for number, arguments in enumerate(commands)
+    ]
+    return forks.run(*jobs, last=last)
+
+
+def place(number: int, size: int, port: int) -> dict[str, str]:
+    """What torchrun says to a process, all of them on this host."""
+    return {
+        "RANK": str(number),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
 
 
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _start(command: Sequence[object], folder: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [str(part) for part in command],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def _finish(started: list[subprocess.Popen[str]], stopped: int | None = None) -> list[Done]:
-    ended: dict[int, Done] = {}
-    try:
-        for number, process in sorted(enumerate(started), key=lambda item: item[0] == stopped):
-            if number == stopped:
-                process.kill()
-            out, err = process.communicate(timeout=TIMEOUT)
-            ended[number] = Done(process.returncode, out, err)
-    finally:
-        for process in started:
-            process.kill()
-    return [ended[number] for number in range(len(started))]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from reshard.address import Address, parse_address
+from reshard.address import Address, parse_address, parse_local_target, parse_target
 from reshard.errors import UsageError
 
 
@@ -58,3 +58,29 @@ def test_an_empty_revision_is_refused(text: str) -> None:
 def test_what_is_no_model_repository(text: str) -> None:
     with pytest.raises(UsageError, match="hf://ORG/NAME"):
         parse_address(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "names no place: give a folder"),
+        ("file://", "file://: names no place"),
+        ("s3://", "s3://: names no place"),
+        ("memory:///", "memory:///: names no place"),
+        ("s3:/bucket/sets", "an address is written s3://…, and a folder of that name ./s3:/bucket/sets"),
+        ("hf://org/name", "the hub is read, not written"),
+    ],
+)
+def test_what_is_no_place_to_write_to(text: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_target(text)
+    assert message in str(caught.value)
+
+
+def test_where_to_write() -> None:
+    assert parse_target("org/name") == Address("folder", "org/name")
+    assert parse_target("./s3:/bucket") == Address("folder", "./s3:/bucket")
+    assert parse_target("arrow_hdfs://host/sets") == Address("remote", "arrow_hdfs://host/sets")
+    assert parse_local_target("file:///sets", "merge") == Path("/sets")
+    with pytest.raises(UsageError, match=r"s3://bucket/m: merge writes to this host only; give a path here"):
+        parse_local_target("s3://bucket/m", "merge")

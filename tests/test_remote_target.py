@@ -4,7 +4,7 @@ memory:// has every rule that S3 has; S3 itself is moto's server, by the real cl
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import fsspec
 import pytest
 
 from reshard.errors import OutputError, SourceError, UsageError
+from reshard.filesystems import same_place
 from reshard.prepare import Cut, prepare
 from reshard.source.folder import FolderSource
 from reshard.source.open import open_source
@@ -19,8 +20,11 @@ from reshard.writer import remote
 from reshard.writer.open import open_target
 from reshard.writer.remote import RemoteTarget
 from reshard.writer.split import SplitOptions, SplitResult, write_shards
+from reshard.writer.team import Alone
 from tests.builders import Spec, build
-from tests.running import reshard, reshard_process
+from tests.faults import ROOT
+from tests.forks import reshard as reshard_process
+from tests.running import reshard
 from tests.s3 import KEY, SECRET, Server
 from tests.teams import processes
 from tests.test_split_bytes import snapshot
@@ -138,6 +142,27 @@ def test_a_shard_of_another_size_or_without_a_record_is_written_again(source: Pa
     fs.rm_file(f"/sets/tp4/{record(1)}")
     result = split(source, memory, resume=True)
     assert ranks_of(result.kept) == [2]
+    assert objects(memory) == wanted
+
+
+def test_a_record_of_another_set_vouches_for_nothing(
+    source: Path, wanted: Files, memory: str, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no ETag tells whose a shard is: another source's takes its place, and the run ends before its record."""
+    split(source, memory, ranks=(0,))
+    put = RemoteTarget.put
+
+    def failing(target: RemoteTarget, name: str, data: bytes) -> None:
+        if name == record(0):
+            raise OutputError("the network is down")
+        put(target, name, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RemoteTarget, "put", failing)
+        with pytest.raises(OutputError, match="the network is down"):
+            split(other, memory, ranks=(0,), overwrite=True)
+    assert objects(memory)[shard(0)] != wanted[shard(0)]
+    assert ranks_of(split(source, memory, resume=True).kept) == []
     assert objects(memory) == wanted
 
 
@@ -262,11 +287,46 @@ def test_a_package_that_is_missing_is_named(source: Path) -> None:
     assert done.err.endswith("; pip install 'reshard[s3]'\n")
 
 
-def test_merge_writes_folders_only(tmp_path: Path, source: Path) -> None:
+def test_what_is_written_to_this_host_only(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no folder is made that is called as the address."""
     split(source, tmp_path / "set")
-    done = reshard("merge", tmp_path / "set", "s3://bucket/merged")
-    assert done.code == 2
-    assert done.err == "error: merge writes folders: give one as OUT, and copy it to the object store\n"
+    config = ROOT / "configs" / "deepseek-v2-lite.json"
+    monkeypatch.chdir(tmp_path)
+    for writer, command in (
+        ("merge", ("merge", "set", "s3://bucket/x")),
+        ("synth", ("synth", config, "s3://bucket/x", "--scale", "1/16", "--layers", 2)),
+        ("--svg", ("estimate", "--config", config, "--tp", 2, "--svg", "s3://bucket/x")),
+    ):
+        done = reshard(*command)
+        assert (done.code, done.out) == (2, "")
+        assert done.err == (
+            f"error: s3://bucket/x: {writer} writes to this host only; give a path here, and copy what is written\n"
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_synth_takes_a_file_address(tmp_path: Path) -> None:
+    config = ROOT / "configs" / "deepseek-v2-lite.json"
+    done = reshard("synth", config, f"file://{tmp_path}/model", "--scale", "1/16", "--layers", 2)
+    assert done.code == 0, done.err
+    assert (tmp_path / "model" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("spelling", ["memory://sets/tp4", "memory:///sets/tp4/", "memory://sets/tp4//"])
+def test_out_is_the_source_however_it_is_spelt(source: Path, memory: str, spelling: str) -> None:
+    split(source, memory)
+    before = objects(memory)
+    done = reshard("split", memory, spelling, "--tp", 2, "--overwrite")
+    assert done.code == 1
+    assert "is the source itself" in done.err
+    assert objects(memory) == before
+
+
+def test_one_place_or_two() -> None:
+    assert same_place("s3://bucket/a", "s3a://bucket/a/")
+    assert not same_place("s3://bucket/a", "s3://bucket/ab")
+    assert not same_place("sftp://one/sets", "sftp://other/sets")
+    assert not same_place("nothing://a", "memory://a")
 
 
 # --- S3 ---
@@ -351,6 +411,41 @@ def test_s3_a_shard_with_another_etag_is_written_again(source: Path, wanted: Fil
     assert objects(s3) == wanted
 
 
+def test_s3_an_empty_folder_of_the_console(source: Path, wanted: Files, s3: str) -> None:
+    """S3's console makes a folder as an empty object whose key ends with a slash."""
+    fs, root = fsspec.url_to_fs(s3)
+    bucket, _, key = root.partition("/")
+    fs.call_s3("put_object", Bucket=bucket, Key=f"{key}/", Body=b"")
+    split(source, s3)
+    assert {name: data for name, data in objects(s3).items() if name} == wanted
+
+
+class Meddling(Alone):
+    """A team of one; when its shards are written, something happens before the manifest."""
+
+    def __init__(self, happens: Callable[[], None]) -> None:
+        super().__init__()
+        self._happens = happens
+
+    def exchange(self, value: Any) -> list[Any]:
+        if isinstance(value, tuple) and value and isinstance(value[0], list):
+            self._happens()
+        return [value]
+
+
+def test_s3_another_run_that_writes_there_is_seen(source: Path, wanted: Files, s3: str) -> None:
+    """No manifest names a shard that is somebody else's."""
+    fs, root = fsspec.url_to_fs(s3)
+    foreign = bytes(len(wanted[shard(1)]))
+    team = Meddling(lambda: fs.pipe_file(f"{root}/{shard(1)}", foreign))
+    with open_source(str(source)) as opened, pytest.raises(OutputError, match=r"another run writes to this place"):
+        write_shards(prepare(opened, Cut(4)), s3, SplitOptions(), team=team)
+    assert "manifest.json" not in objects(s3)
+    result = split(source, s3, resume=True)
+    assert ranks_of(result.written) == [1]
+    assert objects(s3) == wanted
+
+
 def test_s3_overwriting_another_size(source: Path, wanted: Files, s3: str, other: Path) -> None:
     split(other, s3, 2)
     split(source, s3, overwrite=True)
@@ -402,6 +497,7 @@ remote.Upload.write = write
 def test_s3_whose_server_dies(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = Server()
     _use(server, monkeypatch)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # how often the driver asks a dead server again is its own matter
     done: list[int] = []
 
     def tick(nbytes: int) -> None:

@@ -1,9 +1,6 @@
-"""One set written by several processes: the bytes of one, whatever happens to any of them."""
+"""One set written by several processes: the bytes of one. What happens to a process: tests/test_team_faults.py."""
 
-import json
 import shutil
-import signal
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,16 +13,13 @@ from reshard.errors import GroupError, UsageError
 from reshard.prepare import Cut
 from reshard.writer.team import Alone, Place, agree, read_place, share
 from tests.builders import Spec, build
-from tests.faults import INTERRUPT, KILL, STOP
 from tests.running import reshard, split
 from tests.teams import processes, torchrun
 from tests.test_split_bytes import snapshot
 from tests.test_writer import record, shard
-from tests.test_writer_faults import SWAP, check_clean, check_left, files_in
 
 SPEC = Spec("modelslim_v0_static", hidden=256, intermediate=1024, dense=1, seed=1)
 Files = dict[str, bytes]
-KEPT = "run the same command with --resume"
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +78,8 @@ def test_accounts_that_differ_are_refused_by_name() -> None:
 # --- the same bytes ---
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_torchrun_makes_the_set_of_one_process(tmp_path: Path, source: Path, wanted: Files, size: int) -> None:
-    (done,) = torchrun(source, tmp_path / "out", "--tp", 4, size=size)
+def test_torchrun_makes_the_set_of_one_process(tmp_path: Path, source: Path, wanted: Files) -> None:
+    (done,) = torchrun(source, tmp_path / "out", "--tp", 4, size=3)
     assert done.code == 0, done.err
     assert snapshot(tmp_path / "out") == wanted
     assert done.out == reshard("split", source, tmp_path / "alone", "--tp", 4).out.replace("alone", "out")
@@ -140,129 +133,6 @@ def test_dry_run_writes_nothing(tmp_path: Path, source: Path) -> None:
     assert (first.code, second.code) == (0, 0), (first, second)
     assert "nothing was written" in first.out
     assert second.out + second.err == ""
-    assert not (tmp_path / "out").exists()
-
-
-# --- a process that fails ---
-
-
-def test_what_is_refused_fails_the_job(tmp_path: Path, source: Path) -> None:
-    (done,) = torchrun(source, tmp_path / "out", "--tp", 5)
-    assert done.code == 1
-    assert "error: process 0 of 2 (" in done.err
-    assert "is not divisible by tp 5" in done.err
-    assert not (tmp_path / "out").exists()
-
-
-STEPS = [
-    (1, f"pwrite {shard(2)}~ #1"),
-    (1, f"replace {shard(3)} #1"),
-    (0, f"pwrite {shard(1)}~ #1"),
-    (0, "replace manifest.json #1"),
-]
-
-
-@pytest.mark.parametrize(("process", "step"), STEPS)
-def test_a_process_is_killed(tmp_path: Path, source: Path, wanted: Files, process: int, step: str) -> None:
-    out = tmp_path / "out"
-    command = [source, out, "--tp", 4, "--workers", 1]
-    ended = processes(command, command, fault={"process": process, "out": out, "at": step, "action": KILL})
-    dead, other = ended[process], ended[1 - process]
-    assert dead.code == -signal.SIGKILL, dead
-    assert other.code == 1, other
-    check_left(files_in(out), wanted)
-    assert "manifest.json" not in files_in(out)
-    if process:  # with process 0 its store dies, and nobody can tell who did
-        assert f"process {process} of 2 (" in other.err.replace(f"error: process {1 - process}", "")
-    assert "has died or does not answer" in other.err
-    assert KEPT in other.err
-    again = [*command, "--resume"]
-    assert [done.code for done in processes(again, again)] == [0, 0]
-    assert snapshot(out) == wanted
-
-
-def test_killed_under_torchrun(tmp_path: Path, source: Path, wanted: Files, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "out"
-    fault = {"process": 1, "out": str(out), "at": STEPS[0][1], "action": KILL}
-    monkeypatch.setenv("FAULT", json.dumps(fault))
-    (done,) = torchrun(source, out, "--tp", 4, "--workers", 1, size=3, module="tests.team_process")
-    assert done.code == 1
-    for other in (0, 2):
-        assert f"error: process {other} of 3 (" in done.err
-    assert "manifest.json" not in files_in(out)
-    check_left(files_in(out), wanted)
-    (done,) = torchrun(source, out, "--tp", 4, "--resume", size=3)
-    assert done.code == 0, done.err
-    assert snapshot(out) == wanted
-
-
-@pytest.mark.parametrize(("action", "code"), [("ENOSPC", 1), (INTERRUPT, 130)])
-def test_a_process_fails(tmp_path: Path, source: Path, wanted: Files, action: str, code: int) -> None:
-    out = tmp_path / "out"
-    command = [source, out, "--tp", 4, "--workers", 1]
-    fault = {"process": 1, "out": out, "at": STEPS[0][1], "action": action}
-    first, second = processes(command, command, fault=fault)
-    assert (first.code, second.code) == (1, code), (first, second)
-    said = "has failed: " if action == "ENOSPC" else "was interrupted; "
-    assert f"error: process 0 of 2 ({(host := socket.gethostname())}): process 1 of 2 ({host}) {said}" in first.err
-    assert second.err.count("\n") == 1, second.err
-    check_clean(files_in(out))
-    check_left(files_in(out), wanted)
-    assert "manifest.json" not in files_in(out)
-
-
-def test_a_process_that_does_nothing_more(tmp_path: Path, source: Path) -> None:
-    out = tmp_path / "out"
-    command = [source, out, "--tp", 4, "--workers", 1]
-    fault = {"process": 1, "out": out, "at": STEPS[0][1], "action": STOP, "constants": {"ANSWER_SECONDS": 2.0}}
-    first, _ = processes(command, command, fault=fault)
-    assert first.code == 1
-    assert "process 1 of 2" in first.err
-    assert "has died or does not answer within 2 s" in first.err
-    assert "manifest.json" not in files_in(out)
-
-
-def test_a_process_that_reads_nothing_more(tmp_path: Path, source: Path) -> None:
-    """It lives and answers, and its disk does not: the job fails before it comes back."""
-    out = tmp_path / "out"
-    command = [source, out, "--tp", 4, "--workers", 1]
-    hang = """
-import os, threading
-from pathlib import Path
-import reshard.writer.gloo, reshard.writer.stream
-reshard.writer.gloo.STALLED_SECONDS = 2.0
-reshard.writer.stream.STAGE_BYTES = 65536
-real = os.pwrite
-def pwrite(*arguments):
-    if os.environ["RANK"] == "1":
-        threading.Event().wait(8)
-        os._exit(7)
-    return real(*arguments)
-os.pwrite = pwrite
-"""
-    first, second = processes(command, command, before=hang)
-    assert (first.code, second.code) == (1, 7), (first, second)
-    assert "process 1 of 2" in first.err
-    assert "has read and written nothing for 2 s" in first.err
-    assert "manifest.json" not in files_in(out)
-
-
-def test_a_process_that_never_comes(tmp_path: Path, source: Path) -> None:
-    fault = {"constants": {"JOIN_SECONDS": 2.0}}
-    (alone,) = processes([source, tmp_path / "out", "--tp", 4], size=2, fault=fault)
-    assert alone.code == 1
-    assert "the 2 processes did not all meet at 127.0.0.1:" in alone.err
-    assert "within 2 s" in alone.err
-    assert not (tmp_path / "out").exists()
-
-
-def test_without_torch_the_extra_is_named(tmp_path: Path, source: Path) -> None:
-    command = [source, tmp_path / "out", "--tp", 4]
-    for done in processes(command, command, before="import sys; sys.modules['torch'] = None"):
-        assert done.code == 1
-        assert "pip install 'reshard[runtime]'" in done.err
-        assert done.err.startswith("error: process ")
-        assert done.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -320,37 +190,16 @@ def test_a_folder_on_each_host(tmp_path: Path, source: Path, wanted: Files) -> N
 # --- overwriting ---
 
 
-@pytest.fixture
-def old(tmp_path: Path) -> Files:
+def another_set(folder: Path) -> Files:
     """Another model's finished set in `out`."""
-    build(tmp_path / "old" / "source", Spec(**{**vars(SPEC), "seed": 3}))
-    split(tmp_path / "old" / "source", tmp_path / "out", Cut(2))
-    return snapshot(tmp_path / "out")
+    build(folder / "old" / "source", Spec(**{**vars(SPEC), "seed": 3}))
+    split(folder / "old" / "source", folder / "out", Cut(2))
+    return snapshot(folder / "out")
 
 
-def test_overwriting(tmp_path: Path, source: Path, wanted: Files, old: Files) -> None:
+def test_overwriting(tmp_path: Path, source: Path, wanted: Files) -> None:
+    another_set(tmp_path)
     command = [source, tmp_path / "out", "--tp", 4, "--overwrite"]
     ended = processes(command, command)
     assert [done.code for done in ended] == [0, 0], ended
     assert snapshot(tmp_path / "out") == wanted
-
-
-@pytest.mark.parametrize(("process", "step"), [(1, f"fsync {shard(3)}~ #1"), (0, SWAP), (1, f"replace {shard(2)} #1")])
-def test_killed_while_overwriting(
-    tmp_path: Path, source: Path, wanted: Files, old: Files, process: int, step: str
-) -> None:
-    out = tmp_path / "out"
-    command = [source, out, "--tp", 4, "--workers", 1]
-    fault = {"process": process, "out": out, "at": step, "action": KILL}
-    ended = processes([*command, "--overwrite"], [*command, "--overwrite"], fault=fault)
-    assert ended[process].code == -signal.SIGKILL
-    assert ended[1 - process].code == 1
-    there = files_in(out)
-    if "manifest.json" in there:
-        assert {name: there[name] for name in old} == old, "an old manifest beside new shards"
-        assert step != f"replace {shard(2)} #1"
-        again = [*command, "--overwrite"]
-    else:
-        again = [*command, "--resume"]
-    assert [done.code for done in processes(again, again)] == [0, 0]
-    assert snapshot(out) == wanted

@@ -25,6 +25,7 @@ from reshard.source.open import open_source
 from reshard.writer.split import SplitOptions, SplitResult, write_shards
 from tests.builders import Spec, build
 from tests.faults import ROOT, TIMEOUT, Steps
+from tests.forks import reshard as reshard_process
 from tests.test_split_bytes import no_fsync, snapshot  # noqa: F401
 
 SPEC = Spec("modelslim_v0_static")
@@ -273,6 +274,37 @@ def test_interrupted_while_the_work_is_dealt_out(
     assert [name for name in there if name.startswith(".")] == []
     split(source, tmp_path / "out", resume=True)
     assert snapshot(tmp_path / "out") == wanted
+
+
+def test_interrupted_within_a_lock(tmp_path: Path, source: Path, wanted: dict[str, bytes]) -> None:
+    """Ctrl-C may come between any two steps, so also when a Condition has just been locked: no thread waits for it."""
+    interrupt = """
+import threading
+import reshard.writer.split as split
+real, real_write = threading.Condition.__enter__, split._Run.write
+entered = []
+def enter(condition):
+    result = real(condition)
+    if entered and threading.get_ident() == threading.main_thread().ident:
+        entered.append(condition)
+        if len(entered) == {number} + 2:
+            raise KeyboardInterrupt
+    return result
+def write(*arguments):
+    entered.append(None)
+    return real_write(*arguments)
+threading.Condition.__enter__, split._Run.write = enter, write
+"""
+    for number in range(10):
+        out = tmp_path / str(number)
+        done = reshard_process("split", source, out, "--tp", 4, before=interrupt.format(number=number))
+        if done.code == 0:
+            break
+        assert done.code == 130, done
+        assert [name for name in (snapshot(out) if out.exists() else {}) if name.startswith(".")] == []
+    assert done.code == 0
+    assert number > 0
+    assert snapshot(out) == wanted
 
 
 # --- direct writes ---

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from reshard.writer.folder import OutputFolder
 from tests.builders import Spec, build
 from tests.faults import INTERRUPT, ROOT, TIMEOUT, Job, Outcome, Server
 from tests.test_split_bytes import snapshot
@@ -295,7 +296,10 @@ def signal_at(arguments: list[str], out: Path, moment: str, number: signal.Signa
                 process.send_signal(number)
                 break
             assert time.monotonic() < deadline, f"{moment} was not seen within {TIMEOUT:.0f} s"
-        return process.wait(TIMEOUT)
+        try:
+            return process.wait(TIMEOUT)
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize(
@@ -322,3 +326,13 @@ def test_the_command_is_killed(
     resume = command(source, out, "--resume")
     subprocess.run(resume, cwd=ROOT, check=True, timeout=TIMEOUT, stdout=subprocess.DEVNULL)
     assert snapshot(out) == wanted
+
+
+def test_a_temporary_file_that_cannot_be_removed(tmp_path: Path) -> None:
+    """What went wrong first is what the user hears of, and the others are removed."""
+    folder = OutputFolder(tmp_path)
+    first, stuck = folder.temporary("a"), folder.temporary("b")
+    first.write_bytes(b"")
+    stuck.mkdir()
+    folder.remove_own_temporaries()
+    assert list(tmp_path.iterdir()) == [stuck]

@@ -44,7 +44,7 @@ def estimate(
         Literal["bfloat16", "float32"], typer.Option(help="The type in which partial sums travel.")
     ] = "bfloat16",
     pad: Annotated[bool, typer.Option("--pad", help="As split --pad: zero rows where sizes do not divide.")] = False,
-    svg: Annotated[Path | None, typer.Option(help="Draw the estimate into this file.")] = None,
+    svg: Annotated[str | None, typer.Option(help="Draw the estimate into this file.")] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure this machine instead and print its profile (needs torch).")
     ] = False,
@@ -55,6 +55,7 @@ def estimate(
     """Say what each group size saves, sends and takes on a device, and which to choose."""
     output = Output(form, quiet=True, debug=debug)
     with output.errors():
+        from reshard.address import parse_local_target
         from reshard.errors import UsageError
 
         if measure:
@@ -71,6 +72,7 @@ def estimate(
         from reshard.estimate.recommend import recommend
         from reshard.estimate.sizes import Options, estimate
 
+        picture_file = None if svg is None else parse_local_target(svg, "--svg")
         sizes = sorted(parse_sizes(tp))
         profile = load_profile(device, override or ())
         schemes = None if scheme is None else _words(scheme, "--scheme")
@@ -86,8 +88,8 @@ def estimate(
         found = [estimate(checkpoint, name, sizes, profile, options) for name, checkpoint in checkpoints.items()]
         chosen = [recommend(profile, one) for one in found]
         model = next(iter(checkpoints.values()))
-        if svg is not None:
-            _draw(svg, _title(model, profile), _subtitle(model, options), found, chosen)
+        if picture_file is not None:
+            _draw(picture_file, _title(model, profile), _subtitle(model, options), found, chosen)
         if output.is_json:
             output.json(document(model, profile, options, found, chosen))
         else:

@@ -1,6 +1,5 @@
 """`reshard merge`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,8 +17,7 @@ def merge(
     """Put a shard set together again: Hugging Face names and shapes, bit for bit, with an index."""
     output = Output(form, quiet=quiet, debug=debug)
     with output.errors():
-        from reshard.address import parse_target
-        from reshard.errors import UsageError
+        from reshard.address import parse_local_target
         from reshard.merge import INDEX
         from reshard.merge import merge as merge_set
         from reshard.prepare import check_set_digests
@@ -27,10 +25,7 @@ def merge(
         from reshard.source.shardset import read_shard_set, require_shard_set
         from reshard.writer.split import DEFAULT_WORKERS
 
-        target = parse_target(out)
-        if target.kind != "folder":
-            raise UsageError("merge writes folders: give one as OUT, and copy it to the object store")
-        folder = Path(target.place)
+        folder = parse_local_target(out, "merge")
         with open_source(shards, notify=output.warn) as source:
             require_shard_set(source)
             checkpoint = read_shard_set(source)

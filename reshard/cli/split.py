@@ -1,5 +1,6 @@
 """`reshard split`."""
 
+import os
 import re
 import socket
 from pathlib import Path
@@ -51,6 +52,8 @@ def split(
         place = read_place()
         if place.size > 1:
             output.is_process(place.number, place.size, socket.gethostname())
+            # Where the store's host dies torch adds the stack of its own code to our line.
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         with open_team(place) as team:
             if resume and overwrite:
                 raise UsageError("--resume keeps what is there, --overwrite replaces it: give one of them")
@@ -84,8 +87,10 @@ def _same(source: str, out: str) -> bool:
     if one.kind != other.kind:
         return False
     if one.kind == "folder":
-        return Path(one.place).resolve() == Path(other.place).resolve()
-    return one.place.rstrip("/") == other.place.rstrip("/")
+        return Path(one.place).exists() and Path(other.place).exists() and Path(one.place).samefile(other.place)
+    from reshard.filesystems import same_place
+
+    return same_place(one.place, other.place)
 
 
 def _account(prepared: "Prepared", cut: "Cut", out: str, options: "SplitOptions", dry_run: bool) -> dict[str, str]:

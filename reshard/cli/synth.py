@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def synth(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A Hugging Face config.json.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint's folder: new or empty.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The checkpoint's folder: new or empty.")],
     scheme: Annotated[
         str, typer.Option(help="How its linears are quantised; an unknown one lists those there are.")
     ] = "bf16",
@@ -32,21 +32,23 @@ def synth(
     """Make a synthetic checkpoint of a model's shape: for tests, benchmarks and trying things out."""
     output = Output(form, quiet=quiet, debug=debug)
     with output.errors():
+        from reshard.address import parse_local_target
         from reshard.source.base import parse_json_object
         from reshard.synth.plan import SynthOptions, plan_checkpoint
         from reshard.synth.write import write_checkpoint
 
+        folder = parse_local_target(out, "synth")
         wanted = parse_json_object(_read(config), str(config))
         options = SynthOptions(scheme, _fraction(scale), layers, shards, sparse, dense_only, seed)
         plan = plan_checkpoint(wanted, options)
         with output.progress("synth", plan.size) as tick:
-            result = write_checkpoint(plan, out, tick)
+            result = write_checkpoint(plan, folder, tick)
         if output.is_json:
-            output.json({"out": str(out), "scheme": scheme, **vars(result)})
+            output.json({"out": str(folder), "scheme": scheme, **vars(result)})
             return
         hole = ", a hole that takes no disk" if sparse else ""
         output.text(
-            f"{out}: {scheme}, {result.tensors:,} tensors of {size_text(result.tensor_bytes)} in {result.files} "
+            f"{folder}: {scheme}, {result.tensors:,} tensors of {size_text(result.tensor_bytes)} in {result.files} "
             f"{'file' if result.files == 1 else 'files'}{hole}"
         )
 

@@ -129,7 +129,8 @@ class OutputFolder:
     def remove_own_temporaries(self) -> None:
         """Remove what `temporary` named and nothing was made of."""
         while self._temporaries:
-            self._temporaries.pop().unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a disk that failed: what it said first is what counts
+                self._temporaries.pop().unlink(missing_ok=True)
 
     def remove_temporaries(self, ranks: Collection[int | None] | None) -> None:
         """Remove what killed runs left of these ranks, None among them for what is of no rank; with None, all of it."""

@@ -8,6 +8,7 @@ gathered rows, so all decide alike.
 
 import contextlib
 import os
+import secrets
 import socket
 import threading
 import time
@@ -45,7 +46,6 @@ class GlooTeam:
         self.place = place
         self.show: Tick = lambda nbytes: None
         self._names = [f"process {number}" for number in range(place.size)]
-        self._store = self._join()
         self._changed = threading.Condition()
         self._wake = threading.Event()
         self._state = _WORKS
@@ -107,16 +107,17 @@ class GlooTeam:
         limit = timedelta(seconds=JOIN_SECONDS)
         try:
             store, number, size = next(dist.rendezvous("env://", self.place.number, self.place.size, timeout=limit))
-            store.set_timeout(limit)
+            store = meet(store, self.place)
             dist.init_process_group(
                 "gloo", store=store, rank=number, world_size=size, timeout=timedelta(seconds=ANSWER_SECONDS)
             )
         except (RuntimeError, ValueError, OSError) as error:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            within = f" within {JOIN_SECONDS:.0f} s" if "imed out" in str(error) else ""
             raise GroupError(
-                f"the {self.place.size} processes did not all meet at {address} within {JOIN_SECONDS:.0f} s "
-                f"({_first_line(error)}); start them with torchrun, see to the network between the hosts "
-                "(GLOO_SOCKET_IFNAME names its interface), or unset RANK and WORLD_SIZE to run alone"
+                f"the {self.place.size} processes did not all meet at {address}{within} ({_first_line(error)}); start "
+                "them with torchrun, see to the network between the hosts (GLOO_SOCKET_IFNAME names its interface), or "
+                "unset RANK and WORLD_SIZE to run alone"
             ) from error
         return store
 
@@ -132,11 +133,15 @@ class GlooTeam:
     def _pulse(self) -> None:
         over = None
         try:
-            while over is None:
-                self._wake.wait(ROUND_SECONDS)
-                over = self._round()
-        except RuntimeError as error:  # torch.distributed's errors are
-            over = self._lost(error)
+            store = self._join()  # in this thread, since nothing interrupts torch.distributed while it waits
+            try:
+                while over is None:
+                    self._wake.wait(ROUND_SECONDS)
+                    over = self._round()
+            except Exception as error:
+                over = self._lost(store, error)
+        except GroupError as error:
+            over = str(error)
         with self._changed:
             self._over = over
             self._changed.notify_all()
@@ -155,7 +160,8 @@ class GlooTeam:
             for moved, s, n in zip(self._moved, sent, nbytes, strict=True)
         ]
         if sum(nbytes) > self._shown:
-            self.show(sum(nbytes) - self._shown)
+            with contextlib.suppress(OSError, ValueError):  # a stderr that is closed fails no split
+                self.show(sum(nbytes) - self._shown)
             self._shown = sum(nbytes)
         if _FAILED in states:
             return self._told(_gather(posted if mine[0] == _FAILED else None))
@@ -185,19 +191,43 @@ class GlooTeam:
         number, why = next((number, why) for number, why in enumerate(failures) if why is not None)
         return f"{self._names[number]} has failed: {why}"
 
-    def _lost(self, error: RuntimeError) -> str:
+    def _lost(self, store: Any, error: Exception) -> str:
         """The group is broken. Who lives says so in the store; the one that does not is to blame."""
         silent = f"within {ANSWER_SECONDS:.0f} s" if "imed out" in str(error) else "any more"
         living: set[int] = set()
         deadline = time.monotonic() + _SURVIVOR_SECONDS
         with contextlib.suppress(RuntimeError):  # where the store is gone too, nobody can be named
-            self._store.set(f"reshard/lives/{self.place.number}", "")
+            store.set(f"lives/{self.place.number}", "")
             while len(living) < self.place.size and time.monotonic() < deadline:
-                living |= {n for n in range(self.place.size) if self._store.check([f"reshard/lives/{n}"])}
+                living |= {n for n in range(self.place.size) if store.check([f"lives/{n}"])}
                 time.sleep(ROUND_SECONDS)
         missing = [name for number, name in enumerate(self._names) if living and number not in living]
         who = " and ".join(missing) or "another process"
         return f"{who} has died or does not answer {silent} ({_first_line(error)}); {_RESUME}"
+
+
+def meet(store: Any, place: Place) -> Any:
+    """Wait until every process has come. Returns the meeting's own part of the store; raises TimeoutError.
+
+    torchrun keeps the store when it starts the processes anew, so what an earlier meeting left must count for nothing:
+    the first process opens a new one, and closes it with the marks of all who have come.
+    """
+    mine, deadline = secrets.token_hex(8), time.monotonic() + JOIN_SECONDS
+    marks = [f"mark/{number}" for number in range(place.size)]
+    meeting = store.add("reshard/meetings", int(place.leads))
+    while True:
+        here = dist.PrefixStore(f"reshard/{meeting}", store)
+        here.set(marks[place.number], mine)
+        if place.leads and here.check(marks):
+            here.set("all", b" ".join(map(here.get, marks)))
+        if here.check(["all"]) and mine.encode() in here.get("all").split():
+            return here
+        if time.monotonic() > deadline:
+            absent = [number for number, mark in enumerate(marks) if not here.check([mark])]
+            raise TimeoutError(f"timed out waiting for process {', '.join(map(str, absent or [0]))}")
+        time.sleep(ROUND_SECONDS)
+        if not place.leads:
+            meeting = store.add("reshard/meetings", 0)
 
 
 def _gather(value: Any) -> list[Any]:

@@ -32,6 +32,8 @@ def locked(folder: Path, ranks: Sequence[int] | None) -> Iterator["Lock"]:
 class Lock:
     """An open lock file."""
 
+    exclusive = True
+
     def __init__(self, folder: Path) -> None:
         self._path = folder / LOCK_FILE
         self._descriptor = -1

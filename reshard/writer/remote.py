@@ -148,7 +148,7 @@ class RemoteTarget:
         if (
             len(entries) == 1
             and entries[0]["type"] == "file"
-            and entries[0]["name"].strip("/") == self._root.strip("/")
+            and entries[0]["name"].lstrip("/") == self._root.strip("/")  # with a slash behind: a folder that is empty
         ):
             raise OutputError(f"{self.address}: is a file; give an address below which files can be written")
         named = {str(entry["name"]).rstrip("/").rpartition("/")[2]: entry for entry in entries}
@@ -213,6 +213,8 @@ class Upload:
 
 class _NoLock:
     """The turn where none can be taken: of two runs that end together, both write the same manifest."""
+
+    exclusive = False
 
     def finish(self) -> bool:
         """Always."""

@@ -13,16 +13,18 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from reshard.errors import ManifestError, OutputError
-from reshard.manifest import Manifest, Record, Shard, parse_manifest, parse_record
-from reshard.naming import MANIFEST, shard_file
+from reshard.errors import OutputError
+from reshard.manifest import Shard
+from reshard.naming import MANIFEST
 from reshard.plan import Plan, PlannedShard
 from reshard.prepare import Prepared, wanted
-from reshard.record import fingerprint, make_manifest, make_shard
+from reshard.record import make_shard
 from reshard.source.base import Cancelled
+from reshard.writer.apart import apart
 from reshard.writer.open import open_target
+from reshard.writer.records import Records, other_size
 from reshard.writer.stream import ShardStream
-from reshard.writer.target import Sink, Target, Turn, record_file, stale
+from reshard.writer.target import Sink, Target, Turn, stale
 from reshard.writer.team import Alone, Team, Tick, share
 
 # More than this machine's cores: while one waits for the disk, another cuts and hashes.
@@ -110,7 +112,7 @@ def _check_contents(target: Target, plan: Plan, ranks: Collection[int], options:
     other = sorted(size for _, size in contents.shards if size != plan.tp_size)
     # Of a set that this one replaced: an overwrite was cut off, and is gone on with.
     if other and not (options.resume and (contents.replaced or contents.finished)):
-        raise _other_size(target, other[0], plan)
+        raise other_size(target, other[0], plan)
     there = sorted(rank for rank, _ in contents.shards if rank in ranks)
     if there and not options.resume:
         raise OutputError(
@@ -119,23 +121,13 @@ def _check_contents(target: Target, plan: Plan, ranks: Collection[int], options:
         )
 
 
-def _other_size(target: Target, tp_size: int, plan: Plan) -> OutputError:
-    return OutputError(
-        f"{target.address}: holds shards of tp {tp_size}, this split is for tp {plan.tp_size}; choose another folder, "
-        "or --overwrite it"
-    )
-
-
 class _Run:
     """One process's part of a split."""
 
     def __init__(self, prepared: Prepared, target: Target, options: SplitOptions, team: Team) -> None:
         self._prepared = prepared
-        self._checkpoint = prepared.checkpoint
         self._plan = prepared.plan
-        self._readers = prepared.readers
-        self._sample = prepared.sample
-        self._fingerprint = fingerprint(prepared.checkpoint, prepared.plan, prepared.sample)
+        self._records = Records(prepared, target)
         self._target = target
         self._options = options
         self._team = team
@@ -143,16 +135,19 @@ class _Run:
 
     def write(self, ranks: Sequence[int]) -> tuple[list[Shard], list[Shard]]:
         """Write these ranks' shards. Returns those that were written, and those of an earlier run that were kept."""
-        kept = self._kept(ranks) if self._options.resume else {}
+        kept = self._records.kept(ranks) if self._options.resume else {}
         todo = [self._plan.shards[rank] for rank in ranks if rank not in kept]
         self._target.check_space(sum(self._team.exchange(sum(shard.size for shard in todo))))
         self._prepared.source.prefetch(wanted(self._prepared, todo))
         replacing = any(self._team.exchange(self._options.overwrite and self._target.contents().finished))
-        if replacing and not self._target.stages:
-            self._take_manifest_away()
+        if not self._target.stages:
+            if replacing:
+                self._take_manifest_away()
+            # A shard takes its name before it has a record: none of another set may vouch for it.
+            self._records.forget(todo)
         # Where files can wait unseen, a finished set stays whole until every new shard is durable.
         staged = replacing and self._target.stages
-        written, waiting = self._write(todo, staged)
+        written, waiting = apart(lambda: self._write(todo, staged), self._cancel)
         if staged:
             self._team.exchange(None)
             self._take_manifest_away()
@@ -182,8 +177,7 @@ class _Run:
                     else:
                         written.append(self._commit(*future.result()))
             except BaseException:
-                self._stop.set()
-                self._prepared.source.cancel()
+                self._cancel()
                 pool.shutdown(cancel_futures=True)
                 # What stopped the first worker, not how the others took it.
                 for future in futures:
@@ -192,12 +186,16 @@ class _Run:
                 raise
         return written, waiting
 
+    def _cancel(self) -> None:
+        self._stop.set()
+        self._prepared.source.cancel()
+
     def _write_shard(self, planned: PlannedShard) -> tuple[Sink, Shard]:
         self._advance(0)  # not even begun when another worker has failed
         stream = ShardStream(self._target.create(planned.file, planned.size))
         try:
             stream.write(planned.header)
-            digests = [stream.write_tensor(tensor, self._readers, self._advance) for tensor in planned.tensors]
+            digests = [stream.write_tensor(tensor, self._prepared.readers, self._advance) for tensor in planned.tensors]
             size, digest = stream.close()
         except BaseException:
             stream.discard()
@@ -211,47 +209,8 @@ class _Run:
         self._team.tick(nbytes)
 
     def _commit(self, sink: Sink, shard: Shard) -> Shard:
-        etag = sink.commit()
-        record = Record(fingerprint=self._fingerprint, shard=shard, etag=etag)
-        self._target.put(record_file(shard.file), (record.model_dump_json(indent=1) + "\n").encode())
+        self._records.put(shard, sink.commit())
         return shard
-
-    def _kept(self, ranks: Collection[int]) -> dict[int, Shard]:
-        """The shards of these ranks that earlier runs finished, that are of this very set, and whole."""
-        recorded = {rank: record for rank, record in self._recorded().items() if rank in ranks}
-        return {rank: record.shard for rank, record in recorded.items() if self._target.holds(record)}
-
-    def _recorded(self) -> dict[int, Record]:
-        """The shards in the target that a record of this very set (or its manifest) names, in the size it names."""
-        sizes, found = self._target.files(), {}
-        if MANIFEST in sizes:
-            manifest = parse_manifest(self._target.read(MANIFEST))
-            found = {s.tp_rank: Record(fingerprint=self._fingerprint, shard=s) for s in manifest.shards}
-            if manifest.tp_size != self._plan.tp_size:
-                raise _other_size(self._target, manifest.tp_size, self._plan)
-            if manifest != self._manifest(manifest.shards) or not all(map(self._is_planned, manifest.shards)):
-                raise OutputError(
-                    f"{self._target.address}: holds a finished set of another source or of other options; choose "
-                    "another folder, or --overwrite it"
-                )
-        for rank in range(self._plan.tp_size):
-            name = record_file(shard_file(rank, self._plan.tp_size))
-            if rank not in found and name in sizes:
-                with contextlib.suppress(ManifestError):  # a damaged record: its shard is written again
-                    record = parse_record(self._target.read(name), name)
-                    if record.fingerprint == self._fingerprint and self._is_planned(record.shard):
-                        found[rank] = record
-        return {rank: record for rank, record in found.items() if sizes.get(record.shard.file) == record.shard.size}
-
-    def _is_planned(self, shard: Shard) -> bool:
-        """Whether a shard is what the plan makes of its rank, whatever its digests."""
-        planned = self._plan.shards[shard.tp_rank] if shard.tp_rank < self._plan.tp_size else None
-        if planned is None or len(planned.tensors) != len(shard.tensors):
-            return False
-        return make_shard(planned, planned.size, shard.blake3, [t.blake3 for t in shard.tensors]) == shard
-
-    def _manifest(self, shards: Sequence[Shard]) -> Manifest:
-        return make_manifest(self._checkpoint, self._plan, self._sample, shards)
 
     def _others(self, done: Collection[int]) -> tuple[int, ...]:
         return tuple(rank for rank in range(self._plan.tp_size) if rank not in done)
@@ -269,25 +228,39 @@ class _Run:
             return self._others(done)
         shards = self._seen(done, of_processes)
         if len(shards) == self._plan.tp_size:
-            shards = {**self._kept(self._others(done)), **done}
+            shards = {**self._records.kept(self._others(done)), **done}
         missing = self._others(shards)
         if missing:
             return missing
+        if not turn.exclusive:
+            self._require_unchanged()
         self._target.remove_temporaries(None)
-        for name, data in sorted(self._checkpoint.side_files.items()):
+        side_files = self._prepared.checkpoint.side_files
+        for name, data in sorted(side_files.items()):
             self._target.put(name, data)
         ordered = [shards[rank] for rank in range(self._plan.tp_size)]
-        self._target.put(MANIFEST, self._manifest(ordered).to_json())
-        keep = {MANIFEST, *self._checkpoint.side_files, *(s.file for s in self._plan.shards)}
+        self._target.put(MANIFEST, self._records.manifest(ordered).to_json())
+        keep = {MANIFEST, *side_files, *(s.file for s in self._plan.shards)}
         self._target.remove(stale(self._target.files(), keep))
         return ()
+
+    def _require_unchanged(self) -> None:
+        """Raises OutputError where another run has replaced a shard since its record was put."""
+        for record in self._records.found().values():
+            if not self._target.holds(record):
+                raise OutputError(
+                    f"{self._target.address}/{record.shard.file}: is no longer what was written there: another run "
+                    "writes to this place; wait until it has ended, then run the same command with --resume"
+                )
 
     def _seen(self, done: Mapping[int, Shard], of_processes: Sequence[Sequence[Shard]]) -> dict[int, Shard]:
         """The recorded shards that are there now; another run may have replaced one of those that are done."""
         deadline = time.monotonic() + _APPEARING_SECONDS
         while True:
             shards = {
-                r: record.shard for r, record in self._recorded().items() if done.get(r, record.shard) == record.shard
+                r: record.shard
+                for r, record in self._records.found().items()
+                if done.get(r, record.shard) == record.shard
             }
             for process, made in enumerate(of_processes):
                 unseen = [shard.file for shard in made if shard.tp_rank not in shards]

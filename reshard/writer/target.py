@@ -52,6 +52,10 @@ class Sink(Protocol):
 class Turn(Protocol):
     """The right to write some ranks."""
 
+    @property
+    def exclusive(self) -> bool:
+        """Whether no other run can write these ranks meanwhile."""
+
     def finish(self) -> bool:
         """Exchange it for the right to complete the set. False if another run is still writing some of it."""
 

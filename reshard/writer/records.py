@@ -1,0 +1,77 @@
+"""The shards of one set in one target: which are there already, by their records or by the manifest."""
+
+import contextlib
+from collections.abc import Collection, Sequence
+
+from reshard.errors import ManifestError, OutputError
+from reshard.manifest import Manifest, Record, Shard, parse_manifest, parse_record
+from reshard.naming import MANIFEST, shard_file
+from reshard.plan import Plan, PlannedShard
+from reshard.prepare import Prepared
+from reshard.record import fingerprint, make_manifest, make_shard
+from reshard.writer.target import Target, record_file
+
+
+class Records:
+    """What a target says of the set that is made of a source."""
+
+    def __init__(self, prepared: Prepared, target: Target) -> None:
+        self._prepared = prepared
+        self._plan = prepared.plan
+        self._fingerprint = fingerprint(prepared.checkpoint, prepared.plan, prepared.sample)
+        self._target = target
+
+    def manifest(self, shards: Sequence[Shard]) -> Manifest:
+        """The set's manifest; shards by rank."""
+        return make_manifest(self._prepared.checkpoint, self._plan, self._prepared.sample, shards)
+
+    def put(self, shard: Shard, etag: str | None) -> None:
+        """Say that a shard is finished."""
+        record = Record(fingerprint=self._fingerprint, shard=shard, etag=etag)
+        self._target.put(record_file(shard.file), (record.model_dump_json(indent=1) + "\n").encode())
+
+    def forget(self, shards: Collection[PlannedShard]) -> None:
+        """Remove the records of shards that are to be written, whatever set they are of."""
+        self._target.remove(record_file(shard.file) for shard in shards)
+
+    def kept(self, ranks: Collection[int]) -> dict[int, Shard]:
+        """The shards of these ranks that earlier runs finished, that are of this very set, and whole."""
+        recorded = {rank: record for rank, record in self.found().items() if rank in ranks}
+        return {rank: record.shard for rank, record in recorded.items() if self._target.holds(record)}
+
+    def found(self) -> dict[int, Record]:
+        """The shards in the target that a record of this very set (or its manifest) names, in the size it names."""
+        sizes, found = self._target.files(), {}
+        if MANIFEST in sizes:
+            manifest = parse_manifest(self._target.read(MANIFEST))
+            found = {s.tp_rank: Record(fingerprint=self._fingerprint, shard=s) for s in manifest.shards}
+            if manifest.tp_size != self._plan.tp_size:
+                raise other_size(self._target, manifest.tp_size, self._plan)
+            if manifest != self.manifest(manifest.shards) or not all(map(self._is_planned, manifest.shards)):
+                raise OutputError(
+                    f"{self._target.address}: holds a finished set of another source or of other options; choose "
+                    "another folder, or --overwrite it"
+                )
+        for rank in range(self._plan.tp_size):
+            name = record_file(shard_file(rank, self._plan.tp_size))
+            if rank not in found and name in sizes:
+                with contextlib.suppress(ManifestError):  # a damaged record: its shard is written again
+                    record = parse_record(self._target.read(name), name)
+                    if record.fingerprint == self._fingerprint and self._is_planned(record.shard):
+                        found[rank] = record
+        return {rank: record for rank, record in found.items() if sizes.get(record.shard.file) == record.shard.size}
+
+    def _is_planned(self, shard: Shard) -> bool:
+        """Whether a shard is what the plan makes of its rank, whatever its digests."""
+        planned = self._plan.shards[shard.tp_rank] if shard.tp_rank < self._plan.tp_size else None
+        if planned is None or len(planned.tensors) != len(shard.tensors):
+            return False
+        return make_shard(planned, planned.size, shard.blake3, [t.blake3 for t in shard.tensors]) == shard
+
+
+def other_size(target: Target, tp_size: int, plan: Plan) -> OutputError:
+    """That a target holds shards for another group."""
+    return OutputError(
+        f"{target.address}: holds shards of tp {tp_size}, this split is for tp {plan.tp_size}; choose another folder, "
+        "or --overwrite it"
+    )

@@ -4,6 +4,7 @@ Each is told its arguments, environment and folder, ends as any Python program d
 """
 
 import atexit
+import contextlib
 import functools
 import gc
 import importlib
@@ -19,10 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.running import Done
+from tests.running import TIMEOUT_SECONDS, Done
 
 ROOT = Path(__file__).parent.parent
-TIMEOUT = 120.0
 
 
 class Fork:
@@ -39,7 +39,8 @@ class Fork:
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Send it a signal, if it has not ended."""
         if self.pid not in self._server.ended:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has ended, and the server has yet to be heard
+                os.kill(self.pid, number)
 
     def done(self) -> Done:
         """Wait for its end."""
@@ -87,18 +88,18 @@ class Server:
 
     def __init__(self) -> None:
         self.ended: dict[int, int] = {}
+        self._heard = b""
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.forks"],
             cwd=ROOT,
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},  # no threads where one forks
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
         )
 
     def start(self, job: dict[str, Any]) -> int:
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.write(json.dumps(job).encode() + b"\n")
         self._process.stdin.flush()
         while "started" not in (event := self._event()):
             pass
@@ -111,14 +112,17 @@ class Server:
         return self.ended[pid]
 
     def close(self) -> None:
-        self._process.communicate(timeout=TIMEOUT)
+        self._process.communicate(timeout=TIMEOUT_SECONDS)
 
     def _event(self) -> dict[str, int]:
         assert self._process.stdout is not None
-        ready, _, _ = select.select([self._process.stdout], [], [], TIMEOUT)
-        assert ready, f"no process has ended within {TIMEOUT:.0f} s"
-        line = self._process.stdout.readline()
-        assert line, "the server of processes has died"
+        while b"\n" not in self._heard:  # not by the file's own buffer, in which `select` does not see a second line
+            ready, _, _ = select.select([self._process.stdout], [], [], TIMEOUT_SECONDS)
+            assert ready, f"no process has ended within {TIMEOUT_SECONDS} s"
+            data = os.read(self._process.stdout.fileno(), 4096)
+            assert data, "the server of processes has died"
+            self._heard += data
+        line, _, self._heard = self._heard.partition(b"\n")
         event: dict[str, int] = json.loads(line)
         if "ended" in event:
             self.ended[event["ended"]] = event["code"]

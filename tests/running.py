@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,24 @@ def reshard_process(*arguments: object, before: str = "", **environment: str) ->
         check=False,
     )
     return Done(done.returncode, done.stdout, done.stderr)
+
+
+def interrupted(once: threading.Event, *arguments: object, **environment: str) -> Done:
+    """The command line in a process of its own, which gets a Ctrl-C once the event is set."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from reshard.cli.main import main; main()", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    try:
+        assert once.wait(TIMEOUT_SECONDS), f"it has not come so far within {TIMEOUT_SECONDS} s"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=TIMEOUT_SECONDS)
+    finally:
+        process.kill()
+    return Done(process.returncode, out, err)
 
 
 def split(source: Path, out: Path, cut: Cut, options: SplitOptions | None = None) -> SplitResult:

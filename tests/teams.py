@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tests import forks
-from tests.forks import ROOT, TIMEOUT
-from tests.running import Done
+from tests.forks import ROOT
+from tests.running import TIMEOUT_SECONDS, Done
 
 
 def torchrun(
@@ -41,7 +41,7 @@ def torchrun(
     ended = []
     try:
         for process in started:
-            out, err = process.communicate(timeout=TIMEOUT)
+            out, err = process.communicate(timeout=TIMEOUT_SECONDS)
             ended.append(Done(process.returncode, out, err))
     finally:
         for process in started:

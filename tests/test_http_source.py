@@ -3,9 +3,6 @@
 import hashlib
 import http.server
 import re
-import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +17,7 @@ from reshard.source.open import describe, open_source
 from reshard.source.transport import Patience
 from reshard.writer.split import SplitOptions, write_shards
 from tests.builders import Spec, build
-from tests.running import reshard, same_but_for_the_origin, split
+from tests.running import interrupted, reshard, same_but_for_the_origin, split
 
 Fault = Callable[["Folder", str], bool]
 
@@ -180,21 +177,11 @@ def test_interrupted_while_a_server_is_silent(model: Path, tmp_path: Path) -> No
         ended.wait()
         return True
 
-    code = "from reshard.cli.main import main; main()"
     with serving(model.parent, fault=silent) as url:
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, "split", f"{url}/model", str(tmp_path / "out"), "--tp", "2"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
         try:
-            assert begun.wait(60), "the server was not asked for weights within 60 s"
-            process.send_signal(signal.SIGINT)
-            _, err = process.communicate(timeout=60)
+            done = interrupted(begun, "split", f"{url}/model", tmp_path / "out", "--tp", 2)
         finally:
-            process.kill()
             ended.set()
-    assert process.returncode == 130, err
-    assert err == "interrupted\n"
+    assert done.code == 130, done.err
+    assert done.err == "interrupted\n"
     assert not (tmp_path / "out").exists()

@@ -16,7 +16,7 @@ from reshard.prepare import Cut
 from tests.builders import Spec, build
 from tests.faults import ROOT
 from tests.hub_server import COMMIT, REPO, Asked, Handler, Hub, serving
-from tests.running import Done, reshard, reshard_process, same_but_for_the_origin, split
+from tests.running import Done, interrupted, reshard, reshard_process, same_but_for_the_origin, split
 from tests.test_docs import steady
 from tests.test_hub import ORIGIN, is_weights
 
@@ -192,24 +192,13 @@ def test_interrupted_while_a_server_is_silent(hub: Hub, tmp_path: Path) -> None:
         return True
 
     hub.fault = silent
-    code = "from reshard.cli.main import main; main()"
     environment = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DOWNLOAD_TIMEOUT": "600"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "split", REPO, str(tmp_path / "out"), "--tp", "2"],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
     try:
-        assert begun.wait(60), "the server was not asked for weights within 60 s"
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        done = interrupted(begun, "split", REPO, tmp_path / "out", "--tp", 2, **environment)
     finally:
-        process.kill()
         ended.set()
-    assert process.returncode == 130, err
-    assert err == "interrupted\n"
+    assert done.code == 130, done.err
+    assert done.err == "interrupted\n"
     assert not (tmp_path / "out").exists()
 
 

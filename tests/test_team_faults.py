@@ -11,8 +11,8 @@ from reshard.prepare import Cut
 from reshard.writer.team import Place
 from tests.builders import build
 from tests.faults import INTERRUPT, KILL, STOP
-from tests.forks import TIMEOUT, Fork, Job
-from tests.running import split
+from tests.forks import Fork, Job
+from tests.running import TIMEOUT_SECONDS, split
 from tests.teams import place, processes, torchrun
 from tests.test_split_bytes import snapshot
 from tests.test_team import SPEC, Files, another_set
@@ -184,7 +184,7 @@ def test_a_meeting_counts_nothing_that_an_earlier_one_left() -> None:
             assert not wait(early, timeout=0.5).done
             parts = [pool.submit(meet, store, Place(0, 3)), *early]
             for number, part in enumerate(parts):
-                part.result(timeout=TIMEOUT).set(f"{number}", f"{number}")
+                part.result(timeout=TIMEOUT_SECONDS).set(f"{number}", f"{number}")
             assert [part.result().get(f"{number}") for number, part in enumerate(parts)] == [b"0", b"1", b"2"]
             opened.append(store.add("reshard/meetings", 0))
     assert opened == [1, 2]
@@ -193,7 +193,7 @@ def test_a_meeting_counts_nothing_that_an_earlier_one_left() -> None:
 def test_interrupted_while_it_waits_for_the_others(tmp_path: Path, source: Path) -> None:
     """A store that takes the connection and says nothing."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        silent.settimeout(TIMEOUT)
+        silent.settimeout(TIMEOUT_SECONDS)
         arguments = ["split", str(source), str(tmp_path / "out"), "--tp", "4"]
         process = Fork(Job(arguments, place(1, 2, silent.getsockname()[1])), tmp_path)
         try:

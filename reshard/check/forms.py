@@ -78,9 +78,8 @@ def junit(reports: Sequence[Report], strict: bool) -> str:
         totals += counts
     root.attrib |= {key: str(totals[key]) for key in ("tests", "failures", "errors")}
     ET.indent(root)
-    written: bytes = ET.tostring(
-        root, encoding="us-ascii", xml_declaration=True
-    )  # right, whatever stdout is encoded in
+    # Other characters as references: right, whatever stdout is encoded in.
+    written: bytes = ET.tostring(root, encoding="us-ascii", xml_declaration=True)
     return written.decode()
 
 

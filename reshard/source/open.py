@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # The first huggingface_hub that names its own HTTP client, httpx or httpx2. The project asks for no version of it: an
 # engine's environment may want an older one, and only here is it used.
-_CLIENT = "1.31"
+_HUB = "1.31"
 
 
 def open_source(
@@ -69,8 +69,8 @@ def _hub_files(repo: str, revision: str | None) -> "HubFiles":
         from reshard.source.hub import HubFiles
     except ImportError as error:
         raise MissingDependencyError(
-            f"{repo}: no folder is called so, and a repository on the Hub is read with huggingface_hub {_CLIENT} or "
-            f"later, installed is {_installed('huggingface_hub')} ({error}); pip install -U 'huggingface_hub>={_CLIENT}'"
+            f"{repo}: no folder is called so, and a repository on the Hub is read with huggingface_hub {_HUB} or "
+            f"later, installed is {_installed('huggingface_hub')} ({error}); pip install -U 'huggingface_hub>={_HUB}'"
         ) from None
     return HubFiles(repo, revision)
 

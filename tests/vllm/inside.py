@@ -140,7 +140,8 @@ def forward(group: dist.ProcessGroup, served: Served, counts: list[list[int]]) -
     results = []
     with loaded(served) as (config, model), torch.inference_mode():
         for each in counts:
-            x = tokens(dist.get_rank(), each[dist.get_rank()], dtype=config.model_config.dtype)
+            rank = dist.get_rank()
+            x = tokens(rank // served.tensor, each[rank], dtype=config.model_config.dtype)
             with set_forward_context(None, config, num_tokens=len(x)):
                 results.append([layer.mlp(x).clone() for layer in _held(model)])
     return results
@@ -183,21 +184,6 @@ def w8a8_forward(group: dist.ProcessGroup, served: Served, counts: list[int]) ->
             "plain": plain,
             "ratio": packed.nbytes / x.nbytes,
         }
-
-
-def load_before_0_32(group: dist.ProcessGroup, served: Served) -> str:
-    """What is said in a vLLM whose loaders have no `create_model`: 0.27.1's, say."""
-    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
-
-    create_model = BaseModelLoader.create_model
-    del BaseModelLoader.create_model
-    try:
-        with loaded(served):
-            return "loaded"
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    finally:
-        BaseModelLoader.create_model = create_model
 
 
 def loaded_again(group: dist.ProcessGroup, served: Served) -> tuple[str, str, bool]:

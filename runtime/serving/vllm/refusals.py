@@ -21,7 +21,7 @@ def refuse(config: Any, additional: dict[str, Any], moe: bool, shards_tp_size: i
             "dual batch overlap (enable_dbo, ubatch_size)": parallel.use_ubatching,
             "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
             "sequence parallelism (pass_config.enable_sp)": parallel.tensor_parallel_size > 1
-            and bool(config.compilation_config.pass_config.enable_sp),
+            and bool(getattr(config.compilation_config.pass_config, "enable_sp", False)),
             "vllm-ascend's xlite_graph_config, which runs the layers itself": bool(xlite.get("enabled")),
         }
         messages += [

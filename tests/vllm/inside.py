@@ -136,7 +136,8 @@ def forward(group: dist.ProcessGroup, served: Served, counts: list[list[int]]) -
     results = []
     with loaded(served) as (config, model), torch.inference_mode():
         for each in counts:
-            x = tokens(dist.get_rank(), each[dist.get_rank()], dtype=config.model_config.dtype)
+            rank = dist.get_rank()
+            x = tokens(rank // served.tensor, each[rank], dtype=config.model_config.dtype)
             with set_forward_context(None, config, num_tokens=len(x)):
                 results.append([layer.mlp(x).clone() for layer in _held(model)])
     return results

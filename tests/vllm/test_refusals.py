@@ -126,11 +126,6 @@ def test_an_option_of_another_name(two: Ranks, dense: Path) -> None:
     _fails(two, served, "denseffn_tp_size in the additional config is no option")
 
 
-def test_the_option_beside_tensor_parallelism(pair: Ranks, dense: Path) -> None:
-    served = Served(dense, dense.parent / "tp2", tensor=2, option=1)
-    _fails(pair, served, "denseffn_tensor_parallel_size is 1, tensor-parallel size 2")
-
-
 def test_a_model_without_experts_has_no_lockstep(ranks: GetRanks, dense: Path, tmp_path: Path) -> None:
     """vLLM runs each data-parallel rank of such a model as an engine of its own, of data-parallel size 1."""
     model = write_llama(tmp_path / "model")

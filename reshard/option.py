@@ -34,6 +34,7 @@ class Setup:
     data_parallel_size: int = 1
     tensor_parallel_size: int = 1
     moe: bool | None = None
+    pipeline_parallel_size: int = 1
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@ _CONSUMER = SimpleNamespace(is_kv_consumer=True)
             "npu",
             "leave it out and set finegrained_tp_config.mlp_tensor_parallel_size to",
         ),
-        ({"tensor_parallel_size": 2}, "cuda", "is 8, tensor-parallel size 2"),
+        ({"tensor_parallel_size": 3}, "cuda", "is 8; with data-parallel size 16 and tensor-parallel size 3 it may be"),
     ],
 )
 def test_what_the_option_does_not_go_with(changed: dict[str, Any], device: str, said: str) -> None:

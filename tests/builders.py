@@ -106,7 +106,12 @@ def _compressed(kind: str, strategy: str, dynamic: bool, symmetric: bool = True,
             "dynamic": dynamic,
         },
     }
-    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}, "ignore": ["lm_head"]}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": f"{kind}-quantized",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
 
 
 _STATIC = {

@@ -31,15 +31,18 @@ class RankFailure(AssertionError):
 
 
 class Ranks:
-    """`size` processes in one gloo group."""
+    """`size` processes in one gloo group. `prepare` is what each does first, `timeout` what `run` waits for them."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(
+        self, size: int, *, prepare: Callable[[], object] | None = None, timeout: float = TIMEOUT_SECONDS
+    ) -> None:
+        self.size, self._prepare, self._timeout = size, prepare, timeout
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT_SECONDS) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float | None = None) -> list[Any]:
         """Results by rank. Raises RankFailure, or TimeoutError that names the ranks without an answer."""
+        timeout = self._timeout if timeout is None else timeout
         if not self._processes:
             self._start()
         for pipe in self._pipes:
@@ -83,14 +86,15 @@ class Ranks:
         meeting = Path(tempfile.mkdtemp()) / "ranks"
         for rank in range(self.size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.size, str(meeting), there), daemon=True)
+            arguments = (rank, self.size, str(meeting), there, self._prepare)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             there.close()
             self._processes.append(process)
             self._pipes.append(here)
 
 
-def _serve(rank: int, size: int, meeting: str, pipe: Connection) -> None:
+def _serve(rank: int, size: int, meeting: str, pipe: Connection, prepare: Callable[[], object] | None) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -103,6 +107,8 @@ def _serve(rank: int, size: int, meeting: str, pipe: Connection) -> None:
         while True:
             function, args = pipe.recv()
             try:
+                if prepare is not None:
+                    prepare, _ = None, prepare()
                 pipe.send((None, function(dist.group.WORLD, *args)))
             except Exception as error:
                 pipe.send((type(error).__name__, "".join(traceback.format_exception(error))))

@@ -4,11 +4,11 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from reshard.prepare import Cut
+from tests.ascend import stand_ins
 from tests.distributed import Ranks
 from tests.running import split
 from tests.vllm.models import write_model
@@ -20,18 +20,14 @@ else:
     os.environ |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-class AscendRanks(Ranks):
-    """Importing vLLM and vllm-ascend takes each process 15 s, and many times that on a busy machine."""
-
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 400) -> list[Any]:
-        return super().run(function, *args, timeout=timeout)
-
-
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[[int], Ranks]]:
-    """Groups of processes by size, started when they are first used and kept, whatever they serve."""
+    """Groups of processes by size, started when they are first used and kept, whatever they serve.
+
+    Importing vLLM and vllm-ascend takes each process 15 s, and many times that on a busy machine.
+    """
     started: dict[int, Ranks] = {}
-    yield lambda size: started.setdefault(size, AscendRanks(size))
+    yield lambda size: started.setdefault(size, Ranks(size, prepare=stand_ins.put_in, timeout=400))
     for group in started.values():
         group.stop()
 

@@ -1,6 +1,6 @@
 """The real vllm-ascend without a server: what runs in each process of a `tests.distributed.Ranks`.
 
-Each function takes the group first. What NPUWorker and NPUModelRunner do before a model is loaded is done here in their
+Each function takes the group first, in a process that `stand_ins.put_in` has prepared. What NPUWorker and NPUModelRunner do before a model is loaded is done here in their
 order: they themselves cannot be imported without CANN.
 """
 
@@ -8,11 +8,11 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
-from tests.ascend import stand_ins
 from tests.vllm import inside as vllm_inside
 from tests.vllm.inside import tokens
 
@@ -56,7 +56,6 @@ _joined: list[tuple[Any, ...]] = []
 
 def config_of(served: Served) -> Any:
     """The VllmConfig of this process, which has become the worker that serves it."""
-    stand_ins.put_in()
     import vllm_ascend.utils
     from vllm.config import KVTransferConfig
 
@@ -140,22 +139,25 @@ def loaded(served: Served) -> tuple[Any, Any]:
 
 def _load(served: Served) -> tuple[Any, Any, Tensors]:
     """(config, model, its tensors before kernels have packed them)."""
-    config = config_of(served)
-    from vllm.config import set_current_vllm_config  # after the stand-ins
+    from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader import base_loader, get_model
 
+    config = config_of(served)
     process, before = base_loader.process_weights_after_loading, {}
 
     def process_weights(model: Any, *args: Any) -> None:
         before.update(_tensors(model))
         process(model, *args)
 
-    base_loader.process_weights_after_loading = process_weights
+    torch.use_deterministic_algorithms(True)  # fills what is made empty: it is the same where nobody loads anything
     try:
-        with set_current_vllm_config(config):
+        with (
+            set_current_vllm_config(config),
+            mock.patch.object(base_loader, "process_weights_after_loading", process_weights),
+        ):
             model = get_model(vllm_config=config)
     finally:
-        base_loader.process_weights_after_loading = process
+        torch.use_deterministic_algorithms(False)
     return config, model, before
 
 
@@ -179,6 +181,18 @@ def classes(group: dist.ProcessGroup, served: Served) -> dict[str, str]:
     """The class of each module."""
     _, model = loaded(served)
     return {name: f"{type(module).__module__}.{type(module).__qualname__}" for name, module in model.named_modules()}
+
+
+def dense_linears(group: dist.ProcessGroup, served: Served) -> set[tuple[str, str, int, int]]:
+    """(class, what moves its tokens, rank, size) of the dense layers' linears."""
+    from runtime.serving.vllm.structure import dense_mlps
+
+    _, model = loaded(served)
+    return {
+        (type(linear).__name__, type(linear.custom_op).__name__, linear.tp_rank, linear.tp_size)
+        for mlp in dense_mlps(model).values()
+        for linear in (mlp.gate_up_proj, mlp.down_proj)
+    }
 
 
 def load(group: dist.ProcessGroup, served: Served) -> str:

@@ -1,19 +1,145 @@
-"""The engine's own layers, filled from shards, are those that its own loader fills."""
+"""vllm-ascend's own partitioned layers, filled from shards: the same bytes and the same results as by its own loader.
 
+The model that the shards go with is poisoned: whatever of its dense layers were read would show.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
+from reshard.prepare import Cut
 from tests.ascend import inside
-from tests.ascend.inside import Served
+from tests.ascend.inside import Served, Tensors
+from tests.ascend.models import around, poisoned
+from tests.builders import CHECKPOINTS, Spec, build
 from tests.distributed import Ranks
+from tests.running import split
+
+MLP, TENSOR = {"data": 2, "mlp": 2}, {"tensor": 2}
+REAL = (
+    "tiny-bf16",
+    "msmodelslim-w8a8_dynamic_sharded",
+    "msmodelslim_v0-w8a8_mla_static_mlp_dynamic",
+    "msmodelslim_v0-w8a8_static",
+    "llmcompressor-w8a8",
+    "llmcompressor-w8a8-all-dense",
+)
+# What no real file at hand has: a recipe of tests.builders for gate and up, and one for down.
+MADE = {
+    "static v1": ("modelslim_static", None),
+    "static FP16": ("modelslim_fp16_static", None),
+    "mix": ("modelslim_mix", None),
+    "dynamic, down plain": ("modelslim_dynamic", "modelslim_float"),
+    "compressed-tensors static": ("ct_static", None),
+}
+# What vllm-ascend 0.23.0.post1 does not load on an Atlas A2, with what it says.
+NOT_LOADED = {
+    "fp8_block": "'DeepseekV3Config' object has no attribute 'o_groups'",
+    "ct_fp8_block": "No compressed-tensors compatible quantization type was found",
+    "ct_fp8_channel": "No compressed-tensors compatible quantization type was found",
+    "ct_static_asymmetric": "No compressed-tensors compatible quantization type was found",
+    "int8_block": "Unknown quantization method: blockwise_int8",
+}
 
 
-def test_bf16(two: Ranks, dense: Path) -> None:
-    own = two.run(inside.parameters, Served(dense, data=2, mlp=2))
-    ours = two.run(inside.parameters, Served(dense, dense.parent / "tp2", data=2, mlp=2))
-    for rank in range(2):
-        for before, after in zip(own[rank], ours[rank], strict=True):
-            assert before.keys() == after.keys()
-            for name, value in before.items():
-                assert torch.equal(value, after[name]), name
+@dataclass(frozen=True)
+class Model:
+    """A model and the set cut from it for 2; `rest` is the model without what the set holds."""
+
+    whole: Path
+    rest: Path
+    shards: Path
+    dtype: str
+
+    def both(self, **layout: Any) -> tuple[Served, Served]:
+        """By the engine's own loader, and by ours."""
+        own = Served(self.whole, dtype=self.dtype, **layout)
+        return own, Served(self.rest, self.shards, dtype=self.dtype, **layout)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
+    """Each by its name, made once."""
+    made: dict[str, Model] = {}
+
+    def of(name: str) -> Model:
+        if name not in made:
+            folder, source = tmp_path_factory.mktemp("model"), CHECKPOINTS / name
+            if name not in REAL:
+                gate_up, down = MADE.get(name, (name, None))
+                source = folder / "source"
+                build(source, Spec(gate_up, down_recipe=down, computable=True))
+            whole = around(source, folder / "model")
+            split(whole, folder / "tp2", Cut(2))
+            dtype = "float16" if "FP16" in name else "bfloat16"
+            made[name] = Model(whole, poisoned(whole, folder / "rest"), folder / "tp2", dtype)
+        return made[name]
+
+    return of
+
+
+def _same(own: Tensors, ours: Tensors, rank: int) -> None:
+    """Every byte of every tensor, but for the bias of down on ranks above 0, which the engine does not use there."""
+    assert own.keys() == ours.keys()
+    for name, value in own.items():
+        if name.endswith("mlp.down_proj.quant_bias") and rank > 0:
+            assert value.any(), name
+            assert not ours[name].any(), name
+        else:
+            assert (value.dtype, value.shape) == (ours[name].dtype, ours[name].shape), name
+            assert torch.equal(_bytes(value), _bytes(ours[name])), name
+
+
+def _bytes(value: torch.Tensor) -> torch.Tensor:
+    return value.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _compare(ranks: Ranks, made: Model, counts: list[list[int]], **layout: Any) -> None:
+    own, ours = made.both(**layout)
+    loaded = zip(ranks.run(inside.parameters, own), ranks.run(inside.parameters, ours), strict=True)
+    for rank, (theirs, filled) in enumerate(loaded):
+        for own_tensors, our_tensors in zip(theirs, filled, strict=True):
+            _same(own_tensors, our_tensors, rank % 2)
+    computed = zip(ranks.run(inside.forward, own, counts), ranks.run(inside.forward, ours, counts), strict=True)
+    for theirs, filled in computed:
+        for own_layers, our_layers in zip(theirs, filled, strict=True):
+            assert len(own_layers) >= 2
+            for own_result, our_result in zip(own_layers, our_layers, strict=True):
+                assert own_result.abs().max() > 0
+                assert torch.equal(own_result, our_result)
+
+
+@pytest.mark.parametrize("name", [*REAL, *MADE])
+def test_the_layers_of_an_mlp_group(two: Ranks, model: Callable[[str], Model], name: str) -> None:
+    _compare(two, model(name), [[5, 5], [1, 1]], **MLP)
+
+
+@pytest.mark.parametrize("name", [*REAL, *MADE])
+def test_the_layers_of_tensor_parallelism(two: Ranks, model: Callable[[str], Model], name: str) -> None:
+    _compare(two, model(name), [[5], [1]], **TENSOR)
+
+
+@pytest.mark.parametrize("name", ["tiny-bf16", "msmodelslim-w8a8_dynamic_sharded", "msmodelslim_v0-w8a8_static"])
+def test_two_mlp_groups_in_a_data_parallel_size_of_four(four: Ranks, model: Callable[[str], Model], name: str) -> None:
+    _compare(four, model(name), [[5, 5, 3, 3], [1, 1, 7, 7]], data=4, mlp=2)
+
+
+def test_what_is_filled_is_vllm_ascends(two: Ranks, model: Callable[[str], Model]) -> None:
+    for served in model("tiny-bf16").both(**MLP):
+        for rank, linears in enumerate(two.run(inside.dense_linears, served)):
+            assert linears == {
+                ("AscendMergedColumnParallelLinear", "MLPColumnParallelOp", rank, 2),
+                ("AscendRowParallelLinear", "MLPRowParallelOp", rank, 2),
+            }
+
+
+@pytest.mark.parametrize("name", NOT_LOADED)
+def test_what_vllm_ascend_does_not_load(two: Ranks, model: Callable[[str], Model], name: str) -> None:
+    """Neither by its own loader nor by ours, which leaves the building of layers to it."""
+    for served in model(name).both(**MLP):
+        for said in two.run(inside.load, served):
+            assert NOT_LOADED[name] in said

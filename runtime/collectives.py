@@ -19,14 +19,17 @@ _RANKS_IN_OWN_TYPE = 8
 
 
 class Collectives(Protocol):
-    """What the split layer needs of a group. `in_float32`: sums are added in float32, whatever type they travel in."""
+    """What the split layer needs of a group. `in_float32`: sums are added in float32, whatever type they travel in.
+
+    `out`: where the result is to stand, of its shape and type; a new tensor without.
+    """
 
     in_float32: bool
 
-    def gather(self, rows_PW: torch.Tensor) -> torch.Tensor:
+    def gather(self, rows_PW: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Every rank's rows, by rank: [R*P, W]."""
 
-    def reduce_scatter(self, partial_RPH: torch.Tensor) -> torch.Tensor:
+    def reduce_scatter(self, partial_RPH: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """The sum over the ranks of this rank's rows of [R*P, H]: [P, H]."""
 
     def all_reduce(self, partial_PH: torch.Tensor) -> torch.Tensor:
@@ -41,17 +44,19 @@ class TensorCollectives:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
 
-    def gather(self, rows_PW: torch.Tensor) -> torch.Tensor:
+    def gather(self, rows_PW: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """[R*P, W]."""
-        gathered = rows_PW.new_empty(len(rows_PW) * self._group.size(), rows_PW.shape[1])
-        _all_gather(gathered, rows_PW, group=self._group)
-        return gathered
+        if out is None:
+            out = rows_PW.new_empty(len(rows_PW) * self._group.size(), rows_PW.shape[1])
+        _all_gather(out, rows_PW, group=self._group)
+        return out
 
-    def reduce_scatter(self, partial_RPH: torch.Tensor) -> torch.Tensor:
+    def reduce_scatter(self, partial_RPH: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """[P, H], added in the type of `partial_RPH`."""
-        own = partial_RPH.new_empty(len(partial_RPH) // self._group.size(), partial_RPH.shape[1])
-        _reduce_scatter(own, partial_RPH, group=self._group)
-        return own
+        if out is None:
+            out = partial_RPH.new_empty(len(partial_RPH) // self._group.size(), partial_RPH.shape[1])
+        _reduce_scatter(out, partial_RPH, group=self._group)
+        return out
 
     def all_reduce(self, partial_PH: torch.Tensor) -> torch.Tensor:
         """[P, H], added in the type of `partial_PH`."""
@@ -68,11 +73,11 @@ class PairwiseCollectives(TensorCollectives):
 
     in_float32 = True
 
-    def reduce_scatter(self, partial_RPH: torch.Tensor) -> torch.Tensor:
+    def reduce_scatter(self, partial_RPH: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """[P, H] float32."""
         received = torch.empty_like(partial_RPH)
         dist.all_to_all_single(received, partial_RPH, group=self._group)
-        return _sum(received, self._group.size())
+        return _sum(received, self._group.size(), out)
 
     def all_reduce(self, partial_PH: torch.Tensor) -> torch.Tensor:
         """[P, H] float32."""
@@ -88,9 +93,9 @@ def reduce_dtype_for(collectives: Collectives | None, tp_size: int, own: torch.d
     return torch.float32 if rounds_often else own
 
 
-def _sum(rows_RPH: torch.Tensor, ranks: int) -> torch.Tensor:
+def _sum(rows_RPH: torch.Tensor, ranks: int, out: torch.Tensor | None = None) -> torch.Tensor:
     first, *others = rows_RPH.chunk(ranks)
-    total = first.to(torch.float32, copy=True)
+    total = first.to(torch.float32, copy=True) if out is None else out.copy_(first)
     for other in others:
         total += other
     return total

@@ -10,11 +10,11 @@ import torch
 from reshard.errors import ShardError
 from runtime.kernels import Kernels
 from runtime.shard import LinearShard
+from runtime.tokens import pack, unpack
 
 Mix = Literal["dynamic", "static"]
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-_SCALE_BYTES = 4
 _STATIC_SLIM = {"input_scale", "input_offset", "quant_bias", "deq_scale"}
 _CHANNEL = {"weight_scale", "weight_offset"}
 _SUFFIXES = {
@@ -87,14 +87,12 @@ class DynamicLinear(Linear):
         return self.kernels.quantise_dynamic(x_TK)
 
     def pack(self, tokens: Tokens) -> torch.Tensor:
-        """[T, K + 4] bytes: a token's integers and its scale, so that one collective takes both."""
-        q_TK, scale_T = tokens
-        return torch.cat([q_TK, scale_T[:, None].view(torch.int8)], dim=1)
+        """[T, K + 4] bytes."""
+        return pack(*tokens)
 
     def unpack(self, rows_TW: torch.Tensor) -> Tokens:
         """(q_TK, scale_T)."""
-        q_TK, scale = rows_TW.split([rows_TW.shape[1] - _SCALE_BYTES, _SCALE_BYTES], dim=1)
-        return q_TK.contiguous(), scale.contiguous().view(torch.float32)[:, 0]
+        return unpack(rows_TW)
 
     def multiply(self, tokens: Tokens, dtype: torch.dtype) -> torch.Tensor:
         """[T, N]."""

@@ -1,5 +1,7 @@
 """How many tokens each rank brings, and the rows they take on the way.
 
+A row is a token, or a quantised one's integers and its scale, so that one collective takes both.
+
 Collectives want the same number of rows P from every rank: the largest count, or a fixed one for graph capture. All of
 this is integers of the host, the same on every rank: nothing here waits for a device.
 """
@@ -10,6 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from reshard.errors import TokensError
+
+_SCALE_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -75,3 +79,14 @@ def pad(x_TH: torch.Tensor, rows: int) -> torch.Tensor:
     padded = x_TH.new_zeros(rows, x_TH.shape[1])
     padded[: len(x_TH)] = x_TH
     return padded
+
+
+def pack(q_TH: torch.Tensor, scale_T: torch.Tensor) -> torch.Tensor:
+    """int8 [T, H] and float32 [T] -> int8 [T, H + 4]."""
+    return torch.cat([q_TH, scale_T.reshape(-1, 1).view(torch.int8)], dim=1)
+
+
+def unpack(rows_TW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 [T, H + 4] -> int8 [T, H] and float32 [T]."""
+    q_TH, scale = rows_TW.split([rows_TW.shape[1] - _SCALE_BYTES, _SCALE_BYTES], dim=1)
+    return q_TH.contiguous(), scale.contiguous().view(torch.float32)[:, 0]

@@ -251,6 +251,44 @@ def test_an_endpoint_that_is_no_address(endpoint: str) -> None:
     assert done.err == f"error: HF_ENDPOINT={endpoint}: is no hub's address; write it as https://HOST, or unset it\n"
 
 
+def _wants_a_client(installed: str, before: str = "", **environment: str) -> None:
+    done = reshard_process("inspect", REPO, before=before, **environment)
+    assert done.code == 1
+    assert done.err.startswith(
+        f"error: {REPO}: no folder is called so, and a repository on the Hub is read with huggingface_hub 1.31 or "
+        f"later, installed is {installed} ("
+    )
+    assert done.err.endswith("; pip install -U 'huggingface_hub>=1.31'\n")
+
+
+def test_an_engines_older_client(tmp_path: Path) -> None:
+    """huggingface_hub 0.36, as far as it matters: it does not name its HTTP client. A folder needs none of it."""
+    has = {
+        "__init__": ("HfApi", "constants", "get_token", "hf_hub_url"),
+        "errors": ("HFValidationError", "OfflineModeIsEnabled"),
+        "utils": ("build_hf_headers", "get_session", "parse_ratelimit_headers"),
+    }
+    (tmp_path / "huggingface_hub").mkdir()
+    for module, names in has.items():
+        (tmp_path / "huggingface_hub" / f"{module}.py").write_text(" = ".join((*names, "None")))
+    (tmp_path / "huggingface_hub-0.36.2.dist-info").mkdir()
+    metadata = "Metadata-Version: 2.1\nName: huggingface_hub\nVersion: 0.36.2\n"
+    (tmp_path / "huggingface_hub-0.36.2.dist-info" / "METADATA").write_text(metadata)
+    _wants_a_client("0.36.2", PYTHONPATH=str(tmp_path))
+    build(tmp_path / "model", Spec())
+    done = reshard_process("split", tmp_path / "model", tmp_path / "out", "--tp", 2, PYTHONPATH=str(tmp_path))
+    assert done.code == 0, done.err
+
+
+def test_no_client() -> None:
+    _wants_a_client(
+        "none",
+        "import sys; from importlib import metadata\n"
+        "def version(name): raise metadata.PackageNotFoundError(name)\n"
+        "metadata.version = version; sys.modules['huggingface_hub'] = None",
+    )
+
+
 def test_where_nothing_can_be_staged(hub: Hub, tmp_path: Path) -> None:
     """No other folder is taken in the place of the one that TMPDIR names."""
     (tmp_path / "file").touch()

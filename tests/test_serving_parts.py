@@ -120,12 +120,13 @@ def test_options() -> None:
     told = {
         "shards": "tp8",
         "reduce_dtype": "float32",
+        "max_tokens": 64,
         "verify": "digest",
         "source": "any",
         "enable_weights_track": True,
     }
     assert parse(json.loads(json.dumps(told))) == (
-        Options(Path("tp8"), torch.float32, "digest", "any"),
+        Options(Path("tp8"), torch.float32, 64, "digest", "any"),
         {"enable_weights_track": True},
     )
 
@@ -136,12 +137,15 @@ def test_options() -> None:
         ({}, "shards is None; it must be the folder that reshard split wrote"),
         (
             {"shards": "x", "shard": "y"},
-            "has 'shard'; denseffn_shards takes enable_weights_track, reduce_dtype, ",
+            "has 'shard'; denseffn_shards takes enable_weights_track, max_tokens, reduce_dtype, ",
         ),
         ({"shards": "s3://b/tp8"}, "shards is 's3://b/tp8'; a set is served from a folder"),
         ({"shards": "x", "num_threads": 8}, "has 'num_threads'"),
         ({"shards": "x", "verify": "no"}, "verify is 'no'; it may be 'header', 'digest'"),
         ({"shards": "x", "source": 1}, "source is 1; it may be 'same', 'any'"),
+        ({"shards": "x", "max_tokens": 0}, "max_tokens is 0; it must be a number of tokens, 1 or more"),
+        ({"shards": "x", "max_tokens": True}, "max_tokens is True"),
+        ({"shards": "x", "max_tokens": "64"}, "max_tokens is '64'"),
         ({"shards": "x", "reduce_dtype": "float64"}, "it may be 'bfloat16', 'float16', 'float32'"),
     ],
 )
@@ -157,52 +161,52 @@ def _setup(**changed: Any) -> SimpleNamespace:
     parallel = {
         "data_parallel_size": 16,
         "tensor_parallel_size": 1,
+        "pipeline_parallel_size": 1,
         "use_ubatching": False,
         "prefill_context_parallel_size": 1,
         "enable_elastic_ep": False,
     }
-    own = {"lora_config": None, "kv_transfer_config": None}
     parallel |= {key: value for key, value in changed.items() if key in parallel}
-    own |= {key: value for key, value in changed.items() if key in own}
-    return SimpleNamespace(parallel_config=SimpleNamespace(**parallel), **own)
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(**parallel),
+        lora_config=changed.get("lora_config"),
+        compilation_config=SimpleNamespace(pass_config=SimpleNamespace(enable_sp=changed.get("enable_sp", False))),
+    )
 
 
-_CONSUMER = SimpleNamespace(is_kv_consumer=True)
+_XLITE = {"xlite_graph_config": {"enabled": True}}
 
 
 @pytest.mark.parametrize(
-    ("changed", "device", "said"),
+    ("changed", "additional", "said"),
     [
-        ({"lora_config": object()}, "cuda", "does not go with LoRA;"),
-        ({"use_ubatching": True}, "cuda", "does not go with dual batch overlap (enable_dbo, ubatch_size);"),
-        ({"prefill_context_parallel_size": 2}, "cuda", "does not go with prefill context parallelism;"),
-        (
-            {"kv_transfer_config": _CONSUMER},
-            "npu",
-            "leave it out and set finegrained_tp_config.mlp_tensor_parallel_size to",
-        ),
-        ({"tensor_parallel_size": 3}, "cuda", "is 8; with data-parallel size 16 and tensor-parallel size 3 it may be"),
+        ({"lora_config": object()}, {}, "does not go with LoRA;"),
+        ({"use_ubatching": True}, {}, "does not go with dual batch overlap (enable_dbo, ubatch_size);"),
+        ({"prefill_context_parallel_size": 2}, {}, "does not go with prefill context parallelism;"),
+        ({"tensor_parallel_size": 4, "enable_sp": True}, {}, "does not go with sequence parallelism"),
+        ({}, _XLITE, "does not go with vllm-ascend's xlite_graph_config"),
+        ({"tensor_parallel_size": 3}, {}, "is 8; with data-parallel size 16 and tensor-parallel size 3 it may be 3, "),
     ],
 )
-def test_what_the_option_does_not_go_with(changed: dict[str, Any], device: str, said: str) -> None:
+def test_what_the_option_does_not_go_with(changed: dict[str, Any], additional: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError) as caught:
-        refuse(_setup(**changed), {OPTION: 8}, True, 8, device)
+        refuse(_setup(**changed), {OPTION: 8, **additional}, True, 8)
     assert str(caught.value).startswith(OPTION)
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda", "npu"])
-def test_setups_that_are_served(device: str) -> None:
-    refuse(_setup(), {OPTION: 8}, True, 8, device)
-    refuse(_setup(kv_transfer_config=SimpleNamespace(is_kv_consumer=False)), {OPTION: 8}, True, 8, device)
-    refuse(_setup(kv_transfer_config=_CONSUMER), {OPTION: 8}, True, 8, "cuda")
+def test_setups_that_are_served() -> None:
+    refuse(_setup(), {OPTION: 8}, True, 8)
+    refuse(_setup(tensor_parallel_size=4), {OPTION: 8}, True, 8)
+    refuse(_setup(enable_sp=True), {OPTION: 8}, True, 8)  # nothing to it at tensor-parallel size 1
 
 
-def test_without_the_option_the_engine_decides() -> None:
-    """Its own layers are filled, whatever runs over them: vllm-ascend's in a decode node, tensor parallelism's."""
-    ascends = {"finegrained_tp_config": {"mlp_tensor_parallel_size": 8}}
-    refuse(_setup(kv_transfer_config=_CONSUMER), ascends, True, 8, "npu")
-    refuse(_setup(tensor_parallel_size=8, lora_config=object(), use_ubatching=True), {}, True, 8, "cuda")
+@pytest.mark.parametrize("additional", [{}, {OPTION: 8}, _XLITE])
+def test_what_the_engine_itself_has_cut_is_its_own_affair(additional: dict[str, Any]) -> None:
+    """Its layers are filled, whatever runs over them. The option says no more there than tensor parallelism does."""
+    refuse(
+        _setup(tensor_parallel_size=8, lora_config=object(), use_ubatching=True, enable_sp=True), additional, True, 8
+    )
 
 
 def test_ranks_that_join_later() -> None:

@@ -2,17 +2,25 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from reshard.address import parse_address, redacted
 from reshard.checkpoint import Checkpoint
-from reshard.errors import SourceError
+from reshard.errors import MissingDependencyError, SourceError
 from reshard.naming import parse_shard_file
 from reshard.source.base import Source
 from reshard.source.files import read_checkpoint
 from reshard.source.folder import FolderSource
 from reshard.source.shardset import read_shard_set, require_shard_set
 from reshard.source.transport import Notify, Patience
+
+if TYPE_CHECKING:
+    from reshard.source.hub import HubFiles
+
+# The first huggingface_hub that names its own HTTP client, httpx or httpx2. The project asks for no version of it: an
+# engine's environment may want an older one, and only here is it used.
+_HUB = "1.31"
 
 
 def open_source(
@@ -22,7 +30,9 @@ def open_source(
     notify: Notify = lambda line: None,
     patience: Patience | None = None,
 ) -> Source:
-    """The source at an address (see reshard.address). Raises SourceError if there is none.
+    """The source at an address (see reshard.address).
+
+    Raises SourceError if there is none, MissingDependencyError without the package that reads it.
 
     revision: of a hub repository. notify: takes a line for each wait after a fault.
     """
@@ -34,9 +44,7 @@ def open_source(
 
     if found.kind == "hub":
         _check_endpoint()
-        from reshard.source.hub import HubFiles
-
-        return StagedSource(HubFiles(found.place, found.revision), patience or Patience(), notify)
+        return StagedSource(_hub_files(found.place, found.revision), patience or Patience(), notify)
     from reshard.source.remote import RemoteFiles
 
     return StagedSource(RemoteFiles(found.place), patience or Patience(), notify)
@@ -54,6 +62,26 @@ def _check_endpoint() -> None:
         usable = False
     if not usable:
         raise SourceError(f"HF_ENDPOINT={redacted(text)}: is no hub's address; write it as https://HOST, or unset it")
+
+
+def _hub_files(repo: str, revision: str | None) -> "HubFiles":
+    try:
+        from reshard.source.hub import HubFiles
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{repo}: no folder is called so, and a repository on the Hub is read with huggingface_hub {_HUB} or "
+            f"later, installed is {_installed('huggingface_hub')} ({error}); pip install -U 'huggingface_hub>={_HUB}'"
+        ) from None
+    return HubFiles(repo, revision)
+
+
+def _installed(package: str) -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
 
 
 def describe(source: Source) -> Checkpoint:

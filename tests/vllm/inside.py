@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -38,7 +39,14 @@ _numbers = itertools.count()
 
 
 def config_of(served: Served) -> Any:
-    """The VllmConfig of this process."""
+    """The VllmConfig of this process, which has joined its groups."""
+    config = engine_config(served)
+    _join(config)
+    return config
+
+
+def engine_config(served: Served) -> Any:
+    """What vLLM makes of the command line."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.models import utils
     from vllm.plugins import load_general_plugins
@@ -62,9 +70,7 @@ def config_of(served: Served) -> Any:
     if served.shards is not None:
         arguments |= {"load_format": "denseffn_shards"}
         arguments |= {"model_loader_extra_config": {"shards": str(served.shards), **served.extra}}
-    config = EngineArgs(**arguments | served.engine).create_engine_config(headless=True)
-    _join(config)
-    return config
+    return EngineArgs(**arguments | served.engine).create_engine_config(headless=True)
 
 
 def _join(config: Any) -> None:
@@ -99,30 +105,25 @@ def loaded(served: Served) -> Iterator[tuple[Any, Any]]:
         yield config, get_model(vllm_config=config)
 
 
-def unprocessed(served: Served) -> tuple[Any, Any]:
-    """(loader, model) with its weights as they were loaded, before kernels have packed them."""
+def unprocessed(config: Any) -> Any:
+    """The model with its weights as they were loaded, before kernels have packed them."""
     from vllm.config import set_current_vllm_config
-    from vllm.model_executor.model_loader import get_model_loader
-    from vllm.utils.torch_utils import set_default_torch_dtype
+    from vllm.model_executor.model_loader import base_loader, get_model
 
-    config = config_of(served)
-    loader = get_model_loader(config.load_config)
-    with set_current_vllm_config(config), set_default_torch_dtype(config.model_config.dtype):
-        model = loader.create_model(vllm_config=config, model_config=config.model_config)
-        loader.load_weights(model, config.model_config)
-    return loader, model
+    with set_current_vllm_config(config), mock.patch.object(base_loader, "process_weights_after_loading"):
+        return get_model(vllm_config=config)
 
 
 def parameters(group: dist.ProcessGroup, served: Served) -> dict[str, torch.Tensor]:
     """Every parameter, as it was loaded."""
-    _, model = unprocessed(served)
+    model = unprocessed(config_of(served))
     return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
 def load(group: dist.ProcessGroup, served: Served) -> str:
     """Load it and let it go; what was raised."""
     try:
-        unprocessed(served)
+        unprocessed(config_of(served))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "loaded"
@@ -140,7 +141,8 @@ def forward(group: dist.ProcessGroup, served: Served, counts: list[list[int]]) -
     results = []
     with loaded(served) as (config, model), torch.inference_mode():
         for each in counts:
-            x = tokens(dist.get_rank(), each[dist.get_rank()], dtype=config.model_config.dtype)
+            rank = dist.get_rank()
+            x = tokens(rank // served.tensor, each[rank], dtype=config.model_config.dtype)
             with set_forward_context(None, config, num_tokens=len(x)):
                 results.append([layer.mlp(x).clone() for layer in _held(model)])
     return results
@@ -185,33 +187,20 @@ def w8a8_forward(group: dist.ProcessGroup, served: Served, counts: list[int]) ->
         }
 
 
-def load_before_0_32(group: dist.ProcessGroup, served: Served) -> str:
-    """What is said in a vLLM whose loaders have no `create_model`: 0.27.1's, say."""
-    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
-
-    create_model = BaseModelLoader.create_model
-    del BaseModelLoader.create_model
-    try:
-        with loaded(served):
-            return "loaded"
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    finally:
-        BaseModelLoader.create_model = create_model
-
-
 def loaded_again(group: dist.ProcessGroup, served: Served) -> tuple[str, str, bool]:
     """What an engine is told that reloads from disk, one that is sent weights, and whether the layer is the same."""
-    from vllm.model_executor.model_loader.reload.inplace import reload_weights
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     def told(weights: Any) -> str:
         try:
-            reload_weights(config, model, weights, None, is_checkpoint_format=True)
+            GPUModelRunner.reload_weights(runner, weights)
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         return "loaded"
 
     with loaded(served) as (config, model):
+        runner = mock.Mock(vllm_config=config, model_config=config.model_config, load_config=config.load_config)
+        runner.get_model.return_value = model
         linear = model.model.layers[0].mlp.gate_up_proj
         before = linear(tokens(0, 3))[0]
         from_disk = told(None)
@@ -260,7 +249,7 @@ def largest_tensor(group: dist.ProcessGroup, served: Served) -> int:
             return result
 
     with Watch() as watch:
-        unprocessed(served)
+        unprocessed(config_of(served))
     return watch.largest
 
 
@@ -285,17 +274,9 @@ def graph_of(group: dist.ProcessGroup, served: Served, counts: list[int]) -> tup
 
 def draft(group: dist.ProcessGroup, served: Served) -> dict[str, torch.Tensor]:
     """Parameters of a model that is loaded as another's draft."""
-    from vllm.config import set_current_vllm_config
-    from vllm.model_executor.model_loader import get_model_loader
-    from vllm.utils.torch_utils import set_default_torch_dtype
-
     config = config_of(served)
     config.model_config.runner_type = "draft"
-    loader = get_model_loader(config.load_config)
-    with set_current_vllm_config(config), set_default_torch_dtype(config.model_config.dtype):
-        model = loader.create_model(vllm_config=config, model_config=config.model_config)
-        loader.load_weights(model, config.model_config)
-    return {name: value.detach().clone() for name, value in model.named_parameters()}
+    return {name: value.detach().clone() for name, value in unprocessed(config).named_parameters()}
 
 
 def as_ascend_builds(group: dist.ProcessGroup, served: Served, size: int) -> tuple[dict[str, torch.Tensor], set[str]]:

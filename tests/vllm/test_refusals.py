@@ -117,12 +117,6 @@ def test_the_option_must_be_the_sets_size(two: Ranks, dense: Path) -> None:
     _fails(two, served, "denseffn_tensor_parallel_size is 2, the shard set is cut for 4: cut it with")
 
 
-def test_the_option_in_an_older_vllm(two: Ranks, dense: Path) -> None:
-    served = Served(dense, dense.parent / "tp2", data=2, option=2)
-    for said in two.run(inside.load_before_0_32, served):
-        assert said.startswith("UsageError: denseffn_tensor_parallel_size needs vLLM 0.32 or later, this is ")
-
-
 def test_without_the_option_the_layers_are_whole(two: Ranks, dense: Path) -> None:
     _fails(two, Served(dense, dense.parent / "tp2", data=2), "cut for 2, the engine's dense layers are for 1")
 
@@ -130,11 +124,6 @@ def test_without_the_option_the_layers_are_whole(two: Ranks, dense: Path) -> Non
 def test_an_option_of_another_name(two: Ranks, dense: Path) -> None:
     served = Served(dense, dense.parent / "tp2", data=2, additional={"denseffn_tp_size": 2})
     _fails(two, served, "denseffn_tp_size in the additional config is no option")
-
-
-def test_the_option_beside_tensor_parallelism(pair: Ranks, dense: Path) -> None:
-    served = Served(dense, dense.parent / "tp2", tensor=2, option=1)
-    _fails(pair, served, "denseffn_tensor_parallel_size is 1, tensor-parallel size 2")
 
 
 def test_a_model_without_experts_has_no_lockstep(ranks: GetRanks, dense: Path, tmp_path: Path) -> None:

@@ -1,30 +1,58 @@
-"""The groups that share the dense layers: consecutive data-parallel ranks, at one place in all other parallelism."""
+"""The groups that share the dense layers: consecutive data-parallel ranks, each with all its tensor-parallel ranks."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from reshard.errors import GroupError
 
+_FAILURE = "denseffn_shards/failure"
+
 
 @dataclass(frozen=True)
 class Group:
-    """`device` moves tensors, `host` objects. `first`: the data-parallel rank of its rank 0."""
+    """The ranks that share the dense layers, as this process meets them.
 
-    device: dist.ProcessGroup
-    host: dist.ProcessGroup
+    data: those of the data-parallel ranks that share them, at this process's place in all other parallelism.
+    tensor: its tensor-parallel ranks. first: the data-parallel rank of the first of `data`.
+    """
+
+    data: dist.ProcessGroup
+    tensor: dist.ProcessGroup
     first: int
 
     @property
     def rank(self) -> int:
         """The process's place: the tp_rank of its shard."""
-        return self.device.rank()
+        return self.data.rank() * self.tensor.size() + self.tensor.rank()
 
     @property
     def size(self) -> int:
         """tp_size."""
-        return self.device.size()
+        return self.data.size() * self.tensor.size()
+
+    def meet(self, collective: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+        """A collective's result. Raises GroupError where another rank has left, with what that one has told."""
+        try:
+            return collective(*args)
+        except RuntimeError as error:
+            raise GroupError(f"{self._told()} ({error})") from error
+
+    def tell(self, message: str) -> None:
+        """Leave the others word of why this rank does not come to a collective."""
+        self.data.get_group_store().set(_FAILURE, f"rank {self.data.rank()} of the group failed: {message}")
+
+    def _told(self) -> str:
+        try:
+            store = self.data.get_group_store()
+            if store.check([_FAILURE]):
+                return str(store.get(_FAILURE), "utf-8")
+        except RuntimeError:  # the store went with the process that has left
+            pass
+        return "another rank of the group has left, its own log says why"
 
 
 def chunks(data_parallel_groups: Iterable[Sequence[int]], size: int) -> list[list[int]]:
@@ -42,18 +70,20 @@ def chunks(data_parallel_groups: Iterable[Sequence[int]], size: int) -> list[lis
     return [list(ranks[at : at + size]) for ranks in groups for at in range(0, len(ranks), size)]
 
 
-def make_group(ranks: Sequence[int], device: dist.ProcessGroup, host: dist.ProcessGroup, size: int) -> Group:
-    """The process's group of `size` ranks of its data-parallel group, `ranks`, which `device` and `host` stand for.
+def make_group(ranks: Sequence[int], data: dist.ProcessGroup, tensor: dist.ProcessGroup, size: int) -> Group:
+    """The process's group of tp_size `size`; `ranks`: its data-parallel group's, which `data` stands for.
 
-    That group itself where the sizes are equal. Else every process of the job must call it: making groups is
-    collective, and every process makes all of them, in one order.
+    Of that group as many consecutive ranks as it takes with their tensor-parallel ranks; all of it, where it takes
+    all. Else every process of the job must call it: making groups is collective, and every process makes all of them,
+    in one order.
     """
-    if size == len(ranks):
-        return Group(device, host, 0)
+    wanted = size // tensor.size()
+    if wanted == len(ranks):
+        return Group(data, tensor, 0)
     everyone: list[Sequence[int]] = [()] * dist.get_world_size()
     dist.all_gather_object(everyone, tuple(ranks), group=dist.new_group(backend="gloo"))
-    made: dict[int, tuple[dist.ProcessGroup, dist.ProcessGroup, int]] = {}
-    for chunk in chunks(everyone, size):
-        pair = dist.new_group(chunk, backend=dist.get_backend(device)), dist.new_group(chunk, backend="gloo")
-        made |= dict.fromkeys(chunk, (*pair, list(ranks).index(chunk[0]) if chunk[0] in ranks else 0))
-    return Group(*made[dist.get_rank()])
+    made: dict[int, dist.ProcessGroup] = {}
+    for chunk in chunks(everyone, wanted):
+        made |= dict.fromkeys(chunk, dist.new_group(chunk, backend=dist.get_backend(data)))
+    own = list(ranks).index(dist.get_rank())
+    return Group(made[dist.get_rank()], tensor, own - own % wanted)

@@ -3,34 +3,40 @@
 With the option (`reshard.option`), `create_model` builds the dense layers with one rank's sizes and splits them over
 a group. Without it, the engine's own partition is filled: plain tensor parallelism, or vllm-ascend's MLP group. Either
 way `load_weights` asks the built layers for their rank and size.
+
+vLLM's loaders have `create_model` since 0.30; where they have not, it takes the place of the function that they call.
 """
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import vllm
 from torch import nn
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.load import LoadConfig
 from vllm.distributed.parallel_state import get_dp_group, get_tp_group
+from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
+from vllm.model_executor.model_loader import base_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
-from vllm.platforms import current_platform
+from vllm.model_executor.model_loader.utils import initialize_model
 
 from reshard.errors import ShardError, UsageError
 from reshard.manifest import Manifest
 from reshard.option import OPTION, option_of
 from runtime.group import agree
 from runtime.loader import load_shard, read_manifest, share_of
+from runtime.serving.vllm.ascend import fixed_rows, is_profiling
 from runtime.serving.vllm.fill import fill
 from runtime.serving.vllm.groups import Group, make_group
 from runtime.serving.vllm.options import parse
-from runtime.serving.vllm.refusals import refuse, refuse_elastic, refuse_unbuilt
+from runtime.serving.vllm.refusals import refuse, refuse_elastic, splits
+from runtime.serving.vllm.rows import Counted, Fixed, Rows
 from runtime.serving.vllm.source import check_same, read_others
 from runtime.serving.vllm.structure import (
     compare_built,
@@ -61,41 +67,45 @@ class DenseFFNShardsLoader(DefaultModelLoader):
         self._manifest: Manifest | None = None  # while a model is loaded whose dense layers come from it
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
-        """As the engine does it. Raises UsageError where that cannot split layers."""
-        if not hasattr(DefaultModelLoader, "create_model"):  # before 0.32 a loader has no say in what is built
-            refuse_unbuilt(_additional(vllm_config), vllm.__version__)
-        return super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        """As the engine does it, with a say in what is built."""
+        if hasattr(DefaultModelLoader, "create_model"):
+            return super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        with _in_place_of(base_loader, "initialize_model", self.create_model):
+            return super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
 
     def create_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         """The model, its dense layers with one rank's sizes where the option is set."""
+        build = getattr(super(), "create_model", initialize_model)
         if _is_draft(model_config):
-            return super().create_model(vllm_config, model_config, prefix)
+            return build(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         refuse_elastic(vllm_config)
-        additional = _additional(vllm_config)
-        size = option_of(additional)
+        additional, tensor = _additional(vllm_config), get_tp_group()
+        size, split_over = option_of(additional), splits(additional, tensor.world_size)
         folder, config = self.options.shards, model_config.hf_text_config
         problem: Exception | None = None
-        digest, share = "", 0
+        digest, share, fixed = "", 0, None
         try:
             manifest, digest = read_manifest(folder)
-            refuse(vllm_config, additional, model_config.is_moe, manifest.tp_size, current_platform.device_type)
+            refuse(vllm_config, additional, model_config.is_moe, manifest.tp_size)
             compare_model(config, manifest, str(folder))
             share = share_of(manifest)
+            fixed = fixed_rows(vllm_config, split_over, self.options.max_tokens)
         except Exception as error:  # whatever it is, the others must not wait for this rank
             problem = error
-        data_parallel = get_dp_group()
-        settings = {"shard set": digest, OPTION: size, "reduce_dtype": self.options.reduce_dtype}
-        agree(data_parallel.cpu_group, settings, problem)
-        if size is None or size == 1:
-            return super().create_model(vllm_config, model_config, prefix)
-        group = make_group(data_parallel.ranks, data_parallel.device_group, data_parallel.cpu_group, size)
-        with intermediate_size(config, share):
-            model = super().create_model(vllm_config, model_config, prefix)
+        settings = {"shard set": digest, OPTION: size, "reduce_dtype": self.options.reduce_dtype, "max_tokens": fixed}
+        _agree(settings, problem)
+        if size is None or not split_over:
+            return build(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        data = get_dp_group()
+        group = make_group(data.ranks, data.device_group, tensor.device_group, size)
+        rows: Rows = Counted(group, _token_counts) if fixed is None else Fixed(group, fixed, is_profiling)
+        with intermediate_size(config, share * tensor.world_size):
+            model = build(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         # Not at the top: it imports the engine's model, and `register` must not.
         from runtime.serving.vllm.split import split
 
         for mlp in dense_mlps(model).values():
-            made = split(mlp, group, self.options.reduce_dtype)
+            made = split(mlp, group, rows, self.options.reduce_dtype)
             vllm_config.compilation_config.static_forward_context[made.layer_name] = made
         return model
 
@@ -111,9 +121,10 @@ class DenseFFNShardsLoader(DefaultModelLoader):
             digest = self._fill(model_config, mlps)
         except Exception as error:  # whatever it is, the others must not wait for this rank
             problem = error
-        agree(_together(mlps), {"shard set": digest}, problem)
+        _agree({"shard set": digest}, problem)
         try:
-            super().load_weights(model, model_config)
+            with _counted_as_loaded(model, mlps):
+                super().load_weights(model, model_config)
         finally:
             self._manifest = None
 
@@ -124,13 +135,6 @@ class DenseFFNShardsLoader(DefaultModelLoader):
         if self._manifest is None and not _is_draft(model_config):
             raise UsageError("denseffn_shards fills a model once, at start, and does not reload it; start it again")
         return super().get_all_weights(model_config, model)
-
-    def track_weights_loading(self, model: nn.Module, loaded_weights: set[str] | None, *args: Any, **kw: Any) -> None:
-        """The engine's check that nothing is missing, which does not know of the shards."""
-        if loaded_weights is not None:
-            held = {id(parameter) for mlp in dense_mlps(model).values() for parameter in mlp.parameters()}
-            loaded_weights |= {name for name, parameter in model.named_parameters() if id(parameter) in held}
-        super().track_weights_loading(model, loaded_weights, *args, **kw)
 
     def _fill(self, model_config: ModelConfig, mlps: dict[int, Any]) -> str:
         """Fill the dense layers; the shard set's digest."""
@@ -191,16 +195,66 @@ def _additional(vllm_config: VllmConfig) -> dict[str, Any]:
     return vllm_config.additional_config if isinstance(vllm_config.additional_config, dict) else {}
 
 
+def _token_counts() -> torch.Tensor | None:
+    """Of every data-parallel rank in this step, as the engine has exchanged them."""
+    metadata = get_forward_context().dp_metadata
+    return None if metadata is None else metadata.num_tokens_across_dp_cpu
+
+
 def _is_draft(model_config: ModelConfig) -> bool:
     """A speculative model beside the served one: the shards are not its."""
     return bool(model_config.runner_type == "draft")
+
+
+def _agree(own: dict[str, Any], problem: Exception | None) -> None:
+    """With all ranks that load the set together: over the data-parallel ones, then over the tensor-parallel ones.
+
+    Raises what any of them raises, on each of them.
+    """
+    for group in (get_dp_group(), get_tp_group()):
+        try:
+            agree(group.cpu_group, own, problem)
+        except Exception as error:
+            problem = error
+    if problem is not None:
+        raise problem
+
+
+@contextlib.contextmanager
+def _counted_as_loaded(model: nn.Module, mlps: dict[int, Any]) -> Iterator[None]:
+    """While the engine loads the rest: its check that nothing is missing does not know of the shards."""
+    held = {id(parameter) for mlp in mlps.values() for parameter in mlp.parameters()}
+    filled = {name for name, parameter in model.named_parameters() if id(parameter) in held}
+    load = model.load_weights
+
+    def load_and_count(*args: Any, **kw: Any) -> set[str] | None:
+        loaded: set[str] | None = load(*args, **kw)
+        return None if loaded is None else loaded | filled
+
+    with _in_place_of(model, "load_weights", load_and_count):
+        yield
+
+
+@contextlib.contextmanager
+def _in_place_of(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """`value` as the attribute `name`, for a time."""
+    before = vars(owner).get(name)  # None: its class's
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
 
 
 def _place(mlps: dict[int, Any], manifest: Manifest, folder: Path) -> tuple[int, int]:
     """(tp_rank, tp_size) of the layers, from the layers themselves."""
     places = set()
     for mlp in mlps.values():
-        if group := _group(mlp):
+        group: Group | None = getattr(mlp, "group", None)  # of an MLP that is split (`runtime.serving.vllm.split`)
+        if group is not None:
             places.add((group.rank, group.size))
         else:
             places |= {(linear.tp_rank, linear.tp_size) for linear in (mlp.gate_up_proj, mlp.down_proj)}
@@ -209,24 +263,7 @@ def _place(mlps: dict[int, Any], manifest: Manifest, folder: Path) -> tuple[int,
     rank, size = places.pop()
     if size != manifest.tp_size:
         raise ShardError(
-            f"{folder}: cut for {manifest.tp_size}, the engine's dense layers are for {size}; set {OPTION} to "
-            f"{manifest.tp_size} (over data-parallel ranks), the tensor-parallel size to {manifest.tp_size}, or cut it "
-            f"with reshard split --tp {size}"
+            f"{folder}: cut for {manifest.tp_size}, the engine's dense layers are for {size}; cut it with reshard "
+            f"split --tp {size}"
         )
     return rank, size
-
-
-def _together(mlps: dict[int, Any]) -> torch.distributed.ProcessGroup | None:
-    """The ranks that load a shard set together, at one place in all other parallelism."""
-    for mlp in mlps.values():
-        if group := _group(mlp):
-            return group.host
-        if mlp.gate_up_proj.tp_size == get_tp_group().world_size:
-            return get_tp_group().cpu_group
-        return get_dp_group().cpu_group  # vllm-ascend's MLP groups are chunks of it
-    return None
-
-
-def _group(mlp: Any) -> Group | None:
-    """The group of an MLP that is split over data-parallel ranks (`runtime.serving.vllm.split`)."""
-    return getattr(mlp, "group", None)

@@ -81,10 +81,10 @@ def compare_built(mlps: Mapping[int, Any], share: int, folder: str) -> None:
 
 
 @contextmanager
-def intermediate_size(config: Any, share: int) -> Iterator[None]:
+def intermediate_size(config: Any, size: int) -> Iterator[None]:
     """While a model is built: its dense layers' MLPs take their size from here, and nothing else of its does."""
     whole = config.intermediate_size
-    config.intermediate_size = share
+    config.intermediate_size = size
     try:
         yield
     finally:

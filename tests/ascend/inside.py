@@ -29,12 +29,13 @@ DECODE_NODE = {
 class Served(vllm_inside.Served):
     """Also the Atlas generation that vllm-ascend takes itself to be installed for.
 
-    mlp: vllm-ascend's own split, finegrained_tp_config.mlp_tensor_parallel_size.
+    mlp: vllm-ascend's own split, finegrained_tp_config.mlp_tensor_parallel_size. draft: it is loaded as another's.
     """
 
     dtype: str = "bfloat16"
     atlas: str = "A2"
     mlp: int | None = None
+    draft: bool = False
 
 
 # What vllm-ascend remembers of the one model that its process serves; here a process serves one after the other.
@@ -69,6 +70,8 @@ def config_of(served: Served) -> Any:
         engine["kv_transfer_config"] = KVTransferConfig(**transfer)
     config = vllm_inside.engine_config(dataclasses.replace(served, additional=additional, engine=engine))
     _become_worker(config)
+    if served.draft:
+        config.model_config.runner_type = "draft"
     return config
 
 

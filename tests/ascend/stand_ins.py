@@ -30,6 +30,7 @@ def put_in() -> list[torch.library.Library]:
     _groups()
     _platform()
     _operators()
+    _all_reduce(libraries)
     _inspection()
     return libraries
 
@@ -57,7 +58,6 @@ def _platform() -> None:
     from vllm_ascend.platform import NPUPlatform
 
     NPUPlatform.device_type = "cpu"
-    NPUPlatform.dispatch_key = "CPU"  # vLLM's own operators (all_gather, reduce_scatter, all_reduce) are put there
     NPUPlatform.dist_backend = "gloo"
     NPUPlatform.set_device = NPUPlatform.empty_cache = classmethod(lambda *_: None)
 
@@ -72,6 +72,15 @@ def _operators() -> None:
         register(*args, dispatch_key="CPU", **more)
 
     torch_utils.direct_register_custom_op = for_the_cpu
+
+
+def _all_reduce(libraries: list[torch.library.Library]) -> None:
+    """vLLM's all_reduce over tensor-parallel ranks, its own function: it was put in with the platform, for an NPU."""
+    from vllm.distributed import parallel_state
+
+    library = torch.library.Library("vllm", "IMPL")
+    library.impl("all_reduce", parallel_state.all_reduce, "CPU")
+    libraries.append(library)
 
 
 def _inspection() -> None:

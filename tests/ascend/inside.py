@@ -101,7 +101,8 @@ def _become_worker(config: Any) -> None:
         if "UnquantizedLinearMethod" in WEIGHT_LOADER_V2_SUPPORTED:
             WEIGHT_LOADER_V2_SUPPORTED.remove("UnquantizedLinearMethod")
         _join(config)
-        utils.set_weight_prefetch_method(get_ascend_config().weight_prefetch_config)
+        if hasattr(utils, "set_weight_prefetch_method"):
+            utils.set_weight_prefetch_method(get_ascend_config().weight_prefetch_config)
         speculative = config.speculative_config
         queries = 1 + (speculative.num_speculative_tokens if speculative else 0)
         forward_context.set_mc2_tokens_capacity(config, config.scheduler_config.max_num_seqs, queries)

@@ -25,6 +25,7 @@ def put_in() -> list[torch.library.Library]:
     # What carries KV caches from prefill to decode nodes; a decode node's configuration names it.
     _module("mooncake").engine = _module("mooncake.engine", TransferEngine=object)
     torch.npu.current_device = lambda: torch.device("cpu")
+    torch.Tensor.npu = lambda tensor, *_: tensor  # type: ignore[attr-defined]
     torch.npu.empty_cache = torch.npu.synchronize = lambda *_: None
     libraries = kernels.register()
     _groups()

@@ -88,8 +88,11 @@ def _join(config: Any) -> None:
         if _joined:
             destroy_model_parallel()
         _joined[:] = [layout]
-        # vLLM's CPU worker names its shared memory so, where the processor has AVX-512.
-        os.environ["VLLM_DIST_IDENT"] = f"{os.getppid()}-{next(_numbers)}"
+        # vLLM's CPU worker names its shared memory so, where the processor has AVX-512. Processes that were killed leave
+        # theirs behind.
+        first = [os.getpid()]
+        dist.broadcast_object_list(first)
+        os.environ["VLLM_DIST_IDENT"] = f"{first[0]}-{next(_numbers)}"
         with set_current_vllm_config(config):
             init_worker_distributed_environment(config, dist.get_rank() % parallel.world_size, "env://", 0, "gloo")
 

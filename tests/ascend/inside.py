@@ -1,7 +1,7 @@
 """The real vllm-ascend without a server: what runs in each process of a `tests.distributed.Ranks`.
 
-Each function takes the group first, in a process that `stand_ins.put_in` has prepared. What NPUWorker and NPUModelRunner do before a model is loaded is done here in their
-order: they themselves cannot be imported without CANN.
+Each function takes the group first, in a process that `stand_ins.put_in` has prepared. What NPUWorker and
+NPUModelRunner do before a model is loaded is done here in their order: they themselves cannot be imported without CANN.
 """
 
 import contextlib

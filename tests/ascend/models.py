@@ -10,8 +10,8 @@ _PLAIN = ["lm_head", "re:.*self_attn.*", "re:.*mlp[.]gate$", "re:.*experts.*"]
 
 
 def around(checkpoint: Path, folder: Path) -> Path:
-    """A model with the dense layers of `checkpoint`: their tensors, in files of their names, and what its config.json and
-    its description say of their quantisation. Everything else is random BF16, and said not to be quantised.
+    """A model with the dense layers of `checkpoint`: their tensors, in files of their names, and what config.json and
+    the description say of their quantisation. Everything else is random BF16, and said not to be quantised.
     """
     theirs = json.loads((checkpoint / "config.json").read_text())
     dense = theirs["first_k_dense_replace"]

@@ -1,4 +1,4 @@
-"""The fault that rows of one number cure: vllm-ascend's own split of these layers wants as many tokens on every rank."""
+"""The fault that rows of one number cure: vllm-ascend's own split of these layers wants equal numbers of tokens."""
 
 from collections.abc import Callable
 from pathlib import Path

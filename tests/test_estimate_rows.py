@@ -109,6 +109,9 @@ def test_tokens_travel_among_data_parallel_ranks_and_sums_are_added_by_tensor_pa
         layer_seconds(A2, four)["matmul"],
         layer_seconds(A2, four)["vector"],
     ), "4 times 24 rows either way"
+    fixed = replace(split, max_tokens=64)
+    assert (fixed.rows, wire_of(A2, fixed).gathered) == (4 * 64, 64 * 3 * 7172)
+    assert wire_of(A2, fixed).scattered == 64 * 3 * 2 * 7168 + 24 * 2 * 2 * 7168 * 3 // 4, "24 results are added up"
 
 
 def test_the_tensor_parallel_size_alone_is_the_engine_s_own_cut() -> None:

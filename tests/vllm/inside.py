@@ -88,8 +88,8 @@ def _join(config: Any) -> None:
         if _joined:
             destroy_model_parallel()
         _joined[:] = [layout]
-        # vLLM's CPU worker names its shared memory so, where the processor has AVX-512. Processes that were killed leave
-        # theirs behind.
+        # vLLM's CPU worker names its shared memory so, where the processor has AVX-512. Processes that were killed
+        # leave theirs behind.
         first = [os.getpid()]
         dist.broadcast_object_list(first)
         os.environ["VLLM_DIST_IDENT"] = f"{first[0]}-{next(_numbers)}"

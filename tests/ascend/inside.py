@@ -6,6 +6,7 @@ NPUModelRunner do before a model is loaded is done here in their order: they the
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -30,12 +31,14 @@ class Served(vllm_inside.Served):
     """Also the Atlas generation that vllm-ascend takes itself to be installed for.
 
     mlp: vllm-ascend's own split, finegrained_tp_config.mlp_tensor_parallel_size. draft: it is loaded as another's.
+    environment: variables that vllm-ascend reads.
     """
 
     dtype: str = "bfloat16"
     atlas: str = "A2"
     mlp: int | None = None
     draft: bool = False
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 # What vllm-ascend remembers of the one model that its process serves; here a process serves one after the other.
@@ -143,23 +146,30 @@ def _load(served: Served) -> tuple[Any, Any, Tensors]:
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader import base_loader, get_model
 
-    config = config_of(served)
-    process, before = base_loader.process_weights_after_loading, {}
+    before: Tensors = {}
 
     def process_weights(model: Any, *args: Any) -> None:
         before.update(_tensors(model))
         process(model, *args)
 
-    torch.use_deterministic_algorithms(True)  # fills what is made empty: it is the same where nobody loads anything
-    try:
+    with mock.patch.dict(os.environ, served.environment), _nothing_is_left_empty():
+        config = config_of(served)
+        process = base_loader.process_weights_after_loading  # vllm-ascend's
         with (
             set_current_vllm_config(config),
             mock.patch.object(base_loader, "process_weights_after_loading", process_weights),
         ):
-            model = get_model(vllm_config=config)
+            return config, get_model(vllm_config=config), before
+
+
+@contextlib.contextmanager
+def _nothing_is_left_empty() -> Iterator[None]:
+    """Tensors that are made empty hold what torch fills them with: the same, whoever loads nothing into them."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
     finally:
         torch.use_deterministic_algorithms(False)
-    return config, model, before
 
 
 def _tensors(model: Any) -> Tensors:

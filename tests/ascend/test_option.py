@@ -126,6 +126,6 @@ def test_what_does_not_go_together(two: Ranks, four: Ranks, dense: Path) -> None
         Served(dense, shards, data=2, pipeline=2, mlp=2),
         "finegrained_tp_config.mlp_tensor_parallel_size is 2, pipeline-parallel size 2",
     )
-    how = {"additional": {"enable_flashcomm1": True}, "engine": {"enable_expert_parallel": True}}
+    how = {"environment": {"VLLM_ASCEND_ENABLE_FLASHCOMM1": "1"}, "engine": {"enable_expert_parallel": True}}
     flashcomm = Served(dense, dense.parent / "tp4", data=2, tensor=2, option=4, **how)
     _fails(four, flashcomm, "vllm-ascend runs it by Sequence", "enable_flashcomm1")

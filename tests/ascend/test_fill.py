@@ -14,7 +14,7 @@ import torch
 
 from reshard.prepare import Cut
 from tests.ascend import inside
-from tests.ascend.inside import Served, Tensors
+from tests.ascend.inside import DECODE_NODE, Served, Tensors
 from tests.ascend.models import around, poisoned
 from tests.builders import CHECKPOINTS, Spec, build
 from tests.distributed import Ranks
@@ -125,6 +125,11 @@ def test_the_layers_of_an_mlp_group(two: Ranks, model: Callable[[str], Model], n
 @pytest.mark.parametrize("name", [*REAL, *MADE])
 def test_the_layers_of_tensor_parallelism(two: Ranks, model: Callable[[str], Model], name: str) -> None:
     _compare(two, model(name), [[5], [1]], **TENSOR)
+
+
+def test_mix_in_a_decode_node(two: Ranks, model: Callable[[str], Model]) -> None:
+    """There its layers quantise tokens by one scale, elsewhere each by its own."""
+    _compare(two, model("mix"), [[5, 5], [1, 1]], **MLP, engine=DECODE_NODE)
 
 
 @pytest.mark.parametrize("name", ["tiny-bf16", "msmodelslim-w8a8_dynamic_sharded", "msmodelslim_v0-w8a8_static"])

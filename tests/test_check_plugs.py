@@ -93,8 +93,13 @@ def test_the_action_hands_every_input_on(action: dict[str, Any], tmp_path: Path)
     assert step(action, **given).returncode == 0
     assert step(action, **{**given, "pad": "false"}).returncode == 3
     assert step(action, **{**given, "pad": "false", "weights": "w8a8"}).returncode == 0
-    assert step(action, **{**given, "tensor_parallel_size": "2"}).returncode == 3
+    assert step(action, **{**given, "tensor_parallel_size": "3"}).returncode == 3
     assert step(action, **{**given, "data_parallel_size": "8"}).returncode == 3
+    ascends = {"paths": str(R1), "additional_config": '{"finegrained_tp_config": {"mlp_tensor_parallel_size": 1}}'}
+    assert step(action, **ascends, pipeline_parallel_size="2").returncode == 0
+    ascends["additional_config"] = ascends["additional_config"].replace("1", "2")
+    assert step(action, **ascends, data_parallel_size="2").returncode == 0
+    assert step(action, **ascends, data_parallel_size="2", pipeline_parallel_size="2").returncode == 3
     assert step(action, paths=str(R1), scheme="bf16", tp="32").returncode == 0
     assert step(action, paths=str(R1), tp="8", device="npu").returncode == 0
     assert step(action, paths=str(R1), tp="8", device="npu", strict="true").returncode == 3
@@ -211,6 +216,7 @@ def test_the_fixture_passes_fails_and_says_why(pytester: pytest.Pytester) -> Non
         ({"tp": 8, "weights": "int8"}, "weights 'int8': there are keep, bf16, w8a8"),
         ({"data_parallel_size": 0}, "data-parallel size 0: a whole number from 1 to 99999 is wanted"),
         ({"tensor_parallel_size": "2"}, "tensor-parallel size '2': a whole number"),
+        ({"pipeline_parallel_size": True}, "pipeline-parallel size True: a whole number"),
         ({"additional_config": "{}"}, "additional config '{}': a mapping of options is wanted"),
     ],
 )

@@ -262,7 +262,14 @@ def test_the_size_that_is_asked_for(shards: Path) -> None:
             f"{OPTION} is not set, the shard set is cut for 2, the engine's dense layers are for 1",
         ),
         (setup(None, 1, 2), None, ""),
-        (setup(1, 1, 2), "alone", "at tensor-parallel size 1 only"),
+        (setup(2, 1, 2), None, ""),
+        (setup(2, 4, 2), None, ""),
+        (setup(1, 1, 2), "size", "is 1; with data-parallel size 1 and tensor-parallel size 2 it may be 2"),
+        (
+            setup(4, 4, 2),
+            "shards",
+            "is 4, the shard set is cut for 2: set it to 2, or cut it with reshard split --tp 4",
+        ),
         (setup(None, 1, 4), "unset", "are for 4: cut it with reshard split --tp 4"),
     ],
 )

@@ -3,12 +3,14 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from reshard.check.report import Request, Serving
+from reshard.check.run import check_config
 from reshard.option import OPTION, RULES
 from tests.checking import failed, findings, of, usage
 from tests.running import reshard, reshard_process
@@ -131,6 +133,13 @@ def test_a_right_setup() -> None:
     assert code == 0
     (option,) = of(found, "option")
     assert option["message"] == (f"{OPTION} 8, data-parallel size 16, tensor-parallel size 1: {len(RULES)} rules kept")
+    code, found = findings("--config", R1, *setup(16, 16, 4), "--pipeline-parallel-size", 2, "--weights", "w8a8")
+    assert code == 0
+    (option,) = of(found, "option")
+    assert option["message"] == (
+        f"{OPTION} 16, data-parallel size 16, tensor-parallel size 4, pipeline-parallel size 2: {len(RULES)} rules kept"
+    )
+    assert of(found, "divides")[0]["where"] == "tp 16"
 
 
 @pytest.mark.parametrize(
@@ -138,7 +147,8 @@ def test_a_right_setup() -> None:
     [
         (setup(3, 16), "size", "is 3; with data-parallel size 16 it may be 1, 2, 4, 8 or 16"),
         (setup("8", 16), "size", "is '8'; with data-parallel size 16 it may be 1, 2, 4, 8 or 16"),
-        (setup(8, 16, 2), "alone", "is 8, tensor-parallel size 2: it splits over data-parallel ranks, at"),
+        (setup(1, 4, 2), "size", "is 1; with data-parallel size 4 and tensor-parallel size 2 it may be 2, 4 or 8"),
+        (setup(3, 10), "size", "size 10 it may be 1 or 2 (not 5 or 10, which the layers cannot be cut for)"),
         (setup(2, 1), "size", "is 2; with data-parallel size 1 it may be 1"),
         (["--additional-config", '{"denseffn_tp_size": 8}'], "name", "denseffn_tp_size in the additional config is no"),
     ],
@@ -164,43 +174,48 @@ def test_what_is_no_json_object_is_wrong_usage() -> None:
         assert says in usage("--config", R1, "--additional-config", text)
 
 
-_sizes = st.integers(1, 12)
+def test_ascends_own_split_is_judged() -> None:
+    def said(value: object, *more: object) -> list[tuple[str, str]]:
+        additional = json.dumps({"finegrained_tp_config": {"mlp_tensor_parallel_size": value}})
+        return failed("--config", R1, "--additional-config", additional, "--data-parallel-size", 16, *more)
+
+    assert said(8) == said(8, "--tensor-parallel-size", 4) == said(0, "--pipeline-parallel-size", 2) == []
+    ((check, message),) = said(8, "--pipeline-parallel-size", 2)
+    assert check == "option-stages"
+    assert "is 8, pipeline-parallel size 2: vllm-ascend's groups for it mix ranks of different stages" in message
+    ((check, message),) = said("8")
+    assert check == "option-ascend"
+    assert "is '8'; with data-parallel size 16 it may be 1, 2, 4, 8 or 16" in message
 
 
+@settings(max_examples=30, deadline=None)
 @given(
-    _sizes,
-    st.none() | st.integers(-1, 13),
-    _sizes,
-    st.none() | _sizes,
-    st.sampled_from([True, False, None]),
+    st.sampled_from(["deepseek-r1", "deepseek-v2-lite", "kimi-k2"]),
+    st.sampled_from(["bf16", "fp8_block", "w8a8_dynamic"]),
+    st.sampled_from([1, 2, 3, 4, 5, 12, 16, 18, 32]),
+    st.sampled_from([1, 2, 3, 4, 8]),
     st.booleans(),
+    st.sampled_from(["cpu", "npu"]),
 )
-def test_messages_never_contradict(
-    data: int, option: int | None, tensor: int, shards: int | None, moe: bool | None, ascends: bool
+def test_a_size_that_is_advised_passes_every_check(
+    model: str, scheme: str, data: int, tensor: int, pad: bool, device: Literal["cpu", "npu"]
 ) -> None:
-    """The first public implementation gave advice that another of its messages forbade.
+    """The first public implementation gave advice that another of its messages forbade."""
 
-    What any message says the option may be, taken, breaks no rule about its value; what it says to cut, cut, likewise.
-    """
-    from reshard.check.report import Serving
-    from reshard.check.serving import check_serving
+    def wrong(value: int) -> dict[str, str]:
+        serving = Serving({OPTION: value}, data, tensor)
+        request = Request(scheme=scheme, pad=pad, device=device, serving=serving)
+        report = check_config(str(CONFIGS / f"{model}.json"), request)
+        return {finding.check: finding.message for finding in report.of("error")}
 
-    more: dict[str, Any] = {"finegrained_tp_config": {"mlp_tensor_parallel_size": 4}} if ascends else {}
-
-    def broken(value: int | None, cut_for: int | None) -> dict[str, str]:
-        additional = more if value is None else more | {OPTION: value}
-        found = check_serving(Serving(additional, data, tensor), moe, cut_for)
-        return {f.check: f.message for f in found if f.severity == "error"}
-
-    found = broken(option, shards)
-    about_value = {"option-size", "option-alone", "option-shards", "option-unset", "option-lockstep"}
-    assert len(found.keys() & about_value) <= 1, "one line about the option's value at a time"
-    for message in found.values():
-        assert OPTION in message
-        for listed in re.findall(r"may be ([0-9, or]+)$", message):
-            for size in map(int, re.findall("[0-9]+", listed)):
-                assert "option-size" not in broken(size, None)
-        for size in map(int, re.findall(r"set it to ([0-9]+)", message)):
-            assert not broken(size, shards).keys() & about_value
-        for size in map(int, re.findall(r"reshard split --tp ([0-9]+)", message)):
-            assert not broken(option, size).keys() & about_value
+    ((check, message),) = wrong(-1).items()
+    assert check == "option-size"
+    if "would have to be" in message:
+        sizes, passes = re.search(r"would have to be ([0-9, or]+),", message), False
+    else:
+        sizes, passes = re.search(r"may be ([0-9, or]*[0-9])", message), True
+    assert sizes
+    for size in map(int, re.findall("[0-9]+", sizes[1])):
+        assert bool(wrong(size)) is not passes
+    if barred := re.search(r"\(not ([0-9, or]+),", message):
+        assert all(wrong(size) for size in map(int, re.findall("[0-9]+", barred[1])))

@@ -223,3 +223,30 @@ def test_the_estimate_page_has_the_model_s_figures() -> None:
     assert section("estimate.md", "hand")[2:] == wanted
     less = milliseconds[0] - milliseconds[1], milliseconds[0] - milliseconds[2]
     assert f"{less[0]:.3f} ms less ({less[1]:.3f} with int8" in page
+
+
+def test_the_estimate_page_has_what_fixed_rows_cost_by_the_command() -> None:
+    page = (ROOT / "docs" / "estimate.md").read_text()
+    config = ROOT / "configs" / "deepseek-r1.json"
+    arguments = ("estimate", "--config", config, "--tp", 8, "--scheme", "w8a8_dynamic")
+
+    def fixed(rows: int) -> list[str]:
+        out = reshard(*arguments, "--max-tokens", rows).out.partition("fixed rows: ")[2]
+        (line,) = [line for line in out.splitlines() if line.startswith("w8a8_dynamic  ")]
+        return line.split()[2:]
+
+    wanted = []
+    for rows in (24, 32, 64, 128, 256, 512):
+        computed, unneeded, gathered, exact_g, scattered, exact_s, layer, exact_l, step, exact_t = fixed(rows)
+        if not wanted:
+            wanted.append(f"| as many as tokens | 192 | 0 | {exact_g} | {exact_s} | {exact_l} | {exact_t} |")
+        wanted.append(f"| {rows} | {computed} | {unneeded} | {gathered} | {scattered} | {layer} | {step} |")
+    assert section("estimate.md", "fixed")[2:] == wanted
+
+    (unsplit, limit) = re.findall(
+        r"takes ([0-9.]+) ms unsplit, so that by the model fixed rows gain time up to N = (\d+);", page
+    )[0]
+    within, beyond = (reshard(*arguments, "--max-tokens", int(limit) + more).out for more in (0, 1))
+    assert f"ms a step, {unsplit} ms unsplit" in within
+    assert "unsplit takes less" in beyond
+    assert "unsplit takes less" not in within

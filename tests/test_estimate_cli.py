@@ -151,6 +151,83 @@ def test_options_reach_the_estimate() -> None:
     assert static == pytest.approx(plain + 3 * (2 * 10e-6 - 2 * 5e-6))
 
 
+def test_fixed_rows() -> None:
+    arguments = ("estimate", "--config", CONFIG, "--tp", "1,8", "--scheme", "w8a8,bf16", "--max-tokens", 64)
+    done = reshard(*arguments)
+    assert (done.code, done.err) == (0, "")
+    lines = done.out.splitlines()
+    assert lines[0].endswith("3 dense layers, 24 tokens a rank and step in 64 rows")
+    assert "fixed rows: every rank sends 64 for its 24 tokens" in lines
+    rows = [line.split() for line in lines if line.startswith(("w8a8_dynamic  ", "bf16   ")) and " tp " not in line]
+    assert rows[1][4:9] == ["535,211", "401,483", "14", "0.699", "0.647"]
+    assert rows[4:] == [
+        [
+            "w8a8_dynamic",
+            "8",
+            "512",
+            "320",
+            "3,213,056",
+            "1,204,896",
+            "6,422,528",
+            "2,408,448",
+            "0.216",
+            "0.114",
+            "0.647",
+            "0.343",
+        ],
+        [
+            "bf16",
+            "8",
+            "512",
+            "320",
+            "6,422,528",
+            "2,408,448",
+            "6,422,528",
+            "2,408,448",
+            "0.339",
+            "0.162",
+            "1.018",
+            "0.486",
+        ],
+    ]
+    document = reshard(*arguments, "--format", "json").document
+    assert (document["batch"], document["max_tokens"], document["tensor_parallel_size"]) == (24, 64, 1)
+    one, eight = document["schemes"][0]["sizes"]
+    assert one["fixed_rows"] is None
+    cost = eight["fixed_rows"]
+    assert cost["unneeded_rows_per_layer"] == 320
+    assert {key: value for key, value in cost["exact"].items() if key.endswith("_per_layer")} == {
+        "rows_per_layer": 192,
+        "gather_bytes_per_layer": 1_204_896,
+        "scatter_bytes_per_layer": 2_408_448,
+    }
+    assert cost["fixed"]["step_seconds"] == eight["gathered_as_int8"]["step_seconds"]
+    assert cost["fixed"]["layer_seconds"] == pytest.approx(cost["fixed"]["step_seconds"] / 3)
+    assert eight["gathered_as_int8"]["gather_bytes_per_token_layer"] == round(3_213_056 / 24)
+    plain = reshard(*arguments[:-2], "--format", "json").document
+    assert (plain["max_tokens"], plain["schemes"][0]["sizes"][1]["fixed_rows"]) == (None, None)
+    assert "fixed rows" not in reshard(*arguments[:-2]).out
+
+
+def test_a_group_over_tensor_parallel_ranks_too() -> None:
+    arguments = ("--config", CONFIG.with_name("kimi-k2.json"), "--scheme", "w8a8", "--tensor-parallel-size", 4)
+    done = reshard("estimate", *arguments, "--tp", "4,6,16")
+    assert (done.code, done.err) == (0, "")
+    lines = done.out.splitlines()
+    assert lines[0].endswith("1 dense layer, 24 tokens a rank and step, tensor-parallel size 4")
+    assert [line.split()[1:9] for line in lines if line.startswith("w8a8_dynamic  ")] == [
+        ["4", "0.092", "0.000", "21,504", "-", "6", "0.128", "-"],
+        ["16", "0.023", "0.069", "107,520", "86,028", "10", "0.201", "0.178"],
+    ]
+    assert "w8a8_dynamic tp 6: not possible: it counts tensor-parallel ranks, too: a multiple of 4 is wanted" in lines
+    document = reshard("estimate", *arguments, "--tp", 8, "--format", "json").document
+    assert document["tensor_parallel_size"] == 4
+    (scheme,) = document["schemes"]
+    weights, scales, hidden = 3 * 7168 * 18432, 2 * 18432 * 8, 7168 * 8
+    assert scheme["unsplit_bytes"] == (weights + scales) // 4 + hidden
+    assert scheme["sizes"][0]["saved_bytes"] == (weights + scales) // 8
+
+
 def test_a_batch_beyond_counting_is_wrong_usage() -> None:
     done = reshard("estimate", "--config", CONFIG, "--tp", 8, "--batch", 10**400)
     assert (done.code, done.out) == (2, "")
@@ -239,6 +316,17 @@ def test_any_model_s_config_will_do(tmp_path: Path) -> None:
             "Atlas A2 376T: its rates are so",
         ),
         (("--measure", "--tp", "8"), 2, "--measure prints this machine's profile and takes no PATH"),
+        (
+            ("--config", CONFIG, "--tp", "8", "--max-tokens", 23),
+            2,
+            "--max-tokens 23: every rank sends so many rows, and --batch gives it 24 tokens; give --max-tokens 24 or",
+        ),
+        (
+            ("--config", CONFIG, "--tp", "10", "--tensor-parallel-size", 5),
+            1,
+            "model.layers.0.mlp.gate_proj.weight: dim 0 = 18432 is not divisible by tp 5; use a tp of 1, 2, 3, 4",
+        ),
+        (("--measure", "--max-tokens", 8), 2, "--measure prints this machine's profile and takes no PATH"),
         (("--measure", "--set", "a=b"), 2, "--measure prints this machine's profile and takes no PATH"),
         (("--measure", "--svg", "e.svg"), 2, "--measure prints this machine's profile and takes no PATH"),
         (("--config", CONFIG, "--tp", "8", "--device", "abacus"), 1, "device abacus: no such profile; there are "),

@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reshard.checkpoint import Checkpoint
-from reshard.errors import ProfileError, SchemeError
+from reshard.errors import AlignmentError, ProfileError, SchemeError
 from reshard.estimate.alignment import verdict
 from reshard.estimate.described import in_scheme
 from reshard.estimate.model import (
     GIB,
     Matmul,
+    all_reduce_seconds,
     collective_seconds,
     level_for,
     matmul_seconds,
@@ -130,6 +131,20 @@ def test_collectives_over_a_switch_send_everything_over_one_link() -> None:
         assert collective_seconds(ROUND, ranks, 10**6) == pytest.approx(wanted)
 
 
+def test_a_group_that_lies_apart_uses_the_level_that_holds_it_all() -> None:
+    """Two ranks of which one is 4 devices on: no longer in the mesh of four, and one message over the switch."""
+    assert collective_seconds(ROUND, 2, 10**6, 8) == pytest.approx(1e-3 + 3e-6 + 10e-6)
+    assert (messages(ROUND, 4, 4), messages(ROUND, 4, 8), messages(ROUND, 1, 8)) == (3, 2, 0)
+    assert collective_seconds(ROUND, 1, 10**6, 8) == 0
+
+
+def test_an_all_reduce_is_a_reduce_scatter_and_an_all_gather_in_one_call() -> None:
+    for ranks in (2, 4, 8):
+        two = 2 * collective_seconds(ROUND, ranks, 10**6 // ranks)
+        assert all_reduce_seconds(ROUND, ranks, 10**6) == pytest.approx(two - 10e-6)
+    assert all_reduce_seconds(ROUND, 1, 10**6) == 0
+
+
 def test_a_group_gets_the_innermost_level_that_holds_it() -> None:
     assert [level_for(A2, ranks)[0] for ranks in (1, 8, 9, 512)] == ["node", "node", "cluster", "cluster"]
     assert [level_for(A3, ranks)[0] for ranks in (2, 3, 16, 17)] == ["pair", "node", "node", "cluster"]
@@ -140,17 +155,37 @@ def test_a_group_gets_the_innermost_level_that_holds_it() -> None:
 WAYS = st.sampled_from(["bf16", "dynamic", "static"])
 
 
-@given(st.integers(1, 64), st.integers(1, 512), st.integers(1, 64), st.integers(1, 64), WAYS, WAYS, st.booleans())
+@given(
+    st.integers(1, 64),
+    st.integers(1, 512),
+    st.integers(1, 64),
+    st.integers(1, 64),
+    WAYS,
+    WAYS,
+    st.booleans(),
+    st.none() | st.integers(1024, 2048),
+    st.sampled_from([1, 2, 4]),
+)
 def test_more_of_anything_never_takes_less(
-    tp_size: int, tokens: int, hidden: int, share: int, gate_up: Way, down: Way, first: bool
+    senders: int,
+    tokens: int,
+    hidden: int,
+    share: int,
+    gate_up: Way,
+    down: Way,
+    first: bool,
+    max_tokens: int | None,
+    copies: int,
 ) -> None:
-    layer = Split(tp_size, tokens, 16 * hidden, 16 * share, gate_up, down, first)
+    tp_size = senders * copies
+    layer = Split(tp_size, tokens, 16 * hidden, 16 * share, gate_up, down, first, 2, max_tokens, copies)
     seconds = sum(layer_seconds(A2, layer).values())
     for more in (
         replace(layer, tokens=2 * tokens),
         replace(layer, hidden_size=32 * hidden),
         replace(layer, share=32 * share),
         replace(layer, reduce_bytes=4),
+        replace(layer, max_tokens=2 * (max_tokens or tokens)),
     ):
         assert sum(layer_seconds(A2, more).values()) >= seconds
     assert set(layer_seconds(A2, layer)) == set(KINDS)
@@ -163,11 +198,11 @@ def test_more_of_anything_never_takes_less(
 
 def test_bytes_and_messages_on_the_wire() -> None:
     dynamic = Split(8, 24, 7168, 2304, "dynamic", "dynamic")
-    assert wire_of(A2, dynamic).gather_bytes == 7 * (7168 + 4)
-    assert wire_of(A2, dynamic).scatter_bytes == 7 * 2 * 7168
+    assert wire_of(A2, dynamic).gathered == 24 * 7 * (7168 + 4)
+    assert wire_of(A2, dynamic).scattered == 24 * 7 * 2 * 7168
     assert wire_of(A2, dynamic).messages == 14
-    assert wire_of(A2, replace(dynamic, quantise_first=False)).nbytes == 7 * 4 * 7168
-    assert wire_of(A2, replace(dynamic, reduce_bytes=4)).scatter_bytes == 7 * 4 * 7168
+    assert wire_of(A2, replace(dynamic, quantise_first=False)).nbytes == 24 * 7 * 4 * 7168
+    assert wire_of(A2, replace(dynamic, reduce_bytes=4)).scattered == 24 * 7 * 4 * 7168
     assert wire_of(A2, replace(dynamic, tp_size=1)).nbytes == wire_of(A2, replace(dynamic, tp_size=1)).messages == 0
     assert wire_of(A3, dynamic).messages == 6  # over a switch
 
@@ -179,7 +214,7 @@ def test_a_token_travels_in_as_many_bytes_as_the_runtime_sends(tmp_path: Path, r
     ffn = DenseFFN(load_shard(tmp_path / "shards", 0).layer(0))
     sent = ffn.pack(torch.randn(5, 256).to(ffn.dtype))
     found = _estimate(tmp_path / "model", 2)
-    assert found.sizes[0].runs.wire.gather_bytes == sent.nbytes / 5
+    assert found.sizes[0].runs.wire.gathered / 24 == sent.nbytes / 5
 
 
 # --- bytes held ---
@@ -421,13 +456,27 @@ PROFILES = st.fixed_dictionaries(
     st.sets(st.integers(1, 40), min_size=1, max_size=6),
     st.sampled_from([1, 24, 128, 5000]),
     st.booleans(),
+    st.sampled_from([None, 1, 4]),
+    st.sampled_from([1, 2]),
 )
 def test_every_reason_is_true(
-    values: dict[str, Any], model: str, scheme: str, sizes: set[int], tokens: int, pad: bool
+    values: dict[str, Any],
+    model: str,
+    scheme: str,
+    sizes: set[int],
+    tokens: int,
+    pad: bool,
+    spare: int | None,
+    tensor: int,
 ) -> None:
     profile = load_profile("atlas-a3-752t", [f"{key}={value}" for key, value in values.items()])
     checkpoint = promised(read_config(CONFIG.with_name(f"{model}.json")), model, scheme)
-    found = estimate(checkpoint, scheme, sorted(sizes), profile, Options(tokens, pad=pad))
+    options = Options(tokens, 2, pad, None if spare is None else spare * tokens, tensor)
+    try:
+        found = estimate(checkpoint, scheme, sorted(sizes), profile, options)
+    except AlignmentError:  # for the tensor-parallel size itself, without which there is nothing to compare with
+        assert tensor > 1
+        return
     chosen = recommend(profile, found)
     by_size = {size.tp_size: size for size in found.sizes}
     if chosen.tp_size is None:
@@ -443,7 +492,7 @@ def test_every_reason_is_true(
             _check_reason(profile, by_size[int(match[1])], best, match[3])
         elif reason.startswith("no other size takes less"):
             assert all(size.runs.step_seconds >= best.runs.step_seconds for size in found.sizes)
-        elif reason.startswith("unsplit takes less"):
+        elif reason == f"{'unsplit' if tensor == 1 else 'tp 2'} takes less: this saves memory, not time":
             assert found.unsplit.runs.step_seconds < best.runs.step_seconds
     assert {n for n, size in by_size.items() if size.runs.step_seconds < best.runs.step_seconds} <= named.keys()
 

@@ -43,11 +43,13 @@ class Serving:
     additional_config: Mapping[str, Any]
     data_parallel_size: int = 1
     tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
 
     def __post_init__(self) -> None:
         if not isinstance(self.additional_config, Mapping):
             raise UsageError(f"additional config {self.additional_config!r}: a mapping of options is wanted")
-        for name, size in (("data", self.data_parallel_size), ("tensor", self.tensor_parallel_size)):
+        for name in ("data", "tensor", "pipeline"):
+            size = getattr(self, f"{name}_parallel_size")
             if type(size) is not int or not 1 <= size <= _MAX_SIZE:
                 raise UsageError(f"{name}-parallel size {size!r}: a whole number from 1 to {_MAX_SIZE} is wanted")
 

@@ -56,7 +56,7 @@ def _cuts(checkpoint: Checkpoint | None, request: Request) -> list[Finding]:
     found: list[Finding] = []
     if checkpoint is not None and request.device == "npu":
         found.append(check_kernels(checkpoint))
-    setup = check_serving(request.serving, _moe(checkpoint), None) if request.serving is not None else []
+    setup = _setup(checkpoint, request)
     wrong = [finding.check for finding in setup if finding.severity == "error"]
     option = option_size(request.serving)
     # A value that may not stay is not judged as a size: two lines would advise on it, by different rules.
@@ -69,6 +69,15 @@ def _cuts(checkpoint: Checkpoint | None, request: Request) -> list[Finding]:
         for size in sizes:
             found += _cut(checkpoint, size, request)
     return found + setup
+
+
+def _setup(checkpoint: Checkpoint | None, request: Request) -> list[Finding]:
+    """The setup, where one is given; what is advised for it can be cut."""
+
+    def can_be_cut(size: int) -> bool:
+        return checkpoint is None or not any(f.severity == "error" for f in _cut(checkpoint, size, request))
+
+    return check_serving(request.serving, _moe(checkpoint), None, can_be_cut) if request.serving is not None else []
 
 
 def _cut(checkpoint: Checkpoint, tp_size: int, request: Request) -> list[Finding]:

@@ -43,6 +43,7 @@ def check(
     ] = None,
     data_parallel_size: Annotated[int | None, typer.Option(help="The engine's; 1 where it is left out.")] = None,
     tensor_parallel_size: Annotated[int | None, typer.Option(help="The engine's; 1 where it is left out.")] = None,
+    pipeline_parallel_size: Annotated[int | None, typer.Option(help="The engine's; 1 where it is left out.")] = None,
     revision: Revision = None,
     strict: Annotated[bool, typer.Option("--strict", help="Warnings fail, too.")] = False,
     form: Annotated[
@@ -59,7 +60,7 @@ def check(
         targets = [*((path, _is_config(path)) for path in paths or ()), *((file, True) for file in config or ())]
         if not targets:
             raise UsageError("nothing to check: give a PATH, or --config FILE")
-        serving = _serving(additional_config, data_parallel_size, tensor_parallel_size)
+        serving = _serving(additional_config, data_parallel_size, tensor_parallel_size, pipeline_parallel_size)
         request = Request(parse_sizes(tp), scheme, weights, pad, against, device, serving, revision)
         reports = [_report(output, target, is_config, request) for target, is_config in targets]
         _write(output, form, reports, strict)
@@ -110,18 +111,19 @@ def _write(output: Output, form: str, reports: "list[Report]", strict: bool) -> 
         output.text(line)
 
 
-def _serving(additional: str | None, data_parallel: int | None, tensor_parallel: int | None) -> "Serving | None":
-    """The setup, if anything is said of one. Raises UsageError where the additional config is no JSON object."""
+def _serving(additional: str | None, *sizes: int | None) -> "Serving | None":
+    """The setup, if anything is said of one. Raises UsageError where the additional config is no JSON object.
+
+    sizes: data-, tensor- and pipeline-parallel.
+    """
     from reshard.check.report import Serving
     from reshard.errors import SourceError, UsageError
     from reshard.source.base import parse_json_object
 
-    if additional is None and data_parallel is None and tensor_parallel is None:
+    if all(given is None for given in (additional, *sizes)):
         return None
     try:
         config = parse_json_object((additional or "{}").encode(), "--additional-config")
     except SourceError as error:
         raise UsageError(str(error).removesuffix("; copy or download it again")) from error
-    return Serving(
-        config, 1 if data_parallel is None else data_parallel, 1 if tensor_parallel is None else tensor_parallel
-    )
+    return Serving(config, *(1 if size is None else size for size in sizes))

@@ -10,6 +10,7 @@ from reshard.cli.sizes import parse_sizes
 
 if TYPE_CHECKING:
     from reshard.checkpoint import Checkpoint
+    from reshard.estimate.fixed import FixedRows
     from reshard.estimate.profile import Profile
     from reshard.estimate.recommend import Recommendation
     from reshard.estimate.sizes import Estimate, Options, Size
@@ -33,8 +34,17 @@ def estimate(
         ),
     ] = None,
     batch: Annotated[
-        int, typer.Option(min=1, max=1_000_000, help="Tokens that each rank brings to a decode step.")
+        int, typer.Option(min=1, max=1_000_000, help="Tokens that each data-parallel rank brings to a decode step.")
     ] = 24,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=1_000_000, help="Rows that every rank sends, whatever it has: the plugin's key max_tokens."
+        ),
+    ] = None,
+    tensor_parallel_size: Annotated[
+        int, typer.Option(min=1, max=99_999, help="The engine's: so many ranks of a group hold the same tokens.")
+    ] = 1,
     device: Annotated[str, typer.Option(help="A device profile's name, or its .toml file.")] = "atlas-a2-376t",
     override: Annotated[
         list[str] | None,
@@ -59,7 +69,7 @@ def estimate(
         from reshard.errors import UsageError
 
         if measure:
-            if any(given is not None for given in (path, config, tp, scheme, override, svg, revision)):
+            if any(given is not None for given in (path, config, tp, scheme, max_tokens, override, svg, revision)):
                 raise UsageError("--measure prints this machine's profile and takes no PATH and no option but --format")
             _measure(output)
             return
@@ -68,10 +78,12 @@ def estimate(
         if tp is None:
             raise UsageError("--tp is missing: give the group sizes to compare, such as --tp 1,2,4,8")
         from reshard.estimate.document import document
+        from reshard.estimate.fixed import fixed_rows
         from reshard.estimate.profile import load_profile
         from reshard.estimate.recommend import recommend
         from reshard.estimate.sizes import Options, estimate
 
+        options = Options(batch, _WIDTHS[reduce_dtype], pad, max_tokens, tensor_parallel_size)
         picture_file = None if svg is None else parse_local_target(svg, "--svg")
         sizes = sorted(parse_sizes(tp))
         profile = load_profile(device, override or ())
@@ -84,16 +96,20 @@ def estimate(
             checkpoints = _of_source(output, path, revision, schemes)
         else:
             raise UsageError("nothing to estimate: give a PATH, or --config FILE")
-        options = Options(batch, _WIDTHS[reduce_dtype], pad)
         found = [estimate(checkpoint, name, sizes, profile, options) for name, checkpoint in checkpoints.items()]
         chosen = [recommend(profile, one) for one in found]
+        costs = [
+            cost
+            for one, checkpoint in zip(found, checkpoints.values(), strict=True)
+            for cost in fixed_rows(checkpoint, one, profile, options)
+        ]
         model = next(iter(checkpoints.values()))
         if picture_file is not None:
             _draw(picture_file, _title(model, profile), _subtitle(model, options), found, chosen)
         if output.is_json:
-            output.json(document(model, profile, options, found, chosen))
+            output.json(document(model, profile, options, found, chosen, costs))
         else:
-            _show(output, model, profile, options, found, chosen)
+            _show(output, model, profile, options, found, chosen, costs)
 
 
 def _measure(output: Output) -> None:
@@ -150,10 +166,15 @@ def _title(checkpoint: "Checkpoint", profile: "Profile") -> str:
 
 def _subtitle(checkpoint: "Checkpoint", options: "Options") -> str:
     model, count = checkpoint.model, len(checkpoint.layers)
-    return (
+    said = (
         f"hidden_size {model.hidden_size}, intermediate_size {model.intermediate_size}, {count} dense "
         f"{'layer' if count == 1 else 'layers'}, {options.tokens} tokens a rank and step"
     )
+    if options.max_tokens is not None:
+        said += f" in {options.max_tokens} rows"
+    if options.tensor_parallel_size > 1:
+        said += f", tensor-parallel size {options.tensor_parallel_size}"
+    return said
 
 
 def _show(
@@ -163,6 +184,7 @@ def _show(
     options: "Options",
     found: "list[Estimate]",
     chosen: "list[Recommendation]",
+    costs: "list[FixedRows]",
 ) -> None:
     from reshard.cli.chart import show_chart
     from reshard.estimate.document import notes
@@ -182,7 +204,7 @@ def _show(
         "tiles",
         "blocks",
     )
-    rows = [_row(one.scheme, size) for one in found for size in one.sizes]
+    rows = [_row(one.scheme, size, options.tokens) for one in found for size in one.sizes]
     output.table([(title, "left" if title == "scheme" else "right") for title in columns], rows)
     output.text()
     show_chart(found, {one.scheme: one.tp_size for one in chosen})
@@ -194,6 +216,8 @@ def _show(
     output.text("tiles: whole tiles of the device; blocks: I/R a multiple of 128, as block-scaled checkpoints need")
     for line in notes(found, options):
         output.text(line)
+    if costs:
+        _show_fixed(output, costs, options)
     for choice in chosen:
         output.text()
         output.text(f"{choice.scheme}: choose {'none' if choice.tp_size is None else f'tp {choice.tp_size}'}")
@@ -201,18 +225,46 @@ def _show(
             output.text(f"  {reason}")
 
 
-def _row(scheme: str, size: "Size") -> list[str]:
+def _show_fixed(output: Output, costs: "list[FixedRows]", options: "Options") -> None:
+    output.text()
+    output.text(f"fixed rows: every rank sends {options.max_tokens} for its {options.tokens} tokens")
+    output.text()
+    pairs = (title for name in ("gathered", "scattered", "ms/layer", "ms/step") for title in (name, "exact"))
+    columns = ("scheme", "tp", "rows", "unneeded", *pairs)
+    output.table([(title, "left" if title == "scheme" else "right") for title in columns], [_cost(c) for c in costs])
+    output.text()
+    output.text(
+        "rows: multiplied in a layer, by every rank; unneeded: of these, for nobody; gathered, scattered: bytes that a "
+        "rank sends a layer; exact: with as many rows as tokens"
+    )
+
+
+def _cost(cost: "FixedRows") -> list[str]:
+    ways = (cost.fixed, cost.exact)
+    return [
+        cost.scheme,
+        str(cost.tp_size),
+        f"{cost.fixed.rows:,}",
+        f"{cost.unneeded:,}",
+        *(f"{way.gathered:,}" for way in ways),
+        *(f"{way.scattered:,}" for way in ways),
+        *(f"{way.layer_seconds * 1e3:.3f}" for way in ways),
+        *(f"{way.step_seconds * 1e3:.3f}" for way in ways),
+    ]
+
+
+def _row(scheme: str, size: "Size", tokens: int) -> list[str]:
     from reshard.estimate.model import GIB
 
-    int8 = size.as_int8 if size.tp_size > 1 else None
+    int8 = size.as_int8 if size.as_int8 != size.as_bf16 else None
     words = {None: "-", True: "yes", False: "no"}
     return [
         scheme,
         f"{size.tp_size}{' padded' if size.padded else ''}",
         f"{size.held / GIB:.3f}",
         f"{size.saved / GIB:.3f}",
-        f"{size.as_bf16.wire.nbytes:,}",
-        f"{int8.wire.nbytes:,}" if int8 else "-",
+        f"{size.as_bf16.wire.nbytes / tokens:,.0f}",
+        f"{int8.wire.nbytes / tokens:,.0f}" if int8 else "-",
         str(size.as_bf16.wire.messages),
         f"{size.as_bf16.step_seconds * 1e3:.3f}",
         f"{int8.step_seconds * 1e3:.3f}" if int8 else "-",

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from reshard.checkpoint import Checkpoint
+from reshard.estimate.fixed import FixedRows, Pass
 from reshard.estimate.profile import Profile
 from reshard.estimate.recommend import Recommendation
 from reshard.estimate.sizes import Estimate, Gathered, Options, Size
@@ -17,13 +18,17 @@ def document(
     options: Options,
     found: Sequence[Estimate],
     chosen: Sequence[Recommendation],
+    costs: Sequence[FixedRows],
 ) -> dict[str, Any]:
     """All of an estimate, and the profile with the sources of its values."""
+    by_size = {(cost.scheme, cost.tp_size): cost for cost in costs}
     return {
         "source": checkpoint.identity.name,
         "model": vars(checkpoint.model),
         "layers": [layer.index for layer in checkpoint.layers],
         "batch": options.tokens,
+        "max_tokens": options.max_tokens,
+        "tensor_parallel_size": options.tensor_parallel_size,
         "reduce_bytes": options.reduce_bytes,
         "device": profile.model_dump(exclude_none=True),
         "notes": notes(found, options),
@@ -32,7 +37,11 @@ def document(
                 "scheme": one.scheme,
                 "unsplit_bytes": one.unsplit.held,
                 "unsplit_seconds": one.unsplit.runs.step_seconds,
-                "sizes": [_size_document(size, options.tokens) for size in one.sizes],
+                "sizes": [
+                    _size_document(size, options.tokens)
+                    | {"fixed_rows": _fixed_document(by_size.get((one.scheme, size.tp_size)))}
+                    for size in one.sizes
+                ],
                 "refused": [vars(refused) for refused in one.refused],
                 "recommended": choice.tp_size,
                 "reasons": list(choice.reasons),
@@ -45,8 +54,8 @@ def document(
 def _size_document(size: Size, tokens: int) -> dict[str, Any]:
     def gathered(what: Gathered) -> dict[str, Any]:
         return {
-            "gather_bytes_per_token_layer": what.wire.gather_bytes,
-            "scatter_bytes_per_token_layer": what.wire.scatter_bytes,
+            "gather_bytes_per_token_layer": round(what.wire.gathered / tokens),
+            "scatter_bytes_per_token_layer": round(what.wire.scattered / tokens),
             "messages_per_layer": what.wire.messages,
             "messages_per_token_layer": what.wire.messages / tokens,
             "step_seconds": what.step_seconds,
@@ -70,6 +79,21 @@ def _size_document(size: Size, tokens: int) -> dict[str, Any]:
         "gathered_as_bf16": gathered(size.as_bf16),
         "gathered_as_int8": gathered(size.as_int8) if size.as_int8 else None,
     }
+
+
+def _fixed_document(cost: FixedRows | None) -> dict[str, Any] | None:
+    def way(what: Pass) -> dict[str, Any]:
+        return {
+            "rows_per_layer": what.rows,
+            "gather_bytes_per_layer": what.gathered,
+            "scatter_bytes_per_layer": what.scattered,
+            "layer_seconds": what.layer_seconds,
+            "step_seconds": what.step_seconds,
+        }
+
+    if cost is None:
+        return None
+    return {"unneeded_rows_per_layer": cost.unneeded, "fixed": way(cost.fixed), "exact": way(cost.exact)}
 
 
 def notes(found: Sequence[Estimate], options: Options) -> list[str]:

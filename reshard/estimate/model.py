@@ -52,7 +52,7 @@ def vector_seconds(profile: Profile, activation_bytes: int) -> float:
     return _uncached(profile, activation_bytes) / _bandwidth(profile, "bf16") + profile.static.vector_us * _MICRO
 
 
-def collective_seconds(profile: Profile, ranks: int, nbytes: int) -> float:
+def collective_seconds(profile: Profile, ranks: int, nbytes: int, span: int | None = None) -> float:
     """all_gather of n bytes from each rank, or reduce_scatter of n bytes to each: data + latency + static cost.
 
     mesh:    n / (bandwidth / (devices - 1)) + latency. Each pair has its own link and all work at once, so it does not
@@ -60,25 +60,38 @@ def collective_seconds(profile: Profile, ranks: int, nbytes: int) -> float:
     switch:  (R - 1) * n / bandwidth + ceil(log2 R) * latency: recursive doubling or halving (Thakur, Rabenseifner,
              Gropp, International Journal of High Performance Computing Applications 19(1), 2005).
 
+    span: devices side by side among which the ranks lie; None: as many as ranks.
+
     A group that spans nodes is taken to send all of its bytes at the outermost level's rate. A hierarchical algorithm
     would send fewer over it, so this is an upper bound there. Raises ProfileError where the network is too small.
     """
     if ranks == 1:
         return 0.0
-    _, level = level_for(profile, ranks)
+    return _travel_seconds(profile, ranks, nbytes, span or ranks) + profile.static.collective_us * _MICRO
+
+
+def all_reduce_seconds(profile: Profile, ranks: int, nbytes: int) -> float:
+    """all_reduce of n bytes: reduce_scatter and all_gather of n / R bytes, in one call (Thakur et al., as above)."""
+    if ranks == 1:
+        return 0.0
+    return 2 * _travel_seconds(profile, ranks, nbytes / ranks, ranks) + profile.static.collective_us * _MICRO
+
+
+def _travel_seconds(profile: Profile, ranks: int, nbytes: float, span: int) -> float:
+    _, level = level_for(profile, span)
     bandwidth = level.bandwidth_gb_s * _GIGA * profile.efficiency.communication
     if level.topology == "mesh" and level.devices is not None:  # which a mesh always has
         data, steps = nbytes / (bandwidth / (level.devices - 1)), 1
     else:
-        data, steps = (ranks - 1) * nbytes / bandwidth, messages(profile, ranks)
-    return data + (steps * level.latency_us + profile.static.collective_us) * _MICRO
+        data, steps = (ranks - 1) * nbytes / bandwidth, messages(profile, ranks, span)
+    return data + steps * level.latency_us * _MICRO
 
 
-def messages(profile: Profile, ranks: int) -> int:
+def messages(profile: Profile, ranks: int, span: int | None = None) -> int:
     """How many messages a rank sends in a collective: in a mesh one to each other rank, all at once; over a switch
     one after another, ceil(log2 R).
     """
-    _, level = level_for(profile, ranks)
+    _, level = level_for(profile, span or ranks)
     return ranks - 1 if level.topology == "mesh" else ceil(log2(ranks))
 
 

@@ -54,19 +54,21 @@ def _why_none(profile: Profile, sizes: Sequence[Size]) -> tuple[str, ...]:
 
 def _gain(profile: Profile, found: Estimate, best: Size) -> list[str]:
     before, after = found.unsplit.runs.step_seconds, best.runs.step_seconds
-    if best.tp_size == 1:
+    base = found.unsplit.tp_size
+    without = "unsplit" if base == 1 else f"at tp {base}"
+    if best.tp_size == base:
         if len(found.sizes) == 1:
-            return [f"{_ms(before)} unsplit; there is no other size to compare with"]
+            return [f"{_ms(before)} {without}; there is no other size to compare with"]
         if any(_takes_less(size, best) for size in found.sizes):
-            return [f"{_ms(before)} unsplit"]
-        return [f"no other size takes less than the {_ms(before)} unsplit"]
+            return [f"{_ms(before)} {without}"]
+        return [f"no other size takes less than the {_ms(before)} {without}"]
     said = (
-        f"{_ms(after)} a step, {_ms(before)} unsplit; a device holds {best.held / GIB:.3f} GiB and saves "
+        f"{_ms(after)} a step, {_ms(before)} {without}; a device holds {best.held / GIB:.3f} GiB and saves "
         f"{best.saved / GIB:.3f}"
     )
-    asked = any(size.tp_size == 1 for size in found.sizes)
+    asked = any(size.tp_size == base for size in found.sizes)
     if not asked and _takes_less(found.unsplit, best) and _refusal(profile, found.unsplit) is None:
-        return [said, "unsplit takes less: this saves memory, not time"]
+        return [said, f"{'unsplit' if base == 1 else f'tp {base}'} takes less: this saves memory, not time"]
     return [said]
 
 
@@ -76,7 +78,8 @@ def _takes_less(size: Size, best: Size) -> bool:
 
 def _others(found: Estimate, best: Size) -> list[Size]:
     """What takes less, the next smaller group and the next larger one."""
-    smaller = max((size.tp_size for size in found.sizes if 1 < size.tp_size < best.tp_size), default=None)
+    base = found.unsplit.tp_size
+    smaller = max((size.tp_size for size in found.sizes if base < size.tp_size < best.tp_size), default=None)
     larger = min((size.tp_size for size in found.sizes if size.tp_size > best.tp_size), default=None)
     return [size for size in found.sizes if _takes_less(size, best) or size.tp_size in (smaller, larger)]
 

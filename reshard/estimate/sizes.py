@@ -6,7 +6,7 @@ from math import isfinite
 
 from reshard.checkpoint import Checkpoint
 from reshard.dtypes import nbytes
-from reshard.errors import AlignmentError, ProfileError, SchemeError
+from reshard.errors import AlignmentError, ProfileError, SchemeError, UsageError
 from reshard.estimate.alignment import Verdict, verdict
 from reshard.estimate.model import GIB, level_for
 from reshard.estimate.profile import Profile
@@ -19,16 +19,28 @@ _BF16_BYTES = 2
 
 @dataclass(frozen=True)
 class Options:
-    """tokens: of each rank, in one decode step. reduce_bytes: see `reshard.estimate.step.Split`."""
+    """tokens: of each data-parallel rank, in one decode step. The others: see `reshard.estimate.step.Split`.
+
+    Raises UsageError for more tokens than rows.
+    """
 
     tokens: int
     reduce_bytes: int = 2
     pad: bool = False
+    max_tokens: int | None = None
+    tensor_parallel_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.max_tokens < self.tokens:
+            raise UsageError(
+                f"--max-tokens {self.max_tokens}: every rank sends so many rows, and --batch gives it {self.tokens} "
+                f"tokens; give --max-tokens {self.tokens} or more"
+            )
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """What depends on how tokens travel to the others: on the wire per token and layer, and a step's seconds."""
+    """What depends on how tokens travel to the others: on the wire a layer, and a step's seconds."""
 
     wire: Wire
     seconds: dict[Kind, float]
@@ -76,7 +88,8 @@ class Refused:
 class Estimate:
     """One scheme's sizes, in the order asked for.
 
-    unsplit: the size of tp 1, asked for or not. as_bf16: the file's weights are no BF16, and are run as such.
+    unsplit: the size that is the tensor-parallel one, 1 without, asked for or not. as_bf16: the file's weights are no
+    BF16, and are run as such.
     """
 
     scheme: str
@@ -94,10 +107,14 @@ def estimate(
     Raises SchemeError for float32 weights, whose rate no profile has, ProfileError for rates next to zero.
     """
     _check_types(checkpoint)
-    unsplit = _size(checkpoint, _plan(checkpoint, 1, options), profile, options, None)
+    base = options.tensor_parallel_size
+    unsplit = _size(checkpoint, _plan(checkpoint, base, options), profile, options, None)
     sizes: list[Size] = []
     refused: list[Refused] = []
     for tp_size in tp_sizes:
+        if tp_size % base:
+            refused.append(Refused(tp_size, f"it counts tensor-parallel ranks, too: a multiple of {base} is wanted"))
+            continue
         try:
             level_for(profile, tp_size)
             plan = _plan(checkpoint, tp_size, options)
@@ -136,7 +153,18 @@ def _size(checkpoint: Checkpoint, plan: Plan, profile: Profile, options: Options
         for layer in checkpoint.layers
     ]
     splits = [
-        Split(plan.tp_size, options.tokens, model.hidden_size, share, gate_up, down, False, options.reduce_bytes)
+        Split(
+            tp_size=plan.tp_size,
+            tokens=options.tokens,
+            hidden_size=model.hidden_size,
+            share=share,
+            gate_up=gate_up,
+            down=down,
+            quantise_first=False,
+            reduce_bytes=options.reduce_bytes,
+            max_tokens=options.max_tokens,
+            tensor_parallel_size=options.tensor_parallel_size,
+        )
         for gate_up, down in ways
     ]
     quantised = any(gate_up != "bf16" for gate_up, _ in ways)

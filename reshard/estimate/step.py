@@ -1,13 +1,22 @@
-"""One decode step through one dense layer on one rank: its kernels and collectives, as `runtime.ffn` issues them.
+"""One decode step through one dense layer on one rank: its kernels and collectives, as `runtime.ffn` issues them, and
+with fixed rows or beside tensor parallelism as `runtime.serving.vllm.split` does.
 
-T tokens that a rank brings, R tp_size, H hidden_size, L the rank's share of intermediate_size.
+T tokens that a rank brings, N rows that it sends, R tp_size, H hidden_size, L the rank's share of intermediate_size.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from reshard.estimate.model import Matmul, Number, collective_seconds, matmul_seconds, messages, vector_seconds
+from reshard.estimate.model import (
+    Matmul,
+    Number,
+    all_reduce_seconds,
+    collective_seconds,
+    matmul_seconds,
+    messages,
+    vector_seconds,
+)
 from reshard.estimate.profile import Profile
 
 Way = Literal["bf16", "dynamic", "static"]
@@ -35,6 +44,8 @@ class Split:
 
     quantise_first: W8A8 tokens are quantised before the gather, as the runtime does, and travel as int8.
     reduce_bytes: of one partial sum as it travels, 2 for BF16, 4 for float32.
+    max_tokens: N where it is fixed, at least T; None: as many rows as tokens.
+    tensor_parallel_size: of the R ranks, so many hold the same tokens.
     """
 
     tp_size: int
@@ -45,6 +56,28 @@ class Split:
     down: Way
     quantise_first: bool = True
     reduce_bytes: int = 2
+    max_tokens: int | None = None
+    tensor_parallel_size: int = 1
+
+    @property
+    def senders(self) -> int:
+        """Ranks that send one another their rows: those at one tensor-parallel rank."""
+        return self.tp_size // self.tensor_parallel_size
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the number of rows is fixed; of rows that stay where they are it never is."""
+        return self.max_tokens is not None and self.senders > 1
+
+    @property
+    def sent(self) -> int:
+        """Rows that a rank sends, or keeps."""
+        return self.max_tokens if self.max_tokens is not None and self.fixed else self.tokens
+
+    @property
+    def rows(self) -> int:
+        """Rows that a rank multiplies."""
+        return self.senders * self.sent
 
     @property
     def token_bytes(self) -> int:
@@ -56,27 +89,29 @@ class Split:
 
 @dataclass(frozen=True)
 class Wire:
-    """What one rank sends for one layer: bytes for each of its tokens, and messages, whatever the number of tokens.
+    """What one rank sends for one layer: bytes, and messages, whatever the number of rows.
 
-    all_gather brings each token to R - 1 ranks, reduce_scatter the partial sums of R - 1 ranks' tokens to them. Each
-    is as many messages as its time is made of: see `reshard.estimate.model.messages`.
+    all_gather brings its rows to the other senders, reduce_scatter the partial sums of their rows to them; what
+    tensor-parallel ranks then add up counts as scattered, too. Each is as many messages as its time is made of: see
+    `reshard.estimate.model.messages`.
     """
 
-    gather_bytes: int
-    scatter_bytes: int
+    gathered: int
+    scattered: int
     messages: int
 
     @property
     def nbytes(self) -> int:
-        """Bytes a token and layer."""
-        return self.gather_bytes + self.scatter_bytes
+        """Bytes a layer."""
+        return self.gathered + self.scattered
 
 
 def wire_of(profile: Profile, split: Split) -> Wire:
     """What a layer puts on the wire."""
-    others = split.tp_size - 1
-    scattered = others * split.reduce_bytes * split.hidden_size
-    return Wire(others * split.token_bytes, scattered, 2 * messages(profile, split.tp_size))
+    others, copies, sums = split.senders - 1, split.tensor_parallel_size, split.reduce_bytes * split.hidden_size
+    scattered = others * split.sent * sums + 2 * (copies - 1) * split.tokens * sums // copies
+    calls = messages(profile, split.senders, split.tp_size) + messages(profile, copies)
+    return Wire(others * split.sent * split.token_bytes, scattered, 2 * calls)
 
 
 def layer_seconds(profile: Profile, split: Split) -> dict[Kind, float]:
@@ -88,8 +123,9 @@ def layer_seconds(profile: Profile, split: Split) -> dict[Kind, float]:
 
 
 def _steps(profile: Profile, split: Split) -> Iterator[tuple[Kind, float]]:
-    own, rows, hidden, share = split.tokens, split.tokens * split.tp_size, split.hidden_size, split.share
-    grouped, quantised = split.tp_size > 1, split.gate_up != "bf16"
+    own, sent, rows, hidden, share = split.tokens, split.sent, split.rows, split.hidden_size, split.share
+    ranks, copies = split.senders, split.tensor_parallel_size
+    travels, added, quantised = ranks > 1, split.tp_size > 1, split.gate_up != "bf16"
 
     def vector(nbytes: int) -> tuple[Kind, float]:
         return "vector", vector_seconds(profile, nbytes)
@@ -100,17 +136,21 @@ def _steps(profile: Profile, split: Split) -> Iterator[tuple[Kind, float]]:
         moved = rows * (inner * each + columns * out)
         return "matmul", matmul_seconds(profile, Matmul(rows, inner, columns, number, inner * columns * each, moved))
 
-    if quantised and (split.quantise_first or not grouped):
+    if quantised and (split.quantise_first or not travels):
         yield vector(own * hidden * 3)
-    packed = grouped and split.gate_up == "dynamic" and split.quantise_first
+    packed = travels and split.gate_up == "dynamic" and split.quantise_first
     if packed:
         yield vector(2 * own * split.token_bytes)  # integers and scale into one message
-    if grouped:
-        yield "gather", collective_seconds(profile, split.tp_size, own * split.token_bytes)
+    if split.fixed:
+        yield vector(2 * own * split.token_bytes)  # to where the collective reads it
+        if sent > own:
+            yield vector((sent - own) * split.token_bytes)  # zeros below
+    if travels:
+        yield "gather", collective_seconds(profile, ranks, sent * split.token_bytes, split.tp_size)
     if packed:
         yield vector(2 * rows * hidden)  # and apart again
         yield vector(2 * rows * _SCALE)
-    if quantised and grouped and not split.quantise_first:
+    if quantised and travels and not split.quantise_first:
         yield vector(rows * hidden * 3)
     fused = split.gate_up == split.down == "dynamic"
     yield multiply(hidden, 2 * share, split.gate_up, _INT32 if fused else _BF16)
@@ -120,11 +160,17 @@ def _steps(profile: Profile, split: Split) -> Iterator[tuple[Kind, float]]:
         yield vector(rows * share * 3 * _BF16)
         if split.down != "bf16":
             yield vector(rows * share * 3)
-    yield multiply(share, hidden, split.down, split.reduce_bytes if grouped else _BF16)
-    if grouped:
-        widened = split.reduce_bytes > _BF16
-        if widened:
-            yield vector(rows * hidden * (_BF16 + split.reduce_bytes))
-        yield "scatter", collective_seconds(profile, split.tp_size, own * hidden * split.reduce_bytes)
-        if widened:
-            yield vector(own * hidden * (_BF16 + split.reduce_bytes))
+    yield multiply(share, hidden, split.down, split.reduce_bytes if added else _BF16)
+    widened = added and split.reduce_bytes > _BF16
+    if widened:
+        yield vector(rows * hidden * (_BF16 + split.reduce_bytes))
+    if split.fixed:
+        yield vector(2 * rows * hidden * split.reduce_bytes)  # to where the collective reads it
+    if travels:
+        yield "scatter", collective_seconds(profile, ranks, sent * hidden * split.reduce_bytes, split.tp_size)
+    if copies > 1:
+        yield "scatter", all_reduce_seconds(profile, copies, own * hidden * split.reduce_bytes)
+    if widened:
+        yield vector(own * hidden * (_BF16 + split.reduce_bytes))
+    elif split.fixed:
+        yield vector(2 * own * hidden * _BF16)  # from where the next layer's collective writes

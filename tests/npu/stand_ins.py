@@ -11,7 +11,7 @@ of at most 65535, no empty operand.
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own custom
 
-FRACTAL_NZ = 29
+ND, FRACTAL_NZ = 2, 29
 _QINT8 = 12  # c10::ScalarType::QInt8, what a dtype becomes where the operator's schema has an int
 _INT8_MAX, _INT8_MIN = 127, -128
 _DTYPES = {1: torch.int8, 3: torch.int32, 5: torch.float16, 15: torch.bfloat16}
@@ -174,6 +174,6 @@ def npu_quantize(x, scales, zero_points, dtype, axis=1, div_mode=True):
 
 def npu_format_cast(x, acl_format, *, customize_dtype=None, input_dtype=None):
     """Another layout of the same values; the layout is the device's own affair."""
-    _require(acl_format == FRACTAL_NZ, f"npu_format_cast: format {acl_format}")
+    _require(acl_format in (ND, FRACTAL_NZ), f"npu_format_cast: format {acl_format}")
     _require(x.is_contiguous(), "npu_format_cast: the weight is not contiguous")
     return x.clone()

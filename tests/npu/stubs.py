@@ -24,16 +24,18 @@ LIBRARIES = (
     "libge_runner.so",
     "libgraph.so",
     "libacl_tdt_channel.so",
+    "libascend_protobuf.so",
+    "libfmk_parser.so",
 )
 
 
 def main(folder: Path) -> None:
-    """Write the six libraries."""
+    """Write the libraries."""
     for program in ("gcc", "nm"):
         if shutil.which(program) is None:
             raise SystemExit(f"error: {program} is not installed; it comes with gcc and binutils")
     package = Path(torch.__file__).parent.parent / "torch_npu"
-    own = [*package.glob("lib/*.so"), *package.glob("_C*.so")]
+    own = [*package.glob("lib/*.so"), *package.glob("_C*.so"), *package.glob("dynamo/torchair/core/*.so")]
     if not own:
         raise SystemExit(f"error: no torch_npu beside torch in {package.parent}")
     loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}

@@ -39,7 +39,14 @@ _numbers = itertools.count()
 
 
 def config_of(served: Served) -> Any:
-    """The VllmConfig of this process."""
+    """The VllmConfig of this process, which has joined its groups."""
+    config = engine_config(served)
+    _join(config)
+    return config
+
+
+def engine_config(served: Served) -> Any:
+    """What vLLM makes of the command line."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.models import utils
     from vllm.plugins import load_general_plugins
@@ -63,9 +70,7 @@ def config_of(served: Served) -> Any:
     if served.shards is not None:
         arguments |= {"load_format": "denseffn_shards"}
         arguments |= {"model_loader_extra_config": {"shards": str(served.shards), **served.extra}}
-    config = EngineArgs(**arguments | served.engine).create_engine_config(headless=True)
-    _join(config)
-    return config
+    return EngineArgs(**arguments | served.engine).create_engine_config(headless=True)
 
 
 def _join(config: Any) -> None:
@@ -83,8 +88,8 @@ def _join(config: Any) -> None:
         if _joined:
             destroy_model_parallel()
         _joined[:] = [layout]
-        # vLLM's CPU worker names its shared memory so, where the processor has AVX-512. Processes that were killed leave
-        # theirs behind.
+        # vLLM's CPU worker names its shared memory so, where the processor has AVX-512. Processes that were killed
+        # leave theirs behind.
         first = [os.getpid()]
         dist.broadcast_object_list(first)
         os.environ["VLLM_DIST_IDENT"] = f"{first[0]}-{next(_numbers)}"

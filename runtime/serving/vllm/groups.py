@@ -1,5 +1,6 @@
 """The groups that share the dense layers: consecutive data-parallel ranks, each with all its tensor-parallel ranks."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from reshard.errors import GroupError
 
 _FAILURE = "denseffn_shards/failure"
+_NO_STORE = (AttributeError, RuntimeError)  # an older torch shows none; it may have gone with the process that held it
 
 
 @dataclass(frozen=True)
@@ -43,15 +45,14 @@ class Group:
 
     def tell(self, message: str) -> None:
         """Leave the others word of why this rank does not come to a collective."""
-        self.data.get_group_store().set(_FAILURE, f"rank {self.data.rank()} of the group failed: {message}")
+        with contextlib.suppress(*_NO_STORE):
+            self.data.get_group_store().set(_FAILURE, f"rank {self.data.rank()} of the group failed: {message}")
 
     def _told(self) -> str:
-        try:
+        with contextlib.suppress(*_NO_STORE):
             store = self.data.get_group_store()
             if store.check([_FAILURE]):
                 return str(store.get(_FAILURE), "utf-8")
-        except RuntimeError:  # the store went with the process that has left
-            pass
         return "another rank of the group has left, its own log says why"
 
 

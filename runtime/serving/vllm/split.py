@@ -89,7 +89,7 @@ def split(mlp: DeepseekV2MLP, group: Group, rows: Rows, reduce_dtype: torch.dtyp
 
 
 def _check_built(linear: nn.Module, tensor_parallel_size: int) -> None:
-    """vllm-ascend gives a linear a `custom_op` that moves its tokens: flashcomm, matmul_allreduce, its own split."""
+    """vllm-ascend gives a linear a `custom_op` that moves its tokens: flashcomm1, matmul_allreduce, its own split."""
     if linear.tp_size != tensor_parallel_size:
         raise UsageError(
             f"{linear.prefix}: the engine has built it for tensor-parallel size {linear.tp_size} of "
@@ -100,7 +100,7 @@ def _check_built(linear: nn.Module, tensor_parallel_size: int) -> None:
     if moved_by is not None:
         raise UsageError(
             f"{linear.prefix}: vllm-ascend runs it by {type(moved_by).__name__}, which moves tokens in a way of its "
-            f"own; leave out what asks for that (enable_flashcomm1, flashcomm2, matmul_allreduce), or {OPTION}"
+            f"own; leave out what asks for that (enable_flashcomm1, matmul_allreduce), or {OPTION}"
         )
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
-from runtime.serving.vllm import ascend
+from runtime.serving.vllm.ascend import is_platform
 from runtime.tokens import pack, unpack
 
 _log = init_logger("vllm.denseffn_shards")
@@ -116,7 +116,7 @@ def travel_of(linear: nn.Module, dtype: torch.dtype) -> Travel:
     kernel = getattr(getattr(linear, "scheme", None), "kernel", None)
     if kernel is not None and _is_onednn_int8(kernel):
         return OneDnnInt8(linear, kernel, dtype)
-    if ascend.is_platform() and (way := _ascends(linear, dtype)):
+    if is_platform() and (way := _ascends(linear, dtype)):
         return way
     if not isinstance(method, UnquantizedLinearMethod):
         _log.warning_once(

@@ -1,0 +1,88 @@
+"""Decode nodes of a disaggregated deployment, where vllm-ascend does not exchange token counts."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.ascend import inside, steps
+from tests.ascend.inside import DECODE_NODE, Served
+from tests.ascend.test_option import close
+from tests.distributed import RankFailure, Ranks
+from tests.vllm.models import HIDDEN
+
+MOST = 24  # max_num_seqs: without graphs, what a decode step may have
+ENGINE = {**DECODE_NODE, "max_num_seqs": MOST}
+RECOMPUTE = {"recompute_scheduler_enable": True}  # what decode nodes of large deployments set
+
+
+def _node(model: Path, shards: Path | None, **more: object) -> Served:
+    """Four data-parallel ranks of a decode node."""
+    settings = {"data": 4, "atlas": "A3", "engine": ENGINE, "additional": RECOMPUTE, **more}
+    return Served(model, shards, **settings)  # type: ignore[arg-type]
+
+
+def test_the_engine_exchanges_no_counts(four: Ranks, dense: Path) -> None:
+    """That what follows is of such a node: vllm-ascend says so itself."""
+    assert four.run(inside.exchanges_counts, _node(dense, None)) == [False] * 4
+    assert four.run(inside.exchanges_counts, Served(dense, data=4)) == [True] * 4
+
+
+def test_200_steps_of_any_counts_in_any_buckets(four: Ranks, dense: Path) -> None:
+    """Two groups of two. Each rank has its own order of counts: none waits, every result is right."""
+    ours = four.run(steps.decode, _node(dense, dense.parent / "tp2", option=2), 200, MOST)
+    buckets = (0, 1, 8, MOST)
+    whole = four.run(inside.forward, _node(dense, None), [[bucket] * 4 for bucket in buckets])
+    for unsplit, found in zip(whole, ours, strict=True):
+        assert found["different"] == []
+        assert found["results"].keys() == set(buckets)
+        for bucket, before in zip(buckets, unsplit, strict=True):
+            for a, b in zip(before, found["results"][bucket], strict=True):
+                close(b, a)
+        assert found["sent"] == {(MOST, MOST * HIDDEN * 2)}
+        names = [key for key, _ in found["addresses"]]
+        assert len(names) == len(set(names)) == 4  # one address for each tensor of a collective
+
+
+def test_max_tokens_is_the_number_of_rows(four: Ranks, dense: Path) -> None:
+    found = four.run(steps.decode, _node(dense, dense.parent / "tp2", option=2, extra={"max_tokens": 31}), 5, MOST)
+    assert [each["sent"] for each in found] == [{(31, 31 * HIDDEN * 2)}] * 4
+
+
+def test_ranks_that_were_told_different_numbers(four: Ranks, dense: Path) -> None:
+    served = [_node(dense, dense.parent / "tp2", option=2, extra={"max_tokens": rows}) for rows in (24, 24, 24, 32)]
+    for said in four.run(steps.load_each, served):
+        assert "max_tokens is 24 on rank 0 of the group and 32 on rank 3" in said
+
+
+@pytest.mark.parametrize("wrong", [1, 2])
+def test_more_tokens_than_rows_end_the_group(four: Ranks, dense: Path, tmp_path: Path, wrong: int) -> None:
+    """The rank at fault raises before any collective; the other of its group ends with what that has said."""
+    said = tmp_path / "said"
+    with pytest.raises(RankFailure) as caught:
+        four.run(steps.too_many, _node(dense, dense.parent / "tp2", option=2), wrong, MOST + 1, said)
+    message = f"model.layers.0.mlp: x has {MOST + 1} tokens, and every rank sends {MOST} rows; set max_tokens in"
+    assert said.read_text().startswith(f"TokensError: {message}")
+    other = wrong ^ 1
+    assert caught.value.kinds == {wrong: "EOFError", other: "GroupError"}
+    assert f"rank {wrong % 2} of the group failed: {message}" in str(caught.value)
+
+
+def test_data_and_tensor_parallel_ranks_together(four: Ranks, dense: Path) -> None:
+    node = {"data": 2, "tensor": 2}
+    counts = [[0, 7], [24, 1], [8, 8]]
+    whole = four.run(inside.forward, _node(dense, None, **node), counts)
+    ours = four.run(inside.forward, _node(dense, dense.parent / "tp4", option=4, **node), counts)
+    for before, after in zip(whole, ours, strict=True):
+        for unsplit, got in zip(before, after, strict=True):
+            for a, b in zip(unsplit, got, strict=True):
+                close(b, a)
+
+
+@pytest.mark.parametrize("decode_node", [True, False])
+def test_nothing_waits_for_the_device(four: Ranks, dense: Path, decode_node: bool) -> None:
+    """On the meta device no tensor has values: whatever asked for one would raise."""
+    shards = dense.parent / "tp2"
+    served = _node(dense, shards, option=2) if decode_node else Served(dense, shards, data=4, option=2)
+    counts = [3, 5, 0, 7]
+    for rank, said in enumerate(four.run(steps.on_meta, served, counts)):
+        assert said == [f"meta [{counts[rank]}, {HIDDEN}]"] * 3

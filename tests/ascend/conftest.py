@@ -9,6 +9,7 @@ import pytest
 
 from reshard.prepare import Cut
 from tests.ascend import stand_ins
+from tests.ascend.models import Model, made_of
 from tests.distributed import Ranks
 from tests.running import split
 from tests.vllm.models import write_model
@@ -55,6 +56,19 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two dense layers and two with experts, BF16, with the same sets."""
     folder = tmp_path_factory.mktemp("mixed") / "model"
     return with_sets(write_model(folder, layers=4, dense=2, dtype="bfloat16"))
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
+    """Each by its name, made once."""
+    made: dict[str, Model] = {}
+
+    def of(name: str) -> Model:
+        if name not in made:
+            made[name] = made_of(name, tmp_path_factory.mktemp("model"))
+        return made[name]
+
+    return of
 
 
 def with_sets(model: Path) -> Path:

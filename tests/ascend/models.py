@@ -1,12 +1,53 @@
 """Whole models around the dense layers of checkpoints, real ones and those of `tests.builders`."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from tests.builders import dense_only, read_folder, read_safetensors, write_safetensors
+from reshard.prepare import Cut
+from tests.ascend.inside import Served
+from tests.builders import CHECKPOINTS, Spec, build, dense_only, read_folder, read_safetensors, write_safetensors
+from tests.running import split
 from tests.vllm.models import write_model
 
 _PLAIN = ["lm_head", "re:.*self_attn.*", "re:.*mlp[.]gate$", "re:.*experts.*"]
+
+# What no real file at hand has: a recipe of tests.builders for gate and up, and one for down.
+MADE = {
+    "static v1": ("modelslim_static", None),
+    "static FP16": ("modelslim_fp16_static", None),
+    "mix": ("modelslim_mix", None),
+    "dynamic, down plain": ("modelslim_dynamic", "modelslim_float"),
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model and the set cut from it for 2; `rest` is the model without what the set holds."""
+
+    whole: Path
+    rest: Path
+    shards: Path
+    dtype: str
+
+    def both(self, **layout: Any) -> tuple[Served, Served]:
+        """By the engine's own loader, and by ours."""
+        own = Served(self.whole, dtype=self.dtype, **layout)
+        return own, Served(self.rest, self.shards, dtype=self.dtype, **layout)
+
+
+def made_of(name: str, folder: Path) -> Model:
+    """A checkpoint that lies in the repository, one of `MADE`, or a recipe of `tests.builders`, in `folder`."""
+    source = CHECKPOINTS / name
+    if not source.exists():
+        gate_up, down = MADE.get(name, (name, None))
+        source = folder / "source"
+        build(source, Spec(gate_up, down_recipe=down, computable=True))
+    whole = around(source, folder / "model")
+    split(whole, folder / "tp2", Cut(2))
+    dtype = "float16" if "FP16" in name else "bfloat16"
+    return Model(whole, poisoned(whole, folder / "rest"), folder / "tp2", dtype)
 
 
 def around(checkpoint: Path, folder: Path) -> Path:

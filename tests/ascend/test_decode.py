@@ -12,7 +12,8 @@ from tests.vllm.models import HIDDEN
 
 MOST = 24  # max_num_seqs: without graphs, what a decode step may have
 ENGINE = {**DECODE_NODE, "max_num_seqs": MOST}
-RECOMPUTE = {"recompute_scheduler_enable": True}  # what decode nodes of large deployments set
+# What decode nodes of large deployments set, where vllm-ascend's versions want it.
+RECOMPUTE = {"recompute_scheduler_enable": True, "scheduler_config": {"recompute_scheduler_enable": True}}
 
 
 def _node(model: Path, shards: Path | None, **more: object) -> Served:

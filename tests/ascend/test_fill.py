@@ -5,20 +5,15 @@ The model that the shards go with is poisoned: whatever of its dense layers were
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from reshard.prepare import Cut
 from tests.ascend import inside
-from tests.ascend.inside import DECODE_NODE, Served, Tensors
-from tests.ascend.models import around, poisoned
-from tests.builders import CHECKPOINTS, Spec, build
+from tests.ascend.inside import DECODE_NODE, Tensors
+from tests.ascend.models import MADE, Model
 from tests.distributed import Ranks
-from tests.running import split
 
 MLP, TENSOR = {"data": 2, "mlp": 2}, {"tensor": 2}
 REAL = (
@@ -29,13 +24,6 @@ REAL = (
     "llmcompressor-w8a8",
     "llmcompressor-w8a8-all-dense",
 )
-# What no real file at hand has: a recipe of tests.builders for gate and up, and one for down.
-MADE = {
-    "static v1": ("modelslim_static", None),
-    "static FP16": ("modelslim_fp16_static", None),
-    "mix": ("modelslim_mix", None),
-    "dynamic, down plain": ("modelslim_dynamic", "modelslim_float"),
-}
 # What vllm-ascend does not load on an Atlas A2, with what it says.
 NOT_LOADED = {
     "fp8_block": "fp8 quantization is currently not supported in npu|object has no attribute 'o_groups'",
@@ -43,42 +31,6 @@ NOT_LOADED = {
     "ct_static_asymmetric": "No compressed-tensors compatible quantization type was found",
     "int8_block": "Unknown quantization method: blockwise_int8",
 }
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model and the set cut from it for 2; `rest` is the model without what the set holds."""
-
-    whole: Path
-    rest: Path
-    shards: Path
-    dtype: str
-
-    def both(self, **layout: Any) -> tuple[Served, Served]:
-        """By the engine's own loader, and by ours."""
-        own = Served(self.whole, dtype=self.dtype, **layout)
-        return own, Served(self.rest, self.shards, dtype=self.dtype, **layout)
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
-    """Each by its name, made once."""
-    made: dict[str, Model] = {}
-
-    def of(name: str) -> Model:
-        if name not in made:
-            folder, source = tmp_path_factory.mktemp("model"), CHECKPOINTS / name
-            if not source.exists():
-                gate_up, down = MADE.get(name, (name, None))
-                source = folder / "source"
-                build(source, Spec(gate_up, down_recipe=down, computable=True))
-            whole = around(source, folder / "model")
-            split(whole, folder / "tp2", Cut(2))
-            dtype = "float16" if "FP16" in name else "bfloat16"
-            made[name] = Model(whole, poisoned(whole, folder / "rest"), folder / "tp2", dtype)
-        return made[name]
-
-    return of
 
 
 def _same(own: Tensors, ours: Tensors, rank: int) -> None:

@@ -280,31 +280,3 @@ def draft(group: dist.ProcessGroup, served: Served) -> dict[str, torch.Tensor]:
     config = config_of(served)
     config.model_config.runner_type = "draft"
     return {name: value.detach().clone() for name, value in unprocessed(config).named_parameters()}
-
-
-def as_ascend_builds(group: dist.ProcessGroup, served: Served, size: int) -> tuple[dict[str, torch.Tensor], set[str]]:
-    """Parameters and MLP classes of a model whose dense linears stand in for vllm-ascend's, filled by the loader.
-
-    There `AscendMergedColumnParallelLinear` and `AscendRowParallelLinear` are built with the sizes of one rank of an
-    MLP group, and carry its rank and size as `tp_rank` and `tp_size`; tensor parallelism is off. The linears here are
-    vLLM's own, built with those sizes and given those attributes.
-    """
-    from vllm.config import set_current_vllm_config
-    from vllm.model_executor.model_loader import get_model_loader
-    from vllm.model_executor.model_loader.utils import initialize_model
-    from vllm.utils.torch_utils import set_default_torch_dtype
-
-    from runtime.serving.vllm.structure import dense_mlps, intermediate_size
-
-    config = config_of(served)
-    loader = get_model_loader(config.load_config)
-    whole = config.model_config.hf_config.intermediate_size
-    with set_current_vllm_config(config), set_default_torch_dtype(config.model_config.dtype):
-        with intermediate_size(config.model_config.hf_config, whole // size):
-            model = initialize_model(config)
-        for mlp in dense_mlps(model).values():
-            for linear in (mlp.gate_up_proj, mlp.down_proj):
-                linear.tp_rank, linear.tp_size = group.rank() % size, size
-        loader.load_weights(model, config.model_config)
-    classes = {type(mlp).__name__ for mlp in dense_mlps(model).values()}
-    return {name: value.detach().clone() for name, value in model.named_parameters()}, classes

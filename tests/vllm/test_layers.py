@@ -204,14 +204,3 @@ def test_a_draft_model_is_left_alone(two: Ranks, dense: Path) -> None:
     for before, after in zip(whole, ours, strict=True):
         assert before.keys() == after.keys()
         assert all(torch.equal(value, after[name]) for name, value in before.items())
-
-
-def test_layers_that_another_plugin_has_cut_are_filled(two: Ranks, mixed: Path) -> None:
-    """vllm-ascend's way: no option of ours, rank and size from the layers, their forward untouched."""
-    additional = {"finegrained_tp_config": {"mlp_tensor_parallel_size": 2}}
-    ascend = Served(mixed, mixed.parent / "tp2", data=2, additional=additional)
-    ours = two.run(inside.parameters, _split(mixed))
-    for expected, (filled, classes) in zip(ours, two.run(inside.as_ascend_builds, ascend, 2), strict=True):
-        assert classes == {"DeepseekV2MLP"}
-        assert expected.keys() == filled.keys()
-        assert all(torch.equal(value, filled[name]) for name, value in expected.items())

@@ -88,7 +88,7 @@ def test_eager(dense: Path, without: list[Answer], tmp_path: Path) -> None:
     held = re.findall(r"rank ([01]) of 2 holds dense layers 0, 1, 2, ([0-9]+) bytes", log)
     assert sorted(held) == [("0", str(3 * LAYER_BYTES // 2)), ("1", str(3 * LAYER_BYTES // 2))]
     dealt = {
-        rank: set(re.findall(rf"model\.layers\.0\.mlp rank {rank} of 2: tokens \[([0-9]+), ([0-9]+)\]", log))
+        rank: set(re.findall(rf"model\.layers\.0\.mlp rank {rank} of 2: tokens \(([0-9]+), ([0-9]+)\)", log))
         for rank in (0, 1)
     }
     assert dealt[0] == dealt[1]

@@ -33,7 +33,7 @@ WITHOUT_CANN = LD_LIBRARY_PATH="$(CURDIR)/$(1)/stubs" TORCH_DEVICE_BACKEND_AUTOL
 .PHONY: help setup setup-vllm setup-ascend demo demo-vllm test test-npu test-vllm test-ascend lint format bench clean
 
 help: ## show this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 setup: $(READY) ## make .venv with the package in it, editable, and its console script
 
@@ -50,7 +50,7 @@ test: $(READY) ## run the tests; ARGS='-k plan' picks some
 	$(BIN)/python -m pytest $(ARGS)
 
 test-npu: $(NPU_READY) ## the NPU path against the real torch_npu, on the CPU, in an environment of its own
-	$(call WITHOUT_CANN,$(NPU_VENV)) -m pytest tests/npu $(ARGS)
+	@$(call WITHOUT_CANN,$(NPU_VENV)) -m pytest tests/npu $(ARGS)
 
 $(NPU_READY): pyproject.toml Makefile tests/npu/stubs.py
 	$(PYTHON) -m venv $(NPU_VENV)
@@ -86,7 +86,7 @@ $(ASCEND_READY): pyproject.toml Makefile tests/npu/stubs.py $(ASCEND_LOCK)
 	@touch $@
 
 test-ascend: $(ASCEND_READY) ## the plugin in the real vllm-ascend, on the CPU, in an environment of its own; ASCEND=0.18.0
-	$(call WITHOUT_CANN,$(ASCEND_VENV)) -m pytest tests/ascend $(ARGS)
+	@$(call WITHOUT_CANN,$(ASCEND_VENV)) -m pytest tests/ascend $(ARGS)
 
 demo-vllm: $(VLLM_READY) ## a real vLLM server, with and without the plugin: what its ranks hold and what it answers
 	@$(VLLM_VENV)/bin/python -m tests.vllm.demo

@@ -24,7 +24,7 @@ LIBRARIES = (
     "libge_runner.so",
     "libgraph.so",
     "libacl_tdt_channel.so",
-    "libascend_protobuf.so",
+    "libascend_protobuf.so",  # this one and the next for torchair, which vllm-ascend 0.18.0 imports
     "libfmk_parser.so",
 )
 

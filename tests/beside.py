@@ -49,12 +49,14 @@ def would_install(wheel: Path) -> set[str]:
     return {canonicalize_name(each["metadata"]["name"]) for each in json.loads(out)["install"]}
 
 
-def unmet(site: Path, leaving_out: Collection[str] = ()) -> list[str]:
-    """Who wants another version than is here, of the packages that the project in `site` requires: it, or any other.
+def unmet(site: Path | None = None, leaving_out: Collection[str] = ()) -> list[str]:
+    """Who wants another version than is here, of the packages that the project requires: it, or any other.
 
-    `leaving_out`: packages whose versions the environment does not meet on purpose.
+    `site`: where the project was installed by itself; None for the environment. `leaving_out`: packages whose versions
+    the environment does not meet on purpose.
     """
-    here = {canonicalize_name(each.name): each for each in (*distributions(), *distributions(path=[str(site)]))}
+    found = (*distributions(), *(distributions(path=[str(site)]) if site else ()))
+    here = {canonicalize_name(each.name): each for each in found}
     ours = {canonicalize_name(wanted.name) for wanted in _requirements(here[PROJECT])} - set(leaving_out)
     versions = {name: here[name].version if name in here else "none" for name in ours}
     return [

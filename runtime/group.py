@@ -28,16 +28,17 @@ def agree(group: dist.ProcessGroup | None, own: Mapping[str, Any], problem: Exce
     A rank with a `problem` says so instead, raises it, and the others raise GroupError with its message: none is left
     waiting for it.
     """
-    said: list[tuple[Mapping[str, Any], str | None]] = [(own, None if problem is None else str(problem))]
+    message = None if problem is None else str(problem) or type(problem).__name__
+    said: list[tuple[Mapping[str, Any], str | None]] = [(own, message)]
     if group is not None and group.size() > 1:
         said = [said[0]] * group.size()
-        dist.all_gather_object(said, (dict(own), None if problem is None else str(problem)), group=group)
+        dist.all_gather_object(said, (dict(own), message), group=group)
     if problem is not None:
         raise problem
-    for rank, (_, message) in enumerate(said):
-        if message is not None:
-            raise GroupError(f"rank {rank} of the group failed: {message}")
-    for rank, (theirs, _) in enumerate(said):
+    for rank, (_, theirs) in enumerate(said):
+        if theirs is not None:
+            raise GroupError(f"rank {rank} of the group failed: {theirs}")
+    for rank, (settings, _) in enumerate(said):
         for key, value in said[0][0].items():
-            if theirs[key] != value:
-                raise GroupError(f"{key} is {value!r} on rank 0 of the group and {theirs[key]!r} on rank {rank}")
+            if settings[key] != value:
+                raise GroupError(f"{key} is {value!r} on rank 0 of the group and {settings[key]!r} on rank {rank}")

@@ -30,8 +30,8 @@ def _counted(*counts: int) -> Counted:
     return Counted(Group(), lambda: torch.tensor(counts, dtype=torch.int32) if counts else None)  # type: ignore[arg-type]
 
 
-def _fixed(rows: int, group: Group | None = None, profiling: bool = False) -> Fixed:
-    return Fixed(group or Group(), rows, lambda: profiling)  # type: ignore[arg-type]
+def _fixed(rows: int, group: Group | None = None, rehearsal: bool = False) -> Fixed:
+    return Fixed(group or Group(), rows, lambda: rehearsal)  # type: ignore[arg-type]
 
 
 def _rows(count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -97,9 +97,9 @@ def test_more_tokens_than_rows() -> None:
     )
 
 
-def test_while_memory_is_measured_every_rank_has_as_many() -> None:
-    """The kept tensors are made then, so that what they take is counted."""
-    fixed, x = _fixed(4, profiling=True), _rows(9)
+def test_in_a_rehearsal_every_rank_has_as_many() -> None:
+    """The engine measures its memory, or warms up. The kept tensors are made then, so that they are counted."""
+    fixed, x = _fixed(4, rehearsal=True), _rows(9)
     dealt = fixed.deal(9, "mlp")
     assert dealt == Dealt(9, (9, 9), True)
     assert fixed.place("sent", x, dealt, 1) is x
@@ -107,16 +107,38 @@ def test_while_memory_is_measured_every_rank_has_as_many() -> None:
     assert {key[0]: value.shape for key, value in fixed._kept.items()} == {"sent": (4, WIDTH), "gathered": (8, WIDTH)}
 
 
+def _scheduler(batched: int) -> SimpleNamespace:
+    return SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=batched))
+
+
 def test_where_rows_are_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = object()
+    config = _scheduler(8192)
     monkeypatch.setattr(ascend, "exchanges_counts", lambda config: True)
     assert ascend.fixed_rows(config, True, None) is None
     with pytest.raises(UsageError, match="max_tokens is 64 in model_loader_extra_config, and no rows are fixed here"):
         ascend.fixed_rows(config, True, 64)
     monkeypatch.setattr(ascend, "exchanges_counts", lambda config: False)
-    monkeypatch.setattr(ascend, "most_tokens", lambda: 24)
+    monkeypatch.setattr(ascend, "most_tokens", lambda config: 24)
+    monkeypatch.setattr(ascend, "_only_decodes", lambda: True)
     assert ascend.fixed_rows(config, True, None) == 24
     assert ascend.fixed_rows(config, True, 64) == 64
     assert ascend.fixed_rows(config, False, None) is None
     with pytest.raises(UsageError, match="max_tokens is 64"):
         ascend.fixed_rows(config, False, 64)
+
+
+def test_rows_that_a_step_may_exceed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vllm-ascend exchanges no counts for prefill either where its experts' exchange takes that, too."""
+    monkeypatch.setattr(ascend, "exchanges_counts", lambda config: False)
+    monkeypatch.setattr(ascend, "most_tokens", lambda config: 24)
+    monkeypatch.setattr(ascend, "_only_decodes", lambda: False)
+    with pytest.raises(
+        UsageError, match=r"max_tokens is 16 .* and a decode step may have 24 tokens; set it to 24 or more"
+    ):
+        ascend.fixed_rows(_scheduler(24), True, 16)
+    assert ascend.fixed_rows(_scheduler(24), True, None) == 24
+    with pytest.raises(
+        UsageError, match=r"would send 24 rows, and a step may have 8192 tokens .*recompute_scheduler_ena"
+    ):
+        ascend.fixed_rows(_scheduler(8192), True, None)
+    assert ascend.fixed_rows(_scheduler(8192), True, 8192) == 8192

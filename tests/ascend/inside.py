@@ -221,8 +221,10 @@ def data_parallel_rank(config: Any) -> int:
 
 
 @contextlib.contextmanager
-def forward_context(config: Any, model: Any, counts: list[int]) -> Iterator[None]:
+def forward_context(config: Any, model: Any, counts: list[int], requests: bool = True) -> Iterator[None]:
     """vllm-ascend's, with what its runner would say of `counts`, a token count for each data-parallel rank.
+
+    Without `requests` as in memory profiling and warm-up, which have no attention metadata.
 
     Where vllm-ascend does not exchange them (`should_skip_allreduce_across_dp_group`), a rank's own stands for all.
     """
@@ -235,7 +237,9 @@ def forward_context(config: Any, model: Any, counts: list[int]) -> Iterator[None
         told = torch.tensor([own] * len(counts) if should_skip_allreduce_across_dp_group(config) else counts)
     with (
         torch.inference_mode(),
-        set_ascend_forward_context(None, config, num_tokens=own, num_tokens_across_dp=told, model_instance=model),
+        set_ascend_forward_context(
+            {} if requests else None, config, num_tokens=own, num_tokens_across_dp=told, model_instance=model
+        ),
     ):
         yield
 

@@ -102,6 +102,16 @@ def load_each(group: dist.ProcessGroup, served: list[Served]) -> str:
     return inside.load(group, served[dist.get_rank()])
 
 
+def rehearse(group: dist.ProcessGroup, served: Served, count: int) -> tuple[list[torch.Tensor], set[tuple[int, int]]]:
+    """The dense MLPs' results of `count` tokens on every rank in a step without requests, and what was gathered."""
+    config, model = inside.loaded(served)
+    from runtime.serving.vllm.structure import dense_mlps
+
+    x = tokens(inside.data_parallel_rank(config), count, config.model_config.hf_config.hidden_size, torch.bfloat16)
+    with _sent() as sent, inside.forward_context(config, model, [count] * 4, requests=False):
+        return [mlp(x).clone() for mlp in dense_mlps(model).values()], set(sent)
+
+
 def too_many(group: dist.ProcessGroup, served: Served, wrong: int, count: int, said: Path) -> None:
     """Rank `wrong` has `count` tokens, more than the fixed rows, says what it is told in the file `said`, and ends.
 
@@ -138,10 +148,15 @@ def on_meta(group: dist.ProcessGroup, served: Served, counts: list[int]) -> list
             self.size = group.size()
 
         def gather(self, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-            return rows.new_empty(len(rows) * self.size, rows.shape[1]) if out is None else out
+            return self._result(rows, len(rows) * self.size, out)
 
         def reduce_scatter(self, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-            return rows.new_empty(len(rows) // self.size, rows.shape[1]) if out is None else out
+            return self._result(rows, len(rows) // self.size, out)
+
+        def _result(self, rows: torch.Tensor, count: int, out: torch.Tensor | None) -> torch.Tensor:
+            result = rows.new_empty(count, rows.shape[1])
+            assert out is None or (out.shape, out.dtype) == (result.shape, result.dtype)
+            return result if out is None else out
 
         def all_reduce(self, rows: torch.Tensor) -> torch.Tensor:
             return rows

@@ -1,11 +1,13 @@
 """Decode nodes of a disaggregated deployment, where vllm-ascend does not exchange token counts."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.ascend import inside, steps
 from tests.ascend.inside import DECODE_NODE, Served
+from tests.ascend.models import Model
 from tests.ascend.test_option import close
 from tests.distributed import RankFailure, Ranks
 from tests.vllm.models import HIDDEN
@@ -55,7 +57,28 @@ def test_ranks_that_were_told_different_numbers(four: Ranks, dense: Path) -> Non
         assert "max_tokens is 24 on rank 0 of the group and 32 on rank 3" in said
 
 
-@pytest.mark.parametrize("wrong", [1, 2])
+def test_memory_profiling_and_warm_up_may_have_more(four: Ranks, dense: Path) -> None:
+    """vllm-ascend runs them with max_num_batched_tokens, the same on every rank."""
+    ours = four.run(steps.rehearse, _node(dense, dense.parent / "tp2", option=2), MOST + 40)
+    whole = four.run(inside.forward, _node(dense, None), [[MOST + 40] * 4])
+    for (unsplit,), (found, sent) in zip(whole, ours, strict=True):
+        assert sent == {(MOST + 40, (MOST + 40) * HIDDEN * 2)}
+        for a, b in zip(unsplit, found, strict=True):
+            close(b, a)
+
+
+def test_prefill_that_is_not_exchanged_either(four: Ranks, dense: Path) -> None:
+    """Without the recompute scheduler, where vllm-ascend's experts take a whole prefill (fused MC2)."""
+    fused = {"enable_fused_mc2": 1}
+    served = _node(dense, dense.parent / "tp2", option=2, additional=fused)
+    if four.run(inside.exchanges_counts, served)[0]:
+        pytest.skip("this vllm-ascend does not know enable_fused_mc2 in its additional config")
+    for said in four.run(inside.load, served):
+        assert f"every rank would send {MOST} rows, and a step may have" in said
+        assert "recompute_scheduler_enable" in said
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
 def test_more_tokens_than_rows_end_the_group(four: Ranks, dense: Path, tmp_path: Path, wrong: int) -> None:
     """The rank at fault raises before any collective; the other of its group ends with what that has said."""
     said = tmp_path / "said"
@@ -80,10 +103,14 @@ def test_data_and_tensor_parallel_ranks_together(four: Ranks, dense: Path) -> No
 
 
 @pytest.mark.parametrize("decode_node", [True, False])
-def test_nothing_waits_for_the_device(four: Ranks, dense: Path, decode_node: bool) -> None:
+@pytest.mark.parametrize("name", ["tiny-bf16", "msmodelslim-w8a8_dynamic_sharded", "msmodelslim_v0-w8a8_static", "mix"])
+def test_nothing_waits_for_the_device(four: Ranks, model: Callable[[str], Model], name: str, decode_node: bool) -> None:
     """On the meta device no tensor has values: whatever asked for one would raise."""
-    shards = dense.parent / "tp2"
-    served = _node(dense, shards, option=2) if decode_node else Served(dense, shards, data=4, option=2)
+    made = model(name)
+    served = Served(made.rest, made.shards, data=4, option=2, dtype=made.dtype)
+    if decode_node:
+        served = _node(made.rest, made.shards, option=2, dtype=made.dtype)
     counts = [3, 5, 0, 7]
     for rank, said in enumerate(four.run(steps.on_meta, served, counts)):
-        assert said == [f"meta [{counts[rank]}, {HIDDEN}]"] * 3
+        assert len(said) >= 2
+        assert set(said) == {f"meta [{counts[rank]}, 256]"}

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from reshard.errors import GroupError
 
 _FAILURE = "denseffn_shards/failure"
-_NO_STORE = (AttributeError, RuntimeError)  # an older torch shows none; it may have gone with the process that held it
+_STORE_ERRORS = (AttributeError, RuntimeError)  # an older torch shows no store; it goes with the process that held it
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class Group:
 
     def tell(self, message: str) -> None:
         """Leave the others word of why this rank does not come to a collective."""
-        with contextlib.suppress(*_NO_STORE):
+        with contextlib.suppress(*_STORE_ERRORS):
             self.data.get_group_store().set(_FAILURE, f"rank {self.data.rank()} of the group failed: {message}")
 
     def _told(self) -> str:
-        with contextlib.suppress(*_NO_STORE):
+        with contextlib.suppress(*_STORE_ERRORS):
             store = self.data.get_group_store()
             if store.check([_FAILURE]):
                 return str(store.get(_FAILURE), "utf-8")

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.load import LoadConfig
-from vllm.distributed.parallel_state import get_dp_group, get_tp_group
+from vllm.distributed.parallel_state import get_dp_group, get_pp_group, get_tp_group
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import base_loader
@@ -31,11 +31,11 @@ from reshard.manifest import Manifest
 from reshard.option import OPTION, option_of
 from runtime.group import agree
 from runtime.loader import load_shard, read_manifest, share_of
-from runtime.serving.vllm.ascend import fixed_rows, is_profiling
+from runtime.serving.vllm.ascend import fixed_rows, is_rehearsal
 from runtime.serving.vllm.fill import fill
 from runtime.serving.vllm.groups import Group, make_group
 from runtime.serving.vllm.options import parse
-from runtime.serving.vllm.refusals import refuse, refuse_elastic, splits
+from runtime.serving.vllm.refusals import refuse, refuse_elastic, split_size
 from runtime.serving.vllm.rows import Counted, Fixed, Rows
 from runtime.serving.vllm.source import check_same, read_others
 from runtime.serving.vllm.structure import (
@@ -80,7 +80,7 @@ class DenseFFNShardsLoader(DefaultModelLoader):
             return build(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         refuse_elastic(vllm_config)
         additional, tensor = _additional(vllm_config), get_tp_group()
-        size, split_over = option_of(additional), splits(additional, tensor.world_size)
+        size = split_size(additional, tensor.world_size)
         folder, config = self.options.shards, model_config.hf_text_config
         problem: Exception | None = None
         digest, share, fixed = "", 0, None
@@ -89,16 +89,21 @@ class DenseFFNShardsLoader(DefaultModelLoader):
             refuse(vllm_config, additional, model_config.is_moe, manifest.tp_size)
             compare_model(config, manifest, str(folder))
             share = share_of(manifest)
-            fixed = fixed_rows(vllm_config, split_over, self.options.max_tokens)
+            fixed = fixed_rows(vllm_config, size is not None, self.options.max_tokens)
         except Exception as error:  # whatever it is, the others must not wait for this rank
             problem = error
-        settings = {"shard set": digest, OPTION: size, "reduce_dtype": self.options.reduce_dtype, "max_tokens": fixed}
+        settings = {
+            "shard set": digest,
+            OPTION: option_of(additional),
+            "reduce_dtype": self.options.reduce_dtype,
+            "max_tokens": fixed,
+        }
         _agree(settings, problem)
-        if size is None or not split_over:
+        if size is None:
             return build(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         data = get_dp_group()
         group = make_group(data.ranks, data.device_group, tensor.device_group, size)
-        rows: Rows = Counted(group, _token_counts) if fixed is None else Fixed(group, fixed, is_profiling)
+        rows: Rows = Counted(group, _token_counts) if fixed is None else Fixed(group, fixed, is_rehearsal)
         with intermediate_size(config, share * tensor.world_size):
             model = build(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         # Not at the top: it imports the engine's model, and `register` must not.
@@ -207,11 +212,8 @@ def _is_draft(model_config: ModelConfig) -> bool:
 
 
 def _agree(own: dict[str, Any], problem: Exception | None) -> None:
-    """With all ranks that load the set together: over the data-parallel ones, then over the tensor-parallel ones.
-
-    Raises what any of them raises, on each of them.
-    """
-    for group in (get_dp_group(), get_tp_group()):
+    """With all ranks that load the set together. Raises what any of them raises, on each of them."""
+    for group in (get_dp_group(), get_tp_group(), get_pp_group()):
         try:
             agree(group.cpu_group, own, problem)
         except Exception as error:
@@ -238,15 +240,15 @@ def _counted_as_loaded(model: nn.Module, mlps: dict[int, Any]) -> Iterator[None]
 @contextlib.contextmanager
 def _in_place_of(owner: Any, name: str, value: Any) -> Iterator[None]:
     """`value` as the attribute `name`, for a time."""
-    before = vars(owner).get(name)  # None: its class's
+    is_own, before = name in vars(owner), getattr(owner, name)  # else its class's
     setattr(owner, name, value)
     try:
         yield
     finally:
-        if before is None:
-            delattr(owner, name)
-        else:
+        if is_own:
             setattr(owner, name, before)
+        else:
+            delattr(owner, name)
 
 
 def _place(mlps: dict[int, Any], manifest: Manifest, folder: Path) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from runtime.loader import Verify
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in REDUCE_DTYPES}
 _VERIFY: tuple[str, ...] = get_args(Verify)
 _SOURCE = ("same", "any")
-# vLLM's keys for its default loader; the first two are for reading whole files with several threads.
+# vLLM's own for its default loader.
 _ENGINES = {"enable_weights_track"}
 
 

@@ -14,7 +14,7 @@ def refuse(config: Any, additional: dict[str, Any], moe: bool, shards_tp_size: i
     parallel = config.parallel_config
     setup = Setup(parallel.data_parallel_size, parallel.tensor_parallel_size, moe, parallel.pipeline_parallel_size)
     messages = [rule.message for rule in broken_rules(additional, setup, shards_tp_size)]
-    if splits(additional, parallel.tensor_parallel_size):
+    if split_size(additional, parallel.tensor_parallel_size) is not None:
         xlite = additional.get("xlite_graph_config") or {}
         without = {
             "LoRA": config.lora_config is not None,
@@ -31,10 +31,10 @@ def refuse(config: Any, additional: dict[str, Any], moe: bool, shards_tp_size: i
         raise UsageError("; ".join(messages))
 
 
-def splits(additional: dict[str, Any], tensor_parallel_size: int) -> bool:
-    """Whether the option asks for more than what the engine's own tensor parallelism cuts."""
+def split_size(additional: dict[str, Any], tensor_parallel_size: int) -> int | None:
+    """The option, where it asks for more than what the engine's own tensor parallelism cuts."""
     size = option_of(additional)
-    return size is not None and size != tensor_parallel_size
+    return None if size == tensor_parallel_size else size
 
 
 def refuse_elastic(config: Any) -> None:

@@ -18,7 +18,7 @@ from runtime.tokens import Dealt, deal, pad
 
 
 class Rows(Protocol):
-    """`parts` of a tensor are 1 or D: its rows are those of one rank or of all."""
+    """`parts`: of how many ranks' rows a tensor is made, 1 or D."""
 
     def deal(self, own: int, layer_name: str) -> Dealt:
         """What each rank brings, of `own` tokens here. Raises GroupError without counts, TokensError if none fit."""
@@ -49,7 +49,9 @@ class Counted:
             )
         counts = everyones[first : first + size].tolist()
         if own != counts[place]:
-            raise TokensError(f"{layer_name}, rank {place}: x has {own} tokens, the engine said {counts[place]}")
+            message = f"{layer_name}, rank {place}: x has {own} tokens, the engine said {counts[place]}"
+            self._group.tell(message)
+            raise TokensError(message)
         return deal(own, size, counts, None)
 
     def place(self, name: str, rows: torch.Tensor, dealt: Dealt, parts: int) -> torch.Tensor:
@@ -67,18 +69,18 @@ class Fixed:
     """P rows, in tensors that are kept: whichever bucket's graph a rank replays, it meets the others at the addresses
     at which all of them captured. The layers of a model share them: they run one after another.
 
-    is_profiling: whether the engine measures its memory.
+    is_rehearsal: whether the engine runs no requests (`ascend.is_rehearsal`).
     """
 
-    def __init__(self, group: Group, rows: int, is_profiling: Callable[[], bool]) -> None:
-        self._group, self._rows, self._is_profiling = group, rows, is_profiling
+    def __init__(self, group: Group, rows: int, is_rehearsal: Callable[[], bool]) -> None:
+        self._group, self._rows, self._is_rehearsal = group, rows, is_rehearsal
         self._kept: dict[tuple[str, int, torch.dtype], torch.Tensor] = {}
 
     def deal(self, own: int, layer_name: str) -> Dealt:
-        """P; while memory is measured every rank has as many as this one, be it more than P."""
+        """P; in a rehearsal every rank has as many as this one, be it more than P."""
         rows, size = self._rows, self._group.data.size()
         if own > rows:
-            if not self._is_profiling():
+            if not self._is_rehearsal():
                 message = (
                     f"{layer_name}: x has {own} tokens, and every rank sends {rows} rows; set max_tokens in "
                     f"model_loader_extra_config to {own} or more on every rank"

@@ -57,7 +57,7 @@ class SplitMLP(DeepseekV2MLP):
         kernels, size = kernels_for(x_TH.device), group.data.size()
         collectives = kernels.collectives(group.data)
         reduce_dtype = self.reduce_dtype or reduce_dtype_for(collectives, group.size, x_TH.dtype)
-        packed = self._travel.pack(x_TH if own else x_TH.new_zeros(1, x_TH.shape[1]))  # kernels take no empty operand
+        packed = self._travel.pack(x_TH if own else x_TH.new_zeros(1, x_TH.shape[1]))  # kernels take none that is empty
         sent = rows.place("sent", packed, dealt, 1)
         gathered = rows.result("gathered", dealt, size, sent, sent.dtype)
         gathered = group.meet(collectives.gather, sent, gathered)

@@ -1,18 +1,12 @@
 """The vLLM hook's filling of an engine's parameters, with linears that stand in for the engine's."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 
 from reshard.errors import ShardError
-from reshard.prepare import Cut
-from runtime.loader import load_shard
 from runtime.serving.vllm.fill import fill
 from runtime.shard import LinearShard
-from tests.builders import CHECKPOINTS
-from tests.running import split
 
 
 class Linear(nn.Module):
@@ -75,42 +69,6 @@ def test_fill_casts_weights_that_are_not_quantised() -> None:
     assert torch.equal(linear.weight, weight.bfloat16())
 
 
-def _as_ascend_makes_it(scheme: str, parts: int, rows: int, columns: int) -> Linear:
-    """A linear with the parameters of vllm-ascend's W8A8 methods in a BF16 model, of one rank's sizes.
-
-    From vllm_ascend/quantization/methods: w8a8_dynamic.py and w8a8_static.py (a commit of August 2026).
-    """
-    own = {"weight": (torch.int8, (rows, columns))}
-    own |= dict.fromkeys(("weight_scale", "weight_offset"), (torch.bfloat16, (rows, 1)))
-    if scheme == "w8a8_static":
-        own |= {"input_scale": (torch.bfloat16, (1,)), "input_offset": (torch.int8, (1,))}
-        own |= {"quant_bias": (torch.int32, (rows,)), "deq_scale": (torch.float32, (rows,))}
-    return Linear(parts, **own)
-
-
-@pytest.mark.parametrize(
-    ("checkpoint", "scheme", "casts"),
-    [
-        ("msmodelslim-w8a8_dynamic_sharded", "w8a8_dynamic", {"torch.float32 to torch.bfloat16"}),
-        ("msmodelslim_v0-w8a8_mla_static_mlp_dynamic", "w8a8_dynamic", set()),
-        ("msmodelslim_v0-w8a8_static", "w8a8_static", {"torch.bfloat16 to torch.int8"}),
-    ],
-)
-def test_fill_gives_ascends_linears_what_modelslim_wrote(
-    tmp_path: Path, checkpoint: str, scheme: str, casts: set[str]
-) -> None:
-    """Float32 scales are rounded to the model's type and offsets made integers, as vllm-ascend's own loader does."""
-    split(CHECKPOINTS / checkpoint, tmp_path / "tp2", Cut(2))
-    for rank in (0, 1):
-        layer = load_shard(tmp_path / "tp2", rank).layer(0)
-        for shard, sizes in ((layer.gate_up, (2, 512, 256)), (layer.down, (1, 256, 256))):
-            linear = _as_ascend_makes_it(scheme, *sizes)
-            assert fill(linear, shard) == casts
-            assert {name for name, _ in linear.named_parameters()} == shard.tensors.keys()
-            for name, value in shard.tensors.items():
-                assert torch.equal(getattr(linear, name), value.to(getattr(linear, name).dtype)), name
-
-
 class Computes:
     """vllm-ascend's `get_computed_params`."""
 
@@ -131,7 +89,14 @@ def test_fill_leaves_what_the_engine_computes() -> None:
 
 def test_fill_takes_static_linears_without_weight_scales() -> None:
     """ModelSlim v1 writes five tensors for them: deq_scale holds the scale."""
-    linear = _as_ascend_makes_it("w8a8_static", 1, 4, 3)
+    linear = Linear(
+        **_INT8,
+        **dict.fromkeys(("weight_scale", "weight_offset"), (torch.bfloat16, (4, 1))),
+        input_scale=(torch.bfloat16, (1,)),
+        input_offset=(torch.int8, (1,)),
+        quant_bias=(torch.int32, (4,)),
+        deq_scale=(torch.float32, (4,)),
+    )
     static = {name: value.detach().clone() for name, value in linear.named_parameters() if "weight_" not in name}
     linear.quant_method = Computes()
     fill(linear, _shard("w8a8_static", **static | {"deq_scale": torch.rand(4)}))

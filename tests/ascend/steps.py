@@ -14,7 +14,7 @@ from tests.ascend import inside
 from tests.ascend.inside import Served
 from tests.vllm.inside import tokens
 
-BUCKETS = (1, 2, 4, 8, 16)  # graphs' sizes: a step's tokens are padded to the next
+BUCKETS = (1, 2, 4, 8, 16, 24)  # graphs' sizes: a step's tokens are padded to one
 
 
 def sizes(group: dist.ProcessGroup, served: Served) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def decode(group: dist.ProcessGroup, served: Served, steps: int, most: int) -> d
     with _sent() as sent:
         for step in range(steps):
             count = numbers.choice((0, 1, 7, most))
-            bucket = next((size for size in BUCKETS if size >= count), most) if count else 0
+            bucket = numbers.choice([size for size in BUCKETS if size >= count]) if count else 0
             x = tokens(rank, most, hidden, dtype)[:bucket]
             with inside.forward_context(config, model, [bucket] * config.parallel_config.data_parallel_size):
                 found = [mlp(x).clone() for mlp in dense_mlps(model).values()]

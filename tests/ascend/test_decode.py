@@ -33,7 +33,7 @@ def test_the_engine_exchanges_no_counts(four: Ranks, dense: Path) -> None:
 def test_200_steps_of_any_counts_in_any_buckets(four: Ranks, dense: Path) -> None:
     """Two groups of two. Each rank has its own order of counts: none waits, every result is right."""
     ours = four.run(steps.decode, _node(dense, dense.parent / "tp2", option=2), 200, MOST)
-    buckets = (0, 1, 8, MOST)
+    buckets = (0, *steps.BUCKETS)
     whole = four.run(inside.forward, _node(dense, None), [[bucket] * 4 for bucket in buckets])
     for unsplit, found in zip(whole, ours, strict=True):
         assert found["different"] == []

@@ -88,7 +88,7 @@ class Fixed:
                 self._group.tell(message)
                 raise TokensError(message)
             rows = own
-        return Dealt(rows, (rows,) * size, True)
+        return deal(own, size, None, rows)
 
     def place(self, name: str, rows: torch.Tensor, dealt: Dealt, parts: int) -> torch.Tensor:
         """A copy in the tensor that is kept under `name`."""

@@ -49,6 +49,24 @@ def _sent() -> Iterator[list[tuple[int, int]]]:
         collectives._all_gather = gather
 
 
+@contextmanager
+def _met() -> Iterator[list[tuple[Any, ...]]]:
+    """(collective, the tensors that it read and wrote): kept alive, so that no later one gets an address of theirs."""
+    from runtime.serving.vllm.groups import Group
+
+    met, meet = [], Group.meet
+
+    def watch(group: Any, collective: Any, *tensors: torch.Tensor) -> torch.Tensor:
+        met.append((collective.__name__, *tensors))
+        return meet(group, collective, *tensors)
+
+    Group.meet = watch  # type: ignore[method-assign]
+    try:
+        yield met
+    finally:
+        Group.meet = meet  # type: ignore[method-assign]
+
+
 def travel(group: dist.ProcessGroup, served: Served, counts: list[int]) -> dict[str, Any]:
     """Layer by layer: how tokens travelled, the bytes of a row, the result, and that of gathering them as they are."""
     config, model = inside.loaded(served)
@@ -81,8 +99,8 @@ def decode(group: dist.ProcessGroup, served: Served, steps: int, most: int) -> d
     hidden, dtype = config.model_config.hf_config.hidden_size, config.model_config.dtype
     numbers = random.Random(rank)
     results: dict[int, list[torch.Tensor]] = {}
-    different, addresses = [], set()
-    with _sent() as sent:
+    different = []
+    with _sent() as sent, _met() as met:
         for step in range(steps):
             count = numbers.choice((0, 1, 7, most))
             bucket = numbers.choice([size for size in BUCKETS if size >= count]) if count else 0
@@ -91,9 +109,7 @@ def decode(group: dist.ProcessGroup, served: Served, steps: int, most: int) -> d
                 found = [mlp(x).clone() for mlp in dense_mlps(model).values()]
             if any(not torch.equal(a, b) for a, b in zip(found, results.setdefault(bucket, found), strict=True)):
                 different.append((step, bucket))
-            addresses |= {
-                (key, kept.data_ptr()) for mlp in dense_mlps(model).values() for key, kept in mlp.rows._kept.items()
-            }
+    addresses = {(name, *(tensor.data_ptr() for tensor in tensors)) for name, *tensors in met}
     return {"results": results, "different": different, "sent": set(sent), "addresses": addresses}
 
 

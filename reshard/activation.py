@@ -1,0 +1,32 @@
+"""What stands between a dense layer's matrices: act(gate) * up, with a limit on both where a model has one.
+
+It is read from config.json (reshard.modelconfig), recorded in the manifest for each layer, computed by the runtime and
+by verify. A name that no formula here is known for is kept as the config has it: such a layer can be cut, and what
+computes refuses it by that name.
+"""
+
+from dataclasses import dataclass
+
+SILU, GELU, GELU_TANH = "silu", "gelu", "gelu_tanh"
+FORMULAS = {
+    SILU: "x * sigmoid(x)",
+    GELU: "x * (1 + erf(x / sqrt(2))) / 2",
+    GELU_TANH: "x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3))) / 2",
+}
+"""The functions that are computed. gelu_tanh is transformers' gelu_pytorch_tanh."""
+
+
+@dataclass(frozen=True)
+class Activation:
+    """`limit` L: act(min(gate, L)) * clamp(up, -L, L), as transformers' models with a `swiglu_limit` compute it."""
+
+    name: str
+    limit: float | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether its formula is."""
+        return self.name in FORMULAS
+
+    def __str__(self) -> str:
+        return self.name if self.limit is None else f"{self.name} with limit {self.limit:g}"

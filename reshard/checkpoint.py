@@ -4,7 +4,7 @@ Whatever the source is, a tensor is a grid of bytes (rows of dim 0, `row_bytes` 
 one rectangle for a Hugging Face file, one per rank for a shard set.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Literal
@@ -182,8 +182,18 @@ def describe_layers(
             linears[role] = Linear(variant, declared.block, suffixes)
         layers.append(Layer(index, linears))
     model = _check_shapes(layers, model_config)
-    unchecked = f"no {CONFIG} beside the files: the dense layers ({numbers(by_layer)}) are taken from names alone"
-    return model, tuple(layers), () if config is not None else (unchecked,)
+    return model, tuple(layers), tuple(_warnings(by_layer, model_config))
+
+
+def _warnings(named: Iterable[int], config: ModelConfig | None) -> Iterator[str]:
+    """Where the names alone say which layers are dense, and what of config.json was not understood."""
+    alone = f"the dense layers ({numbers(named)}) are taken from names alone"
+    if config is None:
+        yield f"no {CONFIG} beside the files: {alone}"
+        return
+    if config.dense_layers is None:
+        yield f"{CONFIG}: {config.reason}: {alone}"
+    yield from config.warnings
 
 
 def _missing_weight(index: int, role: str, roles: Mapping[str, Mapping[str, Tensor]]) -> LayersError:
@@ -206,7 +216,7 @@ def _check_dense(named: Iterable[int], other_names: Iterable[str], config: Model
         raise LayersError(
             "no dense layer: no tensor is named model.layers.{i}.mlp.{gate,up,down}_proj.weight" + because
         )
-    if config is not None and dense != config.dense_layers:
+    if config is not None and config.dense_layers is not None and config.dense_layers != dense:
         only_named, only_config = dense - config.dense_layers, config.dense_layers - dense
         raise LayersError(
             f"{CONFIG} and the tensors' names disagree on the dense layers: {CONFIG} ({config.reason}) gives "

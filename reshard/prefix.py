@@ -34,8 +34,8 @@ def language_prefix(tensors: Mapping[str, Tensor], other_names: Iterable[str], c
     modules = [f"{mlp_name(prefix, found[prefix][0][0].layer)}.*" for prefix in (first, second)]
     sizes = f"both of {CONFIG}'s sizes" if fitting else f"{CONFIG} fits neither" if config else f"there is no {CONFIG}"
     raise LayersError(
-        f"two modules have dense layers, {modules[0]} and {modules[1]}, and {sizes}: which is the language model cannot "
-        "be told; give a checkpoint that holds one of them"
+        f"two modules have dense layers, {modules[0]} and {modules[1]}, and {sizes}: which is the language model "
+        "cannot be told; give a checkpoint that holds one of them"
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from reshard.checkpoint import Checkpoint, Identity, Layer, Linear, Model, Tensor
 from reshard.describe import check_pair
 from reshard.errors import LayersError, SchemeError, SourceError, UsageError
-from reshard.modelconfig import read_model_config
+from reshard.modelconfig import known_dense_layers, read_model_config
 from reshard.naming import CONFIG, DOWN, GATE, PREFIX, ROLES, UP, mlp_name
 from reshard.quantization import declarations
 from reshard.schemes import VARIANTS, Declared, Shape, TensorRule, Variant, check_kind
@@ -38,13 +38,14 @@ def promised(config: Mapping[str, Any], name: str, scheme: str | None = None) ->
     SourceError or SchemeError where the config says what is not understood, UsageError for an unknown scheme.
     """
     model = read_model_config(config)
-    if not model.dense_layers:
+    dense = known_dense_layers(model)
+    if not dense:
         raise LayersError(f"no dense layer: {CONFIG} ({model.reason}) gives none")
     declare = _named(config, scheme) if scheme is not None else _declared(config)
     sizes = (model.intermediate_size, model.hidden_size)
     own = _own_dtype(config)
     layers = []
-    for index in sorted(model.dense_layers):
+    for index in sorted(dense):
         linears = {}
         for role in ROLES:
             module = f"{mlp_name(PREFIX, index)}.{role}"

@@ -108,7 +108,7 @@ def tensor(manifest: dict[str, Any], rank: int, name: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "check", "says"),
     [
-        (lambda m: m.update(schema="denseffn-shards/2"), "manifest", "schema is 'denseffn-shards/2'"),
+        (lambda m: m.update(schema="denseffn-shards/3"), "manifest", "schema is 'denseffn-shards/3'"),
         (lambda m: m.update(note=1), "manifest", "note: Extra inputs are not permitted"),
         (lambda m: m["shards"].pop(), "manifest", "shards are of ranks [0], tp_size 2 wants 0 to 1"),
         (lambda m: m["shards"].reverse(), "manifest", "ranks [1, 0]"),

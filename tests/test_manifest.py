@@ -16,7 +16,7 @@ from tests.builders import RECIPES, Spec, build, read_safetensors
 from tests.running import reshard as run
 from tests.running import split
 
-COMMITTED = Path(reshard.__file__).parent / "denseffn-shards-1.schema.json"
+COMMITTED = Path(reshard.__file__).parent / "denseffn-shards-2.schema.json"
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from reshard.errors import SourceError
-from reshard.modelconfig import ModelConfig, read_model_config
+from reshard.modelconfig import ModelConfig, known_dense_layers, read_model_config
 from reshard.naming import CONFIG, DOWN, GATE, UP
 from reshard.synth.config import Config, experts_key, size
 
@@ -83,6 +83,7 @@ class _Model:
                 f"{', '.join(sorted(_FAMILIES))}"
             )
         self._family = family
+        self._dense = known_dense_layers(self._model)
         self._hidden = self._model.hidden_size
         key = experts_key(config)
         self._experts = size(config, key) if key else 0
@@ -92,7 +93,7 @@ class _Model:
         table = (size(self._config, "vocab_size"), self._hidden)
         yield Parameter("model.embed_tokens.weight", table, Kind.EMBEDDING)
         for layer in range(last):
-            yield from self._block(f"model.layers.{layer}", dense=layer in self._model.dense_layers)
+            yield from self._block(f"model.layers.{layer}", dense=layer in self._dense)
         yield self._norm("model.norm")
         if not self._config.get("tie_word_embeddings"):
             yield Parameter("lm_head.weight", table, Kind.HEAD)

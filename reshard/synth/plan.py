@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from reshard.errors import SourceError, UsageError
-from reshard.modelconfig import read_model_config
+from reshard.modelconfig import known_dense_layers, read_model_config
 from reshard.naming import CONFIG, parse_dense
 from reshard.source.header import encode_header
 from reshard.synth.config import shrink
@@ -90,10 +90,11 @@ def plan_checkpoint(config: Mapping[str, Any], options: SynthOptions) -> SynthPl
 
 def _dense(everything: Sequence[Parameter], config: Mapping[str, Any]) -> list[Parameter]:
     model = read_model_config(config)
+    dense = known_dense_layers(model)
     kept = []
     for parameter in everything:
         parsed = parse_dense(parameter.name)
-        if parsed and parsed.layer in model.dense_layers:
+        if parsed and parsed.layer in dense:
             kept.append(parameter)
     if not kept:
         raise SourceError(f"{CONFIG}: no layer of the model is dense ({model.reason})")

@@ -44,7 +44,8 @@ def describe_layers(
         roles = _unstacked(by_layer[index], mlp_name(prefix, index))
         linears = {}
         for role in ROLES:
-            module, suffixes = f"{mlp_name(prefix, index)}.{role}", roles.get(role, {})
+            stored = GATE_UP if GATE_UP in by_layer[index] and role != DOWN else role
+            module, suffixes = f"{mlp_name(prefix, index)}.{stored}", roles.get(role, {})
             if not suffixes:
                 raise _missing_weight(module, index, roles)
             declared = declare(module, frozenset(suffixes))

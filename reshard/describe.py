@@ -5,6 +5,7 @@ from typing import Any
 
 from reshard.checkpoint import Layer, Linear, Model, Tensor, numbers
 from reshard.errors import LayersError, SchemeError, ShapesError
+from reshard.foreign import what_is
 from reshard.modelconfig import ModelConfig, read_model_config
 from reshard.naming import CONFIG, DOWN, GATE, GATE_UP, ROLES, UP, mlp_name, parse_dense, parse_layer
 from reshard.prefix import language_prefix
@@ -121,7 +122,8 @@ def _check_dense(named: Iterable[int], prefix: str, other_names: Iterable[str], 
     for name in other_names:
         parsed = parse_layer(name)
         if parsed and parsed[0] == prefix and parsed[1] in dense and parsed[2].startswith("mlp."):
-            raise SchemeError(f"{name}: stands in a dense layer and is no tensor that the split table knows")
+            what = what_is(name) or "stands in a dense layer and is no tensor that the split table knows"
+            raise SchemeError(f"{name}: {what}")
 
 
 def _check_shapes(layers: list[Layer], config: ModelConfig | None) -> Model:

@@ -54,9 +54,7 @@ def rows(raw: Raw, start: int, stop: int) -> bytes:
 
 
 @pytest.mark.parametrize("layout", ["fused", "separate"])
-@pytest.mark.parametrize(
-    "recipe", ["bf16", "fp8_block", "modelslim_dynamic", "modelslim_static", "ct_dynamic"]
-)
+@pytest.mark.parametrize("recipe", ["bf16", "fp8_block", "modelslim_dynamic", "modelslim_static", "ct_dynamic"])
 def test_each_half_is_cut_by_its_own_rows_and_put_back(tmp_path: Path, recipe: str, layout: str) -> None:
     if recipe not in RECIPES:
         pytest.fail(f"no recipe {recipe}; there are {', '.join(RECIPES)}")

@@ -32,7 +32,7 @@ def compare_identity(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Fin
 
 def compare_model(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Finding]:
     """Sizes, layers, scheme."""
-    for key in ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers"):
+    for key in ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "prefix"):
         recorded, real = getattr(manifest.model, key), getattr(checkpoint.model, key)
         if recorded != real:
             yield Finding("model", MANIFEST, f"{key} is {recorded!r}, the source's is {real!r}")

@@ -5,10 +5,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from reshard.checkpoint import Checkpoint, Identity, Layer, Linear, Model, Tensor, check_pair
+from reshard.checkpoint import Checkpoint, Identity, Layer, Linear, Model, Tensor
+from reshard.describe import check_pair
 from reshard.errors import LayersError, SchemeError, SourceError, UsageError
 from reshard.modelconfig import read_model_config
-from reshard.naming import CONFIG, DOWN, GATE, ROLES, UP, module_name
+from reshard.naming import CONFIG, DOWN, GATE, PREFIX, ROLES, UP, mlp_name
 from reshard.quantization import declarations
 from reshard.schemes import VARIANTS, Declared, Shape, TensorRule, Variant, check_kind
 from reshard.source.base import parse_json_object
@@ -46,15 +47,15 @@ def promised(config: Mapping[str, Any], name: str, scheme: str | None = None) ->
     for index in sorted(model.dense_layers):
         linears = {}
         for role in ROLES:
-            module = module_name(index, role)
+            module = f"{mlp_name(PREFIX, index)}.{role}"
             declared = declare(module)
             linears[role] = _linear(module, declared, sizes[::-1] if role == DOWN else sizes, own)
-        check_pair(index, linears[GATE], linears[UP])
-        layers.append(Layer(index, linears))
+        check_pair(mlp_name(PREFIX, index), linears[GATE], linears[UP])
+        layers.append(Layer(index, linears, PREFIX, model.activation(index)))
     tensors = [tensor for layer in layers for tensor in layer.tensors()]
     return Checkpoint(
         identity=Identity("folder", name, None, ()),
-        model=Model(model.model_type, model.hidden_size, model.intermediate_size, model.num_hidden_layers),
+        model=Model(model.model_type, model.hidden_size, model.intermediate_size, model.num_hidden_layers, PREFIX),
         layers=tuple(layers),
         side_files={CONFIG: json.dumps(config).encode()},
         total_tensors=len(tensors),

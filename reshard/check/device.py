@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from reshard.checkpoint import Checkpoint
 from reshard.finding import Finding
-from reshard.naming import DOWN, GATE, GATE_UP, module_name
+from reshard.naming import DOWN, GATE, GATE_UP
 from reshard.plan import Plan, PlannedTensor
 from reshard.tiles import limit_faults, tile_faults
 
@@ -57,8 +57,8 @@ def check_npu(checkpoint: Checkpoint, plan: Plan) -> list[Finding]:
     """Findings for rank 0 of a fused plan; every rank's shapes are the same."""
     layers = [
         (
-            _module(plan, layer.index, GATE_UP, layer.linears[GATE].variant.scheme),
-            _module(plan, layer.index, DOWN, layer.linears[DOWN].variant.scheme),
+            _module(plan, f"{layer.module}.{GATE_UP}", GATE_UP, layer.linears[GATE].variant.scheme),
+            _module(plan, f"{layer.module}.{DOWN}", DOWN, layer.linears[DOWN].variant.scheme),
         )
         for layer in checkpoint.layers
     ]
@@ -70,8 +70,8 @@ def check_npu(checkpoint: Checkpoint, plan: Plan) -> list[Finding]:
     ]
 
 
-def _module(plan: Plan, layer: int, role: str, scheme: str) -> Module:
-    start = f"{module_name(layer, role)}."
+def _module(plan: Plan, name: str, role: str, scheme: str) -> Module:
+    start = f"{name}."
     tensors = {t.name.removeprefix(start): t for t in plan.shards[0].tensors if t.name.startswith(start)}
     return Module(start.rstrip("."), role, scheme, tensors)
 

@@ -9,13 +9,14 @@ A linear that already is what is asked for stays as it is, bit for bit.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from reshard.checkpoint import Checkpoint, Conversion, Layer, Linear, Tensor
 from reshard.errors import SchemeError
-from reshard.naming import CONFIG, ROLES, module_name
+from reshard.naming import CONFIG, ROLES
 from reshard.schemes import VARIANTS, Variant
 from reshard.source.base import parse_json_object
 
@@ -35,8 +36,8 @@ def converted(checkpoint: Checkpoint, weights: str, quant_format: str = MODELSLI
         return checkpoint
     target = _target(weights, quant_format)
     layers = tuple(
-        Layer(
-            layer.index, {role: _linear(layer.linears[role], module_name(layer.index, role), target) for role in ROLES}
+        replace(
+            layer, linears={role: _linear(layer.linears[role], f"{layer.module}.{role}", target) for role in ROLES}
         )
         for layer in checkpoint.layers
     )
@@ -60,6 +61,11 @@ def _linear(linear: Linear, module: str, target: Variant) -> Linear:
         raise SchemeError(
             f"{module}: was made by {weight.conversion.rule} already, and converting twice rounds twice; convert what "
             "it was made from"
+        )
+    if weight.whole is not None:
+        raise SchemeError(
+            f"{weight.name}: gate and up are stacked in the checkpoint, and what is converted would have names that it "
+            "does not know; leave it at --weights keep"
         )
     if scheme not in _WEIGHT_ONLY:
         raise SchemeError(
@@ -110,10 +116,10 @@ def _side_files(checkpoint: Checkpoint, layers: tuple[Layer, ...], target: Varia
 
 def _compressed_tensors(layers: tuple[Layer, ...]) -> dict[str, Any]:
     """The quantization_config of compressed-tensors' W8A8: int8 per channel, activations per token."""
-    indexes = "|".join(str(layer.index) for layer in layers)
+    modules = "|".join(re.escape(layer.module) for layer in layers)
     common = {"num_bits": 8, "type": "int", "symmetric": True}
     group = {
-        "targets": [rf"re:model\.layers\.({indexes})\.mlp\.(gate|up|down)_proj$"],
+        "targets": [rf"re:({modules})\.(gate|up|down)_proj$"],
         "weights": {**common, "strategy": "channel", "dynamic": False},
         "input_activations": {**common, "strategy": "token", "dynamic": True},
         "output_activations": None,

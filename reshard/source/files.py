@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import PurePath
 from typing import Any
 
-from reshard.checkpoint import Checkpoint, Identity, Part, SourceFile, Tensor, describe_layers
+from reshard.checkpoint import Checkpoint, Identity, Part, SourceFile, Tensor
+from reshard.describe import describe_layers
 from reshard.errors import SourceError
 from reshard.naming import CONFIG, parse_dense
 from reshard.source.base import Source, parse_json_object, read_file, read_headers

@@ -93,7 +93,7 @@ def _dense(everything: Sequence[Parameter], config: Mapping[str, Any]) -> list[P
     kept = []
     for parameter in everything:
         parsed = parse_dense(parameter.name)
-        if parsed and parsed[0] in model.dense_layers:
+        if parsed and parsed.layer in model.dense_layers:
             kept.append(parameter)
     if not kept:
         raise SourceError(f"{CONFIG}: no layer of the model is dense ({model.reason})")

@@ -21,7 +21,7 @@ from reshard.checkpoint import Checkpoint, Layer, Part, Tensor
 from reshard.errors import MismatchError
 from reshard.finding import Finding
 from reshard.manifest import Manifest
-from reshard.naming import DOWN, GATE, GATE_UP, UP, module_name
+from reshard.naming import DOWN, GATE, GATE_UP, UP
 from reshard.source.base import Source
 from reshard.source.header import Header, TensorInfo
 from reshard.verify.expect import expect, groups, misfits, read_headers
@@ -91,9 +91,9 @@ def compare_computation(
     if unreadable:
         return unreadable, []
     for layer in checkpoint.layers:
-        module = f"model.layers.{layer.index}.mlp"
+        module = layer.module
         try:
-            whole = {r: reference.linear(layer.linears[r], _module(layer.index, r, manifest)) for r in (GATE, UP, DOWN)}
+            whole = {r: reference.linear(layer.linears[r], _module(layer, r, manifest)) for r in (GATE, UP, DOWN)}
             ranks = _rank_linears(shards, manifest, headers, layer, whole)
         except MismatchError as error:
             findings.append(Finding("computation", module, f"not computed: {error}"))
@@ -131,8 +131,8 @@ def _judge(unsplit: _Sum, split_HT: F64, bound: float) -> tuple[float, str | Non
     )
 
 
-def _module(index: int, role: str, manifest: Manifest) -> str:
-    return module_name(index, GATE_UP if manifest.layout == "fused" and role != DOWN else role)
+def _module(layer: Layer, role: str, manifest: Manifest) -> str:
+    return f"{layer.module}.{GATE_UP if manifest.layout == 'fused' and role != DOWN else role}"
 
 
 def _rank_linears(
@@ -145,7 +145,7 @@ def _rank_linears(
     """Each rank's own linears by shard module. Raises MismatchError where a tensor is missing or of another shape."""
     ranks: list[dict[str, LinearGrids]] = [{} for _ in headers]
     for group in groups(manifest.layout):
-        module = module_name(layer.index, group.module)
+        module = f"{layer.module}.{group.module}"
         like = whole[group.roles[0]]
         expected = {
             rank: expect(group, module, [whole[role] for role in group.roles], manifest, rank) for rank in headers

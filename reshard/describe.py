@@ -1,0 +1,165 @@
+"""From tensor names, config.json and the account of the quantization to the dense layers: no tensor data is read."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from reshard.checkpoint import Layer, Linear, Model, Tensor, numbers
+from reshard.errors import LayersError, SchemeError, ShapesError
+from reshard.modelconfig import ModelConfig, read_model_config
+from reshard.naming import CONFIG, DOWN, GATE, GATE_UP, ROLES, UP, mlp_name, parse_dense, parse_layer
+from reshard.prefix import language_prefix
+from reshard.quantization import declarations
+from reshard.schemes import Found, check_kind, match_variant
+
+_Roles = dict[str, dict[str, Tensor]]
+"""Tensors by role and suffix."""
+
+
+def describe_layers(
+    tensors: Mapping[str, Tensor],
+    other_names: Iterable[str],
+    config: Mapping[str, Any] | None,
+    description: tuple[str, Mapping[str, Any]] | None,
+) -> tuple[Model, tuple[Layer, ...], tuple[str, ...]]:
+    """The dense layers that the tensors make, checked against config.json and the quantisation's own account.
+
+    tensors: those whose names are a DenseFFN tensor's; other_names: all other names of the source.
+    Returns the model, its layers and warnings. Raises LayersError, ShapesError or SchemeError where the accounts
+    disagree.
+    """
+    other_names = list(other_names)
+    model_config = read_model_config(config) if config is not None else None
+    prefix = language_prefix(tensors, other_names, model_config)
+    by_layer: dict[int, _Roles] = {}
+    for name, tensor in tensors.items():
+        parsed = parse_dense(name)
+        if parsed is None or parsed.prefix != prefix:
+            continue
+        if model_config is None or not _in_prediction_block(parsed.layer, model_config):
+            by_layer.setdefault(parsed.layer, {}).setdefault(parsed.role, {})[parsed.suffix] = tensor
+    _check_dense(by_layer.keys(), prefix, other_names, model_config)
+    declare = declarations(description, config)
+    layers = []
+    for index in sorted(by_layer):
+        roles = _unstacked(by_layer[index], mlp_name(prefix, index))
+        linears = {}
+        for role in ROLES:
+            module, suffixes = f"{mlp_name(prefix, index)}.{role}", roles.get(role, {})
+            if not suffixes:
+                raise _missing_weight(module, index, roles)
+            declared = declare(module, frozenset(suffixes))
+            check_kind(module, declared)
+            if "weight" not in suffixes:
+                raise _missing_weight(module, index, roles)
+            found = {suffix: Found(t.dtype, t.shape, t.parts[0].file) for suffix, t in suffixes.items()}
+            variant = match_variant(module, declared, found)
+            linears[role] = Linear(variant, declared.block, suffixes)
+        activation = model_config.activation(index) if model_config else None
+        layers.append(Layer(index, linears, prefix, activation))
+    model = _check_shapes(layers, model_config)
+    unchecked = f"no {CONFIG} beside the files: the dense layers ({numbers(by_layer)}) are taken from names alone"
+    return model, tuple(layers), () if config is not None else (unchecked,)
+
+
+def _unstacked(roles: _Roles, module: str) -> _Roles:
+    """Gate and up as runs of rows where they are stored stacked, gate first (Phi-3, GLM-4-0414)."""
+    stacked = roles.get(GATE_UP)
+    if stacked is None:
+        return roles
+    for role in (GATE, UP):
+        if role in roles:
+            raise LayersError(f"{module}: has both {GATE_UP} and {role}; remove the file that is not of this checkpoint")
+    halves: _Roles = {GATE: {}, UP: {}, **{role: found for role, found in roles.items() if role != GATE_UP}}
+    for suffix, tensor in stacked.items():
+        if tensor.rows == 1:  # one value for both
+            halves[GATE][suffix] = halves[UP][suffix] = tensor
+            continue
+        rows, odd = divmod(tensor.rows, 2)
+        if odd:
+            raise ShapesError(f"{tensor.name}: shape {list(tensor.shape)}; gate and up stacked have an even dim 0")
+        halves[GATE][suffix], halves[UP][suffix] = tensor.run(0, rows), tensor.run(rows, rows)
+    return halves
+
+
+def _missing_weight(module: str, index: int, roles: Mapping[str, Mapping[str, Tensor]]) -> LayersError:
+    having = ", ".join(sorted(f"{r}.{s}" for r, suffixes in roles.items() for s in suffixes))
+    return LayersError(
+        f"{module}.weight: missing; the checkpoint has of layer {index} only {having}; download the file that holds it "
+        "again"
+    )
+
+
+def _in_prediction_block(layer: int, config: ModelConfig) -> bool:
+    """A multi-token-prediction block lies behind the last layer and is never DenseFFN."""
+    return 0 <= layer - config.num_hidden_layers < config.prediction_layers
+
+
+def _check_dense(named: Iterable[int], prefix: str, other_names: Iterable[str], config: ModelConfig | None) -> None:
+    dense = set(named)
+    if config is not None and dense != config.dense_layers:
+        only_named, only_config = dense - config.dense_layers, config.dense_layers - dense
+        raise LayersError(
+            f"{CONFIG} and the tensors' names disagree on the dense layers: {CONFIG} ({config.reason}) gives "
+            f"{numbers(config.dense_layers)}, the names give {numbers(dense)} "
+            f"(only in {CONFIG}: {numbers(only_config)}; only in the names: {numbers(only_named)}); "
+            f"is {CONFIG} of this checkpoint?"
+        )
+    for name in other_names:
+        parsed = parse_layer(name)
+        if parsed and parsed[0] == prefix and parsed[1] in dense and parsed[2].startswith("mlp."):
+            raise SchemeError(f"{name}: stands in a dense layer and is no tensor that the split table knows")
+
+
+def _check_shapes(layers: list[Layer], config: ModelConfig | None) -> Model:
+    first = layers[0].linears[GATE].tensors["weight"]
+    intermediate_size, hidden_size = first.shape
+    where = first.name
+    if config is not None:
+        intermediate_size, hidden_size, where = config.intermediate_size, config.hidden_size, CONFIG
+    for layer in layers:
+        gate, up = layer.linears[GATE], layer.linears[UP]
+        for role in ROLES:
+            weight = layer.linears[role].tensors["weight"]
+            wanted = (hidden_size, intermediate_size) if role == DOWN else (intermediate_size, hidden_size)
+            if weight.shape != wanted:
+                raise ShapesError(
+                    f"{weight.name} in {weight.parts[0].file}: {role} has shape {list(weight.shape)}, {where} makes it "
+                    f"{list(wanted)} (hidden_size {hidden_size}, intermediate_size {intermediate_size}); is {where} "
+                    "of this checkpoint?"
+                )
+        check_pair(layer.module, gate, up)
+        _check_stacked_blocks(gate)
+    return Model(
+        model_type=config.model_type if config else "",
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=config.num_hidden_layers if config else None,
+        prefix=layers[0].prefix,
+    )
+
+
+def check_pair(module: str, gate: Linear, up: Linear) -> None:
+    """Raises SchemeError where gate and up differ: they are stacked."""
+    if gate.variant != up.variant:
+        raise SchemeError(
+            f"{module}: gate_proj is {gate.variant.scheme} ({', '.join(gate.tensors)}), up_proj is "
+            f"{up.variant.scheme} ({', '.join(up.tensors)}); they are stacked, so both must be the same"
+        )
+    for suffix, tensor in gate.tensors.items():
+        other = up.tensors[suffix]
+        if (tensor.dtype, tensor.shape) != (other.dtype, other.shape):
+            raise SchemeError(
+                f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}, {other.name} is {other.dtype} "
+                f"{list(other.shape)}; they are stacked, so both must be the same"
+            )
+
+
+def _check_stacked_blocks(gate: Linear) -> None:
+    """A block of scales that holds the end of gate and the beginning of up cannot be taken apart."""
+    weight = gate.tensors["weight"]
+    if weight.whole is not None and gate.block is not None and weight.rows % gate.block[0]:
+        raise SchemeError(
+            f"{weight.name}: gate and up are stacked, and gate's {weight.rows} rows are no multiple of the "
+            f"{gate.block[0]}-row scale block: a block would be of both; a checkpoint with gate_proj and up_proj is "
+            "needed"
+        )

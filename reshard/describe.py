@@ -68,7 +68,9 @@ def _unstacked(roles: _Roles, module: str) -> _Roles:
         return roles
     for role in (GATE, UP):
         if role in roles:
-            raise LayersError(f"{module}: has both {GATE_UP} and {role}; remove the file that is not of this checkpoint")
+            raise LayersError(
+                f"{module}: has both {GATE_UP} and {role}; remove the file that is not of this checkpoint"
+            )
     halves: _Roles = {GATE: {}, UP: {}, **{role: found for role, found in roles.items() if role != GATE_UP}}
     for suffix, tensor in stacked.items():
         if tensor.rows == 1:  # one value for both

@@ -36,9 +36,7 @@ def converted(checkpoint: Checkpoint, weights: str, quant_format: str = MODELSLI
         return checkpoint
     target = _target(weights, quant_format)
     layers = tuple(
-        replace(
-            layer, linears={role: _linear(layer.linears[role], f"{layer.module}.{role}", target) for role in ROLES}
-        )
+        replace(layer, linears={role: _linear(layer.linears[role], f"{layer.module}.{role}", target) for role in ROLES})
         for layer in checkpoint.layers
     )
     if layers == checkpoint.layers:

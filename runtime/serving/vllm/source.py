@@ -10,8 +10,8 @@ from safetensors import safe_open
 
 from reshard.errors import ShardError
 from reshard.manifest import Manifest
+from reshard.naming import parse_dense
 
-_DENSE = re.compile(r"model\.layers\.([0-9]+)\.mlp\.(?:gate_proj|up_proj|down_proj)\.[a-z_]+")
 _LENGTH_BYTES = 8
 
 
@@ -37,14 +37,14 @@ def read_others(
     `passed_over`: whether the engine has no use for a tensor (another rank's experts). Raises ShardError for a tensor
     of a dense layer that the set was not cut from: it can neither be used nor left out.
     """
-    held, layers = replaced(manifest), {layer.index for layer in manifest.layers}
+    held, layers = replaced(manifest), {(manifest.model.prefix, layer.index) for layer in manifest.layers}
     for file in sorted(files, key=_natural):
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - no mapping
                 if name in held or passed_over(name):
                     continue
-                match = _DENSE.fullmatch(name)
-                if match and int(match[1]) in layers:
+                parsed = parse_dense(name)
+                if parsed is not None and (parsed.prefix, parsed.layer) in layers:
                     raise ShardError(
                         f"{file}: {name} is a DenseFFN tensor that the shard set was not cut from; cut the shards "
                         "from the very model that is served"

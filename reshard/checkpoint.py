@@ -40,7 +40,7 @@ class Conversion:
 class Tensor:
     """A tensor under its Hugging Face name. With a conversion, `parts` is empty: its values are computed.
 
-    Where a checkpoint stacks gate and up, each of them is a run of rows of one stored tensor: `whole`, from `first_row`.
+    Where a checkpoint stacks gate and up, each is a run of rows of one stored tensor: of `whole`, from `first_row`.
     """
 
     name: str

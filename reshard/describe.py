@@ -1,6 +1,6 @@
 """From tensor names, config.json and the account of the quantization to the dense layers: no tensor data is read."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from reshard.checkpoint import Layer, Linear, Model, Tensor, numbers
@@ -44,7 +44,8 @@ def describe_layers(
         roles = _unstacked(by_layer[index], mlp_name(prefix, index))
         linears = {}
         for role in ROLES:
-            module, suffixes = f"{mlp_name(prefix, index)}.{role}", roles.get(role, {})
+            stored = GATE_UP if GATE_UP in by_layer[index] and role != DOWN else role
+            module, suffixes = f"{mlp_name(prefix, index)}.{stored}", roles.get(role, {})
             if not suffixes:
                 raise _missing_weight(module, index, roles)
             declared = declare(module, frozenset(suffixes))
@@ -57,8 +58,18 @@ def describe_layers(
         activation = model_config.activation(index) if model_config else None
         layers.append(Layer(index, linears, prefix, activation))
     model = _check_shapes(layers, model_config)
-    unchecked = f"no {CONFIG} beside the files: the dense layers ({numbers(by_layer)}) are taken from names alone"
-    return model, tuple(layers), () if config is not None else (unchecked,)
+    return model, tuple(layers), tuple(_warnings(by_layer, model_config))
+
+
+def _warnings(named: Iterable[int], config: ModelConfig | None) -> Iterator[str]:
+    """Where the names alone say which layers are dense, and what of config.json was not understood."""
+    alone = f"the dense layers ({numbers(named)}) are taken from names alone"
+    if config is None:
+        yield f"no {CONFIG} beside the files: {alone}"
+        return
+    if config.dense_layers is None:
+        yield f"{CONFIG}: {config.reason}: {alone}"
+    yield from config.warnings
 
 
 def _unstacked(roles: _Roles, module: str) -> _Roles:
@@ -69,7 +80,8 @@ def _unstacked(roles: _Roles, module: str) -> _Roles:
     for role in (GATE, UP):
         if role in roles:
             raise LayersError(
-                f"{module}: has both {GATE_UP} and {role}; remove the file that is not of this checkpoint"
+                f"{module}: has {GATE_UP} and {role}, and a checkpoint has gate and up stacked or apart; it is put "
+                "together from two: give one of them"
             )
     halves: _Roles = {GATE: {}, UP: {}, **{role: found for role, found in roles.items() if role != GATE_UP}}
     for suffix, tensor in stacked.items():
@@ -98,7 +110,7 @@ def _in_prediction_block(layer: int, config: ModelConfig) -> bool:
 
 def _check_dense(named: Iterable[int], prefix: str, other_names: Iterable[str], config: ModelConfig | None) -> None:
     dense = set(named)
-    if config is not None and dense != config.dense_layers:
+    if config is not None and config.dense_layers is not None and dense != config.dense_layers:
         only_named, only_config = dense - config.dense_layers, config.dense_layers - dense
         raise LayersError(
             f"{CONFIG} and the tensors' names disagree on the dense layers: {CONFIG} ({config.reason}) gives "

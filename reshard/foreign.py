@@ -13,7 +13,7 @@ _KNOWN = (
     ),
     (
         r"(?:^|\.)layers\.\d+\.feed_forward\.w[123]\.",
-        "Mistral's and Meta's own names (consolidated.safetensors, params.json); give the Hugging Face files of the model",
+        "Mistral's and Meta's own names (params.json, consolidated.safetensors); give the model's Hugging Face files",
     ),
     (
         r"(?:^|\.)layers\.\d+\.feed_forward\.(?:gate|up|down)_proj\.",
@@ -29,7 +29,7 @@ _KNOWN = (
     ),
     (
         r"(?:^|\.)layers\.\d+\.ffn\.w[123]\.",
-        "DeepSeek's own names (its inference/convert.py); give the Hugging Face files of the model",
+        "DeepSeek's own names (its inference/convert.py); give the model's Hugging Face files",
     ),
     (
         r"\.up_gate_proj\.",

@@ -76,6 +76,10 @@ class LayerSchemes(_Strict):
     gate_up_block: Block | None = None
     down_block: Block | None = None
 
+    def read_activation(self) -> Activation | None:
+        """As the rest of the project has it."""
+        return self.activation.read() if self.activation else None
+
 
 class Padding(_Strict):
     """Zero rows (gate, up) and columns (down) that were added behind intermediate_size."""

@@ -1,8 +1,8 @@
 """Names of DenseFFN tensors and of the files of a shard set: full, anchored templates only.
 
-`{prefix}layers.{i}.mlp.{role}.{suffix}` is a DenseFFN tensor. The prefix is `model.`, what a wrapper puts before it
+`{prefix}layers.{i}.mlp.{role}.{suffix}` is a DenseFFN tensor. The prefix is `model.`, that of a wrapper
 (`language_model.model.`), or nothing. Routed experts (`mlp.experts.{e}.…`), shared experts (`mlp.shared_experts.…`) and
-the router (`mlp.gate.…`) cannot match: their role is none of ours. Nor can the towers and MTP layers that stand beside a
+the router (`mlp.gate.…`) cannot match: their role is none of ours. Nor can towers and MTP blocks that stand beside a
 language model: their prefix says what they are.
 """
 

@@ -46,7 +46,7 @@ def test_every_set_passes(tmp_path: Path, recipe: str, layout: str) -> None:
     assert code == 0
     assert {f["severity"] for f in found} <= {"ok", "warning", "skipped"}
     checks = [f["check"] for f in found]
-    assert checks[:7] == ["manifest", "ranks", "headers", "layers", "shapes", "scheme", "cut"]
+    assert checks[:8] == ["manifest", "ranks", "headers", "layers", "shapes", "scheme", "activation", "cut"]
     assert set(checks) <= set(CHECKS)
 
 
@@ -85,7 +85,7 @@ def test_every_missing_and_wrong_file_is_named_at_once(shards: Path) -> None:
     for (_, message), file in zip(wrong, (shard_file(0, 2), RANK_1, "config.json", shard_file(2, 4)), strict=True):
         assert message.startswith(f"{file}: ")
     found = findings(shards)[1]
-    assert {f["check"] for f in found if f["severity"] == "skipped"} == {"layers", "shapes", "scheme", "cut"}
+    assert {f["check"] for f in found if f["severity"] == "skipped"} == {"layers", "shapes", "scheme", "activation", "cut"}
 
 
 def test_an_incomplete_set(shards: Path) -> None:
@@ -108,7 +108,7 @@ def tensor(manifest: dict[str, Any], rank: int, name: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "check", "says"),
     [
-        (lambda m: m.update(schema="denseffn-shards/2"), "manifest", "schema is 'denseffn-shards/2'"),
+        (lambda m: m.update(schema="denseffn-shards/3"), "manifest", "schema is 'denseffn-shards/3'"),
         (lambda m: m.update(note=1), "manifest", "note: Extra inputs are not permitted"),
         (lambda m: m["shards"].pop(), "manifest", "shards are of ranks [0], tp_size 2 wants 0 to 1"),
         (lambda m: m["shards"].reverse(), "manifest", "ranks [1, 0]"),

@@ -31,6 +31,7 @@ def test_sizes() -> None:
         prediction_layers=1,
         dense_layers=frozenset(range(8)),
         reason="no experts, num_hidden_layers = 8",
+        activations=(None,) * 8,
     )
 
 

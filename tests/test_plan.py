@@ -14,7 +14,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from reshard.checkpoint import Checkpoint, Identity, Part, Tensor, describe_layers
+from reshard.checkpoint import Checkpoint, Identity, Part, Tensor
+from reshard.describe import describe_layers
 from reshard.errors import AlignmentError
 from reshard.plan import Plan, PlannedShard, make_plan
 from tests.builders import RECIPES, Spec, config_of, description_of

@@ -1,0 +1,22 @@
+"""Values of config.json, checked where they are read."""
+
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+from reshard.errors import SourceError
+from reshard.naming import CONFIG
+
+_MAX_SIZE = 2**31 - 1  # of a dimension: more is no model's
+
+
+def number(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A whole number, from 1 where there is no default. Raises SourceError that names the key."""
+    value = config.get(key)
+    if value is None:
+        value = default
+    if type(value) is not int or value < 0 or (value == 0 and default is None):
+        raise SourceError(f"{CONFIG}: {key} is {value!r}, a whole number is wanted; is it a language model's config?")
+    if value > _MAX_SIZE:
+        raise SourceError(f"{CONFIG}: {key} is {reprlib.repr(value)}, up to {_MAX_SIZE} are believed")
+    return value

@@ -217,7 +217,7 @@ def test_a_source_that_cannot_be_read_is_1(shards: Path, tmp_path: Path) -> None
         1,
         f"error: {shards}: --against: {tmp_path}/none: no such folder; give the one that holds the checkpoint\n",
     )
-    assert "FAILED   ranks     config.json: missing" in done.out, "what was found of the set itself still stands"
+    assert "FAILED   ranks       config.json: missing" in done.out, "what was found of the set itself still stands"
 
 
 @pytest.mark.parametrize("commit", ["a" * 40, "b" * 40])

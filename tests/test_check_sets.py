@@ -85,7 +85,13 @@ def test_every_missing_and_wrong_file_is_named_at_once(shards: Path) -> None:
     for (_, message), file in zip(wrong, (shard_file(0, 2), RANK_1, "config.json", shard_file(2, 4)), strict=True):
         assert message.startswith(f"{file}: ")
     found = findings(shards)[1]
-    assert {f["check"] for f in found if f["severity"] == "skipped"} == {"layers", "shapes", "scheme", "activation", "cut"}
+    assert {f["check"] for f in found if f["severity"] == "skipped"} == {
+        "layers",
+        "shapes",
+        "scheme",
+        "activation",
+        "cut",
+    }
 
 
 def test_an_incomplete_set(shards: Path) -> None:

@@ -3,8 +3,10 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from reshard.activation import not_computed
 from reshard.checkpoint import Layer, Linear, Model, Tensor, numbers
 from reshard.errors import LayersError, SchemeError, ShapesError
+from reshard.foreign import what_is
 from reshard.modelconfig import ModelConfig, read_model_config
 from reshard.naming import CONFIG, DOWN, GATE, GATE_UP, ROLES, UP, mlp_name, parse_dense, parse_layer
 from reshard.prefix import language_prefix
@@ -58,10 +60,21 @@ def describe_layers(
         activation = model_config.activation(index) if model_config else None
         layers.append(Layer(index, linears, prefix, activation))
     model = _check_shapes(layers, model_config)
-    return model, tuple(layers), tuple(_warnings(by_layer, model_config))
+    return model, tuple(layers), (*_of_config(by_layer, model_config), *_of_activations(layers))
 
 
-def _warnings(named: Iterable[int], config: ModelConfig | None) -> Iterator[str]:
+def _of_activations(layers: Iterable[Layer]) -> Iterator[str]:
+    """Layers that can be cut, and that nothing here computes."""
+    indexes: dict[str, list[int]] = {}
+    for layer in layers:
+        problem = not_computed(layer.activation)
+        if problem is not None:
+            indexes.setdefault(problem, []).append(layer.index)
+    for problem, found in indexes.items():
+        yield f"layers {numbers(found)} are cut and not computed: {problem}"
+
+
+def _of_config(named: Iterable[int], config: ModelConfig | None) -> Iterator[str]:
     """Where the names alone say which layers are dense, and what of config.json was not understood."""
     alone = f"the dense layers ({numbers(named)}) are taken from names alone"
     if config is None:
@@ -121,7 +134,9 @@ def _check_dense(named: Iterable[int], prefix: str, other_names: Iterable[str], 
     for name in other_names:
         parsed = parse_layer(name)
         if parsed and parsed[0] == prefix and parsed[1] in dense and parsed[2].startswith("mlp."):
-            raise SchemeError(f"{name}: stands in a dense layer and is no tensor that the split table knows")
+            what = what_is(name)
+            said = f" ({what})" if what else ""
+            raise SchemeError(f"{name}: stands in a dense layer and is no tensor that the split table knows{said}")
 
 
 def _check_shapes(layers: list[Layer], config: ModelConfig | None) -> Model:

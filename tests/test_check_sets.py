@@ -46,7 +46,7 @@ def test_every_set_passes(tmp_path: Path, recipe: str, layout: str) -> None:
     assert code == 0
     assert {f["severity"] for f in found} <= {"ok", "warning", "skipped"}
     checks = [f["check"] for f in found]
-    assert checks[:8] == ["manifest", "ranks", "headers", "layers", "shapes", "scheme", "activation", "cut"]
+    assert checks[:7] == ["manifest", "ranks", "headers", "layers", "shapes", "scheme", "cut"]
     assert set(checks) <= set(CHECKS)
 
 
@@ -85,13 +85,7 @@ def test_every_missing_and_wrong_file_is_named_at_once(shards: Path) -> None:
     for (_, message), file in zip(wrong, (shard_file(0, 2), RANK_1, "config.json", shard_file(2, 4)), strict=True):
         assert message.startswith(f"{file}: ")
     found = findings(shards)[1]
-    assert {f["check"] for f in found if f["severity"] == "skipped"} == {
-        "layers",
-        "shapes",
-        "scheme",
-        "activation",
-        "cut",
-    }
+    assert {f["check"] for f in found if f["severity"] == "skipped"} == {"layers", "shapes", "scheme", "cut"}
 
 
 def test_an_incomplete_set(shards: Path) -> None:
@@ -223,7 +217,7 @@ def test_a_source_that_cannot_be_read_is_1(shards: Path, tmp_path: Path) -> None
         1,
         f"error: {shards}: --against: {tmp_path}/none: no such folder; give the one that holds the checkpoint\n",
     )
-    assert "FAILED   ranks       config.json: missing" in done.out, "what was found of the set itself still stands"
+    assert "FAILED   ranks     config.json: missing" in done.out, "what was found of the set itself still stands"
 
 
 @pytest.mark.parametrize("commit", ["a" * 40, "b" * 40])

@@ -1,9 +1,8 @@
 """The DenseFFN itself: dense layers, shapes, schemes."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from reshard.activation import not_computed
 from reshard.check.report import not_checked
 from reshard.checkpoint import Checkpoint, Layer, numbers
 from reshard.errors import LayersError, ReshardError, SchemeError, ShapesError
@@ -12,7 +11,7 @@ from reshard.modelconfig import read_model_config
 from reshard.naming import CONFIG, DOWN, GATE, ROLES
 from reshard.source.base import parse_json_object
 
-CHECKS = ("layers", "shapes", "scheme", "activation")
+_CHECKS = ("layers", "shapes", "scheme")
 _BY_ERROR: dict[type[ReshardError], str] = {LayersError: "layers", ShapesError: "shapes", SchemeError: "scheme"}
 
 
@@ -26,10 +25,9 @@ def check_layers(describe: Callable[[], Checkpoint]) -> tuple[list[Finding], Che
         checkpoint = describe()
     except tuple(_BY_ERROR) as error:
         failed = _BY_ERROR[type(error)]
-        others = tuple(check for check in CHECKS if check != failed)
+        others = tuple(check for check in _CHECKS if check != failed)
         return [Finding(failed, "", str(error)), *not_checked(others, f"see {failed}")], None
     found = [_layers(checkpoint), Finding("shapes", "", _shapes(checkpoint), "ok"), _scheme(checkpoint)]
-    found += _activation(checkpoint)
     return found, checkpoint
 
 
@@ -74,28 +72,14 @@ def _shapes(checkpoint: Checkpoint) -> str:
 
 
 def _scheme(checkpoint: Checkpoint) -> Finding:
-    return Finding("scheme", "", _by_layer(checkpoint.layers, _spelt), "ok")
-
-
-def _activation(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """What is known in one line, what is not in another: only a warning, as an engine may compute it."""
-    known = [layer for layer in checkpoint.layers if not_computed(layer.activation) is None]
-    others = [layer for layer in checkpoint.layers if layer not in known]
-    if known:
-        yield Finding("activation", "", _by_layer(known, lambda layer: str(layer.activation)), "ok")
-    if others:
-        line = _by_layer(others, lambda layer: not_computed(layer.activation) or "")
-        yield Finding("activation", "", line, "warning")
-
-
-def _by_layer(layers: Iterable[Layer], said: Callable[[Layer], str]) -> str:
-    """What is said of each layer, once for all that are alike."""
+    """The schemes by layer, one line for all that are alike."""
     by_text: dict[str, list[int]] = {}
-    for layer in layers:
-        by_text.setdefault(said(layer), []).append(layer.index)
+    for layer in checkpoint.layers:
+        by_text.setdefault(_spelt(layer), []).append(layer.index)
     if len(by_text) == 1:
-        return next(iter(by_text))
-    return "; ".join(f"layers {numbers(indexes)}: {text}" for text, indexes in by_text.items())
+        return Finding("scheme", "", next(iter(by_text)), "ok")
+    texts = [f"layers {numbers(indexes)}: {text}" for text, indexes in by_text.items()]
+    return Finding("scheme", "", "; ".join(texts), "ok")
 
 
 def _spelt(layer: Layer) -> str:

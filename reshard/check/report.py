@@ -13,7 +13,6 @@ CHECKS = {
     "layers": "the dense layers are found by their tensors' names, and are those that config.json makes dense",
     "shapes": "the weights have the shapes that config.json's sizes make",
     "scheme": "each linear has the tensors, types and shapes of its scheme; gate and up agree",
-    "activation": "what stands between the matrices is known: the runtime and verify compute it",
     "divides": "intermediate_size is divisible by the group's size",
     "blocks": "a rank's share is whole scale blocks",
     "manifest": "the shard set has a manifest, of a known version, every field of it as its schema says",

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from blake3 import blake3
 
-from reshard.check.layers import CHECKS, check_layers, config_of
+from reshard.check.layers import check_layers, config_of
 from reshard.check.report import not_checked
 from reshard.checkpoint import Checkpoint
 from reshard.errors import AlignmentError, ManifestError, SourceError
@@ -20,8 +20,8 @@ from reshard.record import layer_schemes, scheme_name
 from reshard.source.base import Source, read_file, read_header
 from reshard.source.shardset import check_header, read_manifest_only, read_shard_set, require_shard_set
 
-_AFTER_HEADERS = (*CHECKS, "cut")
-_AFTER_MANIFEST = ("ranks", "headers", *_AFTER_HEADERS)
+_AFTER_MANIFEST = ("ranks", "headers", "layers", "shapes", "scheme", "cut")
+_AFTER_HEADERS = ("layers", "shapes", "scheme", "cut")
 
 
 def check_set(source: Source) -> tuple[list[Finding], Manifest | None, Checkpoint | None]:

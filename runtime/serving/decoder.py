@@ -78,15 +78,19 @@ def decoder_of(model: nn.Module) -> Decoder:
     Raises ShardError where that has no list of layers.
     """
     decoder: Any = model
-    while hasattr(decoder, "get_decoder") and (inner := decoder.get_decoder()) is not decoder:
+    if not hasattr(model, "get_decoder"):
+        raise ShardError(f"{type(model).__name__} is no model of transformers: it has no get_decoder()")
+    while (inner := decoder.get_decoder()) is not decoder:
         decoder = inner
-    layers = getattr(decoder, "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise ShardError(
-            f"{type(model).__name__}: its get_decoder() leads to {type(decoder).__name__}, which has no list `layers`, "
-            "so that its dense layers cannot be found; give the language model within it"
-        )
-    return Decoder(next(name for name, module in model.named_modules() if module is layers), decoder, layers)
+    for module in decoder.modules():  # Llama 4's is one further in
+        layers = getattr(module, "layers", None)
+        if isinstance(layers, nn.ModuleList) and type(getattr(module, "config", None)) is type(decoder.config):
+            name = next(name for name, each in model.named_modules() if each is layers)
+            return Decoder(name, module, layers)
+    raise ShardError(
+        f"{type(model).__name__}: its get_decoder() leads to {type(decoder).__name__}, which has no list `layers`, so "
+        "that its dense layers cannot be found; give the language model within it"
+    )
 
 
 class _Half(nn.Module):

@@ -61,6 +61,7 @@ def promised(config: Mapping[str, Any], name: str, scheme: str | None = None) ->
         side_files={CONFIG: json.dumps(config).encode()},
         total_tensors=len(tensors),
         total_bytes=sum(tensor.nbytes for tensor in tensors),
+        warnings=(*model.doubts, *model.warnings),
     )
 
 

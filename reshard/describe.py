@@ -3,8 +3,10 @@
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+from reshard.activation import not_computed
 from reshard.checkpoint import Layer, Linear, Model, Tensor, numbers
 from reshard.errors import LayersError, SchemeError, ShapesError
+from reshard.foreign import what_is
 from reshard.modelconfig import ModelConfig, agree_on_dense, is_mtp_layer, read_model_config
 from reshard.naming import CONFIG, DOWN, GATE, GATE_UP, ROLES, UP, mlp_name, parse_dense, parse_layer
 from reshard.prefix import language_prefix
@@ -37,7 +39,7 @@ def describe_layers(
             continue
         by_layer.setdefault(parsed.layer, {}).setdefault(parsed.role, {})[parsed.suffix] = tensor
     mtp = {layer: by_layer.pop(layer) for layer in _mtp_layers(by_layer, prefix, other_names, model_config)}
-    warnings = [*_taken_from_names(by_layer, model_config), *_left_alone(mtp)]
+    warnings = [*_of_config(by_layer, model_config), *_left_alone(mtp)]
     _check_known(by_layer, prefix, other_names)
     declare = declarations(description, config)
     layers = []
@@ -45,7 +47,8 @@ def describe_layers(
         roles = _unstacked(by_layer[index], mlp_name(prefix, index))
         linears = {}
         for role in ROLES:
-            module, suffixes = f"{mlp_name(prefix, index)}.{role}", roles.get(role, {})
+            stored = GATE_UP if GATE_UP in by_layer[index] and role != DOWN else role
+            module, suffixes = f"{mlp_name(prefix, index)}.{stored}", roles.get(role, {})
             if not suffixes:
                 raise _missing_weight(module, index, roles)
             declared = declare(module, frozenset(suffixes))
@@ -58,14 +61,25 @@ def describe_layers(
         activation = model_config.activation(index) if model_config else None
         layers.append(Layer(index, linears, prefix, activation))
     model = _check_shapes(layers, model_config)
-    return model, tuple(layers), tuple(warnings)
+    return model, tuple(layers), (*warnings, *of_activations(layers))
 
 
-def _taken_from_names(named: Collection[int], config: ModelConfig | None) -> tuple[str, ...]:
-    """Where the names alone say which layers are dense, and what of config.json was not understood."""
+def of_activations(layers: Iterable[Layer]) -> Iterator[str]:
+    """Layers that can be cut, and that nothing here computes."""
+    indexes: dict[str, list[int]] = {}
+    for layer in layers:
+        problem = not_computed(layer.activation)
+        if problem is not None:
+            indexes.setdefault(problem, []).append(layer.index)
+    for problem, found in indexes.items():
+        yield f"layers {numbers(found)} are cut and not computed: {problem}"
+
+
+def _of_config(named: Collection[int], config: ModelConfig | None) -> tuple[str, ...]:
+    """Where the names alone say which layers are dense."""
     if config is None:
         return (f"no {CONFIG} beside the files: the dense layers ({numbers(named)}) are taken from names alone",)
-    return (*agree_on_dense(named, config), *config.warnings)
+    return agree_on_dense(named, config)
 
 
 def _left_alone(mtp: Collection[int]) -> Iterator[str]:
@@ -128,7 +142,9 @@ def _check_known(dense: Collection[int], prefix: str, other_names: Iterable[str]
     for name in other_names:
         parsed = parse_layer(name)
         if parsed and parsed[0] == prefix and parsed[1] in dense and parsed[2].startswith("mlp."):
-            raise SchemeError(f"{name}: stands in a dense layer and is no tensor that the split table knows")
+            what = what_is(name)
+            said = f" ({what})" if what else ""
+            raise SchemeError(f"{name}: stands in a dense layer and is no tensor that the split table knows{said}")
 
 
 def _check_shapes(layers: list[Layer], config: ModelConfig | None) -> Model:

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from reshard.checkpoint import Checkpoint, Identity, Layer, Linear, Model, Tensor
-from reshard.describe import check_pair
+from reshard.describe import check_pair, of_activations
 from reshard.errors import LayersError, SchemeError, SourceError, UsageError
 from reshard.modelconfig import known_dense_layers, read_model_config
-from reshard.naming import CONFIG, DOWN, GATE, PREFIX, ROLES, UP, mlp_name
+from reshard.naming import CONFIG, DOWN, GATE, ROLES, UP, mlp_name
+from reshard.prefix import published_prefix
 from reshard.quantization import declarations
 from reshard.schemes import VARIANTS, Declared, Shape, TensorRule, Variant, check_kind
 from reshard.source.base import parse_json_object
@@ -43,25 +44,26 @@ def promised(config: Mapping[str, Any], name: str, scheme: str | None = None) ->
         raise LayersError(f"no dense layer: {CONFIG} ({model.reason}) gives none")
     declare = _named(config, scheme) if scheme is not None else _declared(config)
     sizes = (model.intermediate_size, model.hidden_size)
+    prefix = published_prefix(config)
     own = _own_dtype(config)
     layers = []
     for index in sorted(dense):
         linears = {}
         for role in ROLES:
-            module = f"{mlp_name(PREFIX, index)}.{role}"
+            module = f"{mlp_name(prefix, index)}.{role}"
             declared = declare(module)
             linears[role] = _linear(module, declared, sizes[::-1] if role == DOWN else sizes, own)
-        check_pair(mlp_name(PREFIX, index), linears[GATE], linears[UP])
-        layers.append(Layer(index, linears, PREFIX, model.activation(index)))
+        check_pair(mlp_name(prefix, index), linears[GATE], linears[UP])
+        layers.append(Layer(index, linears, prefix, model.activation(index)))
     tensors = [tensor for layer in layers for tensor in layer.tensors()]
     return Checkpoint(
         identity=Identity("folder", name, None, ()),
-        model=Model(model.model_type, model.hidden_size, model.intermediate_size, model.num_hidden_layers, PREFIX),
+        model=Model(model.model_type, model.hidden_size, model.intermediate_size, model.num_hidden_layers, prefix),
         layers=tuple(layers),
         side_files={CONFIG: json.dumps(config).encode()},
         total_tensors=len(tensors),
         total_bytes=sum(tensor.nbytes for tensor in tensors),
-        warnings=(*model.doubts, *model.warnings),
+        warnings=(*model.doubts, *of_activations(layers)),
     )
 
 

@@ -51,7 +51,7 @@ def activations(language: Mapping[str, Any], layers: int) -> tuple[Activation | 
     if name is None:
         return (None,) * layers
     unknown = [f"{key} = {language[key]}" for key in _unknown(language, family)]
-    if unknown:
+    if unknown and Activation(name).is_known:
         return (Activation(" and ".join([name, *unknown])),) * layers
     return tuple(_limited(name, limit, family) for limit in _limits(language, family, layers))
 

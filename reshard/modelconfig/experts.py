@@ -4,15 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from reshard.modelconfig.families import family_of
+from reshard.modelconfig.rules import EXPERT_COUNTS
 from reshard.modelconfig.wrapper import language_config
-
-EXPERT_COUNTS = (
-    "n_routed_experts",  # DeepSeek, GLM, Kimi K2
-    "num_experts",  # Qwen, Ling, Hunyuan (one number or one for each layer)
-    "num_local_experts",  # Mixtral, Llama 4, MiniMax
-    "moe_num_experts",  # ERNIE 4.5 (one number, or one for text and one for images), Step
-    "num_routed_experts",  # openPangu
-)
 
 
 def has_experts(config: Mapping[str, Any]) -> bool:

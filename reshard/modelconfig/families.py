@@ -16,12 +16,12 @@ class Family:
     """One model type.
 
     rules: those of reshard.modelconfig.rules that its code follows beside mlp_layer_types, the first whose keys are
-    there; none where no layer has experts.
-    defaults: of its config class, where a key is absent or null. one_expert_is_dense: `num_experts`
-    of 1 makes a dense model. act, activation: the key of the activation, and the class's default. limit: the key of a
-    limit that holds in dense layers (`limits`: a list of one for each layer). ignored: keys that look as if they
-    changed what a dense layer computes, and concern experts alone. names: how its layers are called where they are
-    not cut. source: whose code was read.
+    there; none where no layer has experts. defaults: of its config class, where a key is absent or null.
+    one_expert_is_dense: `num_experts` of 1 makes a dense model. act, activation: the key of the activation, and the
+    class's default. limit: the key of a limit that holds in dense layers (`limits`: a list of one for each layer);
+    clamps_after: it is on act(gate) and not on gate. fixed: what it computes, whatever the config says. ignored: keys
+    that look as if they changed what a dense layer computes, and concern experts alone. names: how its dense layers are
+    called where they are not cut. source: whose code was read.
     """
 
     rules: tuple[str, ...] = ()
@@ -31,8 +31,8 @@ class Family:
     activation: str | None = "silu"
     limit: str | None = None
     limits: str | None = None
-    clamps_after: bool = False  # the limit is on act(gate), not on gate
-    fixed: Activation | None = None  # whatever the config says
+    clamps_after: bool = False
+    fixed: Activation | None = None
     ignored: tuple[str, ...] = ()
     names: str = ""
     source: str = "transformers"
@@ -62,8 +62,8 @@ _QWEN = Family(("decoder_sparse_step",), {"decoder_sparse_step": 1, "mlp_only_la
 FAMILIES: dict[str, Family] = {
     # Dense in every layer.
     **_alike(
-        "cohere cohere2 cohere_compass_text cwm diffllama emu3_text_model ernie4_5 exaone4 glm glm4 glm4v_text "
-        "glm_image_text glm_ocr_text granite granite4_vision_text granite_docling_text granite_swa helium "
+        "cohere cohere2 cwm diffllama emu3_text_model ernie4_5 exaone4 glm glm4 glm4v_text "
+        "glm_image_text glm_ocr_text granite granite_docling_text granite_swa helium "
         "higgs_audio_v2 hyperclovax internlm3 iquestcoder llama minicpm3 ministral ministral3 mistral "
         "mllama_text_model molmo2_text olmo olmo2 olmo3 olmo_hybrid paddleocr_vl_text phi3 phi4_multimodal qwen2 "
         "qwen2_5_omni_text qwen2_5_vl_text qwen2_vl_text qwen3 qwen3_5_text qwen3_vl_text seed_oss smollm3 stablelm "
@@ -74,7 +74,9 @@ FAMILIES: dict[str, Family] = {
     **_alike("hunyuan_v1_dense hunyuan_vl_text", Family(one_expert_is_dense=True)),
     "muse_glimmer_text": Family(act="hidden_activation"),
     "gemma": Family(activation="gelu_pytorch_tanh"),
-    **_alike("diffusion_gemma_text gemma2 gemma3_text gemma4_text gemma4_unified_text vaultgemma", _GEMMA),
+    **_alike("gemma2 gemma3_text gemma4_text gemma4_unified_text vaultgemma", _GEMMA),
+    "bitnet": Family(fixed=Activation("relu2 and ffn_sub_norm")),
+    "gemma3n_text": Family(fixed=Activation("gelu_tanh and activation_sparsity_pattern")),
     # The first layers are dense.
     "deepseek_v2": _first(0),
     "deepseek_v3": _first(3),
@@ -111,7 +113,6 @@ FAMILIES: dict[str, Family] = {
         clamps_after=True,
         ignored=("swiglu_limits",),
     ),
-    "inkling_text": Family(("dense_mlp_idx",), {"dense_mlp_idx": 0}),
     # Layers of both kinds in another order.
     "ernie4_5_moe": Family(("moe_layer_start_index",), _ERNIE),
     "ernie4_5_vl_moe_text": Family(("moe_layer_start_index",), _ERNIE),
@@ -123,7 +124,7 @@ FAMILIES: dict[str, Family] = {
     # Experts in every layer.
     **_alike(
         "aria_text flex_olmo gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared kolibri1 minimax "
-        "minimax_m2 mixtral olmoe openai_privacy_filter phimoe qwen3_5_moe_text qwen4_exp_text solar_open zaya",
+        "minimax_m2 mixtral olmoe openai_privacy_filter phimoe qwen3_5_moe_text solar_open zaya",
         Family(("every layer",)),
     ),
     "deepseek_v4": Family(("every layer",)),

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from reshard.modelconfig.experts import EXPERT_COUNTS, counting_keys, experts, experts_key
+from reshard.modelconfig.experts import counting_keys, experts, experts_key
 from reshard.modelconfig.families import Family, family_of
-from reshard.modelconfig.rules import FAMILY_ONLY, RULES, Keys, Rule, UnknownKindError
+from reshard.modelconfig.rules import EXPERT_COUNTS, FAMILY_ONLY, RULES, Keys, Rule, UnknownKindError
 
 # Keys that may say which layers are dense, and those that are known to say other things: sizes, counts, routing.
 _LOOKS_LIKE_LAYERS = re.compile(r"expert|moe|dense|sparse", re.IGNORECASE)

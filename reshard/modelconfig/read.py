@@ -17,7 +17,7 @@ from reshard.naming import CONFIG
 _MAX_LAYERS = 10_000
 # A dense layer's own intermediate size, where the key without a prefix is the experts'.
 _DENSE_SIZES = (
-    "dense_intermediate_size",  # MiniMax M3, Inkling
+    "dense_intermediate_size",  # MiniMax M3
     "prefix_dense_intermediate_size",  # Cohere 2 MoE
     "intermediate_size_mlp",  # Llama 4
 )
@@ -31,8 +31,8 @@ class ModelConfig:
     the layers dense, or why none does. is_stated: whether a key that is known says it; where it follows from the
     absence of keys that are known, names that say otherwise are believed. other_accounts: what other keys say.
     wrapper: the key under which the language model's config is nested. activations: of each layer; None where
-    config.json does not say it and the family's default is not known. warnings: what was not understood, a line each.
-    doubts: what only tensors can tell, for whoever has a config alone.
+    config.json does not say it and the family's default is not known. doubts: what only the tensors' names can
+    settle, a line each, for whoever has a config alone.
     """
 
     model_type: str
@@ -46,7 +46,6 @@ class ModelConfig:
     other_accounts: tuple[Account, ...] = ()
     wrapper: str | None = None
     activations: tuple[Activation | None, ...] = ()
-    warnings: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
 
     def activation(self, layer: int) -> Activation | None:
@@ -57,12 +56,11 @@ class ModelConfig:
 def read_model_config(config: Mapping[str, Any]) -> ModelConfig:
     """config: the whole of config.json. Raises SourceError naming the key that is missing or makes no sense."""
     wrapper, language = language_config(config)
-    layers = number(language, "num_hidden_layers")
+    layers = number(language, _layers_key(language))
     if layers > _MAX_LAYERS:
         raise SourceError(f"{CONFIG}: num_hidden_layers is {layers}, up to {_MAX_LAYERS} are believed")
     account, others = dense_layers(language, layers)
     model_type = language.get("model_type")
-    between = activations(language, layers)
     return ModelConfig(
         model_type=model_type if isinstance(model_type, str) else "",
         hidden_size=number(language, "hidden_size"),
@@ -74,10 +72,14 @@ def read_model_config(config: Mapping[str, Any]) -> ModelConfig:
         is_stated=account.stated,
         other_accounts=others,
         wrapper=wrapper,
-        activations=between,
-        warnings=tuple(_warnings(account, between)),
+        activations=activations(language, layers),
         doubts=tuple(_doubts(language, account, others)),
     )
+
+
+def _layers_key(language: Mapping[str, Any]) -> str:
+    """LongCat's and ChatGLM's config.json have another."""
+    return "num_layers" if "num_layers" in language and "num_hidden_layers" not in language else "num_hidden_layers"
 
 
 def known_dense_layers(model: ModelConfig) -> frozenset[int]:
@@ -101,19 +103,6 @@ def _intermediate_size(language: Mapping[str, Any], *, needed: bool) -> int:
             raise SourceError(f"{CONFIG}: intermediate_size differs from layer to layer: such a model is not cut")
         return number({"intermediate_size": sizes[0]}, "intermediate_size")
     return number(language, "intermediate_size", default=None if needed else 0)
-
-
-def _warnings(account: Account, between: tuple[Activation | None, ...]) -> Iterator[str]:
-    """What dense layers compute, where nothing here can compute it."""
-    dense = range(len(between)) if account.layers is None else sorted(account.layers)
-    for activation in dict.fromkeys(between[layer] for layer in dense):
-        if activation is None:
-            yield f"{CONFIG} does not say the activation (hidden_act), and its model_type's is not known"
-        elif not activation.is_known:
-            yield (
-                f"{CONFIG}: the activation is {activation}, which is not computed here: the layers can be cut, and "
-                "verify and the runtime refuse to compute them"
-            )
 
 
 def _doubts(language: Mapping[str, Any], account: Account, others: tuple[Account, ...]) -> Iterator[str]:

@@ -134,7 +134,6 @@ RULES = {
     "layer_freq": Rule(("layer_freq",), _flags("layer_freq")),
     "first_k_dense_replace": Rule(("first_k_dense_replace", "moe_layer_freq"), _first),
     "num_dense_layers": Rule(("num_dense_layers",), _count("num_dense_layers")),
-    "dense_mlp_idx": Rule(("dense_mlp_idx",), _count("dense_mlp_idx")),
     "moe_layer_start_index": Rule(
         ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"),
         _span,
@@ -148,3 +147,12 @@ RULES = {
 
 FAMILY_ONLY = frozenset({"first_k_dense_replace, moe_layer_freq from there", "every layer"})
 """The rules that keys alone do not call for."""
+
+EXPERT_COUNTS = (
+    "n_routed_experts",  # DeepSeek, GLM, Kimi K2
+    "num_experts",  # Qwen, Ling, Hunyuan (one number or one for each layer)
+    "num_local_experts",  # Mixtral, Llama 4, MiniMax
+    "moe_num_experts",  # ERNIE 4.5 (one number, or one for text and one for images), Step
+    "num_routed_experts",  # openPangu
+)
+"""The keys that count a model's routed experts."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from reshard.errors import SourceError
+from reshard.modelconfig.rules import EXPERT_COUNTS, RULES
 from reshard.naming import CONFIG
 
 _LAYERS = "num_hidden_layers"
@@ -15,6 +16,11 @@ WRAPPERS: dict[tuple[str, ...], str] = {
     ("thinker_config",): "the same, with the sizes one level up",
 }
 """The path of the nested config, and who writes it so."""
+
+_DECIDE = frozenset(
+    {_LAYERS, "hidden_size", "intermediate_size", "hidden_act", "hidden_activation", *EXPERT_COUNTS}
+) | {key for rule in RULES.values() for key in rule.keys}
+"""The keys that may decide what is cut and computed."""
 
 
 def language_config(config: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
@@ -46,17 +52,10 @@ def _both(config: Mapping[str, Any], key: str, nested: Mapping[str, Any]) -> dic
     """The top with what only the nested config has. model_type is the nested one's: the top's names the wrapper."""
     for name, value in nested.items():
         top = config.get(name)
-        if _is_size(name, value) and top is not None and top != value:
+        if name in _DECIDE and None not in (top, value) and top != value:
             raise SourceError(
                 f"{CONFIG} contradicts itself: {name} is {top!r} at its top and {value!r} in {key}; make it the one of "
                 "the tensors in both"
             )
     given = {name: value for name, value in config.items() if value is not None}
     return {**nested, **given, "model_type": nested.get("model_type", config.get("model_type"))}
-
-
-def _is_size(name: str, value: object) -> bool:
-    """Whether a key may decide what is cut: numbers, lists of them, and the activation; not types, ids and lengths."""
-    if name.endswith(("_id", "_ids", "_version")) or name in ("vocab_size", "max_position_embeddings", "use_cache"):
-        return False
-    return isinstance(value, int | list) or name == "hidden_act"

@@ -229,16 +229,17 @@ def test_no_other_name_is_one_of_them() -> None:
 
 NOT_KNOWN = {
     "a tower, a draft, a codec or another part of a model": """
-        aimv2_text_model aimv2_vision_model blt_global_transformer blt_local_decoder blt_local_encoder blt_patcher csm
-        csm_depth_decoder_model deepseek_ocr2_encoder deepseek_ocr2_sam_vision_model dia_encoder dinov2
-        dinov2_with_registers dinov3_vit dots3_note_audio_encoder dots3_note_vision_encoder eomt eomt_dinov3
-        gemma4_audio gemma4_vision granite_docling_vision hunyuan_vl_vision idefics2_vision idefics_vision
-        inkling2_vision llama4_vision_model minimax_m3_vl_vision mllama_vision_model molmo2_vision moonshine_streaming_encoder muse_glimmer_assistant
-        muse_glimmer_vision muse_spark_audio muse_spark_vision ovis2_vision paddleocr_vl_vision pe_audio_encoder
-        pe_audio_video_encoder pe_video_encoder phi4_multimodal_vision pixtral qwen2_5_omni_dit qwen2_5_omni_talker
-        qwen3_omni_moe_talker_code_predictor qwen3_omni_moe_talker_text radio rf_detr_dinov2 sapiens2 step3p5_vision
-        timesfm tipsv2_text_model tipsv2_vision_model unlimited_ocr_sam_vision_model unlimited_ocr_vision_encoder
-        vibevoice_diffusion videomt voxtral_realtime_encoder""",
+        aimv2_text_model aimv2_vision_model blt_global_transformer blt_local_decoder blt_local_encoder
+        blt_patcher csm csm_depth_decoder_model deepseek_ocr2_encoder deepseek_ocr2_sam_vision_model dia_encoder
+        dinov2 dinov2_with_registers dinov3_vit dots3_note_audio_encoder dots3_note_vision_encoder eomt
+        eomt_dinov3 gemma4_audio gemma4_vision granite_docling_vision hunyuan_vl_vision idefics2_vision
+        idefics_vision inkling2_vision llama4_vision_model minimax_m3_vl_vision mllama_vision_model
+        molmo2_vision moonshine_streaming_encoder muse_glimmer_assistant muse_glimmer_vision muse_spark_audio
+        muse_spark_vision ovis2_vision paddleocr_vl_vision pe_audio_encoder pe_audio_video_encoder
+        pe_video_encoder phi4_multimodal_vision pixtral qwen2_5_omni_dit qwen2_5_omni_talker
+        qwen3_omni_moe_talker_code_predictor qwen3_omni_moe_talker_text radio rf_detr_dinov2 sapiens2
+        step3p5_vision timesfm tipsv2_text_model tipsv2_vision_model unlimited_ocr_sam_vision_model
+        unlimited_ocr_vision_encoder vibevoice_diffusion videomt voxtral_realtime_encoder""",
     "an encoder, or an encoder's decoder": """
         embedding_gemma2_text esmc eurobert gte neomme nomic_bert t5_gemma_module t5gemma2_decoder t5gemma2_text
         ultrabert""",

@@ -1,34 +1,34 @@
 """From tensor names, config.json and the account of the quantization to the dense layers: no tensor data is read."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 from reshard.checkpoint import Layer, Linear, Model, Tensor, numbers
 from reshard.errors import LayersError, SchemeError, ShapesError
 from reshard.modelconfig import ModelConfig, read_model_config
 from reshard.naming import CONFIG, DOWN, GATE, GATE_UP, ROLES, UP, mlp_name, parse_dense, parse_layer
 from reshard.prefix import language_prefix
-from reshard.quantization import declarations
-from reshard.schemes import Found, check_kind, match_variant
+from reshard.quantization import Accounts, Schemes, check_transforms, unknown_tensor
+from reshard.schemes import VARIANTS, Found
 
 _Roles = dict[str, dict[str, Tensor]]
 """Tensors by role and suffix."""
+
+_BESIDE_A_WEIGHT = frozenset(suffix for variant in VARIANTS for suffix in variant.suffixes) - {"weight"}
 
 
 def describe_layers(
     tensors: Mapping[str, Tensor],
     other_names: Iterable[str],
-    config: Mapping[str, Any] | None,
-    description: tuple[str, Mapping[str, Any]] | None,
+    accounts: Accounts,
 ) -> tuple[Model, tuple[Layer, ...], tuple[str, ...]]:
-    """The dense layers that the tensors make, checked against config.json and the quantisation's own account.
+    """The dense layers that the tensors make, checked against config.json and the accounts of the quantization.
 
     tensors: those whose names are a DenseFFN tensor's; other_names: all other names of the source.
     Returns the model, its layers and warnings. Raises LayersError, ShapesError or SchemeError where the accounts
     disagree.
     """
     other_names = list(other_names)
-    model_config = read_model_config(config) if config is not None else None
+    model_config = read_model_config(accounts.config) if accounts.config is not None else None
     prefix = language_prefix(tensors, other_names, model_config)
     by_layer: dict[int, _Roles] = {}
     for name, tensor in tensors.items():
@@ -37,27 +37,27 @@ def describe_layers(
             continue
         if model_config is None or not _in_prediction_block(parsed.layer, model_config):
             by_layer.setdefault(parsed.layer, {}).setdefault(parsed.role, {})[parsed.suffix] = tensor
+    mlps = {index: mlp_name(prefix, index) for index in by_layer}
+    check_transforms(accounts, mlps, (*tensors, *other_names))
     _check_dense(by_layer.keys(), prefix, other_names, model_config)
-    declare = declarations(description, config)
+    schemes = Schemes(accounts)
     layers = []
     for index in sorted(by_layer):
-        roles = _unstacked(by_layer[index], mlp_name(prefix, index))
+        roles = _unstacked(by_layer[index], mlps[index])
         linears = {}
         for role in ROLES:
-            module, suffixes = f"{mlp_name(prefix, index)}.{role}", roles.get(role, {})
-            if not suffixes:
-                raise _missing_weight(module, index, roles)
-            declared = declare(module, frozenset(suffixes))
-            check_kind(module, declared)
-            if "weight" not in suffixes:
-                raise _missing_weight(module, index, roles)
+            suffixes = roles.get(role, {})
+            if "weight" not in suffixes and suffixes.keys() <= _BESIDE_A_WEIGHT:
+                raise _missing_weight(f"{mlps[index]}.{role}", index, roles)
+            # Of a stacked weight the accounts speak by the name that is stored.
+            module = next(iter(suffixes.values())).stored.name.rpartition(".")[0]
             found = {suffix: Found(t.dtype, t.shape, t.parts[0].file) for suffix, t in suffixes.items()}
-            variant = match_variant(module, declared, found)
-            linears[role] = Linear(variant, declared.block, suffixes)
+            variant, block = schemes.decide(module, found)
+            linears[role] = Linear(variant, block, suffixes)
         activation = model_config.activation(index) if model_config else None
         layers.append(Layer(index, linears, prefix, activation))
     model = _check_shapes(layers, model_config)
-    return model, tuple(layers), tuple(_warnings(by_layer, model_config))
+    return model, tuple(layers), (*_warnings(by_layer, model_config), *schemes.warnings())
 
 
 def _warnings(named: Iterable[int], config: ModelConfig | None) -> Iterator[str]:
@@ -120,7 +120,7 @@ def _check_dense(named: Iterable[int], prefix: str, other_names: Iterable[str], 
     for name in other_names:
         parsed = parse_layer(name)
         if parsed and parsed[0] == prefix and parsed[1] in dense and parsed[2].startswith("mlp."):
-            raise SchemeError(f"{name}: stands in a dense layer and is no tensor that the split table knows")
+            raise SchemeError(unknown_tensor(name))
 
 
 def _check_shapes(layers: list[Layer], config: ModelConfig | None) -> Model:

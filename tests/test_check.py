@@ -11,7 +11,8 @@ from reshard.errors import printable
 from reshard.naming import parse_dense
 from reshard.option import OPTION
 from reshard.plan import make_plan
-from reshard.promised import SCHEMES, promised
+from reshard.promised import promised
+from reshard.schemes import SCHEMES
 from reshard.source.open import describe, open_source
 from tests.builders import RECIPES, Spec, build, tensors_of
 from tests.checking import failed, findings, of, usage

@@ -255,7 +255,10 @@ def _misshapen(module: str, rule: TensorRule, found: Found, weight: tuple[int, .
             f"{wanted}; quantise per channel (group_size 0), or cut the BF16 or FP8 original"
         )
     blocks = f" (blocks of {declared.block[0]} x {declared.block[1]})" if declared.block else ""
-    return f"{problem}, with a weight of {list(weight)}{blocks} it must be {wanted}, by {declared.said_by}"
+    return (
+        f"{problem}, with a weight of {list(weight)}{blocks} it must be {wanted}, by {declared.said_by}; the two are "
+        "not of one checkpoint"
+    )
 
 
 def group_size(scales: tuple[int, ...], weight: tuple[int, ...]) -> int | None:

@@ -7,8 +7,9 @@ scheme alone are taken for that, with a warning.
 
 from collections.abc import Iterable, Mapping
 
+from reshard.dtypes import FLOATS
 from reshard.errors import ManifestError, ReshardError, SchemeError
-from reshard.naming import MANIFEST
+from reshard.naming import CONFIG, MANIFEST
 from reshard.quantization.accounts import Account, Accounts, Recorded, list_accounts
 from reshard.quantization.explain import contradiction, no_account, not_told, unsaid
 from reshard.quantization.formats import as_kind, names_of_formats, tensors_text, types_text, variants_of
@@ -110,8 +111,8 @@ class Schemes:
 
     def _by_tensors(self, module: str, found: _Tensors) -> Declared:
         """Without an account. A block's size is in no header, so scales in blocks never tell a scheme alone."""
-        if is_plain(found):
-            return Declared(FLOAT, None, "no account of a quantization")
+        if found.keys() >= {"weight"} and found["weight"].dtype in FLOATS:
+            return Declared(FLOAT, None, f"no quantization_config in {CONFIG}")
         variants = variants_of(found)
         if len(names_of_formats(found)) != 1 or not variants or any(r.in_blocks for r in variants[0].tensors):
             raise no_account(module, found, self._given.config is not None)

@@ -24,16 +24,22 @@ def read_description(file: str, types: Mapping[str, Any]) -> Callable[[str], Dec
     That is the type of its weight, which is all that vllm-ascend looks up. The function raises SourceError where the
     module's tensors are given different types.
     """
-    by_module: dict[str, dict[str, str]] = {}
+    by_module: dict[str, dict[str, Any]] = {}
     for key, kind in types.items():
         module, _, suffix = key.rpartition(".")
         if suffix not in _ASIDE:
-            by_module.setdefault(module, {})[suffix] = str(kind)
+            by_module.setdefault(module, {})[suffix] = kind
 
     def declare(module: str) -> Declared | None:
         name = next((name for name in names_of(module) if "weight" in by_module.get(name, {})), None)
         if name is None:
             return None
+        for suffix, kind in by_module[name].items():
+            if not isinstance(kind, str):
+                raise SourceError(
+                    f"{module}.{suffix}: {file} says {kind!r}, expected the name of a type; is the file of this "
+                    "checkpoint?"
+                )
         kinds = {kind: suffix for suffix, kind in sorted(by_module[name].items(), reverse=True)}
         if len(kinds) > 1:
             both = ", ".join(f"{suffix} {kind}" for kind, suffix in kinds.items())

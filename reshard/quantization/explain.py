@@ -55,10 +55,10 @@ def contradiction(module: str, found: _Tensors, said: Sequence[Declared]) -> Sch
             f"{module}: {first.said_by} says {_word(first)}, and its tensors ({tensors_text(found)}) are ModelSlim's, "
             f"whose {DESCRIPTION} is missing: put it beside the files{_told(found)}"
         )
-    if names_of_formats(found):
+    if names_of_formats(found) and _word(first) not in names_of_formats(found):
         return SchemeError(
             f"{module}: {first.said_by} says {_word(first)}, and its tensors ({tensors_text(found)}) are "
-            f"{_are(found)}; {_file(first)} is not of these weights: give the one that was written with them{_told(found)}"
+            f"{_are(found)}; {_stale(first)}{_told(found)}"
         )
     return _caught(module, first, found)
 
@@ -108,8 +108,7 @@ def not_told(module: str, scheme: str, found: _Tensors) -> SchemeError:
 
 def _other_is_right(module: str, found: _Tensors, first: Declared, right: Declared) -> SchemeError:
     mend = (
-        f"{_file(first)} is not of these weights: give the one that was written with them, or say --scheme "
-        f"{_word(right)}"
+        f"{_stale(first)}, or say --scheme {_word(right)}"
         if is_split(right.kind)
         else f"{right.kind} is not split by this version; {WAY_OUT}"
     )
@@ -154,6 +153,10 @@ def _word(declared: Declared) -> str:
 
 def _file(declared: Declared) -> str:
     return declared.said_by.partition(" ")[0]
+
+
+def _stale(declared: Declared) -> str:
+    return f"{_file(declared)} is not of these weights: give the one that was written with them"
 
 
 def _mend_of_cast(declared: Declared) -> str:

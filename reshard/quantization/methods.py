@@ -26,7 +26,8 @@ def declared_by_method(section: Section, module: str) -> Declared | None:
     reader = _READERS.get(method)
     if reader is not None:
         return reader(section, module)
-    return Declared(method, None, section.says(f"quant_method {method}"))
+    named = isinstance(section.values.get("quant_method"), str)
+    return Declared(method, None, section.says(f"quant_method {method}" if named else section.path))
 
 
 def method_of(section: Section) -> str:

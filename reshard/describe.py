@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 
+from reshard.activation import not_computed
 from reshard.checkpoint import Layer, Linear, Model, Tensor, numbers
 from reshard.errors import LayersError, SchemeError, ShapesError
+from reshard.foreign import what_is
 from reshard.modelconfig import ModelConfig, read_model_config
 from reshard.naming import CONFIG, DOWN, GATE, GATE_UP, ROLES, UP, mlp_name, parse_dense, parse_layer
 from reshard.prefix import language_prefix
-from reshard.quantization import Accounts, Schemes, check_transforms, unknown_tensor
+from reshard.quantization import Accounts, Schemes, check_transforms
 from reshard.schemes import VARIANTS, Found
 
 _Roles = dict[str, dict[str, Tensor]]
@@ -46,21 +48,32 @@ def describe_layers(
         roles = _unstacked(by_layer[index], mlps[index])
         linears = {}
         for role in ROLES:
-            suffixes = roles.get(role, {})
+            stored = GATE_UP if GATE_UP in by_layer[index] and role != DOWN else role
+            module, suffixes = f"{mlps[index]}.{stored}", roles.get(role, {})
             if "weight" not in suffixes and suffixes.keys() <= _BESIDE_A_WEIGHT:
-                raise _missing_weight(f"{mlps[index]}.{role}", index, roles)
-            # Of a stacked weight the accounts speak by the name that is stored.
-            module = next(iter(suffixes.values())).stored.name.rpartition(".")[0]
+                raise _missing_weight(module, index, roles)
             found = {suffix: Found(t.dtype, t.shape, t.parts[0].file) for suffix, t in suffixes.items()}
             variant, block = schemes.decide(module, found)
             linears[role] = Linear(variant, block, suffixes)
         activation = model_config.activation(index) if model_config else None
         layers.append(Layer(index, linears, prefix, activation))
     model = _check_shapes(layers, model_config)
-    return model, tuple(layers), (*_warnings(by_layer, model_config), *schemes.warnings())
+    warnings = (*_of_config(by_layer, model_config), *schemes.warnings(), *_of_activations(layers))
+    return model, tuple(layers), warnings
 
 
-def _warnings(named: Iterable[int], config: ModelConfig | None) -> Iterator[str]:
+def _of_activations(layers: Iterable[Layer]) -> Iterator[str]:
+    """Layers that can be cut, and that nothing here computes."""
+    indexes: dict[str, list[int]] = {}
+    for layer in layers:
+        problem = not_computed(layer.activation)
+        if problem is not None:
+            indexes.setdefault(problem, []).append(layer.index)
+    for problem, found in indexes.items():
+        yield f"layers {numbers(found)} are cut and not computed: {problem}"
+
+
+def _of_config(named: Iterable[int], config: ModelConfig | None) -> Iterator[str]:
     """Where the names alone say which layers are dense, and what of config.json was not understood."""
     alone = f"the dense layers ({numbers(named)}) are taken from names alone"
     if config is None:
@@ -120,7 +133,9 @@ def _check_dense(named: Iterable[int], prefix: str, other_names: Iterable[str], 
     for name in other_names:
         parsed = parse_layer(name)
         if parsed and parsed[0] == prefix and parsed[1] in dense and parsed[2].startswith("mlp."):
-            raise SchemeError(unknown_tensor(name))
+            what = what_is(name)
+            said = f" ({what})" if what else ""
+            raise SchemeError(f"{name}: stands in a dense layer and is no tensor that the split table knows{said}")
 
 
 def _check_shapes(layers: list[Layer], config: ModelConfig | None) -> Model:

@@ -39,16 +39,31 @@ _KNOWN = (
         r"\.(?:c_fc|fc1|dense_h_to_4h|w1)\.",
         "an MLP without gate_proj, up_proj and down_proj, which this version does not cut",
     ),
+    (
+        r"\.(?:input|weight|output)_quantizer\.",
+        "ModelOpt's simulated quantization, QAT or PTQ: weights that are not exported yet; export them with its "
+        "export_hf_checkpoint, and cut what that writes",
+    ),
+    (
+        r"\.weight\.(?:absmax|quant_map|nested_absmax|nested_quant_map|quant_state)",
+        "bitsandbytes' 4 bits, which this version does not split; cut the BF16 original",
+    ),
     (r"\.mlp\.experts\.", "expert layers"),
 )
 _NEAR = re.compile(r"(?:mlp|ffn|feed_forward|feedforward)", re.IGNORECASE)
 
 
+def what_is(name: str) -> str | None:
+    """What a tensor of such a name is, and what would be cut; None for a name that is not known."""
+    return next((what for pattern, what in _KNOWN if re.search(pattern, name)), None)
+
+
 def what_is_there(names: Iterable[str]) -> str:
     """To be added to a line that says that there is no dense layer: the nearest names, and what they are."""
     names = sorted(names)
-    for pattern, what in _KNOWN:
-        example = next((name for name in names if re.search(pattern, name)), None)
+    known = {name: what for name in names if (what := what_is(name)) is not None}
+    for _, what in _KNOWN:  # in the table's order: what says more comes first
+        example = next((name for name, found in known.items() if found == what), None)
         if example is not None:
             return f"; the nearest is {example}: {what}"
     near = next((name for name in names if _NEAR.search(name)), None)

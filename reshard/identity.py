@@ -40,6 +40,15 @@ def compare_model(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Findin
     layers = [layer.index for layer in checkpoint.layers]
     if recorded_layers != layers:
         yield Finding("model", MANIFEST, f"its dense layers are {recorded_layers}, the source's {layers}")
+    cut = {layer.index: layer.activation and layer.activation.read() for layer in manifest.layers}
+    for layer in checkpoint.layers:
+        if layer.index in cut and cut[layer.index] != layer.activation:
+            yield Finding(
+                "model",
+                layer.module,
+                f"{MANIFEST} says that its activation is {cut[layer.index]}, the source makes it {layer.activation}; "
+                "cut it again",
+            )
     # Each layer's own is checked against the source, so this one is against those.
     schemes = {scheme for layer in manifest.layers for scheme in (layer.gate_up_proj, layer.down_proj)} - {"bf16"}
     scheme = "mixed" if len(schemes) > 1 else next(iter(schemes), "bf16")

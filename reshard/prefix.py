@@ -1,12 +1,31 @@
 """Which of the modules in a checkpoint is the language model: what precedes its layers' names."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from reshard.checkpoint import Tensor
 from reshard.errors import LayersError
 from reshard.foreign import what_is_there
 from reshard.modelconfig import ModelConfig
-from reshard.naming import CONFIG, DOWN, DenseName, mlp_name, parse_dense
+from reshard.naming import CONFIG, DOWN, PREFIX, DenseName, mlp_name, parse_dense
+
+_PUBLISHED = {
+    "deepseek_vl_v2": "language.model.",
+    "glm4v": "model.language_model.",
+    "glm4v_moe": "model.language_model.",
+    "kimi_k25": "language_model.model.",
+    "kimi_k3": "language_model.model.",
+    "mistral3": "language_model.model.",
+    "qwen3_5": "model.language_model.",
+    "qwen3_5_moe": "model.language_model.",
+}
+"""What precedes the layers' names in the published checkpoints of wrappers, by the wrapper's model_type."""
+
+
+def published_prefix(config: Mapping[str, Any]) -> str:
+    """The prefix that a config.json promises, where there are no names to take it from."""
+    model_type = config.get("model_type")
+    return _PUBLISHED.get(model_type, PREFIX) if isinstance(model_type, str) else PREFIX
 
 
 def language_prefix(tensors: Mapping[str, Tensor], other_names: Iterable[str], config: ModelConfig | None) -> str:

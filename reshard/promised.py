@@ -9,7 +9,8 @@ from reshard.checkpoint import Checkpoint, Identity, Layer, Linear, Model, Tenso
 from reshard.describe import check_pair
 from reshard.errors import LayersError, SchemeError, SourceError
 from reshard.modelconfig import known_dense_layers, read_model_config
-from reshard.naming import CONFIG, DOWN, GATE, PREFIX, ROLES, UP, mlp_name
+from reshard.naming import CONFIG, DOWN, GATE, ROLES, UP, mlp_name
+from reshard.prefix import published_prefix
 from reshard.quantization import Accounts, check_transforms, list_accounts
 from reshard.quantization.formats import as_kind
 from reshard.schemes import BLOCK, FLOAT, VARIANTS, Declared, Shape, TensorRule, Variant, check_kind, check_scheme
@@ -41,22 +42,23 @@ def promised(config: Mapping[str, Any], name: str, scheme: str | None = None) ->
     if not dense:
         raise LayersError(f"no dense layer: {CONFIG} ({model.reason}) gives none")
     declare = _declared(config) if scheme is None else _named(config, scheme)
-    check_transforms(Accounts(config), {index: mlp_name(PREFIX, index) for index in dense}, ())
     sizes = (model.intermediate_size, model.hidden_size)
+    prefix = published_prefix(config)
+    check_transforms(Accounts(config), {index: mlp_name(prefix, index) for index in dense}, ())
     own = _own_dtype(config)
     layers = []
     for index in sorted(dense):
         linears = {}
         for role in ROLES:
-            module = f"{mlp_name(PREFIX, index)}.{role}"
+            module = f"{mlp_name(prefix, index)}.{role}"
             declared = declare(module)
             linears[role] = _linear(module, declared, sizes[::-1] if role == DOWN else sizes, own)
-        check_pair(mlp_name(PREFIX, index), linears[GATE], linears[UP])
-        layers.append(Layer(index, linears, PREFIX, model.activation(index)))
+        check_pair(mlp_name(prefix, index), linears[GATE], linears[UP])
+        layers.append(Layer(index, linears, prefix, model.activation(index)))
     tensors = [tensor for layer in layers for tensor in layer.tensors()]
     return Checkpoint(
         identity=Identity("folder", name, None, ()),
-        model=Model(model.model_type, model.hidden_size, model.intermediate_size, model.num_hidden_layers, PREFIX),
+        model=Model(model.model_type, model.hidden_size, model.intermediate_size, model.num_hidden_layers, prefix),
         layers=tuple(layers),
         side_files={CONFIG: json.dumps(config).encode()},
         total_tensors=len(tensors),

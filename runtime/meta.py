@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from reshard.activation import Activation
 from reshard.errors import ReshardError
 from runtime.kernels import Kernels
 from runtime.partial import PartialFFN
@@ -41,6 +42,7 @@ def forward_on_meta(
     intermediate_size: int,
     kernels: Kernels,
     tokens: Iterable[int],
+    activation: Activation,
 ) -> str | None:
     """What refuses the forward of T tokens a rank, in one line; None where nothing does.
 
@@ -49,7 +51,7 @@ def forward_on_meta(
     try:
         parts = [_shard(linear, kernels) for linear in (gate_up, down)]
         share = down.tensors["weight"][1][1]
-        layer = LayerShard(0, 0, tp_size, hidden_size, intermediate_size, share, "", *parts)
+        layer = LayerShard(0, 0, tp_size, hidden_size, intermediate_size, share, "", *parts, activation)
         ffn = PartialFFN(layer, kernels, _dtype(down), "dynamic")
         for count in tokens:
             rows_TW = ffn.pack(torch.empty(count, hidden_size, dtype=ffn.dtype, device="meta"))

@@ -64,6 +64,7 @@ def _document(checkpoint: "Checkpoint") -> dict[str, Any]:
         "layers": [
             {
                 "index": layer.index,
+                "activation": vars(layer.activation) if layer.activation else None,
                 "linears": {
                     role: {
                         "scheme": layer.linears[role].variant.scheme,
@@ -92,6 +93,12 @@ def _tensor(tensor: "Tensor") -> dict[str, Any]:
     }
 
 
+def _activation(document: dict[str, Any] | None) -> str:
+    from reshard.activation import Activation
+
+    return str(Activation(**document)) if document else "not known"
+
+
 def _show(output: Output, document: dict[str, Any]) -> None:
     rows = []
     for layer in document["layers"]:
@@ -109,9 +116,10 @@ def _show(output: Output, document: dict[str, Any]) -> None:
     model, shard_set = document["model"], document.get("shard_set")
     dense = size_text(document["dense_bytes"])
     layers = ", ".join(str(layer["index"]) for layer in document["layers"])
+    activations = dict.fromkeys(_activation(layer["activation"]) for layer in document["layers"])
     output.text(
         f"{document['source']['name']}: {model['model_type'] or 'model'}, hidden_size {model['hidden_size']}, "
-        f"intermediate_size {model['intermediate_size']}, dense layers {layers}"
+        f"intermediate_size {model['intermediate_size']}, dense layers {layers}, activation {', '.join(activations)}"
     )
     if shard_set:
         output.text(

@@ -1,10 +1,13 @@
 """`reshard verify`."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from reshard.cli.output import ADDRESS, Debug, Format, Output, Quiet, Revision, Scheme, size_text
+
+if TYPE_CHECKING:
+    from reshard.verify.compute import LayerResult
 
 _MISMATCH = 3
 
@@ -28,7 +31,7 @@ def verify(
         from reshard.errors import UsageError
         from reshard.source.open import describe, open_source
         from reshard.source.shardset import read_manifest_only, require_shard_set
-        from reshard.verify.compute import LayerResult, compare_computation
+        from reshard.verify.compute import compare_computation
         from reshard.verify.digests import verify_digests
         from reshard.verify.source import compare_with_source
         from reshard.writer.split import DEFAULT_WORKERS
@@ -85,10 +88,17 @@ def verify(
                 )
                 if source is not None:
                     output.text(f"source: every byte is {shown(source)}'s")
-                    worst = max(computed, key=lambda layer: layer.difference)
-                    output.text(
-                        f"computation: {len(computed)} layers on random tokens, split against unsplit: they differ by "
-                        f"{worst.difference:.1e} of what is added up, rounding allows {worst.bound:.1e}"
-                    )
+                    output.text(f"computation: {_computation(computed)}")
         if findings:
             raise typer.Exit(_MISMATCH)
+
+
+def _computation(computed: "list[LayerResult]") -> str:
+    """A line on layers that are right."""
+    if not computed:
+        return "not made"
+    worst = max(computed, key=lambda layer: layer.difference)
+    return (
+        f"{len(computed)} layers on random tokens, split against unsplit: they differ by {worst.difference:.1e} of "
+        f"what is added up, rounding allows {worst.bound:.1e}"
+    )

@@ -3,7 +3,6 @@
 from reshard.quantization.accounts import Account, Accounts, Recorded, list_accounts, without_quantization
 from reshard.quantization.decide import Schemes
 from reshard.quantization.transforms import check_transforms
-from reshard.quantization.unknown import unknown_tensor
 
 __all__ = [
     "Account",
@@ -12,6 +11,5 @@ __all__ = [
     "Schemes",
     "check_transforms",
     "list_accounts",
-    "unknown_tensor",
     "without_quantization",
 ]

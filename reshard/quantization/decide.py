@@ -8,7 +8,7 @@ scheme alone are taken for that, with a warning.
 from collections.abc import Iterable, Mapping
 
 from reshard.dtypes import FLOATS
-from reshard.errors import ManifestError, ReshardError, SchemeError
+from reshard.errors import LayersError, ReshardError, SchemeError
 from reshard.naming import CONFIG, MANIFEST
 from reshard.quantization.accounts import Account, Accounts, Recorded, list_accounts
 from reshard.quantization.explain import contradiction, no_account, not_told, unsaid
@@ -46,7 +46,7 @@ class Schemes:
         """A linear's variant and scale block. found: its tensors by suffix.
 
         Raises SchemeError where what is said does not fit the tensors, or is not split; SourceError where it makes no
-        sense; ManifestError where a set's manifest does not fit.
+        sense; LayersError where a set's manifest does not name the linear.
         """
         if self._given.recorded is not None:
             declared = _recorded(module, self._given.recorded, found)
@@ -149,12 +149,13 @@ def _recorded(module: str, recorded: Mapping[str, Recorded], found: _Tensors) ->
     """What a set was cut as: whatever its config.json says, the manifest is the account of what is in it."""
     said = recorded.get(module)
     if said is None:
-        raise ManifestError(f"{MANIFEST}: names no scheme for {module}; copy the set again")
-    kinds = [as_kind(v, said.block or BLOCK, MANIFEST) for v in VARIANTS if v.scheme == said.scheme]
-    for declared in kinds:
-        if fitting_variant(declared, found) is not None:
-            return declared
-    raise ManifestError(
-        f"{MANIFEST}: says that {module} is {said.scheme}, and its tensors are {tensors_text(found)}; copy the set "
-        "again"
-    )
+        raise LayersError(
+            f"{MANIFEST}: its layers lack that of {module}, whose tensors the shards hold; copy the set again"
+        )
+    kinds = (as_kind(v, said.block or BLOCK, MANIFEST) for v in VARIANTS if v.scheme == said.scheme)
+    declared = next((one for one in kinds if fitting_variant(one, found) is not None), None)
+    if declared is None:
+        raise SchemeError(
+            f"{MANIFEST}: {module} is {said.scheme}, its tensors ({tensors_text(found)}) are not; copy the set again"
+        )
+    return declared

@@ -49,11 +49,14 @@ def _gptq(section: Section, module: str) -> str | None:
     for entry in section.objects("dynamic"):
         if entry.startswith("-:") and mentions(exact, ["re:" + entry[2:]], module, section):
             return "dynamic"
-    inside = section.values.get("modules_in_block_to_quantize")
-    if inside is None:
+    key = "modules_in_block_to_quantize"
+    groups = section.values.get(key)
+    if groups is None:
         return None
-    quantised = [name for group in inside for name in ([group] if isinstance(group, str) else group)]
-    return None if any(name in module for name in quantised) else "modules_in_block_to_quantize"
+    if isinstance(groups, list) and all(isinstance(group, list) for group in groups):
+        groups = [name for group in groups for name in group]
+    quantised = Section(section.file, section.path, {key: groups}).names(key)
+    return None if any(name in module for name in quantised) else key
 
 
 def _auto_round(section: Section, module: str) -> str | None:

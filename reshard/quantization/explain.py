@@ -55,7 +55,13 @@ def contradiction(module: str, found: _Tensors, said: Sequence[Declared]) -> Sch
             f"{module}: {first.said_by} says {_word(first)}, and its tensors ({tensors_text(found)}) are ModelSlim's, "
             f"whose {DESCRIPTION} is missing: put it beside the files{_told(found)}"
         )
-    if names_of_formats(found) and _word(first) not in names_of_formats(found):
+    names = names_of_formats(found)
+    if names and names[0] not in SCHEMES:
+        return SchemeError(
+            f"{module}: {first.said_by} says {_word(first)}, and its tensors ({tensors_text(found)}) are "
+            f"{_are(found)}, which this version does not split; {WAY_OUT}"
+        )
+    if names and _word(first) not in names:
         return SchemeError(
             f"{module}: {first.said_by} says {_word(first)}, and its tensors ({tensors_text(found)}) are "
             f"{_are(found)}; {_stale(first)}{_told(found)}"

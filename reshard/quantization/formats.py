@@ -35,6 +35,7 @@ _NOT_SPLIT: tuple[tuple[str, Callable[[_Tensors], bool]], ...] = (
     ("MXFP4", _has(weight_packed=_U8, weight_scale=_EXPONENTS)),
     ("MXFP4", _has(weight=frozenset({"U8"}), weight_scale=_EXPONENTS)),  # Quark, ModelSlim
     ("MXFP8", _has(weight=_F8, weight_scale=_EXPONENTS)),
+    ("FP8 in blocks with UE8M0 scales", _has(weight=_F8, weight_scale_inv=_EXPONENTS)),
     ("GPTQ", _has(qweight=_ANY, g_idx=_ANY)),
     ("AWQ or GPTQ", _has(qweight=_ANY, qzeros=_ANY)),
     ("W4A16 of compressed-tensors", _has(weight_packed=frozenset({"I32"}))),

@@ -25,6 +25,8 @@ def declared_by_modelopt(section: Section, module: str) -> Declared | None:
         if not layers:
             return None
         entry: Any = next((layers[name] for name in names_of(module) if name in layers), None)
+        if entry is None:
+            return Declared(FLOAT, None, section.says("not in quantized_layers"))
         algorithm = entry.get("quant_algo") if isinstance(entry, dict) else entry
     if algorithm is None:
         return Declared(FLOAT, None, section.says("quant_algo null"))

@@ -30,7 +30,8 @@ _ONLINE = frozenset({"input", "output"})
 _ATTENTION = frozenset({"attn_q", "attn_k", "attn_v", "q_attn", "k_attn", "k_cache"})
 _LINEARS = (*ROLES, GATE_UP)
 _OTHER_CLASSES = re.compile(r"\w*(?:Embedding|Attention|Norm|DecoderLayer|Model|ForCausalLM|LMHead|Router)\w*")
-_SMELLS = re.compile(r"transform|rotat|hadamard|kronecker", re.IGNORECASE)
+_SMELLS = re.compile(r"transform|rotat|quarot|hadamard|kronecker", re.IGNORECASE)
+_ALGORITHMS = "algo_config"  # Quark's list of what it did to a model
 
 # compressed-tensors keeps a transform's weight below the linear, as {group}_{location}.weight.
 _STORED = re.compile(r"\.[a-z_]*proj\.(?P<group>\w+?)_(?P<location>(?:weight_)?(?:input|output))\.weight")
@@ -63,7 +64,7 @@ def check_transforms(accounts: Accounts, mlps: Mapping[int, str], names: Iterabl
 def _check_section(section: Section, mlps: Collection[str]) -> set[str]:
     """The transforms that it explains."""
     for key, value in section.values.items():
-        if value and key != _CONFIG and _SMELLS.search(key):
+        if value and key != _CONFIG and _SMELLS.search(key if key != _ALGORITHMS else str(value)):
             raise SchemeError(f"{section.file}: {section.at(key)} is a transform that is not known; {_WHY}")
     groups = section.objects(_CONFIG).get("config_groups") or {}
     if not isinstance(groups, dict):

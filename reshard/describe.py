@@ -1,7 +1,6 @@
 """From tensor names, config.json and the account of the quantization to the dense layers: no tensor data is read."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any
 
 from reshard.activation import not_computed
 from reshard.checkpoint import Layer, Linear, Model, Tensor, numbers
@@ -10,27 +9,28 @@ from reshard.foreign import what_is
 from reshard.modelconfig import ModelConfig, agree_on_dense, is_mtp_layer, read_model_config
 from reshard.naming import CONFIG, DOWN, GATE, GATE_UP, ROLES, UP, mlp_name, parse_dense, parse_layer
 from reshard.prefix import language_prefix
-from reshard.quantization import declarations
-from reshard.schemes import Found, check_kind, match_variant
+from reshard.quantization import Accounts, Schemes, check_transforms
+from reshard.schemes import VARIANTS, Found
 
 _Roles = dict[str, dict[str, Tensor]]
 """Tensors by role and suffix."""
+
+_BESIDE_A_WEIGHT = frozenset(suffix for variant in VARIANTS for suffix in variant.suffixes) - {"weight"}
 
 
 def describe_layers(
     tensors: Mapping[str, Tensor],
     other_names: Iterable[str],
-    config: Mapping[str, Any] | None,
-    description: tuple[str, Mapping[str, Any]] | None,
+    accounts: Accounts,
 ) -> tuple[Model, tuple[Layer, ...], tuple[str, ...]]:
-    """The dense layers that the tensors make, checked against config.json and the quantisation's own account.
+    """The dense layers that the tensors make, checked against config.json and the accounts of the quantization.
 
     tensors: those whose names are a DenseFFN tensor's; other_names: all other names of the source.
     Returns the model, its layers and warnings. Raises LayersError, ShapesError or SchemeError where the accounts
     disagree.
     """
     other_names = list(other_names)
-    model_config = read_model_config(config) if config is not None else None
+    model_config = read_model_config(accounts.config) if accounts.config is not None else None
     prefix = language_prefix(tensors, other_names, model_config)
     by_layer: dict[int, _Roles] = {}
     for name, tensor in tensors.items():
@@ -39,29 +39,27 @@ def describe_layers(
             continue
         by_layer.setdefault(parsed.layer, {}).setdefault(parsed.role, {})[parsed.suffix] = tensor
     mtp = {layer: by_layer.pop(layer) for layer in _mtp_layers(by_layer, prefix, other_names, model_config)}
+    mlps = {index: mlp_name(prefix, index) for index in by_layer}
+    check_transforms(accounts, mlps, (*tensors, *other_names))
     warnings = [*_of_config(by_layer, model_config), *_left_alone(mtp)]
     _check_known(by_layer, prefix, other_names)
-    declare = declarations(description, config)
+    schemes = Schemes(accounts)
     layers = []
     for index in sorted(by_layer):
-        roles = _unstacked(by_layer[index], mlp_name(prefix, index))
+        roles = _unstacked(by_layer[index], mlps[index])
         linears = {}
         for role in ROLES:
             stored = GATE_UP if GATE_UP in by_layer[index] and role != DOWN else role
-            module, suffixes = f"{mlp_name(prefix, index)}.{stored}", roles.get(role, {})
-            if not suffixes:
-                raise _missing_weight(module, index, roles)
-            declared = declare(module, frozenset(suffixes))
-            check_kind(module, declared)
-            if "weight" not in suffixes:
+            module, suffixes = f"{mlps[index]}.{stored}", roles.get(role, {})
+            if "weight" not in suffixes and suffixes.keys() <= _BESIDE_A_WEIGHT:
                 raise _missing_weight(module, index, roles)
             found = {suffix: Found(t.dtype, t.shape, t.parts[0].file) for suffix, t in suffixes.items()}
-            variant = match_variant(module, declared, found)
-            linears[role] = Linear(variant, declared.block, suffixes)
+            variant, block = schemes.decide(module, found)
+            linears[role] = Linear(variant, block, suffixes)
         activation = model_config.activation(index) if model_config else None
         layers.append(Layer(index, linears, prefix, activation))
     model = _check_shapes(layers, model_config)
-    return model, tuple(layers), (*warnings, *of_activations(layers))
+    return model, tuple(layers), (*warnings, *schemes.warnings(), *of_activations(layers))
 
 
 def of_activations(layers: Iterable[Layer]) -> Iterator[str]:

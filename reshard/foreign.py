@@ -39,6 +39,15 @@ _KNOWN = (
         r"\.(?:c_fc|fc1|dense_h_to_4h|w1)\.",
         "an MLP without gate_proj, up_proj and down_proj, which this version does not cut",
     ),
+    (
+        r"\.(?:input|weight|output)_quantizer\.",
+        "ModelOpt's simulated quantization, QAT or PTQ: weights that are not exported yet; export them with its "
+        "export_hf_checkpoint, and cut what that writes",
+    ),
+    (
+        r"\.weight\.(?:absmax|quant_map|nested_absmax|nested_quant_map|quant_state)",
+        "bitsandbytes' 4 bits, which this version does not split; cut the BF16 original",
+    ),
     (r"\.mlp\.experts\.", "expert layers"),
 )
 _NEAR = re.compile(r"(?:mlp|ffn|feed_forward|feedforward)", re.IGNORECASE)

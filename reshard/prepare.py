@@ -24,13 +24,14 @@ _SMALL_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class Cut:
-    """What to make of a source. `weights` and `quant_format`: see reshard.convert.rules."""
+    """What to make of a source. `weights` and `quant_format`: see reshard.convert.rules; `scheme`: see describe."""
 
     tp_size: int
     layout: str = "fused"
     pad: bool = False
     weights: str = KEEP
     quant_format: str = "modelslim"
+    scheme: str | None = None
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Prepared:
 
 def prepare(source: Source, cut: Cut) -> Prepared:
     """Describe, convert, plan and check. Raises a ReshardError for whatever does not fit."""
-    stored = describe(source)
+    stored = describe(source, cut.scheme)
     checkpoint = converted(stored, cut.weights, cut.quant_format)
     plan = make_plan(checkpoint, cut.tp_size, cut.layout, cut.pad)
     source.prefetch(_looked_at(source, stored))

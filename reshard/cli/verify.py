@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reshard.cli.output import ADDRESS, Debug, Format, Output, Quiet, Revision, size_text
+from reshard.cli.output import ADDRESS, Debug, Format, Output, Quiet, Revision, Scheme, size_text
 
 if TYPE_CHECKING:
     from reshard.verify.compute import LayerResult
@@ -18,6 +18,7 @@ def verify(
         str | None,
         typer.Option("--source", metavar="SRC", help="What it was cut from: compare every byte, and the computation."),
     ] = None,
+    scheme: Scheme = None,
     revision: Revision = None,
     form: Format = "human",
     quiet: Quiet = False,
@@ -39,6 +40,8 @@ def verify(
             raise UsageError(
                 f"--revision {revision}: is the source's; give --source, or SHARDS as hf://ORG/NAME@{revision}"
             )
+        if scheme is not None and source is None:
+            raise UsageError(f"--scheme {scheme}: is the source's; give --source, or leave it out")
         computed: list[LayerResult] = []
         with open_source(shards, notify=output.warn) as opened:
             require_shard_set(opened)
@@ -49,7 +52,7 @@ def verify(
             unreadable = any(finding.check in {"file", "size", "header"} for finding in findings)
             if source is not None and not unreadable:
                 with open_source(source, revision, notify=output.warn) as original:
-                    checkpoint = describe(original)
+                    checkpoint = describe(original, scheme)
                     with output.progress("source", nbytes) as tick:
                         findings += compare_with_source(opened, manifest, original, checkpoint, tick)
                     if not any(finding.check == "names" for finding in findings):

@@ -17,6 +17,8 @@ from typing import Any
 from reshard.checkpoint import Checkpoint, Conversion, Layer, Linear, Tensor
 from reshard.errors import SchemeError
 from reshard.naming import CONFIG, ROLES
+from reshard.quantization import without_quantization
+from reshard.quantization.description import DESCRIPTION
 from reshard.schemes import VARIANTS, Variant
 from reshard.source.base import parse_json_object
 
@@ -24,7 +26,6 @@ KEEP, BF16, W8A8 = "keep", "bf16", "w8a8"
 MODELSLIM, COMPRESSED_TENSORS = "modelslim", "compressed-tensors"
 
 DEQUANTISE, CAST, QUANTISE = "dequantise_to_bf16", "cast_to_bf16", "quantise_to_int8_per_channel"
-_DESCRIPTION = "quant_model_description.json"
 
 # Schemes whose values are weight * scale, with no quantised activations to go with them.
 _WEIGHT_ONLY = frozenset({"bf16", "fp8_block", "fp8_channel", "int8_block"})
@@ -94,8 +95,7 @@ def _side_files(checkpoint: Checkpoint, layers: tuple[Layer, ...], target: Varia
     files: dict[str, bytes] = {}
     raw = checkpoint.side_files.get(CONFIG)
     if raw is not None:
-        config = parse_json_object(raw, CONFIG)
-        config.pop("quantization_config", None)
+        config = without_quantization(parse_json_object(raw, CONFIG))
         for key in ("dtype", "torch_dtype"):
             if key in config and target.scheme == "bf16":
                 config[key] = "bfloat16"
@@ -106,7 +106,7 @@ def _side_files(checkpoint: Checkpoint, layers: tuple[Layer, ...], target: Varia
         raise SchemeError(f"--quant-format {COMPRESSED_TENSORS} is told by {CONFIG}, which the source lacks")
     if target.kind == "W8A8_DYNAMIC":
         names = [tensor.name for layer in layers for tensor in layer.tensors()]
-        files[_DESCRIPTION] = _json(
+        files[DESCRIPTION] = _json(
             {"version": "1.0.0", "model_quant_type": target.kind} | dict.fromkeys(names, target.kind)
         )
     return files

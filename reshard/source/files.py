@@ -1,23 +1,28 @@
 """A Hugging Face checkpoint: which files belong to it, and which file holds each tensor."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import PurePath
-from typing import Any
 
 from reshard.checkpoint import Checkpoint, Identity, Part, SourceFile, Tensor
 from reshard.describe import describe_layers
 from reshard.errors import SourceError
 from reshard.naming import CONFIG, parse_dense
+from reshard.quantization import Accounts
+from reshard.quantization.description import DESCRIPTION, is_description
+from reshard.quantization.modelopt import FILE as MODELOPT
 from reshard.source.base import Source, parse_json_object, read_file, read_headers
 from reshard.source.header import Header
 
 _INDEX = ".safetensors.index.json"
 _WEIGHTS = ".safetensors"
-_DESCRIPTION = "quant_model_description"
 
 
-def read_checkpoint(source: Source) -> Checkpoint:
-    """Describe a source of Hugging Face files. Reads the index, the headers, config.json and the description."""
+def read_checkpoint(source: Source, scheme: str | None = None) -> Checkpoint:
+    """Describe a source of Hugging Face files. Reads the index, the headers and what says how they are quantised.
+
+    scheme: what the quantised linears are, where their own accounts do not say it or are wrong (reshard.schemes).
+    """
     index_file = _only_one(source.files(), _is_index, "index")
     index = _read_index(source, index_file) if index_file else None
     names = sorted(set(index.values())) if index is not None else [f for f in sorted(source.files()) if _is_weights(f)]
@@ -28,10 +33,10 @@ def read_checkpoint(source: Source) -> Checkpoint:
     if index_file and index is not None:
         _check_index(index_file, index, headers, owners)
     tensors = {name: _tensor(name, file, headers[file]) for name, file in owners.items() if parse_dense(name)}
-    side_files = _side_files(source)
-    config, description = read_accounts(side_files)
+    side_files, unread = _side_files(source)
     others = (name for name in owners if name not in tensors)
-    model, layers, warnings = describe_layers(tensors, others, config, description)
+    accounts = replace(read_accounts(side_files), scheme=scheme)
+    model, layers, warnings = describe_layers(tensors, others, accounts)
     used = {part.file for layer in layers for tensor in layer.tensors() for part in tensor.parts}
     return Checkpoint(
         identity=Identity(
@@ -45,7 +50,7 @@ def read_checkpoint(source: Source) -> Checkpoint:
         side_files=side_files,
         total_tensors=len(owners),
         total_bytes=sum(header.file_size - header.data_start for header in headers.values()),
-        warnings=warnings,
+        warnings=(*warnings, *unread),
     )
 
 
@@ -57,18 +62,16 @@ def _is_weights(name: str) -> bool:
     return name.endswith(_WEIGHTS)
 
 
-def read_accounts(
-    side_files: Mapping[str, bytes],
-) -> tuple[dict[str, Any] | None, tuple[str, dict[str, Any]] | None]:
-    """config.json, and the description with its file's name: each where it is there."""
-    config = parse_json_object(side_files[CONFIG], CONFIG) if CONFIG in side_files else None
-    file = next((name for name in side_files if is_description(name)), None)
-    return config, (file, parse_json_object(side_files[file], file)) if file else None
+def read_accounts(side_files: Mapping[str, bytes]) -> Accounts:
+    """What the files that go with a set say of the weights."""
+    read = {name: parse_json_object(raw, name) for name, raw in side_files.items()}
+    description = next(((name, content) for name, content in read.items() if is_description(name)), None)
+    return Accounts(read.get(CONFIG), description, read.get(MODELOPT))
 
 
-def is_description(name: str) -> bool:
-    """Whether a file is ModelSlim's account of each tensor's type."""
-    return name.startswith(_DESCRIPTION) and name.endswith(".json")
+def is_side_file(name: str) -> bool:
+    """Whether a file says what a checkpoint's weights are, and goes with every set that is cut from it."""
+    return name in {CONFIG, MODELOPT} or is_description(name)
 
 
 def _only_one(files: Iterable[str], wanted: Callable[[str], bool], what: str) -> str | None:
@@ -78,10 +81,14 @@ def _only_one(files: Iterable[str], wanted: Callable[[str], bool], what: str) ->
     return found[0] if found else None
 
 
-def _side_files(source: Source) -> dict[str, bytes]:
-    description = _only_one(source.files(), is_description, "description")
-    wanted = [CONFIG] if CONFIG in source.files() else []
-    return {name: read_file(source, name) for name in [*wanted, *([description] if description else [])]}
+def _side_files(source: Source) -> tuple[dict[str, bytes], list[str]]:
+    """Those that are read, and a line on each that is not: of several descriptions vllm-ascend reads one name alone."""
+    descriptions = sorted(filter(is_description, source.files()))
+    unread = [name for name in descriptions if name != DESCRIPTION] if DESCRIPTION in descriptions else []
+    description = _only_one((name for name in descriptions if name not in unread), is_description, "description")
+    wanted = [*(name for name in (CONFIG, MODELOPT) if name in source.files()), *([description] if description else [])]
+    lines = [f"{name} is not read: {DESCRIPTION} is what vllm-ascend reads" for name in unread]
+    return {name: read_file(source, name) for name in wanted}, lines
 
 
 def _read_index(source: Source, file: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""attach and load_model on wrappers and on MLPs with gate and up stacked: only the language model's dense layers change."""
+"""attach and load_model on wrappers and stacked MLPs: only the language model's dense layers change."""
 
 import json
 import logging

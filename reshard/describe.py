@@ -1,12 +1,12 @@
 """From tensor names, config.json and the account of the quantization to the dense layers: no tensor data is read."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from reshard.activation import not_computed
 from reshard.checkpoint import Layer, Linear, Model, Tensor, numbers
 from reshard.errors import LayersError, SchemeError, ShapesError
 from reshard.foreign import what_is
-from reshard.modelconfig import ModelConfig, read_model_config
+from reshard.modelconfig import ModelConfig, agree_on_dense, is_mtp_layer, read_model_config
 from reshard.naming import CONFIG, DOWN, GATE, GATE_UP, ROLES, UP, mlp_name, parse_dense, parse_layer
 from reshard.prefix import language_prefix
 from reshard.quantization import Accounts, Schemes, check_transforms
@@ -37,11 +37,12 @@ def describe_layers(
         parsed = parse_dense(name)
         if parsed is None or parsed.prefix != prefix:
             continue
-        if model_config is None or not _in_prediction_block(parsed.layer, model_config):
-            by_layer.setdefault(parsed.layer, {}).setdefault(parsed.role, {})[parsed.suffix] = tensor
+        by_layer.setdefault(parsed.layer, {}).setdefault(parsed.role, {})[parsed.suffix] = tensor
+    mtp = {layer: by_layer.pop(layer) for layer in _mtp_layers(by_layer, prefix, other_names, model_config)}
     mlps = {index: mlp_name(prefix, index) for index in by_layer}
     check_transforms(accounts, mlps, (*tensors, *other_names))
-    _check_dense(by_layer.keys(), prefix, other_names, model_config)
+    warnings = [*_of_config(by_layer, model_config), *_left_alone(mtp)]
+    _check_known(by_layer, prefix, other_names)
     schemes = Schemes(accounts)
     layers = []
     for index in sorted(by_layer):
@@ -58,11 +59,10 @@ def describe_layers(
         activation = model_config.activation(index) if model_config else None
         layers.append(Layer(index, linears, prefix, activation))
     model = _check_shapes(layers, model_config)
-    warnings = (*_of_config(by_layer, model_config), *schemes.warnings(), *_of_activations(layers))
-    return model, tuple(layers), warnings
+    return model, tuple(layers), (*warnings, *schemes.warnings(), *of_activations(layers))
 
 
-def _of_activations(layers: Iterable[Layer]) -> Iterator[str]:
+def of_activations(layers: Iterable[Layer]) -> Iterator[str]:
     """Layers that can be cut, and that nothing here computes."""
     indexes: dict[str, list[int]] = {}
     for layer in layers:
@@ -73,15 +73,36 @@ def _of_activations(layers: Iterable[Layer]) -> Iterator[str]:
         yield f"layers {numbers(found)} are cut and not computed: {problem}"
 
 
-def _of_config(named: Iterable[int], config: ModelConfig | None) -> Iterator[str]:
-    """Where the names alone say which layers are dense, and what of config.json was not understood."""
-    alone = f"the dense layers ({numbers(named)}) are taken from names alone"
+def _of_config(named: Collection[int], config: ModelConfig | None) -> tuple[str, ...]:
+    """Where the names alone say which layers are dense."""
     if config is None:
-        yield f"no {CONFIG} beside the files: {alone}"
-        return
-    if config.dense_layers is None:
-        yield f"{CONFIG}: {config.reason}: {alone}"
-    yield from config.warnings
+        return (f"no {CONFIG} beside the files: the dense layers ({numbers(named)}) are taken from names alone",)
+    return agree_on_dense(named, config)
+
+
+def _left_alone(mtp: Collection[int]) -> Iterator[str]:
+    if mtp:
+        plural = "s" if len(mtp) > 1 else ""
+        yield f"the dense MLP of the MTP layer{plural} {numbers(mtp)} is left alone: it is no part of the DenseFFN"
+
+
+def _mtp_layers(
+    named: Iterable[int], prefix: str, other_names: Iterable[str], config: ModelConfig | None
+) -> tuple[int, ...]:
+    """Those of the layers that are multi-token prediction: by config.json's count, or by what else is in them."""
+    rests: dict[int, list[str]] = {}
+    for name in other_names:
+        parsed = parse_layer(name)
+        if parsed and parsed[0] == prefix:
+            rests.setdefault(parsed[1], []).append(parsed[2])
+    last = config.num_hidden_layers if config else None
+    count = config.prediction_layers if config else 0
+    return tuple(
+        layer
+        for layer in named
+        if (last is not None and 0 <= layer - last < count)
+        or ((last is None or layer >= last) and is_mtp_layer(rests.get(layer, ())))
+    )
 
 
 def _unstacked(roles: _Roles, module: str) -> _Roles:
@@ -115,21 +136,7 @@ def _missing_weight(module: str, index: int, roles: Mapping[str, Mapping[str, Te
     )
 
 
-def _in_prediction_block(layer: int, config: ModelConfig) -> bool:
-    """A multi-token-prediction block lies behind the last layer and is never DenseFFN."""
-    return 0 <= layer - config.num_hidden_layers < config.prediction_layers
-
-
-def _check_dense(named: Iterable[int], prefix: str, other_names: Iterable[str], config: ModelConfig | None) -> None:
-    dense = set(named)
-    if config is not None and config.dense_layers is not None and dense != config.dense_layers:
-        only_named, only_config = dense - config.dense_layers, config.dense_layers - dense
-        raise LayersError(
-            f"{CONFIG} and the tensors' names disagree on the dense layers: {CONFIG} ({config.reason}) gives "
-            f"{numbers(config.dense_layers)}, the names give {numbers(dense)} "
-            f"(only in {CONFIG}: {numbers(only_config)}; only in the names: {numbers(only_named)}); "
-            f"is {CONFIG} of this checkpoint?"
-        )
+def _check_known(dense: Collection[int], prefix: str, other_names: Iterable[str]) -> None:
     for name in other_names:
         parsed = parse_layer(name)
         if parsed and parsed[0] == prefix and parsed[1] in dense and parsed[2].startswith("mlp."):

@@ -40,7 +40,7 @@ def compare_model(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Findin
     layers = [layer.index for layer in checkpoint.layers]
     if recorded_layers != layers:
         yield Finding("model", MANIFEST, f"its dense layers are {recorded_layers}, the source's {layers}")
-    cut = {layer.index: layer.activation and layer.activation.read() for layer in manifest.layers}
+    cut = {layer.index: layer.read_activation() for layer in manifest.layers}
     for layer in checkpoint.layers:
         if layer.index in cut and cut[layer.index] != layer.activation:
             yield Finding(

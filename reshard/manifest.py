@@ -1,7 +1,7 @@
 """manifest.json: what a shard set holds and where it came from, schema `denseffn-shards/2`.
 
-It is written last: a folder without it is incomplete. Unknown fields and unknown versions are errors. This is the
-only module, with `reshard.errors`, that `runtime` imports.
+It is written last: a folder without it is incomplete. Unknown fields and unknown versions are errors. Of `reshard`,
+`runtime` imports only this, the errors, names and activations.
 """
 
 import json
@@ -75,6 +75,10 @@ class LayerSchemes(_Strict):
     down_proj: str
     gate_up_block: Block | None = None
     down_block: Block | None = None
+
+    def read_activation(self) -> Activation | None:
+        """As the rest of the project has it."""
+        return self.activation.read() if self.activation else None
 
 
 class Padding(_Strict):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from reshard.checkpoint import Checkpoint, Identity, Layer, Linear, Model, Tensor
-from reshard.describe import check_pair
+from reshard.describe import check_pair, of_activations
 from reshard.errors import LayersError, SchemeError, SourceError
 from reshard.modelconfig import known_dense_layers, read_model_config
 from reshard.naming import CONFIG, DOWN, GATE, ROLES, UP, mlp_name
@@ -41,6 +41,8 @@ def promised(config: Mapping[str, Any], name: str, scheme: str | None = None) ->
     dense = known_dense_layers(model)
     if not dense:
         raise LayersError(f"no dense layer: {CONFIG} ({model.reason}) gives none")
+    if model.bias is not None:
+        raise SchemeError(f"{CONFIG}: {model.bias} is set: dense layers with a bias are not cut by this version")
     declare = _declared(config) if scheme is None else _named(config, scheme)
     sizes = (model.intermediate_size, model.hidden_size)
     prefix = published_prefix(config)
@@ -63,6 +65,7 @@ def promised(config: Mapping[str, Any], name: str, scheme: str | None = None) ->
         side_files={CONFIG: json.dumps(config).encode()},
         total_tensors=len(tensors),
         total_bytes=sum(tensor.nbytes for tensor in tensors),
+        warnings=(*model.doubts, *of_activations(layer for layer in layers if layer.activation)),
     )
 
 

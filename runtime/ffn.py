@@ -49,7 +49,8 @@ class DenseFFN(PartialFFN):
     Making one is collective: the ranks compare what they were given, and an error on one is raised on all.
 
     Raises GroupError (another tp_size, tp_rank, shard set, layer or option than the group's others), ShardError
-    (an activation that is not known, tensors that the scheme does not have or too large for the device's kernels), UsageError (options).
+    (an activation that is not known; tensors that the scheme does not have, or too large for the device's kernels),
+    UsageError (options).
     """
 
     def __init__(
@@ -136,7 +137,8 @@ class DenseFFN(PartialFFN):
 
     def extra_repr(self) -> str:
         """What the repr says."""
-        return f"layer {self.index}, rank {self.tp_rank} of {self.tp_size}, {self.activation}, {self.kernels.name}, {self.dtype}"
+        place = f"layer {self.index}, rank {self.tp_rank} of {self.tp_size}"
+        return f"{place}, {self.activation}, {self.kernels.name}, {self.dtype}"
 
 
 def _check_options(tokens: str, max_tokens: int | None, reduce_dtype: torch.dtype | None) -> None:

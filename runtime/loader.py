@@ -73,7 +73,7 @@ def load_shard(
             share,
             set_digest,
             *_linears(mlp_name(manifest.model.prefix, layer.index), layer, tensors, entry.file),
-            layer.activation and layer.activation.read(),
+            layer.read_activation(),
         )
         for layer in manifest.layers
         if layer.index in wanted

@@ -49,9 +49,9 @@ def forward_on_meta(
     gate_up: weight [2L, H]; down: weight [H, L]. A scheme that `kernels` lacks is run as BF16, as the loader leaves it.
     """
     try:
-        parts = [_shard(linear, kernels) for linear in (gate_up, down)]
+        stacked, last = (_shard(linear, kernels) for linear in (gate_up, down))
         share = down.tensors["weight"][1][1]
-        layer = LayerShard(0, 0, tp_size, hidden_size, intermediate_size, share, "", *parts, activation)
+        layer = LayerShard(0, 0, tp_size, hidden_size, intermediate_size, share, "", stacked, last, activation)
         ffn = PartialFFN(layer, kernels, _dtype(down), "dynamic")
         for count in tokens:
             rows_TW = ffn.pack(torch.empty(count, hidden_size, dtype=ffn.dtype, device="meta"))

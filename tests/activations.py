@@ -1,4 +1,4 @@
-"""Every activation that is computed, with the config.json that asks for it and the MLP that transformers makes of it."""
+"""Every activation that is computed, with the config.json that asks for it and the MLP that transformers makes."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -20,3 +20,13 @@ def number(config: Mapping[str, Any], key: str, default: int | None = None) -> i
     if value > _MAX_SIZE:
         raise SourceError(f"{CONFIG}: {key} is {reprlib.repr(value)}, up to {_MAX_SIZE} are believed")
     return value
+
+
+def per_layer(config: Mapping[str, Any], key: str, layers: int) -> list[Any]:
+    """A list with a value for each layer; values behind the last layer are the MTP layers'. Raises SourceError."""
+    value = config.get(key)
+    if not isinstance(value, list):
+        raise SourceError(f"{CONFIG}: {key} is not a list of {layers} layers")
+    if len(value) < layers:
+        raise SourceError(f"{CONFIG}: {key} has {len(value)} entries for {layers} layers")
+    return value[:layers]

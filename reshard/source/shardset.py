@@ -88,7 +88,7 @@ def _recorded(manifest: Manifest) -> dict[str, Recorded]:
 
 def _check_activations(manifest: Manifest, layers: Iterable[Layer]) -> None:
     """What the manifest says is computed against the set's own config.json."""
-    said = {layer.index: layer.activation and layer.activation.read() for layer in manifest.layers}
+    said = {layer.index: layer.read_activation() for layer in manifest.layers}
     for layer in layers:
         if layer.index in said and said[layer.index] != layer.activation:
             raise ManifestError(

@@ -1,8 +1,9 @@
 """The split layer against the unsplit one, on random tokens.
 
-Unsplit: y = down(act(gate x) * up x) with the source's tensors and the activation that its config.json names. Split: every rank computes the same with what its own
-shard holds, and the ranks' results are added. Both in float64, where integers are exact and rounding is far below
-what any wrong slice, bias or scale changes; a byte that is right in itself and in the wrong place shows here.
+Unsplit: y = down(act(gate x) * up x) with the source's tensors and the activation of its config.json. Split: every rank
+computes the same with what its own shard holds, and the ranks' results are added. Both in float64, where integers are
+exact and rounding is far below what any wrong slice, bias or scale changes; a byte that is right in itself and in the
+wrong place shows here.
 
 Shapes: T tokens, H hidden_size, I intermediate_size, L the rank's share of I; x_HT, h_IT, y_HT are [features, tokens].
 """

@@ -34,12 +34,14 @@ def _silu(values: F64) -> F64:
 def _gelu(values: F64) -> F64:
     # erfc: 1 + erf cancels where values are far below 0. numpy has neither.
     tails = np.fromiter(map(math.erfc, (values / -math.sqrt(2)).flat), np.float64, values.size)
-    return values * tails.reshape(values.shape) / 2
+    found: F64 = values * tails.reshape(values.shape) / 2
+    return found
 
 
 def _gelu_tanh(values: F64) -> F64:
-    inner: F64 = math.sqrt(2 / math.pi) * (values + 0.044715 * values**3)
-    return values * (1 + np.tanh(inner)) / 2
+    inner = math.sqrt(2 / math.pi) * (values + 0.044715 * values**3)
+    found: F64 = values * (1 + np.tanh(inner)) / 2
+    return found
 
 
 FUNCTIONS: Mapping[str, Function] = {

@@ -14,7 +14,7 @@ from reshard.activation import Activation
 from runtime.collectives import Collectives
 
 Gated = Callable[[torch.Tensor], torch.Tensor]
-"""act(gate) * up: [T, 2L] -> [T, L] in its type, computed in float32 and rounded once. It may overwrite what it reads."""
+"""act(gate) * up: [T, 2L] -> [T, L] in its type, computed in float32 and rounded once. It may overwrite its input."""
 
 GatedInt8 = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """int32 sums [T, 2L], scale [2L], token_scale [T] -> float32 by both -> act(gate) * up -> as `quantise_dynamic`."""

@@ -1,6 +1,7 @@
 """The kernels in plain torch: what `cpu` and `cuda` share. They give only the two products."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -9,7 +10,11 @@ from torch.nn.functional import gelu, silu
 from reshard.activation import GELU, GELU_TANH, SILU, Activation
 from runtime.kernels.base import Gated, GatedInt8
 
-_FUNCTIONS = {SILU: silu, GELU: gelu, GELU_TANH: partial(gelu, approximate="tanh")}
+_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    SILU: silu,
+    GELU: gelu,
+    GELU_TANH: partial(gelu, approximate="tanh"),
+}
 _INT8_MIN, _INT8_MAX = -128, 127
 
 
@@ -97,7 +102,7 @@ def gated(activation: Activation) -> Gated:
 
 
 def clamped(h_T2L: torch.Tensor, limit: float | None) -> torch.Tensor:
-    """gate to at most the limit, up to within it, in place. NaN stays NaN."""
+    """Gate to at most the limit, up to within it, in place. NaN stays NaN."""
     if limit is not None:
         gate, up = h_T2L.chunk(2, dim=-1)
         gate.clamp_(max=limit)

@@ -1,6 +1,7 @@
 """Accounts of a quantization against the tensors: which is taken, which is named as stale, what --scheme decides."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,8 @@ import pytest
 from reshard.errors import SchemeError
 from reshard.quantization import Accounts, Schemes, list_accounts, without_quantization
 from reshard.schemes import Found
-from tests.builders import RECIPES
+from reshard.source.open import describe, open_source
+from tests.builders import RECIPES, Spec, build
 
 MODULE = "model.layers.0.mlp.gate_proj"
 DESCRIPTION = "quant_model_description.json"
@@ -213,3 +215,19 @@ def test_lines_of_many_linears_are_one() -> None:
         schemes.decide(f"model.layers.{index}.mlp.up_proj", DYNAMIC)
     (line,) = schemes.warnings()
     assert line.startswith("model.layers.0.mlp.up_proj and 2 more: nothing beside the files says")
+
+
+def test_a_second_description_that_differs_is_named(tmp_path: Path) -> None:
+    """vllm-ascend reads one name alone; a copy under the other name says nothing new."""
+    build(tmp_path / "model", Spec("modelslim_dynamic"))
+    copy = tmp_path / "model" / "quant_model_description_w8a8_dynamic.json"
+    copy.write_bytes((tmp_path / "model" / DESCRIPTION).read_bytes())
+    with open_source(str(tmp_path / "model")) as source:
+        assert describe(source).warnings == ()
+    copy.write_text("{}")
+    with open_source(str(tmp_path / "model")) as source:
+        found = describe(source)
+    assert found.warnings == (
+        f"{copy.name} is not read, and differs from {DESCRIPTION}, which is what vllm-ascend reads",
+    )
+    assert found.side_files.keys() == {"config.json", DESCRIPTION}

@@ -10,6 +10,7 @@ from reshard.promised import promised
 from reshard.quantization import Accounts, Schemes
 from reshard.record import scheme_name
 from reshard.schemes import Found
+from tests import field
 from tests.builders import Spec, build
 from tests.checking import failed
 from tests.corrupt import config
@@ -137,3 +138,33 @@ def test_scheme_of_verify_is_the_source_s(tmp_path: Path) -> None:
     done = reshard("verify", tmp_path / "s", "--scheme", "bf16")
     assert done.code == 2
     assert "--scheme bf16: is the source's; give --source" in done.err
+
+
+# Checkpoints from the field.
+
+TOLD = {
+    "c16-w8a8-description-lost": "w8a8_dynamic",
+    "c30-fp8-config-stripped": "fp8_block",
+    "c39-meituan-no-quantization-config": "w8a8_dynamic",
+    "c41-modelarts-without-description": "w8a8_dynamic",
+    "c42-w4afp8-hf-quant-config": "fp8_block",
+}
+"""What --scheme opens."""
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_what_scheme_opens_goes_the_whole_way(name: str, tmp_path: Path) -> None:
+    """Cut, verified against its source, checked, cut again and merged: the manifest keeps what was told."""
+    source, told = field.build(name, tmp_path / "model"), ("--scheme", TOLD[name])
+    done = reshard("split", source, tmp_path / "s", "--tp", 2, *told, "--quiet")
+    assert done.code == 0, done.err
+    assert reshard("verify", tmp_path / "s", "--source", source, *told, "--quiet").code == 0
+    assert reshard("check", tmp_path / "s", "--tp", 2).code == 0
+    assert reshard("split", tmp_path / "s", tmp_path / "again", "--tp", 1, "--quiet").code == 0
+    assert reshard("merge", tmp_path / "s", tmp_path / "merged").code == 0
+    for beside in ("config.json", "hf_quant_config.json"):
+        if (source / beside).exists():
+            assert (tmp_path / "s" / beside).read_bytes() == (source / beside).read_bytes()
+    done = reshard("split", tmp_path / "s", tmp_path / "told", "--tp", 1, *told)
+    assert done.code == 2
+    assert "is a shard set, whose manifest.json says it" in done.err

@@ -154,7 +154,7 @@ def check_scheme(scheme: str) -> None:
 
 
 def check_kind(module: str, declared: Declared, tensors: str = "") -> None:
-    """Raises SchemeError, by the name it is given, for a kind that no variant is of. tensors: in words, for the line."""
+    """Raises SchemeError, by the name it is given, for a kind that no variant is of. tensors: in words, or nothing."""
     if not is_split(declared.kind):
         said = f"{declared.kind} ({tensors})" if tensors else declared.kind
         raise SchemeError(f"{module}: {declared.said_by} says {said}, which this version does not split; {WAY_OUT}")

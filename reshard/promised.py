@@ -41,6 +41,8 @@ def promised(config: Mapping[str, Any], name: str, scheme: str | None = None) ->
     dense = known_dense_layers(model)
     if not dense:
         raise LayersError(f"no dense layer: {CONFIG} ({model.reason}) gives none")
+    if model.bias is not None:
+        raise SchemeError(f"{CONFIG}: {model.bias} is set: dense layers with a bias are not cut by this version")
     declare = _declared(config) if scheme is None else _named(config, scheme)
     sizes = (model.intermediate_size, model.hidden_size)
     prefix = published_prefix(config)
@@ -63,7 +65,7 @@ def promised(config: Mapping[str, Any], name: str, scheme: str | None = None) ->
         side_files={CONFIG: json.dumps(config).encode()},
         total_tensors=len(tensors),
         total_bytes=sum(tensor.nbytes for tensor in tensors),
-        warnings=(*model.doubts, *of_activations(layers)),
+        warnings=(*model.doubts, *of_activations(layer for layer in layers if layer.activation)),
     )
 
 

@@ -269,3 +269,12 @@ def test_every_family_of_transformers_is_listed() -> None:
             found.add(model_type)
     not_known = {model_type for listed in NOT_KNOWN.values() for model_type in listed.split()}
     assert found - FAMILIES.keys() == not_known
+
+
+@pytest.mark.parametrize("model_type", ["llama", "seed_oss", "granite", "ernie4_5", "ernie4_5_moe", "deepseek_v2"])
+def test_biases(model_type: str) -> None:
+    key = FAMILIES[model_type].bias
+    for value in (True, False):
+        language, mlps = made(model_type, json.dumps({key: value} | _WITH_DENSE.get(model_type, {})))
+        (model, *_) = accounts(language).values()
+        assert (model.bias == key) == (next(iter(mlps.values())).down_proj.bias is not None) == value

@@ -17,16 +17,17 @@ class Family:
 
     rules: those of reshard.modelconfig.rules that its code follows beside mlp_layer_types, the first whose keys are
     there; none where no layer has experts. defaults: of its config class, where a key is absent or null.
-    one_expert_is_dense: `num_experts` of 1 makes a dense model. act, activation: the key of the activation, and the
-    class's default. limit: the key of a limit that holds in dense layers (`limits`: a list of one for each layer);
-    clamps_after: it is on act(gate) and not on gate. fixed: what it computes, whatever the config says. ignored: keys
-    that look as if they changed what a dense layer computes, and concern experts alone. names: how its dense layers are
-    called where they are not cut. source: whose code was read.
+    one_expert_is_dense: `num_experts` of 1 makes a dense model. bias: the key that gives the matrices a bias.
+    act, activation: the key of the activation, and the class's default. limit: the key of a limit that holds in dense
+    layers (`limits`: a list of one for each layer); clamps_after: it is on act(gate) and not on gate. fixed: what it
+    computes, whatever the config says. ignored: keys that look as if they changed what a dense layer computes, and
+    concern experts alone. names: how its dense layers are called where they are not cut. source: whose code was read.
     """
 
     rules: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     one_expert_is_dense: bool = False
+    bias: str = "mlp_bias"
     act: str = "hidden_act"
     activation: str | None = "silu"
     limit: str | None = None
@@ -62,7 +63,7 @@ _QWEN = Family(("decoder_sparse_step",), {"decoder_sparse_step": 1, "mlp_only_la
 FAMILIES: dict[str, Family] = {
     # Dense in every layer.
     **_alike(
-        "cohere cohere2 cwm diffllama emu3_text_model ernie4_5 exaone4 glm glm4 glm4v_text "
+        "cohere cohere2 cwm diffllama emu3_text_model exaone4 glm glm4 glm4v_text "
         "glm_image_text glm_ocr_text granite granite_docling_text granite_swa helium "
         "higgs_audio_v2 hyperclovax internlm3 iquestcoder llama minicpm3 ministral ministral3 mistral "
         "mllama_text_model molmo2_text olmo olmo2 olmo3 olmo_hybrid paddleocr_vl_text phi3 phi4_multimodal qwen2 "
@@ -72,6 +73,7 @@ FAMILIES: dict[str, Family] = {
     ),
     **_alike("qwen2_vl qwen2_5_vl glm4v", _DENSE),  # their older configs are flat
     **_alike("hunyuan_v1_dense hunyuan_vl_text", Family(one_expert_is_dense=True)),
+    "ernie4_5": Family(bias="use_bias"),
     "muse_glimmer_text": Family(act="hidden_activation"),
     "gemma": Family(activation="gelu_pytorch_tanh"),
     **_alike("gemma2 gemma3_text gemma4_text gemma4_unified_text vaultgemma", _GEMMA),
@@ -114,8 +116,8 @@ FAMILIES: dict[str, Family] = {
         ignored=("swiglu_limits",),
     ),
     # Layers of both kinds in another order.
-    "ernie4_5_moe": Family(("moe_layer_start_index",), _ERNIE),
-    "ernie4_5_vl_moe_text": Family(("moe_layer_start_index",), _ERNIE),
+    "ernie4_5_moe": Family(("moe_layer_start_index",), _ERNIE, bias="use_bias"),
+    "ernie4_5_vl_moe_text": Family(("moe_layer_start_index",), _ERNIE, bias="use_bias"),
     **_alike("qwen2_moe qwen3_moe qwen3_next qwen3_omni_moe_text qwen3_vl_moe_text", _QWEN),
     "flint": Family(("decoder_sparse_step",), {"decoder_sparse_step": 1, "mlp_only_layers": [0, 1]}),
     "minimax_m3_vl_text": Family(("first_k_dense_replace", "every layer"), fixed=Activation("swigluoai")),
@@ -138,7 +140,7 @@ FAMILIES: dict[str, Family] = {
     "bailing_moe": _first(None, source="vLLM bailing_moe.py"),
     "bailing_moe_v2": _first(None, source="vLLM bailing_moe.py"),
     "bailing_moe_linear": _first(0, one_expert_is_dense=True, source="vLLM bailing_moe_linear.py"),
-    "ernie4_5_moe_vl": Family(("moe_layer_start_index",), source="vLLM ernie45_vl_moe.py"),
+    "ernie4_5_moe_vl": Family(("moe_layer_start_index",), bias="use_bias", source="vLLM ernie45_vl_moe.py"),
     "mimo": Family(source="vLLM mimo.py"),
     "pangu_ultra_moe": Family(("num_dense_layers", "first_k_dense_replace"), source="vLLM openpangu.py"),
     "pangu_embedded": Family(source="vLLM openpangu.py"),

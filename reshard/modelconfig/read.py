@@ -31,8 +31,8 @@ class ModelConfig:
     the layers dense, or why none does. is_stated: whether a key that is known says it; where it follows from the
     absence of keys that are known, names that say otherwise are believed. other_accounts: what other keys say.
     wrapper: the key under which the language model's config is nested. activations: of each layer; None where
-    config.json does not say it and the family's default is not known. doubts: what only the tensors' names can
-    settle, a line each, for whoever has a config alone.
+    config.json does not say it and the family's default is not known. doubts: what only tensors can settle, a line
+    each, for whoever has a config alone. bias: the key that gives the dense layers' matrices a bias, where one does.
     """
 
     model_type: str
@@ -47,6 +47,7 @@ class ModelConfig:
     wrapper: str | None = None
     activations: tuple[Activation | None, ...] = ()
     doubts: tuple[str, ...] = ()
+    bias: str | None = None
 
     def activation(self, layer: int) -> Activation | None:
         """What stands between a dense layer's matrices; None where that is not known."""
@@ -60,6 +61,7 @@ def read_model_config(config: Mapping[str, Any]) -> ModelConfig:
     if layers > _MAX_LAYERS:
         raise SourceError(f"{CONFIG}: num_hidden_layers is {layers}, up to {_MAX_LAYERS} are believed")
     account, others = dense_layers(language, layers)
+    between = activations(language, layers)
     model_type = language.get("model_type")
     return ModelConfig(
         model_type=model_type if isinstance(model_type, str) else "",
@@ -72,8 +74,9 @@ def read_model_config(config: Mapping[str, Any]) -> ModelConfig:
         is_stated=account.stated,
         other_accounts=others,
         wrapper=wrapper,
-        activations=activations(language, layers),
-        doubts=tuple(_doubts(language, account, others)),
+        activations=between,
+        doubts=tuple(_doubts(language, account, others, between)),
+        bias=_bias(language),
     )
 
 
@@ -105,7 +108,18 @@ def _intermediate_size(language: Mapping[str, Any], *, needed: bool) -> int:
     return number(language, "intermediate_size", default=None if needed else 0)
 
 
-def _doubts(language: Mapping[str, Any], account: Account, others: tuple[Account, ...]) -> Iterator[str]:
+def _bias(language: Mapping[str, Any]) -> str | None:
+    family = family_of(language)
+    key = family.bias if family is not None else "mlp_bias"
+    return key if language.get(key) else None
+
+
+def _doubts(
+    language: Mapping[str, Any],
+    account: Account,
+    others: tuple[Account, ...],
+    between: tuple[Activation | None, ...],
+) -> Iterator[str]:
     if family_of(language) is None:
         unknown = unknown_keys(language)
         keys = f", nor {', '.join(unknown)}" if unknown else ""
@@ -113,5 +127,7 @@ def _doubts(language: Mapping[str, Any], account: Account, others: tuple[Account
             f"{CONFIG}: model_type {language.get('model_type')!r} is not known here{keys}: which layers are dense "
             f"({account.reason}) is not sure without the tensors' names"
         )
+    if None in between:
+        yield f"{CONFIG} does not name the activation (hidden_act)"
     for other in others:
         yield f"{CONFIG} contradicts itself on the dense layers: {account.reason}, but {other.reason}"

@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -130,6 +131,40 @@ def load(group: dist.ProcessGroup, served: Served) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "loaded"
+
+
+@contextlib.contextmanager
+def _engine_with(limit: float | None, where: str) -> Iterator[None]:
+    """An engine whose dense MLP has a limit, in its activation or in its forward, which no vLLM has for it yet."""
+    from vllm.model_executor.layers.activation import SiluAndMulWithClamp
+    from vllm.model_executor.models import deepseek_v2
+
+    def forward(mlp: Any, x: torch.Tensor) -> torch.Tensor:
+        gate, up = mlp.gate_up_proj(x)[0].chunk(2, dim=-1)
+        return mlp.down_proj(mlp.act_fn(torch.cat([gate.clamp(max=limit), up.clamp(-limit, limit)], dim=-1)))[0]
+
+    if limit is None:
+        yield
+    elif where == "activation":
+        with mock.patch.object(deepseek_v2, "SiluAndMul", partial(SiluAndMulWithClamp, limit)):
+            yield
+    else:
+        with mock.patch.object(deepseek_v2.DeepseekV2MLP, "forward", forward):
+            yield
+
+
+def load_with(group: dist.ProcessGroup, served: Served, limit: float | None, where: str) -> str:
+    """As `load`, in an engine with a limit."""
+    with _engine_with(limit, where):
+        return load(group, served)
+
+
+def forward_with(
+    group: dist.ProcessGroup, served: Served, limit: float, counts: list[list[int]]
+) -> list[list[torch.Tensor]]:
+    """As `forward`, in an engine whose activation has a limit."""
+    with _engine_with(limit, "activation"):
+        return forward(group, served, counts)
 
 
 def tokens(rank: int, count: int, hidden: int = 256, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -227,3 +227,14 @@ def write_llama(folder: Path, layers: int = 2) -> Path:
     (folder / "config.json").write_text(json.dumps(settings))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def with_activation(shards: Path, folder: Path, activation: dict[str, Any] | None, first: int = 1) -> Path:
+    """A copy of a set in `folder`, whose manifest says another activation from layer `first` on."""
+    copied = Path(shutil.copytree(shards, folder / shards.name))
+    manifest = json.loads((copied / "manifest.json").read_text())
+    assert manifest["layers"][0]["activation"] == {"name": "silu", "limit": None}
+    for layer in manifest["layers"][first:]:
+        layer["activation"] = activation
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    return copied

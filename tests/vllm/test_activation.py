@@ -1,7 +1,5 @@
 """The engine's own activation is asked, and must be that of the set; vLLM's MLPs of DeepSeek compute silu."""
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +8,10 @@ import pytest
 from tests.distributed import Ranks
 from tests.vllm import inside
 from tests.vllm.inside import Served
+from tests.vllm.models import with_activation
 
 LIMIT = 2.0  # of values of about 5
 LIMITED = {"name": "silu", "limit": LIMIT}
-
-
-def _with(dense: Path, folder: Path, activation: dict[str, Any] | None, first: int = 1) -> Path:
-    """The set of two, whose manifest says another activation from layer `first` on."""
-    shards = Path(shutil.copytree(dense.parent / "tp2", folder / "tp2"))
-    manifest = json.loads((shards / "manifest.json").read_text())
-    assert manifest["layers"][0]["activation"] == {"name": "silu", "limit": None}
-    for layer in manifest["layers"][first:]:
-        layer["activation"] = activation
-    (shards / "manifest.json").write_text(json.dumps(manifest))
-    return shards
 
 
 def _split(model: Path, shards: Path, **more: Any) -> Served:
@@ -34,7 +22,7 @@ def _split(model: Path, shards: Path, **more: Any) -> Served:
 @pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu"])
 def test_a_set_of_another_activation_stops_all(two: Ranks, dense: Path, tmp_path: Path, name: str, dtype: str) -> None:
     limit = 10.0 if name == "silu" else None
-    shards = _with(dense, tmp_path, {"name": name, "limit": limit})
+    shards = with_activation(dense.parent / "tp2", tmp_path, {"name": name, "limit": limit})
     for said in two.run(inside.load, _split(dense, shards, dtype=dtype)):
         shown = "silu with limit 10" if limit else name
         assert f"layer 1's activation is {shown}, the engine's SplitMLP computes another: of gate" in said
@@ -42,7 +30,9 @@ def test_a_set_of_another_activation_stops_all(two: Ranks, dense: Path, tmp_path
 
 
 def test_with_tensor_parallelism_too(pair: Ranks, dense: Path, tmp_path: Path) -> None:
-    for said in pair.run(inside.load, Served(dense, _with(dense, tmp_path, LIMITED), tensor=2)):
+    for said in pair.run(
+        inside.load, Served(dense, with_activation(dense.parent / "tp2", tmp_path, LIMITED), tensor=2)
+    ):
         assert "layer 1's activation is silu with limit 2, the engine's DeepseekV2MLP computes another" in said
 
 
@@ -50,7 +40,7 @@ def test_with_tensor_parallelism_too(pair: Ranks, dense: Path, tmp_path: Path) -
 def test_what_is_not_known_is_filled_and_not_split(
     two: Ranks, pair: Ranks, dense: Path, tmp_path: Path, activation: dict[str, Any] | None
 ) -> None:
-    shards = _with(dense, tmp_path, activation)
+    shards = with_activation(dense.parent / "tp2", tmp_path, activation)
     assert pair.run(inside.load, Served(dense, shards, tensor=2)) == ["loaded"] * 2
     for said in two.run(inside.load, _split(dense, shards)):
         assert "layer 1: its activation is " in said
@@ -59,7 +49,7 @@ def test_what_is_not_known_is_filled_and_not_split(
 
 def test_an_engine_that_has_the_limit(two: Ranks, dense: Path, tmp_path: Path) -> None:
     """And a set cut from the model that has it: split, the layers compute what the engine computes whole."""
-    shards, counts = _with(dense, tmp_path, LIMITED, first=0), [[5, 40], [1, 2]]
+    shards, counts = with_activation(dense.parent / "tp2", tmp_path, LIMITED, first=0), [[5, 40], [1, 2]]
     whole = two.run(inside.forward_with, Served(dense, data=2, dtype="bfloat16"), LIMIT, counts)
     ours = two.run(inside.forward_with, _split(dense, shards, dtype="bfloat16"), LIMIT, counts)
     without = two.run(inside.forward, Served(dense, data=2, dtype="bfloat16"), counts)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from reshard.cli.output import ADDRESS, Debug, Format, Output, Quiet, Revision, size_text
+from reshard.cli.output import ADDRESS, Debug, Format, Index, Output, Quiet, Revision, size_text
 
 if TYPE_CHECKING:
     from reshard.prepare import Cut, Prepared
@@ -35,6 +35,7 @@ def split(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written; write nothing.")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads. The bytes do not depend on it.")] = None,
     revision: Revision = None,
+    index: Index = None,
     form: Format = "human",
     quiet: Quiet = False,
     debug: Debug = False,
@@ -64,7 +65,7 @@ def split(
                 _parse_ranks(ranks, tp), resume, overwrite, workers or max(1, DEFAULT_WORKERS // place.on_this_host)
             )
             cut = Cut(tp, layout, pad, weights, quant_format)
-            with open_source(source, revision, notify=output.warn) as opened:
+            with open_source(source, revision, index=index, notify=output.warn) as opened:
                 prepared = prepare(opened, cut)
                 agree(team, _account(prepared, cut, target.address, options, dry_run))
                 for line in prepared.checkpoint.warnings:

@@ -2,8 +2,10 @@
 
 import errno
 import os
+import stat
 from pathlib import Path
-from typing import NamedTuple
+from types import TracebackType
+from typing import NamedTuple, Self
 
 
 class _Identity(NamedTuple):
@@ -18,8 +20,13 @@ class Opened:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self._identity = _identity(os.fstat(self.descriptor))
+        # Without O_NONBLOCK the opening of a pipe waits for its other end.
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        found = os.fstat(self.descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            self.close()
+            raise OSError(errno.EISDIR, "Is a directory" if stat.S_ISDIR(found.st_mode) else "Not a regular file")
+        self._identity = _identity(found)
 
     @property
     def size(self) -> int:
@@ -50,6 +57,14 @@ class Opened:
             return f"was taken away while it was read ({error.strerror})"
         return "was replaced by another file while it was read" if now != first else None
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
     def close(self) -> None:
         """Let it go; what is mapped stays."""
         if self.descriptor >= 0:
@@ -64,8 +79,8 @@ def reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
-def _identity(stat: os.stat_result) -> _Identity:
-    return _Identity(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+def _identity(found: os.stat_result) -> _Identity:
+    return _Identity(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def _shown(identity: _Identity) -> str:

@@ -99,10 +99,13 @@ def test_only_two_modules_import_torch() -> None:
     assert importing == {"reshard.convert.compute", "reshard.writer.gloo"}
 
 
-def test_the_runtime_takes_only_the_manifest_and_the_errors() -> None:
-    """And the engine's hook the option's rules, which the command line's checks say in the same words."""
+def test_the_runtime_takes_only_what_is_light() -> None:
+    """The manifest, the errors, how files are opened, named and recognised.
+
+    And the engine's hook the option's rules, which the command line's checks say in the same words.
+    """
     for path in (PACKAGE.parent / "runtime").rglob("*.py"):
-        allowed = {"reshard.manifest", "reshard.errors"}
+        allowed = {f"reshard.{name}" for name in ("manifest", "errors", "opened", "recognise", "weights")}
         if "vllm" in path.parts:
             allowed |= {"reshard.option"}
         assert {name for name in _imports(path) if name.split(".")[0] == "reshard"} <= allowed, path
@@ -118,7 +121,7 @@ def test_the_runtime_imports_no_engine_and_no_other_device() -> None:
     assert not loaded & {"vllm", "transformers", "torch_npu", "typer", "rich", "huggingface_hub"}
 
 
-@pytest.mark.parametrize("name", ["manifest", "errors", "option"])
+@pytest.mark.parametrize("name", ["manifest", "errors", "option", "opened", "recognise", "weights"])
 def test_what_the_runtime_takes_is_light(name: str) -> None:
     """No source, plan or writer comes with it."""
     import subprocess

@@ -60,7 +60,8 @@ class Request:
 
     tp_sizes: group sizes to cut for; of a shard set, those that it may be cut for. scheme: of a config.json alone.
     weights, pad: as `split` takes them. revision: of a hub repository that is checked. index: which
-    account of a checkpoint (reshard.source.choice). against: the address of what a shard set was cut from. Raises UsageError for values that are none of these.
+    account of a checkpoint (reshard.source.choice). against: the address of what a shard set was cut from. Raises
+    UsageError for values that are none of these.
     """
 
     tp_sizes: tuple[int, ...] = ()

@@ -30,7 +30,7 @@ def split(
     layout: Annotated[Literal["fused", "separate"], typer.Option(help="gate and up stacked, or apart.")] = "fused",
     ranks: Annotated[str | None, typer.Option(help="Write only these ranks, such as 0-3,7.")] = None,
     pad: Annotated[bool, typer.Option("--pad", help="Add zero rows and columns where sizes do not divide.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep finished shards whose digests match.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep finished shards that are what SRC gives now.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in OUT when all is written.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written; write nothing.")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads. The bytes do not depend on it.")] = None,

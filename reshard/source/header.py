@@ -190,8 +190,8 @@ def _check_layout(tensors: Mapping[str, TensorInfo], file: str, data_start: int,
         )
     if at < file_size:
         raise HeaderError(
-            f"{file}: {file_size - at} bytes after the last tensor ({before}) belong to none; was it joined from parts, "
-            "or written over a larger file? Copy it again"
+            f"{file}: {file_size - at} bytes after the last tensor ({before}) belong to none; was it joined from "
+            "parts, or written over a larger file? Copy it again"
         )
 
 

@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from reshard.errors import MissingDependencyError, ShardError
+from reshard.manifest import Manifest
+from reshard.weights import SINGLE
 from runtime.ffn import DenseFFN
 from runtime.group import agree
 from runtime.kernels import device_of
-from runtime.loader import load_shard
+from runtime.loader import load_shard, read_manifest
 from runtime.shard import LayerShard, Shard
 
 _ROLES = ("gate_proj", "up_proj", "down_proj")
@@ -76,11 +78,24 @@ def load_model(
     model: Any = None
     problem: Exception | None = None
     try:
+        _check_taken(Path(path), read_manifest(Path(shards))[0])
         model = _load(path, dtype).to(device_of(device)).eval()
     except Exception as error:  # whatever it is, the others must not wait for this rank
         problem = error
     agree(group, {}, problem)
     return attach(model, shards, group, **options)
+
+
+def _check_taken(folder: Path, manifest: Manifest) -> None:
+    """Of two accounts of the weights in a folder transformers takes the single file: the shards must be of it, too."""
+    cut_from = {file.name for file in manifest.source.files}
+    if SINGLE in cut_from or not all((folder / name).is_file() for name in (SINGLE, *cut_from)):
+        return
+    raise ShardError(
+        f"{folder}: transformers takes {SINGLE}, the shards were cut from {', '.join(sorted(cut_from))}: attention "
+        "would be of one account of the weights, the dense layers of the other; cut the shards with "
+        f"--index {SINGLE}, or move that file to another folder"
+    )
 
 
 def _load(path: str | Path, dtype: torch.dtype | None) -> Any:

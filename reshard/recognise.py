@@ -41,21 +41,21 @@ UNFINISHED = (".aria2", ".incomplete", ".part", ".crdownload", ".download")
 
 
 def recognised(prefix: bytes, file: str, size: int, beside: Collection[str] = ()) -> str | None:
-    """`FILE: is …; the way out`, or None for what the table does not know.
+    """`FILE: what it is; the way out`, or None for what the table does not know.
 
     prefix: the file's first PREFIX_BYTES, or all; beside: the names of the other files there.
     """
     start = prefix.removeprefix(_BOM).lstrip().lower()
     what = next((what for beginning, what in _BEGINNINGS if start.startswith(beginning)), None)
     if what is None and prefix and not prefix.strip(b"\0"):
-        what = "zeros: space that a download has taken and not filled yet"
+        what = "zeros, space that a download has taken and not filled yet"
         what += f"; {partial}" if (partial := unfinished(file, beside)) else "; finish it, or download the file again"
     if what is None and size == len(prefix) and b"/" in prefix and _LINK.fullmatch(prefix):
         what = (
             f"text with the path {prefix.decode()}: a symbolic link that was copied as text; copy the folder again "
             "with what its links lead to (cp -rL, rsync -L)"
         )
-    return what and f"{file}: is {what}"
+    return what and f"{file}: {what}"
 
 
 def unfinished(file: str, beside: Collection[str]) -> str | None:

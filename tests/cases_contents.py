@@ -270,7 +270,7 @@ _CONFIGS = [
         "two descriptions",
         written("quant_model_description_w8a8.json", b"{}"),
         (DESCRIPTION, "quant_model_description_w8a8.json"),
-        "keep the one",
+        "move the one that is not of these weights",
         spec=SLIM,
     ),
 ]

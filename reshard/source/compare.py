@@ -38,12 +38,20 @@ def compare(source: Source, choice: Choice, found: Mapping[str, Header | HeaderE
         for error in broken.values():
             raise error
     else:
+        casts = [name for name in choice.weight_map if concerns(name) and _is_cast(name, headers, owners)]
+        if casts:
+            warnings.append(
+                f"{choice.index} still names scales of dense layers whose weights are not quantised in the files: "
+                f"{len(casts)} ({named(casts)}); it is of an earlier, quantised version"
+            )
+        stale = frozenset(casts)
+        weight_map = {name: file for name, file in choice.weight_map.items() if name not in stale}
         by_file: dict[str, list[str]] = {}
-        for tensor, file in choice.weight_map.items():
+        for tensor, file in weight_map.items():
             by_file.setdefault(file, []).append(tensor)
-        lost = {file: by_file[file] for file in choice.files if file not in headers}
+        lost = {file: by_file.get(file, []) for file in choice.files if file not in headers}
         warnings += _lost(source, choice.index, lost, broken, concerns)
-        warnings += _stale(choice.index, choice.weight_map, headers, owners, concerns)
+        warnings += _stale(choice.index, weight_map, headers, owners, concerns)
         unread = {tensor for tensors in lost.values() for tensor in tensors}
     for file in {owners[name] for name in owners if concerns(name)}:
         if partial := unfinished(file, source.files()):
@@ -127,15 +135,12 @@ def _stale(
     """Entries that the files do not bear out, and tensors that the index leaves out."""
     gone: list[str] = []
     moved: list[str] = []
-    scales: list[str] = []
     for name, holder in weight_map.items():
         if holder not in headers or name in headers[holder].tensors:
             continue
         found = owners.get(name)
         if not concerns(name):
             (moved if found else gone).append(name)
-        elif found is None and _is_cast(name, headers, owners):
-            scales.append(name)
         else:
             where = f"{found} holds it" if found else "no file holds it"
             raise SourceError(
@@ -149,15 +154,11 @@ def _stale(
         yield f"{index} names tensors that no file holds: {len(gone)}, none of a dense layer ({named(gone)})"
     if moved:
         yield f"{index} names tensors in the wrong file: {len(moved)}, none of a dense layer ({named(moved)})"
-    if scales:
-        yield (
-            f"{index} still names scales of dense layers whose weights are not quantised in the files: {len(scales)} "
-            f"({named(scales)}); it is of an earlier, quantised version"
-        )
 
 
 def _is_cast(name: str, headers: Mapping[str, Header], owners: Mapping[str, str]) -> bool:
-    """Whether a tensor that is gone was a scale, of a weight that is in floating point now."""
+    """Whether a tensor that no file holds was a scale, of a weight that is in floating point now."""
     module, _, suffix = name.rpartition(".")
     weight = f"{module}.weight"
-    return bool(_SCALES.search(suffix)) and weight in owners and headers[owners[weight]].tensors[weight].dtype in FLOATS
+    is_gone = bool(_SCALES.search(suffix)) and name not in owners
+    return is_gone and weight in owners and headers[owners[weight]].tensors[weight].dtype in FLOATS

@@ -50,7 +50,7 @@ def read_others(
                 if same and entry is None and name in held:
                     raise ShardError(
                         f"{file}: holds {name}, which the shard set was cut from {', '.join(cut_from)}: the engine "
-                        "reads both; move the file that is not this model's (a draft, an earlier save) to another folder"
+                        "reads both; move the one that is not this model's (a draft, an earlier save) elsewhere"
                     )
                 if name in held or passed_over(name):
                     continue

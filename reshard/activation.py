@@ -30,3 +30,19 @@ class Activation:
 
     def __str__(self) -> str:
         return self.name if self.limit is None else f"{self.name} with limit {self.limit:g}"
+
+
+def not_computed(activation: Activation | None) -> str | None:
+    """Why a layer is not computed, and what to do; None where its activation is known."""
+    if activation is None:
+        return (
+            "its activation is not known: no config.json stood beside the weights, or it does not name one; put the "
+            "model's config.json there and cut them again"
+        )
+    if activation.is_known:
+        return None
+    return (
+        f"its activation is {activation}, whose formula is not known here ({', '.join(FORMULAS)} are, each with or "
+        "without a limit); the shards are right, and code that has the formula can run them: load_shard gives their "
+        "tensors"
+    )

@@ -32,7 +32,7 @@ def compare_identity(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Fin
 
 def compare_model(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Finding]:
     """Sizes, layers, scheme."""
-    for key in ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers"):
+    for key in ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "prefix"):
         recorded, real = getattr(manifest.model, key), getattr(checkpoint.model, key)
         if recorded != real:
             yield Finding("model", MANIFEST, f"{key} is {recorded!r}, the source's is {real!r}")
@@ -40,6 +40,15 @@ def compare_model(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Findin
     layers = [layer.index for layer in checkpoint.layers]
     if recorded_layers != layers:
         yield Finding("model", MANIFEST, f"its dense layers are {recorded_layers}, the source's {layers}")
+    cut = {layer.index: layer.read_activation() for layer in manifest.layers}
+    for layer in checkpoint.layers:
+        if layer.index in cut and cut[layer.index] != layer.activation:
+            yield Finding(
+                "model",
+                layer.module,
+                f"{MANIFEST} says that its activation is {cut[layer.index]}, the source makes it {layer.activation}; "
+                "cut it again",
+            )
     # Each layer's own is checked against the source, so this one is against those.
     schemes = {scheme for layer in manifest.layers for scheme in (layer.gate_up_proj, layer.down_proj)} - {"bf16"}
     scheme = "mixed" if len(schemes) > 1 else next(iter(schemes), "bf16")

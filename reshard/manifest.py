@@ -1,7 +1,7 @@
-"""manifest.json: what a shard set holds and where it came from, schema `denseffn-shards/1`.
+"""manifest.json: what a shard set holds and where it came from, schema `denseffn-shards/2`.
 
-It is written last: a folder without it is incomplete. Unknown fields and unknown versions are errors. This is the
-only module, with `reshard.errors`, that `runtime` imports.
+It is written last: a folder without it is incomplete. Unknown fields and unknown versions are errors. Of `reshard`,
+`runtime` imports only this, the errors, names and activations.
 """
 
 import json
@@ -9,10 +9,12 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from reshard.activation import Activation
 from reshard.errors import ManifestError
 from reshard.naming import MANIFEST, MAX_TP_SIZE, shard_file
 
-SCHEMA = "denseffn-shards/1"
+SCHEMA = "denseffn-shards/2"
+_OLDER = frozenset({"denseffn-shards/1"})
 
 _HEX = r"^[0-9a-f]{64}$"
 Digest = Annotated[str, Field(pattern=_HEX, description="BLAKE3, hex")]
@@ -39,6 +41,9 @@ class ModelDims(_Strict):
     hidden_size: Positive
     intermediate_size: Positive
     num_hidden_layers: Positive | None
+    prefix: Annotated[
+        str, Field(pattern=r"^([^.]+\.)*$", description="what precedes layers.{i} in the names of tensors")
+    ]
 
 
 class Block(_Strict):
@@ -48,14 +53,32 @@ class Block(_Strict):
     columns: Positive
 
 
+class LayerActivation(_Strict):
+    """act(gate) * up; with a limit L, act(min(gate, L)) * clamp(up, -L, L)."""
+
+    name: Annotated[str, Field(min_length=1)]
+    limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+    def read(self) -> Activation:
+        """As the rest of the project has it."""
+        return Activation(self.name, self.limit)
+
+
 class LayerSchemes(_Strict):
-    """A dense layer, and what its linears are quantised as; a block where scales stand for blocks."""
+    """A dense layer: what its linears are quantised as, a block where scales stand for blocks, its activation."""
 
     index: Count
+    activation: Annotated[
+        LayerActivation | None, Field(description="null where the source had no config.json that says it")
+    ]
     gate_up_proj: str
     down_proj: str
     gate_up_block: Block | None = None
     down_block: Block | None = None
+
+    def read_activation(self) -> Activation | None:
+        """As the rest of the project has it."""
+        return self.activation.read() if self.activation else None
 
 
 class Padding(_Strict):
@@ -162,7 +185,7 @@ class SideFile(_Strict):
 class Manifest(_Strict):
     """A shard set."""
 
-    schema_: Annotated[Literal["denseffn-shards/1"], Field(alias="schema")]
+    schema_: Annotated[Literal["denseffn-shards/2"], Field(alias="schema")]
     generator: Generator
     model: ModelDims
     scheme: Annotated[str, Field(description="the quantised linears' scheme; bf16 if none is, mixed if they differ")]
@@ -197,6 +220,11 @@ def parse_manifest(raw: bytes, file: str = MANIFEST) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"{file}: not valid JSON: {error}; copy it again") from error
     version = value.get("schema") if isinstance(value, dict) else None
+    if version in _OLDER:
+        raise ManifestError(
+            f"{file}: schema is {version!r}, which does not say what the layers compute; cut the set again with this "
+            f"version, which writes {SCHEMA!r}"
+        )
     if version != SCHEMA:
         raise ManifestError(
             f"{file}: schema is {version!r}, this version reads {SCHEMA!r}; use the reshard that wrote it"

@@ -38,14 +38,14 @@ def merge(
     """
     with new_folder(out) as folder:
         folder.check_space(checkpoint.nbytes)
-        readers = {tensor.name: StoredReader(source, tensor) for tensor in checkpoint.tensors()}
+        readers = {tensor.name: StoredReader(source, tensor) for tensor in checkpoint.stored()}
         groups = _groups(checkpoint.layers)
         files: list[MergedFile] = []
         weight_map: dict[str, str] = {}
         sinks: list[DirectFile] = []
         for number, layers in enumerate(groups, 1):
             name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-            tensors = [tensor for layer in layers for tensor in layer.tensors()]
+            tensors = [tensor for layer in layers for tensor in layer.stored()]
             sinks.append(folder.create(name, sum(tensor.nbytes for tensor in tensors)))
             files.append(_write(sinks[-1], tensors, readers, tick))
             weight_map |= {tensor.name: name for tensor in tensors}
@@ -64,7 +64,7 @@ def _groups(layers: Sequence[Layer]) -> list[list[Layer]]:
     groups: list[list[Layer]] = []
     size = 0
     for layer in layers:
-        nbytes = sum(tensor.nbytes for tensor in layer.tensors())
+        nbytes = sum(tensor.nbytes for tensor in layer.stored())
         if not groups or size + nbytes > _FILE_BYTES:
             groups.append([])
             size = 0

@@ -1,10 +1,13 @@
 """Names of DenseFFN tensors and of the files of a shard set: full, anchored templates only.
 
-`model.layers.{i}.mlp.{role}.{suffix}` is a DenseFFN tensor. Routed experts (`mlp.experts.{e}.…`), shared experts
-(`mlp.shared_experts.…`) and the router (`mlp.gate.…`) cannot match: their role is none of ours.
+`{prefix}layers.{i}.mlp.{role}.{suffix}` is a DenseFFN tensor. The prefix is `model.`, that of a wrapper
+(`language_model.model.`), or nothing. Routed experts (`mlp.experts.{e}.…`), shared experts (`mlp.shared_experts.…`) and
+the router (`mlp.gate.…`) cannot match: their role is none of ours. Nor can towers and MTP blocks that stand beside a
+language model: their prefix says what they are.
 """
 
 import re
+from typing import NamedTuple
 
 GATE, UP, DOWN, GATE_UP = "gate_proj", "up_proj", "down_proj", "gate_up_proj"
 ROLES = (GATE, UP, DOWN)
@@ -12,27 +15,56 @@ ROLES = (GATE, UP, DOWN)
 MANIFEST = "manifest.json"
 CONFIG = "config.json"
 
+PREFIX = "model."
+"""The prefix of a checkpoint that is a language model and nothing else."""
+
 _NUMBER = r"(0|[1-9][0-9]*)"
-_DENSE = re.compile(rf"model\.layers\.{_NUMBER}\.mlp\.({'|'.join(ROLES)})\.([^.]+)")
-_MLP = re.compile(rf"model\.layers\.{_NUMBER}\.mlp\.(.+)")
+_PREFIX = r"((?:[^.]+\.)*?)"
+_DENSE = re.compile(rf"{_PREFIX}layers\.{_NUMBER}\.mlp\.({'|'.join((*ROLES, GATE_UP))})\.([^.]+)")
+_LAYER = re.compile(rf"{_PREFIX}layers\.{_NUMBER}\.(.+)")
 _SHARD = re.compile(r"denseffn-rank-([0-9]{5})-of-([0-9]{5})\.safetensors")
+_BESIDE = re.compile(
+    r"(?:^|[._])(?:vision|visual|vit|image|video|audio|speech|talker|code2wav|token2wav|encoder|mtp|nextn|draft|eagle)"
+    r"(?:[._]|[0-9])"
+)
 
 
-def module_name(layer: int, role: str) -> str:
-    """The linear's name, without a suffix."""
-    return f"model.layers.{layer}.mlp.{role}"
+class DenseName(NamedTuple):
+    """The parts of a DenseFFN tensor's name. `role` is gate_up_proj where a checkpoint stacks gate and up."""
+
+    prefix: str
+    layer: int
+    role: str
+    suffix: str
 
 
-def parse_dense(name: str) -> tuple[int, str, str] | None:
-    """(layer, role, suffix) of a DenseFFN tensor's name, None for any other."""
+def layer_name(prefix: str, layer: int) -> str:
+    """A decoder layer's name."""
+    return f"{prefix}layers.{layer}"
+
+
+def mlp_name(prefix: str, layer: int) -> str:
+    """The name of a dense layer's MLP; its linears are `{mlp_name}.{role}`."""
+    return f"{layer_name(prefix, layer)}.mlp"
+
+
+def parse_dense(name: str) -> DenseName | None:
+    """The parts of a DenseFFN tensor's name, None for any other."""
     match = _DENSE.fullmatch(name)
-    return (int(match[1]), match[2], match[3]) if match else None
+    if match is None or stands_beside(match[1]):
+        return None
+    return DenseName(match[1], int(match[2]), match[3], match[4])
 
 
-def parse_mlp(name: str) -> tuple[int, str] | None:
-    """(layer, rest) of a name below `model.layers.{i}.mlp.`, None for any other."""
-    match = _MLP.fullmatch(name)
-    return (int(match[1]), match[2]) if match else None
+def parse_layer(name: str) -> tuple[str, int, str] | None:
+    """(prefix, layer, rest) of a name below `{prefix}layers.{i}.`, None for any other."""
+    match = _LAYER.fullmatch(name)
+    return (match[1], int(match[2]), match[3]) if match else None
+
+
+def stands_beside(prefix: str) -> bool:
+    """Whether a prefix is that of a tower, a draft or an MTP block, and not the language model's."""
+    return _BESIDE.search(prefix) is not None
 
 
 MAX_TP_SIZE = 99_999  # what a shard file's name has digits for

@@ -7,7 +7,7 @@ tensor-parallel size is the engine's own partition. Absent, the DenseFFN is cut 
 all. Each rule gives at most one line, with what was given and what is allowed; none advises what another forbids.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, TypeGuard
@@ -20,6 +20,7 @@ _FAMILY = "denseffn"
 
 RULES = {
     "name": "no other key of the additional config is nearly the option's",
+    "place": "the option and vllm-ascend's mlp_tensor_parallel_size stand where they are read",
     "twice": "vllm-ascend's mlp_tensor_parallel_size does not cut the same layers",
     "ascend": "vllm-ascend's mlp_tensor_parallel_size is a size that it takes",
     "stages": "vllm-ascend's mlp_tensor_parallel_size stands without pipeline parallelism, whose stages it mixes",
@@ -28,8 +29,9 @@ RULES = {
     "size": "the option is the tensor-parallel size times a divisor of the data-parallel size",
     "shards": "the option is the shard set's size",
 }
-"""Every rule, in the order in which they are judged. Of ascend and stages, and from lockstep on, only the first that is
-broken speaks: the others are about a value that may not stay, or that may be left out."""
+"""Every rule, in the order in which they are judged. unset is silent after place, ascend and stages, and stages after
+ascend; from lockstep on, only the first that is broken speaks: the others are about a value that may not stay, or that
+may be left out."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,15 @@ def broken_rules(
     """
     value = additional_config.get(OPTION)
     ascends = _ascends(additional_config)
-    found = [*_names(additional_config), *_twice(value, ascends), *_ascend(ascends, setup)]
+    found = [
+        *_names(additional_config),
+        *_places(additional_config),
+        *_twice(value, ascends),
+        *_ascend(ascends, setup),
+    ]
     if value is not None:
         return (*found, *_value(value, setup, shards_tp_size, can_be_cut))
-    if not any(broken.rule in ("ascend", "stages") for broken in found):
+    if not any(broken.rule in ("place", "ascend", "stages") for broken in found):
         found += _unset(ascends, setup, shards_tp_size)
     return tuple(found)
 
@@ -143,6 +150,33 @@ def _names(additional_config: Mapping[str, Any]) -> list[Broken]:
         for key in additional_config
         if key != OPTION and (str(key).startswith(_FAMILY) or get_close_matches(str(key), [OPTION], cutoff=0.85))
     ]
+
+
+def _places(additional_config: Mapping[str, Any]) -> list[Broken]:
+    """Either key where nothing reads it, vllm-ascend's old place for such keys among them: its top (0.11)."""
+    wrong = []
+    for path in _paths(additional_config):
+        *above, key = path
+        if key == OPTION and above:
+            at = ".".join(above)
+            wrong.append(
+                f"{OPTION} stands in {at}, where nothing reads it; it belongs at the top of the additional config"
+            )
+        elif key == _MLP and above != [_FINEGRAINED]:
+            at = f"in {'.'.join(above)}" if above else "at the top of the additional config"
+            wrong.append(f"{_MLP} stands {at}, where nothing reads it; it belongs in {_FINEGRAINED}")
+        elif not above and key != _FINEGRAINED and get_close_matches(key, [_FINEGRAINED], cutoff=0.85):
+            wrong.append(f"{key} is no key of vllm-ascend's; {_FINEGRAINED} is")
+    return [Broken("place", "; ".join(wrong))] if wrong else []
+
+
+def _paths(config: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every key with those above it."""
+    for key, value in config.items():
+        path = (*above, str(key))
+        yield path
+        if isinstance(value, Mapping):
+            yield from _paths(value, path)
 
 
 def _twice(value: object, ascends: Any) -> tuple[Broken, ...]:

@@ -12,7 +12,7 @@ from math import lcm
 from reshard.checkpoint import Checkpoint, Conversion, Layer, Linear, Tensor
 from reshard.dtypes import itemsize, nbytes
 from reshard.errors import AlignmentError
-from reshard.naming import DOWN, GATE, GATE_UP, MAX_TP_SIZE, ROLES, UP, module_name, shard_file
+from reshard.naming import DOWN, GATE, GATE_UP, MAX_TP_SIZE, ROLES, UP, shard_file
 from reshard.schemes import Cut, TensorRule
 from reshard.source.header import encode_header
 
@@ -153,7 +153,7 @@ def _share(checkpoint: Checkpoint, tp_size: int, layout: str, pad: bool) -> Padd
     if pad:
         share = -(-size // (tp_size * multiple)) * multiple
         return Padding(share * tp_size, multiple)
-    name = f"{module_name(checkpoint.layers[0].index, GATE)}.weight"
+    name = f"{checkpoint.layers[0].module}.{GATE}.weight"
     sizes = working_sizes(size, multiple)
     shown = ", ".join(map(str, sizes[:_SHOWN_SIZES])) + (", …" if len(sizes) > _SHOWN_SIZES else "")
     use = f"use a tp of {shown}; or --pad" if sizes else "use --pad"
@@ -170,11 +170,11 @@ def _layer(layer: Layer, intermediate_size: int, share: int, tp_rank: int, layou
     """One layer's tensors on one rank."""
     gate, up, down = (layer.linears[role] for role in (GATE, UP, DOWN))
     if layout == "fused":
-        yield from _linear((gate, up), GATE, module_name(layer.index, GATE_UP), intermediate_size, share, tp_rank)
+        yield from _linear((gate, up), GATE, f"{layer.module}.{GATE_UP}", intermediate_size, share, tp_rank)
     else:
         for role, linear in ((GATE, gate), (UP, up)):
-            yield from _linear((linear,), role, module_name(layer.index, role), intermediate_size, share, tp_rank)
-    yield from _linear((down,), DOWN, module_name(layer.index, DOWN), intermediate_size, share, tp_rank)
+            yield from _linear((linear,), role, f"{layer.module}.{role}", intermediate_size, share, tp_rank)
+    yield from _linear((down,), DOWN, f"{layer.module}.{DOWN}", intermediate_size, share, tp_rank)
 
 
 def _linear(
@@ -188,20 +188,25 @@ def _linear(
         if cut.dim is None:
             whole = Slice(first.name, first.shape, 0, 0, first.rows, 0)
             held = (whole,) if cut is Cut.REPLICATED or tp_rank == 0 else ()
-            others = tuple(tensor.name for tensor in tensors[1:])
+            others = tuple(tensor.name for tensor in tensors[1:] if tensor.name != first.name)
             yield PlannedTensor(name, first.dtype, first.shape, held, others, made)
             continue
         unit = _unit(rule, linears[0], cut.dim)
         local, extent = -(-share // unit), first.shape[cut.dim]
         start, stop = min(tp_rank * local, extent), min((tp_rank + 1) * local, extent)
         slices = tuple(
-            Slice(tensor.name, tensor.shape, cut.dim, start, stop, position * local)
+            _slice(tensor, cut.dim, start, stop, position * local)
             for position, tensor in enumerate(tensors)
             if stop > start
         )
         shape = list(first.shape)
         shape[cut.dim] = local * len(tensors)
         yield PlannedTensor(name, first.dtype, tuple(shape), slices, (), made)
+
+
+def _slice(tensor: Tensor, dim: int, start: int, stop: int, at: int) -> Slice:
+    """Of what is stored: where gate and up are stacked, their rows are counted in the stack."""
+    return Slice(tensor.stored.name, tensor.stored.shape, dim, tensor.first_row + start, tensor.first_row + stop, at)
 
 
 def _stacked_conversion(tensors: Sequence[Tensor]) -> Conversion | None:

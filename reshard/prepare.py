@@ -24,13 +24,14 @@ _SMALL_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class Cut:
-    """What to make of a source. `weights` and `quant_format`: see reshard.convert.rules."""
+    """What to make of a source. `weights` and `quant_format`: see reshard.convert.rules; `scheme`: see describe."""
 
     tp_size: int
     layout: str = "fused"
     pad: bool = False
     weights: str = KEEP
     quant_format: str = "modelslim"
+    scheme: str | None = None
 
 
 @dataclass(frozen=True)
@@ -50,19 +51,19 @@ class Prepared:
 
 def prepare(source: Source, cut: Cut) -> Prepared:
     """Describe, convert, plan and check. Raises a ReshardError for whatever does not fit."""
-    stored = describe(source)
+    stored = describe(source, cut.scheme)
     checkpoint = converted(stored, cut.weights, cut.quant_format)
     plan = make_plan(checkpoint, cut.tp_size, cut.layout, cut.pad)
     source.prefetch(_looked_at(source, stored))
     readers = make_readers(source, stored, checkpoint)
     if cut.layout == "fused":
-        check_shared_values(checkpoint, lambda tensor: readers[tensor.name])
+        check_shared_values(checkpoint, lambda tensor: readers[tensor.stored.name])
     return Prepared(source, checkpoint, plan, readers, stored.identity.sample or _sample(source, stored))
 
 
 def make_readers(source: Source, stored: Checkpoint, checkpoint: Checkpoint) -> dict[str, BlockReader]:
     """A reader for each tensor: of its bytes where they are stored, of its values where they are computed."""
-    readers: dict[str, BlockReader] = {t.name: StoredReader(source, t) for t in checkpoint.tensors() if t.parts}
+    readers: dict[str, BlockReader] = {t.name: StoredReader(source, t) for t in checkpoint.stored() if t.parts}
     if any(not tensor.parts for tensor in checkpoint.tensors()):
         from reshard.convert.compute import computed_readers  # the only way to torch
 
@@ -95,7 +96,7 @@ def wanted(prepared: Prepared, shards: Sequence[PlannedShard]) -> Iterator[Range
 
 def _looked_at(source: Source, checkpoint: Checkpoint) -> Iterator[Range]:
     """What is read before anything is written: the sample, and small tensors, such as scales."""
-    for tensor in checkpoint.tensors():
+    for tensor in checkpoint.stored():
         reader = StoredReader(source, tensor)
         if tensor.nbytes <= _SMALL_BYTES:
             yield from reader.ranges(0, 0, tensor.rows, tensor.row_bytes)
@@ -115,7 +116,7 @@ def _sampled(tensor: Tensor) -> Iterator[tuple[int, int, int, int]]:
 def _sample(source: Source, checkpoint: Checkpoint) -> str:
     """Of each tensor's sampled blocks, in the order of the names: the same however files divide them."""
     hasher = blake3()
-    for tensor in sorted(checkpoint.tensors(), key=lambda tensor: tensor.name):
+    for tensor in sorted(checkpoint.stored(), key=lambda tensor: tensor.name):
         for row, column, rows, width in _sampled(tensor):
             out = np.empty((rows, width), np.uint8)
             StoredReader(source, tensor).read(out, row, column)

@@ -5,16 +5,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from reshard.checkpoint import Checkpoint, Identity, Layer, Linear, Model, Tensor, check_pair
-from reshard.errors import LayersError, SchemeError, SourceError, UsageError
-from reshard.modelconfig import read_model_config
-from reshard.naming import CONFIG, DOWN, GATE, ROLES, UP, module_name
-from reshard.quantization import declarations
-from reshard.schemes import VARIANTS, Declared, Shape, TensorRule, Variant, check_kind
+from reshard.checkpoint import Checkpoint, Identity, Layer, Linear, Model, Tensor
+from reshard.describe import check_pair, of_activations
+from reshard.errors import LayersError, SchemeError, SourceError
+from reshard.modelconfig import known_dense_layers, read_model_config
+from reshard.naming import CONFIG, DOWN, GATE, ROLES, UP, mlp_name
+from reshard.prefix import published_prefix
+from reshard.quantization import Accounts, check_transforms, list_accounts
+from reshard.quantization.formats import as_kind
+from reshard.schemes import BLOCK, FLOAT, VARIANTS, Declared, Shape, TensorRule, Variant, check_kind, check_scheme
 from reshard.source.base import parse_json_object
 
-SCHEMES = tuple(dict.fromkeys(variant.scheme for variant in VARIANTS))
-_BLOCK = (128, 128)  # of every published block-scaled checkpoint: DeepSeek-V3's `weight_block_size`
 # llm-compressor writes scales in BF16, ModelSlim and DeepSeek in F32.
 _BF16_SCALES = frozenset(v.kind for v in VARIANTS if v.kind.startswith(("int8-channel", "fp8-channel", "fp8-block-c")))
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -32,52 +33,73 @@ def read_config(path: str | Path) -> dict[str, Any]:
 def promised(config: Mapping[str, Any], name: str, scheme: str | None = None) -> Checkpoint:
     """The checkpoint, every tensor without parts.
 
-    scheme: one of SCHEMES; None takes what the config's own quantization_config says (BF16 where it says nothing:
-    ModelSlim's description of a quantised checkpoint is another file). Raises LayersError where no layer is dense,
-    SourceError or SchemeError where the config says what is not understood, UsageError for an unknown scheme.
+    scheme: one of reshard.schemes; None takes what the config's own quantization_config says (BF16 where it says
+    nothing: ModelSlim's description of a quantised checkpoint is another file). Raises LayersError where no layer is
+    dense, SourceError or SchemeError where the config says what is not understood, UsageError for an unknown scheme.
     """
     model = read_model_config(config)
-    if not model.dense_layers:
+    dense = known_dense_layers(model)
+    if not dense:
         raise LayersError(f"no dense layer: {CONFIG} ({model.reason}) gives none")
-    declare = _named(config, scheme) if scheme is not None else _declared(config)
+    if model.bias is not None:
+        raise SchemeError(f"{CONFIG}: {model.bias} is set: dense layers with a bias are not cut by this version")
+    declare = _declared(config) if scheme is None else _named(config, scheme)
     sizes = (model.intermediate_size, model.hidden_size)
+    prefix = published_prefix(config)
+    check_transforms(Accounts(config), {index: mlp_name(prefix, index) for index in dense}, ())
     own = _own_dtype(config)
     layers = []
-    for index in sorted(model.dense_layers):
+    for index in sorted(dense):
         linears = {}
         for role in ROLES:
-            module = module_name(index, role)
+            module = f"{mlp_name(prefix, index)}.{role}"
             declared = declare(module)
             linears[role] = _linear(module, declared, sizes[::-1] if role == DOWN else sizes, own)
-        check_pair(index, linears[GATE], linears[UP])
-        layers.append(Layer(index, linears))
+        check_pair(mlp_name(prefix, index), linears[GATE], linears[UP])
+        layers.append(Layer(index, linears, prefix, model.activation(index)))
     tensors = [tensor for layer in layers for tensor in layer.tensors()]
     return Checkpoint(
         identity=Identity("folder", name, None, ()),
-        model=Model(model.model_type, model.hidden_size, model.intermediate_size, model.num_hidden_layers),
+        model=Model(model.model_type, model.hidden_size, model.intermediate_size, model.num_hidden_layers, prefix),
         layers=tuple(layers),
         side_files={CONFIG: json.dumps(config).encode()},
         total_tensors=len(tensors),
         total_bytes=sum(tensor.nbytes for tensor in tensors),
+        warnings=(*model.doubts, *of_activations(layer for layer in layers if layer.activation)),
     )
 
 
 def _declared(config: Mapping[str, Any]) -> Callable[[str], Declared]:
-    declare = declarations(None, config)
-    return lambda module: declare(module, frozenset({"weight"}))
+    """What the config's own accounts say. Where two differ, the tensors would have to say which is right."""
+    accounts = list_accounts(Accounts(config))
+
+    def declare(module: str) -> Declared:
+        said = [declared for account in accounts if (declared := account.declare(module)) is not None]
+        for other in said[1:]:
+            if (other.kind, other.block) != (said[0].kind, said[0].block):
+                raise SchemeError(
+                    f"{module}: {said[0].said_by} says {said[0].kind}, {other.said_by} says {other.kind}; say --scheme"
+                )
+        return said[0] if said else Declared(FLOAT, None, f"{CONFIG} (no quantization_config)")
+
+    return declare
 
 
 def _named(config: Mapping[str, Any], scheme: str) -> Callable[[str], Declared]:
-    if scheme not in SCHEMES:
-        raise UsageError(f"--scheme {scheme}: there are {', '.join(SCHEMES)}")
+    """--scheme; its block is the config's own where one is said for that scheme."""
+    check_scheme(scheme)
     variant = next(variant for variant in VARIANTS if variant.scheme == scheme)
-    block = _BLOCK if any(rule.in_blocks for rule in variant.tensors) else None
-    quantization = config.get("quantization_config")
-    sizes = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
-    if block and isinstance(sizes, list) and len(sizes) == 2 and all(type(size) is int and size > 0 for size in sizes):
-        block = (sizes[0], sizes[1])
-    declared = Declared(variant.kind, block, "--scheme")
-    return lambda module: declared
+    own = _own_block(config)
+
+    return lambda module: as_kind(variant, own or BLOCK, "--scheme")
+
+
+def _own_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    for account in list_accounts(Accounts(config)):
+        sizes = account.section.values.get("weight_block_size") if account.section else None
+        if isinstance(sizes, list) and len(sizes) == 2 and all(type(size) is int and size > 0 for size in sizes):
+            return sizes[0], sizes[1]
+    return None
 
 
 def _linear(module: str, declared: Declared, weight: tuple[int, int], own: str) -> Linear:

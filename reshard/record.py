@@ -6,12 +6,14 @@ from typing import Any
 from blake3 import blake3
 
 from reshard import __version__
+from reshard.activation import Activation
 from reshard.checkpoint import Checkpoint, Layer, Linear
 from reshard.manifest import (
     SCHEMA,
     Block,
     Conversion,
     Generator,
+    LayerActivation,
     LayerSchemes,
     Manifest,
     ModelDims,
@@ -73,6 +75,7 @@ def layer_schemes(layers: Iterable[Layer]) -> list[LayerSchemes]:
     return [
         LayerSchemes(
             index=layer.index,
+            activation=_activation(layer.activation),
             gate_up_proj=layer.linears[GATE].variant.scheme,
             down_proj=layer.linears[DOWN].variant.scheme,
             gate_up_block=_block(layer.linears[GATE]),
@@ -99,6 +102,7 @@ def _frame(checkpoint: Checkpoint, plan: Plan, sample: str) -> dict[str, Any]:
             hidden_size=model.hidden_size,
             intermediate_size=model.intermediate_size,
             num_hidden_layers=model.num_hidden_layers,
+            prefix=model.prefix,
         ),
         "scheme": scheme_name(checkpoint.layers),
         "tp_size": plan.tp_size,
@@ -118,6 +122,10 @@ def _frame(checkpoint: Checkpoint, plan: Plan, sample: str) -> dict[str, Any]:
             for name, data in sorted(checkpoint.side_files.items())
         ],
     }
+
+
+def _activation(activation: Activation | None) -> LayerActivation | None:
+    return LayerActivation(name=activation.name, limit=activation.limit) if activation else None
 
 
 def _block(linear: Linear) -> Block | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from reshard.dtypes import FLOATS
-from reshard.errors import SchemeError
+from reshard.errors import SchemeError, UsageError
 from reshard.naming import DOWN
 
 
@@ -123,16 +123,19 @@ VARIANTS = (
     Variant("int8_block", "int8-block", (_weight(_I8), _BLOCK_SCALE_INV)),
 )
 
-KINDS = frozenset(variant.kind for variant in VARIANTS)
+SCHEMES = tuple(dict.fromkeys(variant.scheme for variant in VARIANTS))
+"""What a linear can be, in the words of `--scheme`, manifest and reports."""
 
+BLOCK = (128, 128)
+"""The scale block of every published block-scaled checkpoint: DeepSeek-V3's `weight_block_size`."""
 
-def check_kind(module: str, declared: Declared) -> None:
-    """Raises SchemeError, by the name it is given, for a kind that no variant is of."""
-    if declared.kind not in KINDS:
-        raise SchemeError(
-            f"{module}: {declared.said_by} says {declared.kind}, which this version does not split; "
-            f"it knows {', '.join(sorted(KINDS))}"
-        )
+FLOAT = "FLOAT"
+"""The kind of a linear that is not quantised."""
+
+WAY_OUT = (
+    f"it splits {', '.join(SCHEMES)}: cut the BF16 or FP8 original, or a checkpoint whose dense layers are left "
+    "unquantised"
+)
 
 
 @dataclass(frozen=True)
@@ -144,50 +147,95 @@ class Found:
     file: str
 
 
+def check_scheme(scheme: str) -> None:
+    """Raises UsageError for a `--scheme` that is none of SCHEMES."""
+    if scheme not in SCHEMES:
+        raise UsageError(f"--scheme {scheme}: there are {', '.join(SCHEMES)}")
+
+
+def check_kind(module: str, declared: Declared) -> None:
+    """Raises SchemeError, by the name it is given, for a kind that no variant is of."""
+    if not is_split(declared.kind):
+        raise SchemeError(
+            f"{module}: {declared.said_by} says {declared.kind}, which this version does not split; {WAY_OUT}"
+        )
+
+
+def is_split(kind: str) -> bool:
+    """Whether a variant is of that kind."""
+    return any(variant.kind == kind for variant in VARIANTS)
+
+
+def scheme_of(kind: str) -> str:
+    """The scheme of a kind; of a kind that is not split, its own name."""
+    return next((variant.scheme for variant in VARIANTS if variant.kind == kind), kind)
+
+
+def is_plain(found: Mapping[str, Found]) -> bool:
+    """Whether a linear is a float weight and nothing else."""
+    return found.keys() == {"weight"} and found["weight"].dtype in FLOATS
+
+
 def match_variant(module: str, declared: Declared, found: Mapping[str, Found]) -> Variant:
     """The variant of a known kind that a linear's tensors, by suffix, are.
 
     Raises SchemeError naming the tensor where one is unknown, missing, of another type, or of another shape than
     the weight's calls for.
     """
+    variant = _closest(declared, found)
+    problem = _mismatch(module, variant, declared, found)
+    if problem is not None:
+        raise SchemeError(problem)
+    return variant
+
+
+def fitting_variant(declared: Declared, found: Mapping[str, Found]) -> Variant | None:
+    """The variant that a linear's tensors are, if what is declared of it fits them."""
+    if not is_split(declared.kind):
+        return None
+    variant = _closest(declared, found)
+    return variant if _mismatch("", variant, declared, found) is None else None
+
+
+def _closest(declared: Declared, found: Mapping[str, Found]) -> Variant:
     candidates = [variant for variant in VARIANTS if variant.kind == declared.kind]
-    variant = min(candidates, key=lambda candidate: len(candidate.suffixes ^ found.keys()))
+    return min(candidates, key=lambda candidate: len(candidate.suffixes ^ found.keys()))
+
+
+def _mismatch(module: str, variant: Variant, declared: Declared, found: Mapping[str, Found]) -> str | None:
+    """The first tensor that keeps a linear from being the variant."""
     for suffix in sorted(found.keys() - variant.suffixes):
-        raise SchemeError(
+        return (
             f"{module}.{suffix} in {found[suffix].file}: not a tensor of {variant.scheme} ({declared.said_by}), "
             f"which has {', '.join(sorted(variant.suffixes))}"
         )
     for suffix in sorted(variant.suffixes - found.keys()):
-        raise SchemeError(
+        return (
             f"{module}.{suffix}: missing; {declared.said_by} makes the layer {variant.scheme}, and the checkpoint "
-            f"has only its {', '.join(sorted(found))}; download what is missing again"
+            f"has only its {', '.join(sorted(found))}; download the file that holds it again"
         )
     for rule in variant.tensors:
         dtype, file = found[rule.suffix].dtype, found[rule.suffix].file
         if dtype not in rule.dtypes:
-            raise SchemeError(
+            return (
                 f"{module}.{rule.suffix} in {file}: is {dtype}, {declared.said_by} makes it {variant.scheme}, whose "
-                f"{rule.suffix} is {' or '.join(sorted(rule.dtypes))}; is the file of this checkpoint?"
+                f"{rule.suffix} is {' or '.join(sorted(rule.dtypes))}; the two are not of one checkpoint"
             )
     weight = found["weight"].shape
     if len(weight) != 2 or 0 in weight:
-        raise SchemeError(
-            f"{module}.weight in {found['weight'].file}: shape {list(weight)}, a matrix [out, in] is wanted"
-        )
-    for rule in variant.tensors:
-        _check_shape(module, rule, found[rule.suffix], weight, declared.block)
-    return variant
+        return f"{module}.weight in {found['weight'].file}: shape {list(weight)}, expected a matrix [out, in]"
+    problems = (_misshapen(module, rule, found[rule.suffix], weight, declared) for rule in variant.tensors)
+    return next((problem for problem in problems if problem is not None), None)
 
 
-def _check_shape(
-    module: str, rule: TensorRule, found: Found, weight: tuple[int, ...], block: tuple[int, int] | None
-) -> None:
+def _misshapen(module: str, rule: TensorRule, found: Found, weight: tuple[int, ...], declared: Declared) -> str | None:
     out_features, in_features = weight
     allowed: list[tuple[int, ...]]
     if rule.shape is Shape.BLOCKS:
-        if block is None:
-            raise SchemeError(f"{module}.{rule.suffix}: config.json gives no block size for its scales")
-        allowed = [(-(-out_features // block[0]), -(-in_features // block[1]))]
+        if declared.block is None:
+            return f"{module}.{rule.suffix}: {declared.said_by} gives no block size for its scales"
+        rows, columns = declared.block
+        allowed = [(-(-out_features // rows), -(-in_features // columns))]
     else:
         options: dict[Shape, list[tuple[int, ...]]] = {
             Shape.OUT_IN: [weight],
@@ -196,9 +244,25 @@ def _check_shape(
             Shape.ONE: [(1,), ()],
         }
         allowed = options[rule.shape]
-    if found.shape not in allowed:
-        wanted = " or ".join(str(list(option)) for option in allowed)
-        raise SchemeError(
-            f"{module}.{rule.suffix} in {found.file}: shape {list(found.shape)}, with a weight of {list(weight)} it "
-            f"must be {wanted}; download or quantise it again"
+    if found.shape in allowed:
+        return None
+    wanted = " or ".join(str(list(option)) for option in allowed)
+    problem = f"{module}.{rule.suffix} in {found.file}: shape {list(found.shape)}"
+    group = group_size(found.shape, weight) if rule.shape is Shape.CHANNEL else None
+    if group is not None:
+        return (
+            f"{problem}: scales by groups of {group} along in; {declared.said_by} is split with one scale per row, "
+            f"{wanted}; quantise per channel (group_size 0), or cut the BF16 or FP8 original"
         )
+    blocks = f" (blocks of {declared.block[0]} x {declared.block[1]})" if declared.block else ""
+    return (
+        f"{problem}, with a weight of {list(weight)}{blocks} it must be {wanted}, by {declared.said_by}; the two are "
+        "not of one checkpoint"
+    )
+
+
+def group_size(scales: tuple[int, ...], weight: tuple[int, ...]) -> int | None:
+    """How many elements along in share a scale, where a row has several: [out, in / group]."""
+    if len(scales) != 2 or len(weight) != 2 or scales[0] != weight[0] or scales[1] < 2 or weight[1] % scales[1]:
+        return None
+    return weight[1] // scales[1]

@@ -4,8 +4,8 @@
     ffn = DenseFFN(shard.layer(0), group=group)
     y_TH = ffn(x_TH)
 
-Of `reshard` it imports `reshard.manifest` and `reshard.errors` (the vLLM hook `reshard.option` too; a test holds that),
-and no serving engine.
+Of `reshard` it imports the manifest, the errors, names and activations (the vLLM hook `reshard.option` too; a test
+holds that), and no serving engine.
 """
 
 from runtime.ffn import DenseFFN

@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 import typer
 
-from reshard.errors import GroupError, ReshardError
+from reshard.activation import not_computed
+from reshard.errors import GroupError, ReshardError, ShardError
 from runtime.ffn import DenseFFN
 from runtime.loader import load_shard, read_manifest
 from runtime.whole import exact, unsplit
@@ -38,7 +39,12 @@ def main(
 ) -> None:
     """Run the split layers of a shard set and compare them with the unsplit ones."""
     try:
-        tp_size = read_manifest(shards)[0].tp_size
+        manifest, _ = read_manifest(shards)
+        tp_size = manifest.tp_size
+        for layer in manifest.layers:
+            problem = not_computed(layer.read_activation())
+            if problem is not None:
+                raise ShardError(f"{shards}: layer {layer.index}: {problem}")
         if device not in _BACKENDS:
             raise GroupError(f"--device is {device}; it may be {', '.join(_BACKENDS)}")
         if "RANK" in os.environ:

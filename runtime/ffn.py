@@ -3,7 +3,7 @@
     x_TH  own tokens                     [T, H]
       quantise, all_gather               [R*P, H] or, W8A8, [R*P, H + 4] bytes
       gate_up, this rank's rows          [R*P, 2L]
-      silu(gate) * up                    [R*P, L]
+      act(gate) * up                     [R*P, L]
       down, this rank's columns          [R*P, H], a partial sum
       reduce_scatter                     [P, H]
     y_TH  own tokens                     [T, H]
@@ -31,7 +31,7 @@ REDUCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class DenseFFN(PartialFFN):
-    """y = down(silu(gate(x)) * up(x)), each rank with 1/R of the three matrices.
+    """y = down(act(gate(x)) * up(x)), each rank with 1/R of the three matrices; act is the shard set's own.
 
     Args:
         layer: this rank's part, `load_shard(...).layer(i)`.
@@ -49,7 +49,8 @@ class DenseFFN(PartialFFN):
     Making one is collective: the ranks compare what they were given, and an error on one is raised on all.
 
     Raises GroupError (another tp_size, tp_rank, shard set, layer or option than the group's others), ShardError
-    (tensors that the scheme does not have, or too large for the device's kernels), UsageError (options).
+    (an activation that is not known; tensors that the scheme does not have, or too large for the device's kernels),
+    UsageError (options).
     """
 
     def __init__(
@@ -136,7 +137,8 @@ class DenseFFN(PartialFFN):
 
     def extra_repr(self) -> str:
         """What the repr says."""
-        return f"layer {self.index}, rank {self.tp_rank} of {self.tp_size}, {self.kernels.name}, {self.dtype}"
+        place = f"layer {self.index}, rank {self.tp_rank} of {self.tp_size}"
+        return f"{place}, {self.activation}, {self.kernels.name}, {self.dtype}"
 
 
 def _check_options(tokens: str, max_tokens: int | None, reduce_dtype: torch.dtype | None) -> None:

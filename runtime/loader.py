@@ -5,7 +5,6 @@ before any tensor is read, and nothing is narrowed, padded or cast to fit.
 """
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from reshard.errors import ManifestError, ShardError
 from reshard.manifest import Block, LayerSchemes, Manifest, ShardTensor, parse_manifest
 from reshard.manifest import Shard as ShardEntry
+from reshard.naming import mlp_name, parse_dense
 from reshard.opened import Opened, reason
 from reshard.recognise import PREFIX_BYTES, recognised
 from runtime.dequantise import dequantised
@@ -28,7 +28,6 @@ Verify = Literal["header", "digest"]
 
 _GATE_UP, _DOWN = "gate_up_proj", "down_proj"
 _SEPARATE = ("gate_proj", "up_proj")
-_TENSOR = re.compile(r"model\.layers\.([0-9]+)\.mlp\.[a-z_]+\.[a-z_]+")
 _LENGTH_BYTES = 8
 _CUT_BY_ROWS = frozenset({"weight", "weight_scale", "weight_scale_inv", "weight_offset", "quant_bias", "deq_scale"})
 
@@ -76,7 +75,8 @@ def load_shard(
             manifest.model.intermediate_size,
             share,
             set_digest,
-            *_linears(layer, tensors, entry.file),
+            *_linears(mlp_name(manifest.model.prefix, layer.index), layer, tensors, entry.file),
+            layer.read_activation(),
         )
         for layer in manifest.layers
         if layer.index in wanted
@@ -181,7 +181,8 @@ def _tensors(
     try:
         with safe_open(opened.same_file, framework="pt", device=str(first)) as file:
             for tensor in entry.tensors:
-                if _layer_of(tensor.name) in layers:
+                parsed = parse_dense(tensor.name)
+                if parsed is not None and parsed.layer in layers:
                     tensors[tensor.name] = _value(path, file.get_tensor(tensor.name), tensor, device, verify)
     except (SafetensorError, OSError) as error:
         raise ShardError(f"{path}: cannot be read: {error}; copy the shard again") from error
@@ -231,7 +232,7 @@ def _check_shapes(path: Path, entry: ShardEntry, manifest: Manifest) -> None:
     found = {tensor.name: tensor.shape for tensor in entry.tensors}
     for layer in manifest.layers:
         for module in (*((_GATE_UP,) if manifest.layout == "fused" else _SEPARATE), _DOWN):
-            name = f"{_prefix(layer.index)}{module}.weight"
+            name = f"{mlp_name(manifest.model.prefix, layer.index)}.{module}.weight"
             if name not in found:
                 raise ShardError(f"{path}: {name} is missing, layer {layer.index} is dense; cut the set again")
             if found[name] != expected[module]:
@@ -252,23 +253,16 @@ def _value(path: Path, value: torch.Tensor, tensor: ShardTensor, device: torch.d
     return value.to(device)
 
 
-def _prefix(layer: int) -> str:
-    return f"model.layers.{layer}.mlp."
-
-
-def _layer_of(name: str) -> int | None:
-    match = _TENSOR.fullmatch(name)
-    return int(match[1]) if match else None
-
-
-def _linears(layer: LayerSchemes, tensors: Mapping[str, torch.Tensor], file: str) -> tuple[LinearShard, LinearShard]:
+def _linears(
+    mlp: str, layer: LayerSchemes, tensors: Mapping[str, torch.Tensor], file: str
+) -> tuple[LinearShard, LinearShard]:
     """gate_up and down of a layer; gate and up are stacked where the file keeps them apart."""
 
     def of(module: str) -> dict[str, torch.Tensor]:
-        start = f"{_prefix(layer.index)}{module}."
+        start = f"{mlp}.{module}."
         return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
 
-    name = f"{_prefix(layer.index)}{_GATE_UP}"
+    name = f"{mlp}.{_GATE_UP}"
     gate_up = of(_GATE_UP)
     if not gate_up:
         gate, up = (of(module) for module in _SEPARATE)
@@ -281,7 +275,7 @@ def _linears(layer: LayerSchemes, tensors: Mapping[str, torch.Tensor], file: str
         gate_up = _stacked(name, gate, up, file)
     return (
         LinearShard(name, layer.gate_up_proj, _block(layer.gate_up_block), gate_up),
-        LinearShard(f"{_prefix(layer.index)}{_DOWN}", layer.down_proj, _block(layer.down_block), of(_DOWN)),
+        LinearShard(f"{mlp}.{_DOWN}", layer.down_proj, _block(layer.down_block), of(_DOWN)),
     )
 
 

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
+from reshard.activation import SILU, Activation
 from runtime.kernels.cpu import CpuKernels
 
 # A quarter of DeepSeek-R1's gate_up_proj: 264 MB as float32, 66 MB as int8, more than a share of any cache.
@@ -62,10 +63,10 @@ def _products(group: dist.ProcessGroup) -> dict[str, float]:
 def _kernel_costs(group: dist.ProcessGroup) -> dict[str, float]:
     """Seconds of a call with next to nothing to do."""
     kernels, small = CpuKernels(), torch.ones(1, 32, dtype=torch.bfloat16)
-    weight = torch.ones(32, 32, dtype=torch.bfloat16)
+    weight, gated = torch.ones(32, 32, dtype=torch.bfloat16), kernels.gated(Activation(SILU))
     return {
         "matmul_s": _shortest(group, _times(_CALLS, lambda: kernels.linear(small, weight))) / _CALLS,
-        "vector_s": _shortest(group, _times(_CALLS, lambda: kernels.swiglu(small))) / _CALLS,
+        "vector_s": _shortest(group, _times(_CALLS, lambda: gated(small))) / _CALLS,
     }
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from reshard.activation import Activation
 from reshard.errors import ReshardError
 from runtime.kernels import Kernels
 from runtime.partial import PartialFFN
@@ -41,15 +42,16 @@ def forward_on_meta(
     intermediate_size: int,
     kernels: Kernels,
     tokens: Iterable[int],
+    activation: Activation,
 ) -> str | None:
     """What refuses the forward of T tokens a rank, in one line; None where nothing does.
 
     gate_up: weight [2L, H]; down: weight [H, L]. A scheme that `kernels` lacks is run as BF16, as the loader leaves it.
     """
     try:
-        parts = [_shard(linear, kernels) for linear in (gate_up, down)]
+        stacked, last = (_shard(linear, kernels) for linear in (gate_up, down))
         share = down.tensors["weight"][1][1]
-        layer = LayerShard(0, 0, tp_size, hidden_size, intermediate_size, share, "", *parts)
+        layer = LayerShard(0, 0, tp_size, hidden_size, intermediate_size, share, "", stacked, last, activation)
         ffn = PartialFFN(layer, kernels, _dtype(down), "dynamic")
         for count in tokens:
             rows_TW = ffn.pack(torch.empty(count, hidden_size, dtype=ffn.dtype, device="meta"))

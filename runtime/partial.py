@@ -13,7 +13,7 @@ from runtime.shard import LayerShard
 
 
 class PartialFFN(nn.Module):
-    """down[:, own] @ (silu(gate[own] x) * up[own] x): summed over the ranks, it is the layer's result.
+    """down[:, own] @ (act(gate[own] x) * up[own] x): summed over the ranks, it is the layer's result.
 
     Args: as `runtime.ffn.DenseFFN` takes them. On the meta device only shapes and types are computed.
 
@@ -30,6 +30,10 @@ class PartialFFN(nn.Module):
         self.hidden_size, self.intermediate_size = layer.hidden_size, layer.intermediate_size
         self.gate_up_proj = make_linear(layer.gate_up, self.kernels, mix, self.dtype)
         self.down_proj = make_linear(layer.down, self.kernels, mix, self.dtype)
+        self.activation = layer.known_activation()
+        self._gated = self.kernels.gated(self.activation)
+        both_dynamic = isinstance(self.gate_up_proj, DynamicLinear) and isinstance(self.down_proj, DynamicLinear)
+        self._gated_int8 = self.kernels.gated_int8(self.activation) if both_dynamic else None
 
     def pack(self, x_TH: torch.Tensor) -> torch.Tensor:
         """The tokens as they travel, quantised if the layer is: [T, W], W = H values, or H bytes and maybe a scale."""
@@ -45,11 +49,11 @@ class PartialFFN(nn.Module):
 
     def _of(self, tokens: Tokens, dtype: torch.dtype) -> torch.Tensor:
         gate_up, down = self.gate_up_proj, self.down_proj
-        if isinstance(gate_up, DynamicLinear) and isinstance(down, DynamicLinear):
+        if self._gated_int8 is not None:
             q_TH, scale_T = tokens
             sums_T2L = self.kernels.int8_matmul(q_TH, gate_up.weight)
-            return down.multiply(self.kernels.dequant_swiglu_quant(sums_T2L, gate_up.weight_scale, scale_T), dtype)
-        h_TL = self.kernels.swiglu(gate_up.multiply(tokens, self.dtype))
+            return down.multiply(self._gated_int8(sums_T2L, gate_up.weight_scale, scale_T), dtype)
+        h_TL = self._gated(gate_up.multiply(tokens, self.dtype))
         return down.multiply(down.quantise(h_TL), dtype)
 
     def _apply(self, fn: object, recurse: bool = True) -> "PartialFFN":

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from reshard.activation import Activation, not_computed
 from reshard.errors import ShardError
 
 
@@ -34,7 +35,10 @@ class LinearShard:
 
 @dataclass(frozen=True)
 class LayerShard:
-    """One rank's part of a dense layer. `set_digest` (BLAKE3 of the manifest) tells which shard set it is of."""
+    """One rank's part of a dense layer. `set_digest` (BLAKE3 of the manifest) tells which shard set it is of.
+
+    `activation` is None where the checkpoint did not say it.
+    """
 
     index: int
     tp_rank: int
@@ -45,11 +49,19 @@ class LayerShard:
     set_digest: str
     gate_up: LinearShard
     down: LinearShard
+    activation: Activation | None
 
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
         return self.gate_up.nbytes + self.down.nbytes
+
+    def known_activation(self) -> Activation:
+        """Its activation. Raises ShardError for one that is not said, or whose formula is not known."""
+        problem = not_computed(self.activation)
+        if problem is not None or self.activation is None:
+            raise ShardError(f"layer {self.index}: {problem}")
+        return self.activation
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 from reshard.errors import ShardError
+from runtime.kernels.torch_ops import gated
 from runtime.shard import LayerShard, LinearShard
 
 _ROW_BLOCK = 1024
@@ -52,13 +53,12 @@ def _down(parts: Sequence[LinearShard]) -> LinearShard:
 
 
 def exact(layer: LayerShard, x_TH: torch.Tensor) -> torch.Tensor:
-    """down(silu(gate x) * up x) [T, H] in float64, tokens not quantised, of weights as they are or dequantised.
+    """down(act(gate x) * up x) [T, H] in float64, tokens not quantised, of weights as they are or dequantised.
 
     layer: an unsplit one, on the CPU.
     """
     h_T2I = _product(layer.gate_up, x_TH.double())
-    gate, up = h_T2I.chunk(2, dim=-1)
-    return _product(layer.down, torch.nn.functional.silu(gate) * up)
+    return _product(layer.down, gated(layer.known_activation())(h_T2I))
 
 
 def _product(linear: LinearShard, x_TK: torch.Tensor) -> torch.Tensor:

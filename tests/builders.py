@@ -318,6 +318,7 @@ def config_of(spec: Spec) -> dict[str, Any]:
         "hidden_size": spec.hidden,
         "intermediate_size": spec.intermediate,
         "num_hidden_layers": spec.dense + 1,
+        "hidden_act": "silu",
         "first_k_dense_replace": spec.dense,
         "n_routed_experts": 1,
         "num_nextn_predict_layers": 1,

@@ -74,6 +74,11 @@ def _only_experts(folder: Path) -> None:
     build(folder, Spec(dense=0))
 
 
+def _two_descriptions(folder: Path) -> None:
+    (folder / DESCRIPTION).rename(folder / "quant_model_description_w8a8_dynamic.json")
+    (folder / "quant_model_description_w8a8.json").write_text("{}")
+
+
 def _no_config(folder: Path) -> None:
     (folder / "config.json").unlink()
 
@@ -118,15 +123,15 @@ _NAMES = [
         "channel scale of a wrong shape",
         with_tensor(f"{UP}.weight_scale", "F32", (511, 1), 2044),
         (f"{UP}.weight_scale", "[511, 1]", "[512, 256]", "[512, 1]"),
-        AGAIN,
+        "not of one checkpoint",
         SchemeError,
         SLIM,
     ),
     Case(
         "block scale of a wrong shape",
         with_tensor(f"{UP}.weight_scale_inv", "F32", (4, 3), 48),
-        (f"{UP}.weight_scale_inv", "[4, 3]", "[512, 256]", "[4, 2]"),
-        AGAIN,
+        (f"{UP}.weight_scale_inv", "[4, 3]", "[512, 256]", "[4, 2]", "128 x 128"),
+        "not of one checkpoint",
         SchemeError,
         FP8,
     ),
@@ -134,7 +139,7 @@ _NAMES = [
         "weight of three dimensions",
         with_tensor(f"{UP}.weight", "BF16", (512, 256, 1), 262144),
         (f"{UP}.weight", "[512, 256, 1]"),
-        "[out, in] is wanted",
+        "expected a matrix [out, in]",
         SchemeError,
     ),
     Case(
@@ -233,23 +238,25 @@ _CONFIGS = [
         "description contradicts a type",
         with_tensor(f"{UP}.weight", "BF16", (512, 256), 262144),
         (f"{UP}.weight", DESCRIPTION, "W8A8_DYNAMIC", "is BF16", "I8"),
-        OTHER_FILE,
+        "not of one checkpoint",
         SchemeError,
         SLIM,
     ),
     Case(
-        "description lacks a tensor",
-        described(**{f"{UP}.weight_scale": None}),
-        (f"{UP}.weight_scale", DESCRIPTION),
+        "description lacks a weight",
+        described(**{f"{UP}.weight": None}),
+        (f"{UP}.weight", DESCRIPTION),
         "of this checkpoint?",
-        spec=SLIM,
+        SchemeError,
+        SLIM,
     ),
     Case(
         "description names a tensor that no file has",
         without(f"{UP}.weight_offset"),
-        (f"{UP}.weight_offset", DESCRIPTION, "W8A8_DYNAMIC", "no file"),
+        (f"{UP}.weight_offset", DESCRIPTION, "W8A8_DYNAMIC", "missing"),
         AGAIN,
-        spec=SLIM,
+        SchemeError,
+        SLIM,
     ),
     Case(
         "description gives one linear two types",
@@ -267,9 +274,9 @@ _CONFIGS = [
     ),
     Case("description not JSON", written(DESCRIPTION, b"{"), (DESCRIPTION, "JSON"), AGAIN, spec=SLIM),
     Case(
-        "two descriptions",
-        written("quant_model_description_w8a8.json", b"{}"),
-        (DESCRIPTION, "quant_model_description_w8a8.json"),
+        "two descriptions of other names",
+        _two_descriptions,
+        ("quant_model_description_w8a8.json", "quant_model_description_w8a8_dynamic.json"),
         "move the one that is not of these weights",
         spec=SLIM,
     ),
@@ -280,35 +287,35 @@ _QUANTISATIONS = [
         "unknown ModelSlim type",
         edited_json(DESCRIPTION, lambda types: types.update({n: "W4A8_DYNAMIC" for n in types if ".mlp." in n})),
         (GATE, DESCRIPTION, "W4A8_DYNAMIC"),
-        "it knows",
+        "it splits",
         SchemeError,
         SLIM,
     ),
     Case(
         "unknown quant_method",
         config(quantization_config={"quant_method": "awq", "bits": 4}),
-        ("config.json", "quant_method", "'awq'"),
-        "it knows fp8, compressed-tensors",
+        (f"{GATE}.weight", "config.json", "quant_method awq", "plain BF16"),
+        "remove quantization_config from config.json",
         SchemeError,
     ),
     Case(
         "no quant_method",
         config(quantization_config={"bits": 4}),
-        ("config.json", "quant_method", "None"),
-        "it knows fp8, compressed-tensors",
+        (f"{GATE}.weight", "config.json", "quant_method None", "plain BF16"),
+        "remove quantization_config from config.json",
         SchemeError,
     ),
     Case(
         "quantization_config is no object",
         config(quantization_config=["fp8"]),
         ("config.json", "quantization_config", "list"),
-        "an object is wanted",
+        "expected an object",
     ),
     Case(
         "W4A16 of compressed-tensors",
         _int4,
         (GATE, "config.json", "int4 group symmetric"),
-        "it knows",
+        "it splits",
         SchemeError,
         Spec("ct_dynamic"),
     ),
@@ -316,15 +323,15 @@ _QUANTISATIONS = [
         "W8A8 of compressed-tensors with asymmetric weights",
         _asymmetric_weights,
         (GATE, "config.json", "int8 channel asymmetric"),
-        "it knows",
+        "it splits",
         SchemeError,
         Spec("ct_dynamic"),
     ),
     Case(
         "fp8 with one scale per tensor",
         config(quantization_config={"quant_method": "fp8", "activation_scheme": "dynamic"}),
-        (GATE, "config.json", "weight_block_size"),
-        "it knows",
+        (GATE, "config.json", "weight_block_size", "fp8_block"),
+        "--scheme fp8_block",
         SchemeError,
         FP8,
     ),
@@ -338,7 +345,7 @@ _QUANTISATIONS = [
             }
         ),
         (GATE, "config.json", "activation_scheme static"),
-        "it knows",
+        "it splits",
         SchemeError,
         FP8,
     ),
@@ -347,7 +354,8 @@ _QUANTISATIONS = [
         _no_config,
         (GATE, "weight_scale_inv", "config.json"),
         "put the model's own beside the files",
-        spec=FP8,
+        SchemeError,
+        FP8,
     ),
 ]
 

@@ -88,8 +88,8 @@ _SETS = [
     Case("set with a changed shard", flipped(RANK_1, -1), (RANK_1, "BLAKE3", "manifest.json", "damaged"), AGAIN),
     Case(
         "set of another version",
-        edited_json("manifest.json", lambda m: m.update(schema="denseffn-shards/2")),
-        ("manifest.json", "'denseffn-shards/2'", "'denseffn-shards/1'"),
+        edited_json("manifest.json", lambda m: m.update(schema="denseffn-shards/3")),
+        ("manifest.json", "'denseffn-shards/3'", "'denseffn-shards/2'"),
         "use the reshard that wrote it",
         ManifestError,
     ),

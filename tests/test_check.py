@@ -11,7 +11,8 @@ from reshard.errors import printable
 from reshard.naming import parse_dense
 from reshard.option import OPTION
 from reshard.plan import make_plan
-from reshard.promised import SCHEMES, promised
+from reshard.promised import promised
+from reshard.schemes import SCHEMES
 from reshard.source.open import describe, open_source
 from tests.builders import RECIPES, Spec, build, tensors_of
 from tests.checking import failed, findings, of, usage
@@ -219,7 +220,7 @@ def test_sizes_that_are_none(tp: str) -> None:
 
 def test_options_that_do_not_go_with_the_target(tmp_path: Path) -> None:
     build(tmp_path / "model", Spec())
-    assert "--scheme goes with --config" in usage(tmp_path / "model", "--scheme", "bf16")
+    assert "--scheme int4: there are bf16, w8a8_dynamic" in usage(tmp_path / "model", "--scheme", "int4")
     assert "--against goes with a shard set" in usage(tmp_path / "model", "--against", "x")
     assert "--against goes with a shard set" in usage("--config", R1, "--against", "x")
 
@@ -282,7 +283,7 @@ def test_a_scheme_that_is_not_known_fails(tmp_path: Path) -> None:
     build(tmp_path / "model", Spec())
     both(config(quantization_config={"quant_method": "awq"}))(tmp_path / "model")
     ((check, message),) = failed(tmp_path / "model")
-    assert (check, "'awq'" in message) == ("scheme", True)
+    assert (check, "quant_method awq" in message) == ("scheme", True)
 
 
 def test_no_config_beside_the_files_is_a_warning(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def tensor(manifest: dict[str, Any], rank: int, name: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "check", "says"),
     [
-        (lambda m: m.update(schema="denseffn-shards/2"), "manifest", "schema is 'denseffn-shards/2'"),
+        (lambda m: m.update(schema="denseffn-shards/3"), "manifest", "schema is 'denseffn-shards/3'"),
         (lambda m: m.update(note=1), "manifest", "note: Extra inputs are not permitted"),
         (lambda m: m["shards"].pop(), "manifest", "shards are of ranks [0], tp_size 2 wants 0 to 1"),
         (lambda m: m["shards"].reverse(), "manifest", "ranks [1, 0]"),
@@ -116,8 +116,12 @@ def tensor(manifest: dict[str, Any], rank: int, name: str) -> dict[str, Any]:
         (lambda m: m["model"].update(num_hidden_layers=4), "layers", "num_hidden_layers is 4, config.json says 3"),
         (lambda m: m["model"].update(model_type="llama"), "layers", "model_type is 'llama'"),
         (lambda m: m.update(scheme="bf16"), "scheme", "its scheme is bf16, its layers make it w8a8_dynamic"),
-        (lambda m: m["layers"][1].update(down_proj="bf16"), "scheme", "down_proj of layer 1 is bf16, its tensors"),
-        (lambda m: m["layers"].pop(), "layers", "its layers are [0], its tensors are of [0, 1]"),
+        (
+            lambda m: m["layers"][1].update(down_proj="bf16"),
+            "scheme",
+            "layers.1.mlp.down_proj is bf16, its tensors",
+        ),
+        (lambda m: m["layers"].pop(), "layers", "its layers lack that of model.layers.1.mlp.gate_proj"),
         (lambda m: m["layers"].append(dict(m["layers"][0], index=2)), "layers", "its layers are [0, 1, 2]"),
         (lambda m: m.update(layout="separate"), "cut", "gate_proj.weight: missing; a cut has it: I8 [256, 256] of"),
         (lambda m: m.update(padding={"padded_intermediate_size": 1024, "multiple": 1}), "cut", "padding is"),

@@ -16,7 +16,7 @@ from tests.builders import RECIPES, Spec, build, read_safetensors
 from tests.running import reshard as run
 from tests.running import split
 
-COMMITTED = Path(reshard.__file__).parent / "denseffn-shards-1.schema.json"
+COMMITTED = Path(reshard.__file__).parent / "denseffn-shards-2.schema.json"
 
 
 @pytest.fixture
@@ -91,7 +91,8 @@ def test_slices_say_where_each_tensor_comes_from(shards: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(schema="denseffn-shards/2"), "'denseffn-shards/2'"),
+        (lambda m: m.update(schema="denseffn-shards/3"), "'denseffn-shards/3'"),
+        (lambda m: m.update(schema="denseffn-shards/1"), "cut the set again with this version"),
         (lambda m: m.pop("schema"), "None"),
         (lambda m: m.update(more=1), "more"),
         (lambda m: m["shards"][0].update(more=1), "shards.0.more"),

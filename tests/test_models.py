@@ -28,13 +28,16 @@ DENSE_LAYERS = {
     "deepseek-v2-lite": [0],
     "deepseek-v3": [0, 1, 2],
     "glm-4.5": [0, 1, 2],
+    "glm-4.5v": [0],
     "kimi-k2": [0],
+    "kimi-k2.5": [0],
     "llama-3.1-8b": [
         *(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
         *(16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31),
     ],
 }
 PREDICTION_BLOCK = {"deepseek-r1": 61, "deepseek-v3": 61, "glm-4.5": 92}
+PREFIXES = {"glm-4.5v": "model.language_model.", "kimi-k2.5": "language_model.model."}
 TENSORS_PER_LAYER = {"bf16": 3, "fp8_block": 6}
 
 
@@ -81,4 +84,6 @@ def test_frozen_names_are_the_dense_ffn_alone(model: str, scheme: str) -> None:
     for name in names:
         assert "experts" not in name
         assert parse_dense(name) is not None, name
-    assert sorted({int(name.split(".")[2]) for name in names}) == DENSE_LAYERS[model]
+    prefix = PREFIXES.get(model, "model.")
+    assert all(name.startswith(f"{prefix}layers.") for name in names)
+    assert sorted({int(name.removeprefix(prefix).split(".")[1]) for name in names}) == DENSE_LAYERS[model]

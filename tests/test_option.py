@@ -119,6 +119,51 @@ def test_others_keys_are_theirs() -> None:
     assert not broken_rules({OPTION: 8, **others}, Setup(16, 1, moe=True))
 
 
+_NOT_READ = "where nothing reads it; it belongs"
+_AT_TOP = f"mlp_tensor_parallel_size stands at the top of the additional config, {_NOT_READ} in finegrained_tp_config"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"mlp_tensor_parallel_size": 8},
+            _AT_TOP,
+        ),
+        (
+            {"ascend_compilation_config": {"mlp_tensor_parallel_size": 8}},
+            f"mlp_tensor_parallel_size stands in ascend_compilation_config, {_NOT_READ} in finegrained_tp_config",
+        ),
+        (
+            {"finegrained_tp_config": {OPTION: 8}},
+            f"{OPTION} stands in finegrained_tp_config, {_NOT_READ} at the top of the additional config",
+        ),
+        (
+            {"additional_config": {"more": {OPTION: 8}}},
+            f"{OPTION} stands in additional_config.more, {_NOT_READ} at the top of the additional config",
+        ),
+        (
+            {"fine_grained_tp_config": {"lmhead_tensor_parallel_size": 8}},
+            "fine_grained_tp_config is no key of vllm-ascend's; finegrained_tp_config is",
+        ),
+        (
+            {"finegrained_tp_config": {OPTION: 8}, "mlp_tensor_parallel_size": 8},
+            f"{OPTION} stands in finegrained_tp_config, {_NOT_READ} at the top of the additional config; " + _AT_TOP,
+        ),
+    ],
+    ids=str,
+)
+def test_a_key_in_another_place(config: dict[str, object], message: str) -> None:
+    """And no advice on the shard set's size, which may be right."""
+    (rule,) = broken_rules(config, Setup(16, 1, moe=True), 8)
+    assert (rule.rule, rule.message) == ("place", message)
+
+
+def test_a_key_in_its_place_and_in_another() -> None:
+    config = {OPTION: 8, "finegrained_tp_config": {OPTION: 4}}
+    assert [rule.rule for rule in broken_rules(config, Setup(16, 1, moe=True), 8)] == ["place"]
+
+
 def test_two_owners_of_the_same_layers() -> None:
     (message,) = _messages(8, Setup(16, 1, moe=True), 8, finegrained_tp_config={"mlp_tensor_parallel_size": 4})
     assert message == (

@@ -14,9 +14,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from reshard.checkpoint import Checkpoint, Identity, Part, Tensor, describe_layers
+from reshard.checkpoint import Checkpoint, Identity, Part, Tensor
+from reshard.describe import describe_layers
 from reshard.errors import AlignmentError
 from reshard.plan import Plan, PlannedShard, make_plan
+from reshard.quantization import Accounts
 from tests.builders import RECIPES, Spec, config_of, description_of
 
 BLOCK = 128
@@ -61,7 +63,7 @@ def checkpoint_of(spec: Spec, order: list[str] | None = None) -> Checkpoint:
         part = Part("model.safetensors", 0, bare.row_bytes, 0, 0, bare.rows, bare.row_bytes)
         tensors[name] = replace(bare, parts=(part,))
     named = ("quant_model_description.json", description) if description else None
-    model, layers, _ = describe_layers(tensors, (), config_of(spec), named)
+    model, layers, _ = describe_layers(tensors, (), Accounts(config_of(spec), named))
     return Checkpoint(Identity("folder", "made", None, ()), model, layers, {}, len(tensors), 0)
 
 

@@ -11,7 +11,7 @@ import pytest
 from reshard.checkpoint import Checkpoint
 from reshard.errors import SchemeError, SourceError
 from reshard.naming import DOWN, GATE, ROLES, UP
-from reshard.quantization import declarations
+from reshard.quantization import Accounts, list_accounts
 from reshard.record import scheme_name
 from reshard.source.open import describe, open_source
 from tests.builders import CHECKPOINTS, RECIPES, Spec, build, dense_only
@@ -27,12 +27,12 @@ def declared(
     quantization: object,
     module: str = MODULE,
     description: Mapping[str, Any] | None = None,
-    suffixes: tuple[str, ...] = ("weight",),
 ) -> tuple[str, tuple[int, int] | None, str]:
     """(kind, block, said by) for a module of a config with this quantization_config."""
     config = {} if quantization is None else {"quantization_config": quantization}
-    told = declarations((DESCRIPTION, description) if description is not None else None, config)
-    found = told(module, frozenset(suffixes))
+    first, *_ = list_accounts(Accounts(config, (DESCRIPTION, description) if description is not None else None))
+    found = first.declare(module)
+    assert found is not None
     return found.kind, found.block, found.said_by
 
 
@@ -91,14 +91,7 @@ def test_description_of_a_module_whose_name_begins_alike() -> None:
 
 
 def test_without_quantization_config() -> None:
-    assert declared(None) == ("FLOAT", None, "config.json (no quantization_config)")
-
-
-def test_without_config_a_weight_alone_is_float() -> None:
-    told = declarations(None, None)
-    assert told(MODULE, frozenset({"weight"})).kind == "FLOAT"
-    with pytest.raises(SourceError, match=r"gate_proj: has weight, weight_scale, and neither a config\.json nor"):
-        told(MODULE, frozenset({"weight", "weight_scale"}))
+    assert list_accounts(Accounts({})) == list_accounts(Accounts()) == ()
 
 
 def test_fp8_has_the_config_s_block() -> None:
@@ -116,8 +109,9 @@ def test_fp8_with_a_block_that_is_none(sizes: object) -> None:
 def test_fp8_per_tensor_and_static_get_kinds_that_no_variant_has() -> None:
     """They are refused by these names when the variant is looked for."""
     without_block = {key: value for key, value in FP8.items() if key != "weight_block_size"}
-    assert declared(without_block)[0] == "fp8 with one scale per tensor (no weight_block_size)"
-    assert declared(FP8 | {"activation_scheme": "static"})[0] == "fp8 with activation_scheme static"
+    assert declared(without_block)[0] == "FP8 with one scale per tensor (no weight_block_size)"
+    assert declared(FP8 | {"activation_scheme": "static"})[0] == "FP8 with activation_scheme static"
+    assert declared(FP8 | {"fmt": "e5m2"})[0] == "FP8 E5M2"
 
 
 def test_int8_of_the_community() -> None:
@@ -161,7 +155,7 @@ def test_compressed_tensors_of_other_kinds_are_spelt_out(quantization: object, s
 def test_weight_only_is_no_dynamic_scheme() -> None:
     weight_only = copy.deepcopy(DYNAMIC)
     weight_only["config_groups"]["group_0"]["input_activations"] = None
-    assert declared(weight_only)[0].startswith("weights int8 channel symmetric, ")
+    assert declared(weight_only)[0] == "W8A16 (weights int8 channel symmetric, activations as they are)"
 
 
 def test_groups_target_modules() -> None:
@@ -180,11 +174,41 @@ def test_groups_target_modules() -> None:
     assert quantised == ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"]
 
 
-def test_two_groups_for_one_module_are_named() -> None:
-    twice = copy.deepcopy(DYNAMIC)
-    twice["config_groups"]["group_1"] = copy.deepcopy(twice["config_groups"]["group_0"])
-    with pytest.raises(SourceError, match=r"gate_proj: config\.json puts it into the groups group_0 and group_1"):
-        declared(twice)
+def two_groups(first: list[str], second: list[str], **weights: Any) -> dict[str, Any]:
+    """Dynamic W8A8 for the first targets, the same with other weights for the second."""
+    both = group()
+    both["config_groups"]["group_1"] = group(**weights)["config_groups"]["group_0"] | {"targets": second}
+    both["config_groups"]["group_0"]["targets"] = first
+    return both
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (["Linear"], [r"re:.*mlp\.(gate|up|down)_proj$"]),
+        (["Linear"], [MODULE]),
+        ([r"re:.*gate_proj$"], [MODULE]),
+        ([r"re:.*gate_proj$", "Linear"], ["re:nothing", MODULE]),
+    ],
+)
+def test_the_more_specific_target_wins(first: list[str], second: list[str]) -> None:
+    """A name before a pattern before a class, in whatever order the groups stand."""
+    for both in (two_groups(first, second, num_bits=4), two_groups(second, first, num_bits=4)):
+        wins = "group_1" if both["config_groups"]["group_1"]["targets"] == second else "group_0"
+        assert declared(both)[2] == f"config.json (compressed-tensors {wins})"
+
+
+def test_two_groups_of_one_rank_must_be_alike() -> None:
+    patterns = ([r"re:.*gate_proj$"], [r"re:.*mlp.*"])
+    assert declared(two_groups(*patterns))[0] == "int8-channel-dynamic"
+    with pytest.raises(SourceError, match="into the groups group_0 and group_1, which differ: group_0 is int8-channel"):
+        declared(two_groups(*patterns, num_bits=4))
+
+
+def test_quantised_outputs_are_no_known_scheme() -> None:
+    quantised = group()
+    quantised["config_groups"]["group_0"]["output_activations"] = {"type": "int", "num_bits": 8}
+    assert declared(quantised)[0].endswith(", outputs int8")
 
 
 EXCEPTIONS = [
@@ -201,8 +225,6 @@ EXCEPTIONS = [
     ("name", "excepted"),
     [
         (MODULE, True),
-        ("model.layers.0.mlp", True),
-        ("model.layers.0", True),
         (r"re:.*gate_proj$", True),
         (r"re:model\.layers\.[0-2]\.mlp", True),
         ("re:mlp", False),  # from the name's start, as the tools match
@@ -251,11 +273,14 @@ def test_group_arguments_that_are_no_object(part: str) -> None:
         declared(broken)
 
 
-@pytest.mark.parametrize("method", ["awq", "gptq", "bitsandbytes", "FP8", None, ["fp8"]])
-def test_unknown_methods_are_refused_by_name(method: object) -> None:
-    with pytest.raises(SchemeError) as caught:
-        declared({"quant_method": method})
-    assert f"quant_method {method!r}" in str(caught.value)
+@pytest.mark.parametrize("method", ["awq", "gptq", "bitsandbytes", "FP8", "a new one"])
+def test_methods_that_are_not_split_keep_their_names(method: str) -> None:
+    assert declared({"quant_method": method}) == (method, None, f"config.json (quant_method {method})")
+
+
+@pytest.mark.parametrize("method", [None, ["fp8"]])
+def test_a_method_that_is_no_name_is_spelt_out(method: object) -> None:
+    assert declared({"quant_method": method})[0] == f"quant_method {method!r}"
 
 
 # Whole checkpoints.
@@ -310,9 +335,9 @@ def test_one_layer_excepted_by_the_config(tmp_path: Path) -> None:
     build(tmp_path / "model", Spec("fp8_block", config=config))
     with pytest.raises(SchemeError) as caught:
         described(tmp_path / "model")
-    assert "model.layers.1.mlp.gate_proj.weight_scale_inv in model-0" in str(caught.value)
-    assert "not a tensor of bf16" in str(caught.value)
-    assert "quantization_config.modules_to_not_convert" in str(caught.value)
+    assert "model.layers.1.mlp.gate_proj: config.json (quantization_config.modules_to_not_convert)" in str(caught.value)
+    assert "leaves it unquantised" in str(caught.value) or "says bf16" in str(caught.value)
+    assert "are fp8_block" in str(caught.value)
 
 
 def test_a_block_scale_may_look_like_a_channel_scale(tmp_path: Path) -> None:

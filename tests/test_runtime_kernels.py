@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from reshard.activation import SILU, Activation
 from reshard.errors import ShardError, UsageError
 from runtime.kernels.cpu import CpuKernels
 from runtime.kernels.cuda import CudaKernels
@@ -84,7 +85,7 @@ def test_swiglu_is_rounded_once(dtype: torch.dtype, digits: int) -> None:
     h = _floats(0, 9, 512).mul(3).to(dtype)
     gate, up = h.double().chunk(2, -1)
     wanted = gate / (1 + torch.exp(-gate)) * up
-    found = CpuKernels().swiglu(h)
+    found = CpuKernels().gated(Activation(SILU))(h)
     assert found.dtype == dtype
     # Half a unit in the last place, and float32's own error in silu and the product (a few of 2^-24).
     least = torch.finfo(dtype).smallest_normal  # units are no smaller below it
@@ -164,7 +165,7 @@ def test_dequantise_swiglu_quantise() -> None:
     scale, token = _floats(1, 80).abs() * 1e-5, _floats(2, 6).abs()
     gate, up = (h.float() * scale * token[:, None]).chunk(2, -1)
     wanted, wanted_scale = _quantised((torch.nn.functional.silu(gate) * up).numpy())
-    q_TL, scale_T = CpuKernels().dequant_swiglu_quant(h, scale, token)
+    q_TL, scale_T = CpuKernels().gated_int8(Activation(SILU))(h, scale, token)
     assert np.array_equal(q_TL.numpy(), wanted)
     assert np.array_equal(scale_T.numpy(), wanted_scale)
 
@@ -281,7 +282,7 @@ def test_refused_by_name(case: str) -> None:
 
 def test_weights_are_not_cast() -> None:
     up, down = _linear("bf16", weight=torch.ones(4, 8).bfloat16()), _linear("bf16", weight=torch.ones(8, 2))
-    layer = LayerShard(0, 0, 1, 8, 2, 2, "", up, down)
+    layer = LayerShard(0, 0, 1, 8, 2, 2, "", up, down, Activation(SILU))
     with pytest.raises(UsageError, match=r"dtype is torch.bfloat16, m.weight is torch.float32; weights are not cast"):
         PartialFFN(layer, None, None, "dynamic")
     assert isinstance(make_linear(up, CpuKernels(), "dynamic", torch.bfloat16), FloatLinear)

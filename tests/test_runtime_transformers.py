@@ -322,14 +322,17 @@ GROUP, ONE = ("GroupError", "GroupError"), ("GroupError", "ShardError")
 REFUSED = {
     "sizes": Refused(r"are \(256, 512\), model.layers.0.mlp's are \(256, 1024\)", model={"intermediate_size": 1024}),
     "dense layers": Refused(r"are \[0, 1, 2\], DeepseekV3.*'s are \[0, 1\]", model={"first_k_dense_replace": 2}),
-    "activation": Refused("hidden_act is 'gelu'", model={"hidden_act": "gelu"}),
+    "activation": Refused(
+        r"layer 0's activation is silu, model.layers.0.mlp computes another: of gate .* cut the set from this model's",
+        model={"hidden_act": "gelu"},
+    ),
     "twice": Refused("model.layers.0.mlp is split already", twice=True),
     "another rank's": Refused(r"rank (0|1)'s shard, and this is rank (?!\1)", GROUP, loaded=1),
     "set of another size": Refused("cut for tp_size 4, the group's size is 2", shards="bf16-tp4"),
     "shard of another size": Refused("one of 4, and a group of 2 was given", GROUP, shards="bf16-tp4", loaded=0),
     "type": Refused("weights are not cast", ("UsageError", "UsageError"), options={"dtype": torch.float32}),
     "missing on rank 1": Refused("denseffn-rank-00001.*cannot be read", ONE, shards="missing"),
-    "activation of rank 1": Refused("hidden_act is 'gelu'", ONE, model={"hidden_act": "gelu"}, only=True),
+    "activation of rank 1": Refused("activation is silu, .* another", ONE, model={"hidden_act": "gelu"}, only=True),
     "option of rank 1": Refused(
         "max_tokens is None on rank 0 .* and 4 on", GROUP, options={"max_tokens": 4}, only=True
     ),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from reshard.errors import OutputError, ReshardError, SchemeError, SourceError, SpaceError, UsageError
-from reshard.modelconfig import read_model_config
+from reshard.modelconfig import language_config, read_model_config
 from reshard.numeric import to_f32
 from reshard.source.open import describe, open_source
 from reshard.synth.plan import SynthOptions, plan_checkpoint
@@ -158,10 +158,11 @@ def test_reads_back(tmp_path: Path, scheme: str, model: str) -> None:
     with open_source(str(tmp_path / "out")) as source:
         checkpoint = describe(source)
     written = json.loads((tmp_path / "out/config.json").read_text())
+    (_, language), (_, before) = language_config(written), language_config(config)
     assert {layer.index for layer in checkpoint.layers} == read_model_config(written).dense_layers
     linears = [linear for layer in checkpoint.layers for linear in layer.linears.values()]
     assert {linear.variant.scheme for linear in linears} == {SCHEMES[scheme]}
-    assert checkpoint.model.hidden_size == written["hidden_size"] < config["hidden_size"]
+    assert checkpoint.model.hidden_size == language["hidden_size"] < before["hidden_size"]
     assert checkpoint.warnings == ()
 
 
@@ -269,9 +270,10 @@ def test_long_tensors_are_drawn_in_blocks() -> None:
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("scale", ["1/2", "1/3", "1/16", "1/100", "1/5000"])
 def test_scaled_sizes_make_sense(model: str, scale: str) -> None:
-    before = config_of(model)
-    plan = plan_checkpoint(before, SynthOptions(scale=Fraction(scale)))
-    config = json.loads(plan.side_files["config.json"])
+    config = config_of(model)
+    plan = plan_checkpoint(config, SynthOptions(scale=Fraction(scale)))
+    _, before = language_config(config)
+    _, config = language_config(json.loads(plan.side_files["config.json"]))
     assert config["hidden_size"] % 16 == 0
     assert config["intermediate_size"] % 128 == 0
     assert config["num_attention_heads"] % config["num_key_value_heads"] == 0

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from reshard.activation import SILU, Activation
+from reshard.checkpoint import Layer
 from reshard.convert.rules import COMPRESSED_TENSORS, MODELSLIM
 from reshard.manifest import parse_manifest
 from reshard.naming import MANIFEST, shard_file
@@ -105,6 +107,12 @@ def test_another_folder_name_is_no_finding(tmp_path: Path) -> None:
     assert verify(shards, source.rename(tmp_path / "elsewhere")).clean()
 
 
+def _unsplit(reference: Reference, layer: Layer, x_HT: np.ndarray) -> np.ndarray:
+    assert layer.activation == Activation(SILU)
+    linears = {role: reference.linear(linear, role) for role, linear in layer.linears.items()}
+    return unsplit_layer(linears, layer.activation, x_HT, lambda n: None).value
+
+
 # A model's checkpoint and the same model quantised by other tools: the arithmetic means what the tools meant.
 @pytest.mark.parametrize(
     ("one", "other", "error"),
@@ -122,10 +130,7 @@ def test_quantised_layers_compute_what_the_model_does(one: str, other: str, erro
         source = open_source(str(CHECKPOINTS / name))
         shards = split(CHECKPOINTS / name, tmp_path / name, Cut(1, "separate"))
         reference = Reference(source, parse_manifest((shards / MANIFEST).read_bytes()))
-        return [
-            unsplit_layer({r: reference.linear(li, r) for r, li in layer.linears.items()}, x_HT, lambda n: None).value
-            for layer in describe(source).layers
-        ]
+        return [_unsplit(reference, layer, x_HT) for layer in describe(source).layers]
 
     for first, second in zip(outputs(one), outputs(other), strict=True):
         assert np.linalg.norm(first - second) < error * np.linalg.norm(first)

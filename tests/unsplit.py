@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from reshard.activation import SILU, Activation
 from runtime import DenseFFN, LayerShard
 from runtime.collectives import Collectives, TensorCollectives
 from runtime.kernels.cpu import CpuKernels
@@ -40,6 +41,7 @@ def part(mlp: Any, tp_rank: int, tp_size: int) -> LayerShard:
         0, tp_rank, tp_size, gate.shape[1], len(gate), share, "",
         LinearShard("gate_up_proj", "bf16", None, {"weight": torch.cat([gate[rows], up[rows]])}),
         LinearShard("down_proj", "bf16", None, {"weight": down[:, rows].contiguous()}),
+        Activation(SILU),
     )  # fmt: skip
 
 

@@ -9,9 +9,10 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from reshard.activation import not_computed
 from reshard.checkpoint import Checkpoint
 from reshard.finding import Finding
-from reshard.naming import DOWN, GATE, GATE_UP, module_name
+from reshard.naming import DOWN, GATE, GATE_UP
 from reshard.plan import Plan, PlannedTensor
 from reshard.tiles import limit_faults, tile_faults
 
@@ -57,8 +58,8 @@ def check_npu(checkpoint: Checkpoint, plan: Plan) -> list[Finding]:
     """Findings for rank 0 of a fused plan; every rank's shapes are the same."""
     layers = [
         (
-            _module(plan, layer.index, GATE_UP, layer.linears[GATE].variant.scheme),
-            _module(plan, layer.index, DOWN, layer.linears[DOWN].variant.scheme),
+            _module(plan, f"{layer.module}.{GATE_UP}", GATE_UP, layer.linears[GATE].variant.scheme),
+            _module(plan, f"{layer.module}.{DOWN}", DOWN, layer.linears[DOWN].variant.scheme),
         )
         for layer in checkpoint.layers
     ]
@@ -70,8 +71,8 @@ def check_npu(checkpoint: Checkpoint, plan: Plan) -> list[Finding]:
     ]
 
 
-def _module(plan: Plan, layer: int, role: str, scheme: str) -> Module:
-    start = f"{module_name(layer, role)}."
+def _module(plan: Plan, name: str, role: str, scheme: str) -> Module:
+    start = f"{name}."
     tensors = {t.name.removeprefix(start): t for t in plan.shards[0].tensors if t.name.startswith(start)}
     return Module(start.rstrip("."), role, scheme, tensors)
 
@@ -148,17 +149,20 @@ def _forward(checkpoint: Checkpoint, plan: Plan, layers: list[tuple[Module, Modu
         return skipped(f"torch_npu is installed and cannot be imported: {reason}")
     checked = 0
     seen = set()
-    for gate_up, down in layers:
+    for layer, (gate_up, down) in zip(checkpoint.layers, layers, strict=True):
+        activation = layer.activation
+        if activation is None or not activation.is_known:
+            return skipped(f"layer {layer.index}: {not_computed(activation)}")
         first, second = (
             Linear(module.name, module.scheme, {s: (t.dtype, t.shape) for s, t in module.tensors.items()})
             for module in (gate_up, down)
         )
-        key = tuple((linear.scheme, tuple(sorted(linear.tensors.items()))) for linear in (first, second))
+        key = activation, *((linear.scheme, tuple(sorted(linear.tensors.items()))) for linear in (first, second))
         if key in seen:
             continue
         seen.add(key)
         size, hidden = checkpoint.model.intermediate_size, checkpoint.model.hidden_size
-        refused = forward_on_meta(first, second, plan.tp_size, hidden, size, kernels, _TOKENS)
+        refused = forward_on_meta(first, second, plan.tp_size, hidden, size, kernels, _TOKENS, activation)
         if refused is not None:
             return Finding("forward", where, f"{gate_up.name.rpartition('.')[0]}: {refused}")
         checked += 1

@@ -53,8 +53,8 @@ def untouched(config: Mapping[str, Any]) -> str:
     """What of the model stays whole, to be added to a line on its dense layers."""
     model = read_model_config(config)
     parts = []
-    sparse = model.num_hidden_layers - len(model.dense_layers)
-    if sparse:
+    sparse = model.num_hidden_layers - len(model.dense_layers or ())
+    if model.dense_layers is not None and sparse:
         parts.append(_counted(sparse, "expert layer"))
     if model.prediction_layers:
         parts.append(_counted(model.prediction_layers, "prediction block"))

@@ -183,7 +183,7 @@ def _recorded(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Finding]:
         yield Finding("layers", MANIFEST, f"its layers are {indexes}, its tensors are of {real_indexes}")
         return
     for said, real in zip(manifest.layers, there, strict=True):
-        for key in ("gate_up_proj", "down_proj", "gate_up_block", "down_block"):
+        for key in ("gate_up_proj", "down_proj", "gate_up_block", "down_block", "activation"):
             if getattr(said, key) != getattr(real, key):
                 line = f"{key} of layer {said.index} is {getattr(said, key)}, its tensors make it {getattr(real, key)}"
                 yield Finding("scheme", MANIFEST, line)

@@ -28,7 +28,10 @@ def check(
         typer.Option("--tp", metavar="N[,N..]", help="Group sizes to cut for; of a shard set, those it may have."),
     ] = None,
     scheme: Annotated[
-        str | None, typer.Option(help="What --config's weights are; default: what its quantization_config says.")
+        str | None,
+        typer.Option(
+            metavar="NAME", help="What the weights are, where quantization_config and its like do not say it."
+        ),
     ] = None,
     weights: Annotated[
         Literal["keep", "bf16", "w8a8"], typer.Option(help="Check the cut as split --weights makes it.")

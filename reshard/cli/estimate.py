@@ -96,7 +96,7 @@ def estimate(
                 raise UsageError(f"--revision goes with a hub repository, which {config} is not")
             if index is not None:
                 raise UsageError(f"--index goes with a checkpoint's files, which {config} is not")
-            checkpoints = _of_config(config, schemes)
+            checkpoints = _of_config(output, config, schemes)
         elif path is not None:
             checkpoints = _of_source(output, path, revision, index, schemes)
         else:
@@ -127,7 +127,7 @@ def _measure(output: Output) -> None:
         output.text(to_toml(profile).rstrip())
 
 
-def _of_config(config: Path, schemes: list[str] | None) -> "dict[str, Checkpoint]":
+def _of_config(output: Output, config: Path, schemes: list[str] | None) -> "dict[str, Checkpoint]":
     """The checkpoint that a config.json describes, by scheme."""
     from reshard.estimate.described import DEFAULT_SCHEMES, plain_scheme
     from reshard.naming import CONFIG
@@ -136,7 +136,10 @@ def _of_config(config: Path, schemes: list[str] | None) -> "dict[str, Checkpoint
     parsed = read_config(config)
     model = config.resolve().parent.name if config.name == CONFIG else config.stem
     names = [plain_scheme(word) for word in schemes or DEFAULT_SCHEMES]
-    return {name: promised(parsed, model, name) for name in names}
+    found = {name: promised(parsed, model, name) for name in names}
+    for line in next(iter(found.values())).warnings:
+        output.warn(line)
+    return found
 
 
 def _of_source(

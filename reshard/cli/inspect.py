@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reshard.cli.output import ADDRESS, Debug, Format, Index, Output, Revision, size_text
+from reshard.cli.output import ADDRESS, Debug, Format, Index, Output, Revision, Scheme, size_text
 
 if TYPE_CHECKING:
     from reshard.checkpoint import Checkpoint, Linear, Tensor
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 def inspect(
     path: Annotated[str, typer.Argument(metavar="PATH", help=f"A checkpoint or a shard set. {ADDRESS}")],
+    scheme: Scheme = None,
     revision: Revision = None,
     index: Index = None,
     form: Format = "human",
@@ -25,7 +26,7 @@ def inspect(
         from reshard.source.shardset import is_shard_set
 
         with open_source(path, revision, index=index, notify=output.warn) as source:
-            checkpoint = describe(source)
+            checkpoint = describe(source, scheme)
             for line in checkpoint.warnings:
                 output.warn(line)
             shard_set = _shard_set(source) if is_shard_set(source) else None
@@ -64,6 +65,7 @@ def _document(checkpoint: "Checkpoint") -> dict[str, Any]:
         "layers": [
             {
                 "index": layer.index,
+                "activation": vars(layer.activation) if layer.activation else None,
                 "linears": {
                     role: {
                         "scheme": layer.linears[role].variant.scheme,
@@ -92,6 +94,12 @@ def _tensor(tensor: "Tensor") -> dict[str, Any]:
     }
 
 
+def _activation(document: dict[str, Any] | None) -> str:
+    from reshard.activation import Activation
+
+    return str(Activation(**document)) if document else "not known"
+
+
 def _show(output: Output, document: dict[str, Any]) -> None:
     rows = []
     for layer in document["layers"]:
@@ -109,9 +117,10 @@ def _show(output: Output, document: dict[str, Any]) -> None:
     model, shard_set = document["model"], document.get("shard_set")
     dense = size_text(document["dense_bytes"])
     layers = ", ".join(str(layer["index"]) for layer in document["layers"])
+    activations = dict.fromkeys(_activation(layer["activation"]) for layer in document["layers"])
     output.text(
         f"{document['source']['name']}: {model['model_type'] or 'model'}, hidden_size {model['hidden_size']}, "
-        f"intermediate_size {model['intermediate_size']}, dense layers {layers}"
+        f"intermediate_size {model['intermediate_size']}, dense layers {layers}, activation {', '.join(activations)}"
     )
     if shard_set:
         output.text(

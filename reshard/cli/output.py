@@ -27,6 +27,13 @@ Index = Annotated[
     typer.Option("--index", metavar="FILE", help="Where the weights are, if a folder has two accounts of it."),
 ]
 
+Scheme = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="What the quantised weights are, where nothing beside the files says it: w8a8_dynamic, …"
+    ),
+]
+
 _INTERRUPTED = 130
 _WHOLE = 10_000  # columns: no cell is cut to fit, a narrow terminal wraps the line
 _LINE_SECONDS = 5.0  # without a terminal: how often a line of progress is written at most

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from reshard.cli.output import ADDRESS, Debug, Format, Index, Output, Quiet, Revision, size_text
+from reshard.cli.output import ADDRESS, Debug, Format, Index, Output, Quiet, Revision, Scheme, size_text
 
 if TYPE_CHECKING:
     from reshard.prepare import Cut, Prepared
@@ -34,6 +34,7 @@ def split(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in OUT when all is written.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written; write nothing.")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads. The bytes do not depend on it.")] = None,
+    scheme: Scheme = None,
     revision: Revision = None,
     index: Index = None,
     form: Format = "human",
@@ -64,7 +65,7 @@ def split(
             options = SplitOptions(
                 _parse_ranks(ranks, tp), resume, overwrite, workers or max(1, DEFAULT_WORKERS // place.on_this_host)
             )
-            cut = Cut(tp, layout, pad, weights, quant_format)
+            cut = Cut(tp, layout, pad, weights, quant_format, scheme)
             with open_source(source, revision, index=index, notify=output.warn) as opened:
                 prepared = prepare(opened, cut)
                 agree(team, _account(prepared, cut, target.address, options, dry_run))

@@ -1,10 +1,13 @@
 """`reshard verify`."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reshard.cli.output import ADDRESS, Debug, Format, Index, Output, Quiet, Revision, size_text
+from reshard.cli.output import ADDRESS, Debug, Format, Index, Output, Quiet, Revision, Scheme, size_text
+
+if TYPE_CHECKING:
+    from reshard.verify.compute import LayerResult
 
 _MISMATCH = 3
 
@@ -15,6 +18,7 @@ def verify(
         str | None,
         typer.Option("--source", metavar="SRC", help="What it was cut from: compare every byte, and the computation."),
     ] = None,
+    scheme: Scheme = None,
     revision: Revision = None,
     index: Index = None,
     form: Format = "human",
@@ -28,7 +32,7 @@ def verify(
         from reshard.errors import UsageError
         from reshard.source.open import describe, open_source
         from reshard.source.shardset import read_manifest_only, require_shard_set
-        from reshard.verify.compute import LayerResult, compare_computation
+        from reshard.verify.compute import compare_computation
         from reshard.verify.digests import verify_digests
         from reshard.verify.source import compare_with_source
         from reshard.writer.split import DEFAULT_WORKERS
@@ -37,8 +41,9 @@ def verify(
             raise UsageError(
                 f"--revision {revision}: is the source's; give --source, or SHARDS as hf://ORG/NAME@{revision}"
             )
-        if index is not None and source is None:
-            raise UsageError(f"--index {index}: is the source's; give --source")
+        for option, value in (("--scheme", scheme), ("--index", index)):
+            if value is not None and source is None:
+                raise UsageError(f"{option} {value}: is the source's; give --source, or leave it out")
         computed: list[LayerResult] = []
         with open_source(shards, notify=output.warn) as opened:
             require_shard_set(opened)
@@ -49,7 +54,7 @@ def verify(
             unreadable = any(finding.check in {"file", "size", "header"} for finding in findings)
             if source is not None and not unreadable:
                 with open_source(source, revision, index=index, notify=output.warn) as original:
-                    checkpoint = describe(original)
+                    checkpoint = describe(original, scheme)
                     for line in checkpoint.warnings:
                         output.warn(line)
                     with output.progress("source", nbytes) as tick:
@@ -89,10 +94,17 @@ def verify(
                 )
                 if source is not None:
                     output.text(f"source: every byte is {shown(source)}'s")
-                    worst = max(computed, key=lambda layer: layer.difference)
-                    output.text(
-                        f"computation: {len(computed)} layers on random tokens, split against unsplit: they differ by "
-                        f"{worst.difference:.1e} of what is added up, rounding allows {worst.bound:.1e}"
-                    )
+                    output.text(f"computation: {_computation(computed)}")
         if findings:
             raise typer.Exit(_MISMATCH)
+
+
+def _computation(computed: "list[LayerResult]") -> str:
+    """A line on layers that are right."""
+    if not computed:
+        return "not made"
+    worst = max(computed, key=lambda layer: layer.difference)
+    return (
+        f"{len(computed)} layers on random tokens, split against unsplit: they differ by {worst.difference:.1e} of "
+        f"what is added up, rounding allows {worst.bound:.1e}"
+    )

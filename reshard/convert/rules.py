@@ -9,13 +9,16 @@ A linear that already is what is asked for stays as it is, bit for bit.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from reshard.checkpoint import Checkpoint, Conversion, Layer, Linear, Tensor
 from reshard.errors import SchemeError
-from reshard.naming import CONFIG, ROLES, module_name
+from reshard.naming import CONFIG, ROLES
+from reshard.quantization import without_quantization
+from reshard.quantization.description import DESCRIPTION
 from reshard.schemes import VARIANTS, Variant
 from reshard.source.base import parse_json_object
 
@@ -23,7 +26,6 @@ KEEP, BF16, W8A8 = "keep", "bf16", "w8a8"
 MODELSLIM, COMPRESSED_TENSORS = "modelslim", "compressed-tensors"
 
 DEQUANTISE, CAST, QUANTISE = "dequantise_to_bf16", "cast_to_bf16", "quantise_to_int8_per_channel"
-_DESCRIPTION = "quant_model_description.json"
 
 # Schemes whose values are weight * scale, with no quantised activations to go with them.
 _WEIGHT_ONLY = frozenset({"bf16", "fp8_block", "fp8_channel", "int8_block"})
@@ -35,9 +37,7 @@ def converted(checkpoint: Checkpoint, weights: str, quant_format: str = MODELSLI
         return checkpoint
     target = _target(weights, quant_format)
     layers = tuple(
-        Layer(
-            layer.index, {role: _linear(layer.linears[role], module_name(layer.index, role), target) for role in ROLES}
-        )
+        replace(layer, linears={role: _linear(layer.linears[role], f"{layer.module}.{role}", target) for role in ROLES})
         for layer in checkpoint.layers
     )
     if layers == checkpoint.layers:
@@ -60,6 +60,11 @@ def _linear(linear: Linear, module: str, target: Variant) -> Linear:
         raise SchemeError(
             f"{module}: was made by {weight.conversion.rule} already, and converting twice rounds twice; convert what "
             "it was made from"
+        )
+    if weight.whole is not None:
+        raise SchemeError(
+            f"{weight.name}: gate and up are stacked in the checkpoint, and what is converted would have names that it "
+            "does not know; leave it at --weights keep"
         )
     if scheme not in _WEIGHT_ONLY:
         raise SchemeError(
@@ -90,8 +95,7 @@ def _side_files(checkpoint: Checkpoint, layers: tuple[Layer, ...], target: Varia
     files: dict[str, bytes] = {}
     raw = checkpoint.side_files.get(CONFIG)
     if raw is not None:
-        config = parse_json_object(raw, CONFIG)
-        config.pop("quantization_config", None)
+        config = without_quantization(parse_json_object(raw, CONFIG))
         for key in ("dtype", "torch_dtype"):
             if key in config and target.scheme == "bf16":
                 config[key] = "bfloat16"
@@ -102,7 +106,7 @@ def _side_files(checkpoint: Checkpoint, layers: tuple[Layer, ...], target: Varia
         raise SchemeError(f"--quant-format {COMPRESSED_TENSORS} is told by {CONFIG}, which the source lacks")
     if target.kind == "W8A8_DYNAMIC":
         names = [tensor.name for layer in layers for tensor in layer.tensors()]
-        files[_DESCRIPTION] = _json(
+        files[DESCRIPTION] = _json(
             {"version": "1.0.0", "model_quant_type": target.kind} | dict.fromkeys(names, target.kind)
         )
     return files
@@ -110,10 +114,10 @@ def _side_files(checkpoint: Checkpoint, layers: tuple[Layer, ...], target: Varia
 
 def _compressed_tensors(layers: tuple[Layer, ...]) -> dict[str, Any]:
     """The quantization_config of compressed-tensors' W8A8: int8 per channel, activations per token."""
-    indexes = "|".join(str(layer.index) for layer in layers)
+    modules = "|".join(re.escape(layer.module) for layer in layers)
     common = {"num_bits": 8, "type": "int", "symmetric": True}
     group = {
-        "targets": [rf"re:model\.layers\.({indexes})\.mlp\.(gate|up|down)_proj$"],
+        "targets": [rf"re:({modules})\.(gate|up|down)_proj$"],
         "weights": {**common, "strategy": "channel", "dynamic": False},
         "input_activations": {**common, "strategy": "token", "dynamic": True},
         "output_activations": None,

@@ -11,7 +11,7 @@ from reshard.estimate.alignment import Verdict, verdict
 from reshard.estimate.model import GIB, level_for
 from reshard.estimate.profile import Profile
 from reshard.estimate.step import Kind, Split, Way, Wire, layer_seconds, way_of, wire_of
-from reshard.naming import DOWN, GATE, GATE_UP, module_name
+from reshard.naming import DOWN, GATE, GATE_UP
 from reshard.plan import Plan, make_plan
 
 _BF16_BYTES = 2
@@ -188,8 +188,8 @@ def _held(checkpoint: Checkpoint, plan: Plan) -> int:
     ways: dict[str, Way] = {}
     for layer in checkpoint.layers:
         for role, linear in layer.linears.items():
-            ways[module_name(layer.index, role)] = way_of(linear.variant.scheme)
-        ways[module_name(layer.index, GATE_UP)] = ways[module_name(layer.index, GATE)]
+            ways[f"{layer.module}.{role}"] = way_of(linear.variant.scheme)
+        ways[f"{layer.module}.{GATE_UP}"] = ways[f"{layer.module}.{GATE}"]
     return sum(_bytes_held(t.name, t.dtype, t.shape, ways) for t in plan.shards[0].tensors)
 
 

@@ -1,38 +1,42 @@
 """A Hugging Face checkpoint: which files belong to it, and which file holds each tensor."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from reshard.checkpoint import Checkpoint, Identity, Part, SourceFile, Tensor, describe_layers
+from reshard.checkpoint import Checkpoint, Identity, Part, SourceFile, Tensor
+from reshard.describe import describe_layers
 from reshard.errors import SourceError
 from reshard.modelconfig import read_model_config
 from reshard.naming import CONFIG, parse_dense
+from reshard.quantization import Accounts
+from reshard.quantization.description import DESCRIPTION, is_description
+from reshard.quantization.modelopt import FILE as MODELOPT
 from reshard.source.base import Source, parse_json_object, read_file, try_headers
 from reshard.source.choice import choose
 from reshard.source.compare import compare
 from reshard.source.header import Header
 
-_DESCRIPTION = "quant_model_description"
 
-
-def read_checkpoint(source: Source) -> Checkpoint:
-    """Describe a source of Hugging Face files. Reads the index, the headers, config.json and the description.
+def read_checkpoint(source: Source, scheme: str | None = None) -> Checkpoint:
+    """Describe a source of Hugging Face files. Reads the index, the headers and what says how they are quantised.
 
     Of files that hold no DenseFFN tensor none is needed: what is wrong with them is a warning.
+
+    scheme: what the quantised linears are, where their own accounts do not say it or are wrong (reshard.schemes).
     """
     choice = choose(source)
-    side_files = _side_files(source)
-    config, description = read_accounts(side_files)
-    concerns = _concerns(config)
+    side_files, not_read = _side_files(source)
+    accounts = replace(read_accounts(side_files), scheme=scheme)
     headers = try_headers(source, [file for file in choice.files if file in source.files()])
     for file, header in headers.items():
         if not isinstance(header, Header) or not any(map(parse_dense, header.tensors)):
             source.release(file)
-    contents = compare(source, choice, headers, concerns)
+    contents = compare(source, choice, headers, _concerns(accounts.config))
     owners = contents.owners
     tensors = {name: _tensor(name, file, contents.headers[file]) for name, file in owners.items() if parse_dense(name)}
     others = [*(name for name in owners if name not in tensors), *contents.unread]
-    model, layers, warnings = describe_layers(tensors, others, config, description)
+    model, layers, warnings = describe_layers(tensors, others, accounts)
     used = {part.file for layer in layers for tensor in layer.tensors() for part in tensor.parts}
     return Checkpoint(
         identity=Identity(
@@ -46,7 +50,7 @@ def read_checkpoint(source: Source) -> Checkpoint:
         side_files=side_files,
         total_tensors=len(owners),
         total_bytes=sum(header.file_size - header.data_start for header in contents.headers.values()),
-        warnings=(*choice.warnings, *contents.warnings, *warnings),
+        warnings=(*choice.warnings, *contents.warnings, *warnings, *not_read),
     )
 
 
@@ -60,23 +64,21 @@ def _concerns(config: Mapping[str, Any] | None) -> Callable[[str], bool]:
 
     def concerns(name: str) -> bool:
         parsed = parse_dense(name)
-        return parsed is not None and (layers is None or parsed[0] < layers)
+        return parsed is not None and (layers is None or parsed.layer < layers)
 
     return concerns
 
 
-def read_accounts(
-    side_files: Mapping[str, bytes],
-) -> tuple[dict[str, Any] | None, tuple[str, dict[str, Any]] | None]:
-    """config.json, and the description with its file's name: each where it is there."""
-    config = parse_json_object(side_files[CONFIG], CONFIG) if CONFIG in side_files else None
-    file = next((name for name in side_files if is_description(name)), None)
-    return config, (file, parse_json_object(side_files[file], file)) if file else None
+def read_accounts(side_files: Mapping[str, bytes]) -> Accounts:
+    """What the files that go with a set say of the weights."""
+    read = {name: parse_json_object(raw, name) for name, raw in side_files.items()}
+    description = next(((name, content) for name, content in read.items() if is_description(name)), None)
+    return Accounts(read.get(CONFIG), description, read.get(MODELOPT))
 
 
-def is_description(name: str) -> bool:
-    """Whether a file is ModelSlim's account of each tensor's type."""
-    return name.startswith(_DESCRIPTION) and name.endswith(".json")
+def is_side_file(name: str) -> bool:
+    """Whether a file says what a checkpoint's weights are, and goes with every set that is cut from it."""
+    return name in {CONFIG, MODELOPT} or is_description(name)
 
 
 def _only_one(files: Iterable[str], wanted: Callable[[str], bool], what: str) -> str | None:
@@ -88,10 +90,14 @@ def _only_one(files: Iterable[str], wanted: Callable[[str], bool], what: str) ->
     return found[0] if found else None
 
 
-def _side_files(source: Source) -> dict[str, bytes]:
-    description = _only_one(source.files(), is_description, "description")
-    wanted = [CONFIG] if CONFIG in source.files() else []
-    return {name: read_file(source, name) for name in [*wanted, *([description] if description else [])]}
+def _side_files(source: Source) -> tuple[dict[str, bytes], list[str]]:
+    """Those that are read, and a line on each that is not: of several descriptions vllm-ascend reads one name alone."""
+    descriptions = sorted(filter(is_description, source.files()))
+    unread = [name for name in descriptions if name != DESCRIPTION] if DESCRIPTION in descriptions else []
+    description = _only_one((name for name in descriptions if name not in unread), is_description, "description")
+    wanted = [*(name for name in (CONFIG, MODELOPT) if name in source.files()), *([description] if description else [])]
+    lines = [f"{name} is not read: {DESCRIPTION} is what vllm-ascend reads" for name in unread]
+    return {name: read_file(source, name) for name in wanted}, lines
 
 
 def _tensor(name: str, file: str, header: Header) -> Tensor:

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from reshard.address import parse_address, redacted
 from reshard.checkpoint import Checkpoint
 from reshard.errors import MissingDependencyError, SourceError, UsageError
-from reshard.naming import parse_shard_file
+from reshard.naming import MANIFEST, parse_shard_file
 from reshard.source.base import Source
 from reshard.source.files import read_checkpoint
 from reshard.source.folder import FolderSource
@@ -86,11 +86,15 @@ def _installed(package: str) -> str:
         return "none"
 
 
-def describe(source: Source) -> Checkpoint:
-    """The DenseFFN of a checkpoint or of a shard set."""
+def describe(source: Source, scheme: str | None = None) -> Checkpoint:
+    """The DenseFFN of a checkpoint or of a shard set. scheme: see read_checkpoint; a set's manifest says its own.
+
+    Raises UsageError for a scheme beside a set.
+    """
     if any(parse_shard_file(name) for name in source.files()):
         require_shard_set(source)
-        if source.index is not None:
-            raise UsageError(f"--index {source.index}: goes with a checkpoint; {source.origin.name} is a shard set")
+        for option, value in (("--scheme", scheme), ("--index", source.index)):
+            if value is not None:
+                raise UsageError(f"{option} {value}: {source.origin.name} is a shard set, whose {MANIFEST} says it")
         return read_shard_set(source)
-    return read_checkpoint(source)
+    return read_checkpoint(source, scheme)

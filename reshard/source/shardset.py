@@ -6,11 +6,13 @@ from math import prod
 
 from blake3 import blake3
 
-from reshard.checkpoint import Checkpoint, Conversion, Identity, Model, Part, SourceFile, Tensor, describe_layers
+from reshard.checkpoint import Checkpoint, Conversion, Identity, Layer, Model, Part, SourceFile, Tensor
+from reshard.describe import describe_layers
 from reshard.dtypes import itemsize
 from reshard.errors import ManifestError, SourceError
 from reshard.manifest import Manifest, ShardTensor, SideFile, Slice, parse_manifest
-from reshard.naming import MANIFEST, parse_shard_file
+from reshard.naming import CONFIG, DOWN, GATE, GATE_UP, MANIFEST, UP, mlp_name, parse_shard_file
+from reshard.quantization import Recorded
 from reshard.source.base import Source, read_file, read_headers
 from reshard.source.files import read_accounts
 from reshard.source.header import Header, TensorInfo
@@ -57,17 +59,42 @@ def read_shard_set(source: Source) -> Checkpoint:
     manifest = read_manifest(source)
     tensors = _assemble(source, manifest)
     side_files = {file.name: _side_file(source, file) for file in manifest.files}
-    config, description = read_accounts(side_files)
-    _, layers, _ = describe_layers(tensors, (), config, description)
+    accounts = replace(read_accounts(side_files), recorded=_recorded(manifest))
+    _, layers, _ = describe_layers(tensors, (), accounts)
+    _check_activations(manifest, layers)
     dims = manifest.model
     return Checkpoint(
         identity=identity(manifest),
-        model=Model(dims.model_type, dims.hidden_size, dims.intermediate_size, dims.num_hidden_layers),
+        model=Model(dims.model_type, dims.hidden_size, dims.intermediate_size, dims.num_hidden_layers, dims.prefix),
         layers=layers,
         side_files=side_files,
         total_tensors=len(tensors),
         total_bytes=sum(tensor.nbytes for tensor in tensors.values()),
     )
+
+
+def _recorded(manifest: Manifest) -> dict[str, Recorded]:
+    """What the set was cut as, by the linears' names: its files may have been told, or found, to be that."""
+    recorded: dict[str, Recorded] = {}
+    for layer in manifest.layers:
+        mlp = mlp_name(manifest.model.prefix, layer.index)
+        gate_up, down = (
+            Recorded(scheme, (block.rows, block.columns) if block else None)
+            for scheme, block in ((layer.gate_up_proj, layer.gate_up_block), (layer.down_proj, layer.down_block))
+        )
+        recorded |= {f"{mlp}.{role}": gate_up for role in (GATE, UP, GATE_UP)} | {f"{mlp}.{DOWN}": down}
+    return recorded
+
+
+def _check_activations(manifest: Manifest, layers: Iterable[Layer]) -> None:
+    """What the manifest says is computed against the set's own config.json."""
+    said = {layer.index: layer.read_activation() for layer in manifest.layers}
+    for layer in layers:
+        if layer.index in said and said[layer.index] != layer.activation:
+            raise ManifestError(
+                f"{MANIFEST}: layer {layer.index}'s activation is {said[layer.index]}, the set's {CONFIG} makes it "
+                f"{layer.activation}; cut the set again"
+            )
 
 
 def _side_file(source: Source, file: SideFile) -> bytes:

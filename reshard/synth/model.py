@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 from reshard.errors import SourceError
-from reshard.modelconfig import ModelConfig, read_model_config
-from reshard.naming import CONFIG, DOWN, GATE, UP
+from reshard.modelconfig import ModelConfig, known_dense_layers, read_model_config
+from reshard.naming import CONFIG, DOWN, GATE, PREFIX, UP, layer_name
 from reshard.synth.config import Config, experts_key, size
 
 
@@ -54,6 +54,7 @@ _FAMILIES = {
     "deepseek_v32": _Family(_LATENT, router_bias=True),
     "kimi_k2": _Family(_LATENT, router_bias=True, frequencies=True),
     "glm4_moe": _Family(_QKV, router_bias=True),
+    "glm4v_moe_text": _Family(_QKV, router_bias=True),
     "glm4_moe_lite": _Family(_LATENT, router_bias=True),
     "glm_moe_dsa": _Family(_LATENT, router_bias=True),
     "llama": _Family((*_QKV, "o_proj")),
@@ -65,16 +66,20 @@ _FAMILIES = {
 }
 
 
-def parameters(config: Config) -> Iterator[Parameter]:
-    """Every parameter, in the model's order. Raises SourceError where config.json does not give them."""
-    return _Model(config).parameters()
+def parameters(config: Config, prefix: str = PREFIX) -> Iterator[Parameter]:
+    """Every parameter of a language model, in its order. Raises SourceError where its config does not give them.
+
+    prefix: what precedes the layers' names.
+    """
+    return _Model(config, prefix).parameters()
 
 
 class _Model:
     """A config.json, read for names and shapes."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, prefix: str) -> None:
         self._config = config
+        self._prefix = prefix
         self._model: ModelConfig = read_model_config(config)
         family = _FAMILIES.get(self._model.model_type)
         if family is None:
@@ -83,6 +88,7 @@ class _Model:
                 f"{', '.join(sorted(_FAMILIES))}"
             )
         self._family = family
+        self._dense = known_dense_layers(self._model)
         self._hidden = self._model.hidden_size
         key = experts_key(config)
         self._experts = size(config, key) if key else 0
@@ -90,14 +96,14 @@ class _Model:
     def parameters(self) -> Iterator[Parameter]:
         last = self._model.num_hidden_layers
         table = (size(self._config, "vocab_size"), self._hidden)
-        yield Parameter("model.embed_tokens.weight", table, Kind.EMBEDDING)
+        yield Parameter(f"{self._prefix}embed_tokens.weight", table, Kind.EMBEDDING)
         for layer in range(last):
-            yield from self._block(f"model.layers.{layer}", dense=layer in self._model.dense_layers)
-        yield self._norm("model.norm")
+            yield from self._block(layer_name(self._prefix, layer), dense=layer in self._dense)
+        yield self._norm(f"{self._prefix}norm")
         if not self._config.get("tie_word_embeddings"):
-            yield Parameter("lm_head.weight", table, Kind.HEAD)
+            yield Parameter(f"{self._head()}lm_head.weight", table, Kind.HEAD)
         for layer in range(last, last + self._model.prediction_layers):
-            prefix = f"model.layers.{layer}"
+            prefix = layer_name(self._prefix, layer)
             yield Parameter(f"{prefix}.embed_tokens.weight", table, Kind.EMBEDDING)
             yield self._norm(f"{prefix}.enorm")
             yield self._norm(f"{prefix}.hnorm")
@@ -105,6 +111,11 @@ class _Model:
             yield from self._block(prefix, dense=not self._experts)
             yield self._norm(f"{prefix}.shared_head.norm")
             yield Parameter(f"{prefix}.shared_head.head.weight", table, Kind.HEAD)
+
+    def _head(self) -> str:
+        """What precedes the output head's name: it stands beside the `model` whose layers these are, or at the top."""
+        *above, last, _ = ["", *self._prefix.split(".")]
+        return ".".join((*above[1:], "")) if last == "model" else ""
 
     def _block(self, prefix: str, *, dense: bool) -> Iterator[Parameter]:
         attention = self._grouped if self._config.get("kv_lora_rank") is None else self._latent

@@ -7,8 +7,9 @@ from fractions import Fraction
 from typing import Any
 
 from reshard.errors import SourceError, UsageError
-from reshard.modelconfig import read_model_config
+from reshard.modelconfig import known_dense_layers, language_config, read_model_config
 from reshard.naming import CONFIG, parse_dense
+from reshard.prefix import published_prefix
 from reshard.source.header import encode_header
 from reshard.synth.config import shrink
 from reshard.synth.model import Parameter, parameters
@@ -66,8 +67,9 @@ class SynthPlan:
 def plan_checkpoint(config: Mapping[str, Any], options: SynthOptions) -> SynthPlan:
     """Plan a checkpoint of the model of `config`. Raises UsageError, SourceError or SchemeError."""
     recipe = recipe_for(options.scheme)
-    shrunk = shrink(config, options.scale, options.layers)
-    everything = list(parameters(shrunk))
+    wrapper, language = language_config(config)
+    shrunk = shrink(language, options.scale, options.layers)
+    everything = list(parameters(shrunk, published_prefix(config)))
     declare_in_config(shrunk, recipe, everything)
     kept = _dense(everything, shrunk) if options.dense_only else everything
     tensors = [tensor for parameter in kept for tensor in tensors_of(parameter, recipe)]
@@ -80,7 +82,7 @@ def plan_checkpoint(config: Mapping[str, Any], options: SynthOptions) -> SynthPl
         "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)},
         "weight_map": {t.name: name for name, group in zip(names, groups, strict=True) for t in group},
     }
-    side_files = {CONFIG: _json(shrunk)}
+    side_files = {CONFIG: _json(_wrapped(config, wrapper, shrunk))}
     if types is not None:
         side_files[_DESCRIPTION] = _json(types)
     side_files[f"{stem}.safetensors.index.json"] = _json(index)
@@ -90,14 +92,26 @@ def plan_checkpoint(config: Mapping[str, Any], options: SynthOptions) -> SynthPl
 
 def _dense(everything: Sequence[Parameter], config: Mapping[str, Any]) -> list[Parameter]:
     model = read_model_config(config)
+    dense = known_dense_layers(model)
     kept = []
     for parameter in everything:
         parsed = parse_dense(parameter.name)
-        if parsed and parsed[0] in model.dense_layers:
+        if parsed and parsed.layer in dense:
             kept.append(parameter)
     if not kept:
         raise SourceError(f"{CONFIG}: no layer of the model is dense ({model.reason})")
     return kept
+
+
+def _wrapped(config: Mapping[str, Any], wrapper: str | None, language: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with another language model's config in the place of its own."""
+    if wrapper is None:
+        return dict(language)
+    key, _, rest = wrapper.partition(".")
+    whole = dict(config)
+    whole.pop("quantization_config", None)  # the language model's own says it
+    whole[key] = _wrapped(whole[key], rest or None, language)
+    return whole
 
 
 def _usual_count(tensors: Sequence[TensorSpec]) -> int:

@@ -1,8 +1,9 @@
 """The split layer against the unsplit one, on random tokens.
 
-Unsplit: y = down(silu(gate x) * up x) with the source's tensors. Split: every rank computes the same with what its own
-shard holds, and the ranks' results are added. Both in float64, where integers are exact and rounding is far below
-what any wrong slice, bias or scale changes; a byte that is right in itself and in the wrong place shows here.
+Unsplit: y = down(act(gate x) * up x) with the source's tensors and the activation of its config.json. Split: every rank
+computes the same with what its own shard holds, and the ranks' results are added. Both in float64, where integers are
+exact and rounding is far below what any wrong slice, bias or scale changes; a byte that is right in itself and in the
+wrong place shows here.
 
 Shapes: T tokens, H hidden_size, I intermediate_size, L the rank's share of I; x_HT, h_IT, y_HT are [features, tokens].
 """
@@ -15,16 +16,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
-from reshard.checkpoint import Checkpoint, Layer, Part, Tensor
+from reshard.activation import Activation, not_computed
+from reshard.checkpoint import Checkpoint, Layer, Part, Tensor, numbers
 from reshard.errors import MismatchError
 from reshard.finding import Finding
 from reshard.manifest import Manifest
-from reshard.naming import DOWN, GATE, GATE_UP, UP, module_name
+from reshard.naming import DOWN, GATE, GATE_UP, UP
 from reshard.source.base import Source
 from reshard.source.header import Header, TensorInfo
 from reshard.verify.expect import expect, groups, misfits, read_headers
+from reshard.verify.gate import F64, carried, gated
 from reshard.verify.reference import (
     BLOCK_ELEMENTS,
     SCALES,
@@ -38,12 +40,10 @@ from reshard.verify.reference import (
 )
 
 Tick = Callable[[int], None]
-F64 = npt.NDArray[np.float64]
 
 _INT8_MIN, _INT8_MAX = -128, 127
 _OTHER_ROUNDINGS = 16
 _SERIAL_BLAS = 1 << 18  # multiplications; OpenBLAS: 4 * 65536
-_SILU_SLOPE = 1.1  # |d silu / dx| is at most 1.0998
 
 
 @dataclass(frozen=True)
@@ -81,29 +81,35 @@ def compare_computation(
 ) -> tuple[list[Finding], list[LayerResult]]:
     """Findings, and a result for each layer that could be computed. checkpoint: `describe(source)`, unconverted.
 
+    Layers whose activation is not known are not computed: a warning says so.
+
     `tick` is called with half the bytes of each step in source and shards: all the shards' bytes in the end, about.
     """
     findings: list[Finding] = []
     results: list[LayerResult] = []
+    left_out: dict[str, list[int]] = {}
     x_HT = np.random.default_rng(seed).standard_normal((checkpoint.model.hidden_size, tokens))
     reference = Reference(source, manifest)
     headers, unreadable = read_headers(shards, manifest)
     if unreadable:
         return unreadable, []
     for layer in checkpoint.layers:
-        module = f"model.layers.{layer.index}.mlp"
+        module, activation = layer.module, layer.activation
+        if activation is None or not activation.is_known:
+            left_out.setdefault(not_computed(activation) or "", []).append(layer.index)
+            continue
         try:
-            whole = {r: reference.linear(layer.linears[r], _module(layer.index, r, manifest)) for r in (GATE, UP, DOWN)}
+            whole = {r: reference.linear(layer.linears[r], _module(layer, r, manifest)) for r in (GATE, UP, DOWN)}
             ranks = _rank_linears(shards, manifest, headers, layer, whole)
         except MismatchError as error:
             findings.append(Finding("computation", module, f"not computed: {error}"))
             continue
-        unsplit = unsplit_layer(whole, x_HT, tick)
+        unsplit = unsplit_layer(whole, activation, x_HT, tick)
         split_HT = np.zeros_like(unsplit.value)
         for tp_rank in headers:
-            split_HT += _rank_output(ranks[tp_rank], x_HT, tick)
+            split_HT += _rank_output(ranks[tp_rank], activation, x_HT, tick)
         # Either side's error is at most the roundings that a result goes through, one after the other (those of the two
-        # sums, of the ranks' sum, a few for silu and scales), times 2^-53 of its terms; eps is twice that.
+        # sums, of the ranks' sum, a few for the activation and scales), times 2^-53 of its terms; eps is twice that.
         additions = len(x_HT) + whole[GATE].tensors["weight"].rows + manifest.tp_size + _OTHER_ROUNDINGS
         bound = additions * float(np.finfo(np.float64).eps)
         difference, wrong = _judge(unsplit, split_HT, bound)
@@ -111,6 +117,9 @@ def compare_computation(
             results.append(LayerResult(layer.index, difference, bound))
         if wrong:
             findings.append(Finding("computation", module, wrong))
+    for why, indexes in left_out.items():
+        where = f"layers {numbers(indexes)}" if len(indexes) > 1 else f"layer {indexes[0]}"
+        findings.append(Finding("computation", where, f"not computed: {why}", "warning"))
     return findings, results
 
 
@@ -131,8 +140,8 @@ def _judge(unsplit: _Sum, split_HT: F64, bound: float) -> tuple[float, str | Non
     )
 
 
-def _module(index: int, role: str, manifest: Manifest) -> str:
-    return module_name(index, GATE_UP if manifest.layout == "fused" and role != DOWN else role)
+def _module(layer: Layer, role: str, manifest: Manifest) -> str:
+    return f"{layer.module}.{GATE_UP if manifest.layout == 'fused' and role != DOWN else role}"
 
 
 def _rank_linears(
@@ -145,7 +154,7 @@ def _rank_linears(
     """Each rank's own linears by shard module. Raises MismatchError where a tensor is missing or of another shape."""
     ranks: list[dict[str, LinearGrids]] = [{} for _ in headers]
     for group in groups(manifest.layout):
-        module = module_name(layer.index, group.module)
+        module = f"{layer.module}.{group.module}"
         like = whole[group.roles[0]]
         expected = {
             rank: expect(group, module, [whole[role] for role in group.roles], manifest, rank) for rank in headers
@@ -166,31 +175,23 @@ def _shard_grid(shards: Source, file: str, name: str, info: TensorInfo) -> Grid:
     return stored_grid(shards, replace(bare, parts=(part,)))
 
 
-def unsplit_layer(linears: Mapping[str, LinearGrids], x_HT: F64, tick: Tick) -> _Sum:
+def unsplit_layer(linears: Mapping[str, LinearGrids], activation: Activation, x_HT: F64, tick: Tick) -> _Sum:
     """The layer from its unsplit linears by role, [H, T]."""
     x = _Sum(x_HT, np.abs(x_HT))
     gate, up = (_apply(linears[role], x, tick) for role in (GATE, UP))
-    # An error of gate reaches the product with silu's slope and up's value, an error of up with silu's value.
-    silu_IT = _silu(gate.value)
-    terms_IT = _SILU_SLOPE * np.abs(up.value) * gate.terms + np.abs(silu_IT) * up.terms
-    return _apply(linears[DOWN], _Sum(silu_IT * up.value, terms_IT), tick, is_down=True)
+    h = _Sum(gated(activation, gate.value, up.value), carried(activation, gate.value, up.value, gate.terms, up.terms))
+    return _apply(linears[DOWN], h, tick, is_down=True)
 
 
-def _rank_output(linears: Mapping[str, LinearGrids], x_HT: F64, tick: Tick) -> F64:
+def _rank_output(linears: Mapping[str, LinearGrids], activation: Activation, x_HT: F64, tick: Tick) -> F64:
     """One rank's partial sum, [H, T]."""
     x = _Sum(x_HT, np.zeros_like(x_HT))
     if GATE_UP in linears:
         gate_LT, up_LT = np.split(_apply(linears[GATE_UP], x, tick, with_terms=False).value, 2)
     else:
         gate_LT, up_LT = (_apply(linears[role], x, tick, with_terms=False).value for role in (GATE, UP))
-    h_LT = _silu(gate_LT) * up_LT
+    h_LT = gated(activation, gate_LT, up_LT)
     return _apply(linears[DOWN], _Sum(h_LT, np.zeros_like(h_LT)), tick, is_down=True, with_terms=False).value
-
-
-def _silu(values: F64) -> F64:
-    # exp of what is negative only: no overflow.
-    sigmoid: F64 = np.exp(np.minimum(values, 0)) / (1 + np.exp(-np.abs(values)))
-    return values * sigmoid
 
 
 def _apply(linear: LinearGrids, x: _Sum, tick: Tick, is_down: bool = False, with_terms: bool = True) -> _Sum:

@@ -18,7 +18,7 @@ from reshard.errors import MismatchError
 from reshard.finding import Finding
 from reshard.identity import compare_identity, compare_model
 from reshard.manifest import Manifest
-from reshard.naming import MANIFEST, module_name
+from reshard.naming import MANIFEST, mlp_name
 from reshard.numeric import storage, to_f32
 from reshard.source.base import Bytes, Source, threads
 from reshard.source.header import Header, TensorInfo
@@ -46,7 +46,7 @@ def compare_with_source(
     for layer in checkpoint.layers:
         _prefetch(shards, manifest, headers, source, layer)
         for group in groups(manifest.layout):
-            module = module_name(layer.index, group.module)
+            module = f"{layer.module}.{group.module}"
             try:
                 linears = [reference.linear(layer.linears[role], module) for role in group.roles]
                 expected = {rank: expect(group, module, linears, manifest, rank) for rank in headers}
@@ -79,7 +79,7 @@ def _prefetch(shards: Source, manifest: Manifest, headers: Mapping[int, Header],
         (manifest.shards[rank].file, info.start, info.stop)
         for rank, header in headers.items()
         for name, info in header.tensors.items()
-        if name.startswith(module_name(layer.index, ""))
+        if name.startswith(f"{layer.module}.")
     )
 
 
@@ -219,10 +219,10 @@ def _check_scheme(manifest: Manifest, index: int, group: Group, linear: LinearGr
     for layer in manifest.layers:
         recorded = layer.down_proj if group.is_down else layer.gate_up_proj
         if layer.index == index and recorded != linear.scheme:
-            where = module_name(index, group.module)
+            where = f"{mlp_name(manifest.model.prefix, index)}.{group.module}"
             yield Finding("model", where, f"{MANIFEST} says that it is {recorded}, the source makes it {linear.scheme}")
         block = layer.down_block if group.is_down else layer.gate_up_block
         sizes = block and (block.rows, block.columns)
         if layer.index == index and sizes != linear.block:
-            where = module_name(index, group.module)
+            where = f"{mlp_name(manifest.model.prefix, index)}.{group.module}"
             yield Finding("model", where, f"{MANIFEST} says that its block is {sizes}, the source's is {linear.block}")

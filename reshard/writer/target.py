@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from reshard.manifest import Record
-from reshard.naming import CONFIG, MANIFEST, parse_shard_file
-from reshard.source.files import is_description
+from reshard.naming import MANIFEST, parse_shard_file
+from reshard.source.files import is_side_file
 
 LOCK_FILE = ".reshard.lock"
 REPLACED = f".{MANIFEST}.replaced"
@@ -132,11 +132,6 @@ def stale(names: Iterable[str], keep: Collection[str]) -> list[str]:
     """Records, and what a set of another size or source left: of a finished set, all but what is to keep."""
     ours = (name for name in names if is_side_file(name) or rank_of(name) is not None)
     return [*(name for name in ours if name not in keep), REPLACED]
-
-
-def is_side_file(name: str) -> bool:
-    """Whether it may be config.json or the description, which go with a set."""
-    return name == CONFIG or is_description(name)
 
 
 def rank_of(name: str) -> int | None:

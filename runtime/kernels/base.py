@@ -5,11 +5,19 @@ product is [T, 2L], gate in the left half. int8 products are sums of K terms of 
 K up to 2^17.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
+from reshard.activation import Activation
 from runtime.collectives import Collectives
+
+Gated = Callable[[torch.Tensor], torch.Tensor]
+"""act(gate) * up: [T, 2L] -> [T, L] in its type, computed in float32 and rounded once. It may overwrite its input."""
+
+GatedInt8 = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""int32 sums [T, 2L], scale [2L], token_scale [T] -> float32 by both -> act(gate) * up -> as `quantise_dynamic`."""
 
 
 class Kernels(Protocol):
@@ -35,8 +43,11 @@ class Kernels(Protocol):
     def linear(self, x_TK: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """x_TK @ weight_NK^T -> [T, N] in x's type, accumulated in float32."""
 
-    def swiglu(self, h_T2L: torch.Tensor) -> torch.Tensor:
-        """silu(gate) * up -> [T, L] in h's type, computed in float32 and rounded once."""
+    def gated(self, activation: Activation) -> Gated:
+        """The kernel of an activation whose formula is known, chosen once, when a layer is made."""
+
+    def gated_int8(self, activation: Activation) -> GatedInt8 | None:
+        """The same from sums to int8 in one; None where the device has no kernel of exactly that formula."""
 
     def quantise_dynamic(self, x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Symmetric, per token: scale_T = max|x_T| / 127 (float32), q_TK = round(x / scale) (int8).
@@ -66,12 +77,4 @@ class Kernels(Protocol):
 
         As `npu_quant_matmul` is documented. bias: int32. scale: float32, or what `output_scale` made of it where
         there is no token_scale.
-        """
-
-    def dequant_swiglu_quant(
-        self, h_T2L: torch.Tensor, scale_2L: torch.Tensor, token_scale_T: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """int32 sums -> float32 by scale and token_scale -> silu(gate) * up -> dynamic quantisation: ([T, L], [T]).
-
-        As `npu_dequant_swiglu_quant(activate_left=True, quant_mode=1)` is documented.
         """

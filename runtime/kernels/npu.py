@@ -4,15 +4,21 @@ No NPU was at hand. The calls are tested against torch_npu's own shape functions
 written from that documentation (`make test-npu`).
 """
 
+from functools import partial
+
 import torch
 import torch_npu
 
+from reshard.activation import GELU, GELU_TANH, SILU, Activation
 from reshard.errors import ShardError
 from runtime.collectives import Collectives, TensorCollectives
+from runtime.kernels.base import Gated, GatedInt8
+from runtime.kernels.torch_ops import clamped
 
 _FRACTAL_NZ = 29  # torch_npu's number for the format of 16 x 16 (BF16) and 16 x 32 (int8) tiles
 _LAST_DIM_LIMIT = 65_535  # of npu_quant_matmul
 _DYNAMIC = 1  # quant_mode of npu_dequant_swiglu_quant
+_APPROXIMATE = {GELU: 0, GELU_TANH: 1}  # of npu_geglu
 
 
 class NpuKernels:
@@ -53,9 +59,29 @@ class NpuKernels:
         """[T, N] in x's type."""
         return torch.matmul(x_TK, weight)
 
-    def swiglu(self, h_T2L: torch.Tensor) -> torch.Tensor:
-        """[T, L] in h's type; the kernel's gate is the left half."""
-        return torch_npu.npu_swiglu(h_T2L)
+    def gated(self, activation: Activation) -> Gated:
+        """npu_swiglu, npu_clipped_swiglu or npu_geglu.
+
+        Of npu_clipped_swiglu, A * sigmoid(alpha * A) * (B + bias) of clamped halves, alpha 1 and bias 0 make silu.
+        """
+        limit = activation.limit
+        if activation.name == SILU and limit is None:
+            return torch_npu.npu_swiglu
+        if activation.name == SILU and hasattr(torch_npu, "npu_clipped_swiglu"):
+            return partial(torch_npu.npu_clipped_swiglu, alpha=1.0, limit=limit, bias=0.0, interleaved=False)
+        if activation.name == SILU:
+            return lambda h_T2L: torch_npu.npu_swiglu(clamped(h_T2L, limit))
+        approximate = _APPROXIMATE[activation.name]
+        return lambda h_T2L: torch_npu.npu_geglu(clamped(h_T2L, limit), -1, approximate, True)[0]
+
+    def gated_int8(self, activation: Activation) -> GatedInt8 | None:
+        """npu_dequant_swiglu_quant, for silu without a limit.
+
+        Its swiglu_mode 1 has a limit, and takes gate and up from odd and even columns.
+        """
+        if activation != Activation(SILU):
+            return None
+        return _dequant_swiglu_quant
 
     def quantise_dynamic(self, x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """([T, K] int8, [T] float32)."""
@@ -86,14 +112,15 @@ class NpuKernels:
         )
         return y.to(dtype)
 
-    def dequant_swiglu_quant(
-        self, h_T2L: torch.Tensor, scale_2L: torch.Tensor, token_scale_T: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """([T, L] int8, [T] float32)."""
-        return torch_npu.npu_dequant_swiglu_quant(
-            h_T2L,
-            weight_scale=scale_2L[None],
-            activation_scale=token_scale_T,
-            activate_left=True,
-            quant_mode=_DYNAMIC,
-        )
+
+def _dequant_swiglu_quant(
+    h_T2L: torch.Tensor, scale_2L: torch.Tensor, token_scale_T: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """([T, L] int8, [T] float32)."""
+    return torch_npu.npu_dequant_swiglu_quant(
+        h_T2L,
+        weight_scale=scale_2L[None],
+        activation_scale=token_scale_T,
+        activate_left=True,
+        quant_mode=_DYNAMIC,
+    )

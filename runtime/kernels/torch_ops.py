@@ -1,9 +1,20 @@
 """The kernels in plain torch: what `cpu` and `cuda` share. They give only the two products."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
 
 import torch
+from torch.nn.functional import gelu, silu
 
+from reshard.activation import GELU, GELU_TANH, SILU, Activation
+from runtime.kernels.base import Gated, GatedInt8
+
+_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    SILU: silu,
+    GELU: gelu,
+    GELU_TANH: partial(gelu, approximate="tanh"),
+}
 _INT8_MIN, _INT8_MAX = -128, 127
 
 
@@ -30,9 +41,22 @@ class TorchKernels(ABC):
     def int8_matmul(self, q_TK: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """[T, N] int32."""
 
-    def swiglu(self, h_T2L: torch.Tensor) -> torch.Tensor:
+    def gated(self, activation: Activation) -> Gated:
         """[T, L] in h's type."""
-        return _swiglu(h_T2L.float()).to(h_T2L.dtype)
+        formula = gated(activation)
+        return lambda h_T2L: formula(h_T2L.float()).to(h_T2L.dtype)
+
+    def gated_int8(self, activation: Activation) -> GatedInt8:
+        """([T, L] int8, [T] float32)."""
+        formula = gated(activation)
+
+        def run(
+            h_T2L: torch.Tensor, scale_2L: torch.Tensor, token_scale_T: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            h = h_T2L.to(torch.float32).mul_(scale_2L).mul_(token_scale_T[:, None])
+            return self.quantise_dynamic(formula(h))
+
+        return run
 
     def quantise_dynamic(self, x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """([T, K] int8, [T] float32)."""
@@ -65,15 +89,22 @@ class TorchKernels(ABC):
             y.mul_(token_scale_T[:, None])
         return y.to(dtype)
 
-    def dequant_swiglu_quant(
-        self, h_T2L: torch.Tensor, scale_2L: torch.Tensor, token_scale_T: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """([T, L] int8, [T] float32)."""
-        h = h_T2L.to(torch.float32).mul_(scale_2L).mul_(token_scale_T[:, None])
-        return self.quantise_dynamic(_swiglu(h))
+
+def gated(activation: Activation) -> Gated:
+    """act(gate) * up in the type of what it reads, and with a limit into that."""
+    function, limit = _FUNCTIONS[activation.name], activation.limit
+
+    def run(h_T2L: torch.Tensor) -> torch.Tensor:
+        gate, up = clamped(h_T2L, limit).chunk(2, dim=-1)
+        return function(gate).mul_(up)
+
+    return run
 
 
-def _swiglu(h_T2L: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up in float32; the left half of h is overwritten."""
-    gate, up = h_T2L.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate).mul_(up)
+def clamped(h_T2L: torch.Tensor, limit: float | None) -> torch.Tensor:
+    """Gate to at most the limit, up to within it, in place. NaN stays NaN."""
+    if limit is not None:
+        gate, up = h_T2L.chunk(2, dim=-1)
+        gate.clamp_(max=limit)
+        up.clamp_(-limit, limit)
+    return h_T2L

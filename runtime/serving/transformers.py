@@ -5,6 +5,7 @@ their full weights. Shapes: H hidden_size, I intermediate_size.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,38 @@ from runtime.ffn import DenseFFN
 from runtime.group import agree
 from runtime.kernels import device_of
 from runtime.loader import load_shard, read_manifest
+from runtime.probe import answers, disagreement, without_linears
 from runtime.shard import LayerShard, Shard
 
 _ROLES = ("gate_proj", "up_proj", "down_proj")
 
 
-class _Slot(nn.Module):
-    """Where a dense layer's weights would be: only the sizes [H, I] are known."""
+@dataclass(frozen=True)
+class _Dense:
+    """A dense layer of the model: its sizes [H, I], and what its MLP answers (runtime.probe) between them."""
 
-    def __init__(self, sizes: tuple[int, int]) -> None:
+    sizes: tuple[int, int]
+    answers: torch.Tensor
+
+
+class _Slot(nn.Module):
+    """Where a dense layer's weights would be."""
+
+    def __init__(self, dense: _Dense) -> None:
         super().__init__()
-        self.sizes = sizes
+        self.dense = dense
+
+
+class _Half(nn.Module):
+    """In the place of gate_proj or up_proj: the left or right half of what it is given."""
+
+    def __init__(self, half: int) -> None:
+        super().__init__()
+        self._half = half
+
+    def forward(self, h_T2L: torch.Tensor) -> torch.Tensor:
+        """[T, L]."""
+        return h_T2L.chunk(2, dim=-1)[self._half]
 
 
 def attach(
@@ -45,7 +67,8 @@ def attach(
 
     A dense layer is one whose `mlp` has gate_proj, up_proj and down_proj of its own and no experts.
 
-    Raises ShardError, on all ranks and with the model as it was, where its dense layers or sizes are not the shards'.
+    Raises ShardError, on all ranks and with the model as it was, where its dense layers or sizes are not the shards',
+    or what its MLPs compute between their matrices: that is asked of their own code, with a few values.
     """
     problem: Exception | None = None
     held: dict[int, LayerShard] = {}
@@ -130,8 +153,8 @@ def _without_dense(base: Any) -> Any:
         base.__init__(self, config, *args, **kwargs)
         layers = _decoder_layers(self)
         dense = _dense(layers)
-        for index, sizes in dense.items():
-            layers[index].mlp = _Slot(sizes)
+        for index, found in dense.items():
+            layers[index].mlp = _Slot(found)
         passed = [rf"model\.layers\.{index}\.mlp\.({'|'.join(_ROLES)})\..+" for index in dense]
         self._keys_to_ignore_on_load_unexpected = {*(base._keys_to_ignore_on_load_unexpected or ()), *passed}
 
@@ -153,21 +176,33 @@ def _decoder_layers(model: nn.Module) -> list[nn.Module]:
     return list(layers)
 
 
-def _dense(layers: Iterable[nn.Module]) -> dict[int, tuple[int, int]]:
-    """[H, I] of each dense layer, by index."""
-    found: dict[int, tuple[int, int]] = {}
+def _dense(layers: Iterable[nn.Module]) -> dict[int, _Dense]:
+    """The dense layers, by index."""
+    found: dict[int, _Dense] = {}
     for index, layer in enumerate(layers):
         mlp = getattr(layer, "mlp", None)
         if isinstance(mlp, _Slot):
-            found[index] = mlp.sizes
+            found[index] = mlp.dense
         elif isinstance(mlp, DenseFFN):
             raise ShardError(f"model.layers.{index}.mlp is split already")
         elif isinstance(mlp, nn.Module) and _is_dense(mlp):
             for role in _ROLES:
                 if getattr(mlp, role).bias is not None:
                     raise ShardError(f"model.layers.{index}.mlp.{role} has a bias; shards have none, it would be lost")
-            found[index] = tuple(mlp.down_proj.weight.shape)
+            found[index] = _Dense(tuple(mlp.down_proj.weight.shape), _answers(index, mlp))
     return found
+
+
+def _answers(index: int, mlp: nn.Module) -> torch.Tensor:
+    try:
+        return answers(
+            without_linears(mlp, dict(zip(_ROLES, (_Half(0), _Half(1), nn.Identity()), strict=True))), torch.float32
+        )
+    except Exception as error:  # a forward that does more than that may raise anything
+        raise ShardError(
+            f"model.layers.{index}.mlp: {type(mlp).__name__} does not run without its weights, so that what it "
+            f"computes between them cannot be compared with the shards' activation: {error}"
+        ) from error
 
 
 def _is_dense(mlp: nn.Module) -> bool:
@@ -175,17 +210,22 @@ def _is_dense(mlp: nn.Module) -> bool:
     return "experts" not in own and all(isinstance(own.get(role), nn.Linear) for role in _ROLES)
 
 
-def _compare(model: nn.Module, dense: Mapping[int, tuple[int, int]], shard: Shard) -> None:
+def _compare(model: nn.Module, dense: Mapping[int, _Dense], shard: Shard) -> None:
     if list(dense) != list(shard.layers):
         raise ShardError(
             f"{shard.file}: its dense layers are {list(shard.layers)}, {type(model).__name__}'s are {list(dense)}"
         )
     wanted = (shard.hidden_size, shard.intermediate_size)
-    for index, sizes in dense.items():
-        if sizes != wanted:
+    for index, found in dense.items():
+        if found.sizes != wanted:
             raise ShardError(
-                f"{shard.file}: hidden_size and intermediate_size are {wanted}, model.layers.{index}.mlp's are {sizes}"
+                f"{shard.file}: hidden_size and intermediate_size are {wanted}, model.layers.{index}.mlp's are "
+                f"{found.sizes}"
             )
-    activation = getattr(model.config, "hidden_act", None)
-    if activation != "silu":
-        raise ShardError(f"{type(model).__name__}'s hidden_act is {activation!r}; the split layer computes 'silu'")
+        activation = shard.layer(index).known_activation()
+        difference = disagreement(found.answers, activation, torch.float32)
+        if difference is not None:
+            raise ShardError(
+                f"{shard.file}: layer {index}'s activation is {activation}, model.layers.{index}.mlp computes another: "
+                f"{difference}; cut the set from this model's checkpoint, with its config.json"
+            )

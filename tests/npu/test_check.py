@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from reshard.check import device
-from reshard.promised import SCHEMES
+from reshard.schemes import SCHEMES
 from runtime.kernels import npu
 from runtime.kernels.npu import NpuKernels
 from tests.checking import failed, findings, of

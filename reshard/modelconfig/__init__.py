@@ -1,0 +1,17 @@
+"""config.json: a model's sizes, which of its layers are dense, and what those compute."""
+
+from reshard.modelconfig.experts import has_experts
+from reshard.modelconfig.mtp import is_mtp_layer
+from reshard.modelconfig.names import agree_on_dense
+from reshard.modelconfig.read import ModelConfig, known_dense_layers, read_model_config
+from reshard.modelconfig.wrapper import language_config
+
+__all__ = [
+    "ModelConfig",
+    "agree_on_dense",
+    "has_experts",
+    "is_mtp_layer",
+    "known_dense_layers",
+    "language_config",
+    "read_model_config",
+]

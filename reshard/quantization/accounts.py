@@ -1,0 +1,106 @@
+"""Where it is said what the weights are: the accounts beside the files, the one that engines read first, first.
+
+ModelSlim's description (vllm-ascend), then config.json's quantization_config (every engine), at its top or in the
+language model's own config, or compression_config where there is none (vLLM); then ModelOpt's hf_quant_config.json,
+which vLLM reads where config.json says nothing and TensorRT-LLM before it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from reshard.errors import SourceError
+from reshard.modelconfig import language_config
+from reshard.naming import CONFIG
+from reshard.quantization.description import read_description
+from reshard.quantization.methods import declared_by_method
+from reshard.quantization.modelopt import FILE
+from reshard.quantization.section import Section
+from reshard.schemes import Declared
+
+_KEYS = ("quantization_config", "compression_config")
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a manifest says of a linear."""
+
+    scheme: str
+    block: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Accounts:
+    """All that is said of a checkpoint beside its tensors.
+
+    description: the name and content of ModelSlim's. modelopt: the content of hf_quant_config.json. scheme: what
+    `--scheme` says. recorded: of a shard set, what its manifest says of each linear, by the linear's name.
+    """
+
+    config: Mapping[str, Any] | None = None
+    description: tuple[str, Mapping[str, Any]] | None = None
+    modelopt: Mapping[str, Any] | None = None
+    scheme: str | None = None
+    recorded: Mapping[str, Recorded] | None = None
+
+
+@dataclass(frozen=True)
+class Account:
+    """One of them: the file, the section of it that speaks of quantization if it is one, and what it says of a module.
+
+    `declare` gives None where it says nothing of the module, and raises SourceError for what makes no sense.
+    """
+
+    file: str
+    section: Section | None
+    declare: Callable[[str], Declared | None]
+
+
+def list_accounts(accounts: Accounts) -> tuple[Account, ...]:
+    """Those that there are. Raises SourceError for a section that is no object."""
+    found = []
+    if accounts.description is not None:
+        found.append(Account(accounts.description[0], None, read_description(*accounts.description)))
+    sections = [*_of_config(accounts.config), *_of_modelopt(accounts.modelopt)]
+    return (*found, *(_account(section) for section in sections))
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of weights that are not quantised: none of its accounts is left, at no level."""
+    return {
+        key: without_quantization(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in _KEYS
+    }
+
+
+def _account(section: Section) -> Account:
+    return Account(section.file, section, lambda module: declared_by_method(section, module))
+
+
+def _of_config(config: Mapping[str, Any] | None) -> Iterator[Section]:
+    """One at each level; the same at both is one."""
+    if config is None:
+        return
+    wrapper, language = language_config(config)
+    seen = []
+    for level, place in ((config, ""), (language, f"{wrapper}.")) if wrapper else ((config, ""),):
+        key = next((key for key in _KEYS if level.get(key) is not None), None)
+        if key is None or level[key] in seen:
+            continue
+        seen.append(level[key])
+        values = _object(CONFIG, place + key, level[key])
+        yield Section(CONFIG, place + key, values)
+
+
+def _of_modelopt(content: Mapping[str, Any] | None) -> Iterator[Section]:
+    if content is not None:
+        key = "quantization" if "quantization" in content else ""
+        values = _object(FILE, key, content[key] if key else content)
+        yield Section(FILE, key, {**values, "quant_method": "modelopt"})
+
+
+def _object(file: str, path: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise SourceError(f"{file}: {path} is a {type(value).__name__}, expected an object")
+    return value

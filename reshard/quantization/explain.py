@@ -1,0 +1,177 @@
+"""Why a linear is not cut: both sides by name, and what would mend it."""
+
+from collections.abc import Mapping, Sequence
+
+from reshard.errors import SchemeError
+from reshard.naming import CONFIG
+from reshard.quantization.description import DESCRIPTION, is_description
+from reshard.quantization.formats import names_of_formats, tensors_text, variants_of
+from reshard.quantization.methods import NO_BLOCK_SIZE
+from reshard.schemes import (
+    FLOAT,
+    SCHEMES,
+    VARIANTS,
+    WAY_OUT,
+    Declared,
+    Found,
+    check_kind,
+    fitting_variant,
+    is_plain,
+    is_split,
+    match_variant,
+    scheme_of,
+)
+
+_Tensors = Mapping[str, Found]
+
+_MODELSLIM = frozenset({"weight_offset", "quant_bias", "deq_scale"})
+_BLOCKS = {
+    "F8_E4M3": '"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128], …}',
+    "I8": '"quantization_config": {"quant_method": "blockwise_int8", "weight_block_size": [128, 128]}',
+}
+
+
+def contradiction(module: str, found: _Tensors, said: Sequence[Declared]) -> SchemeError:
+    """For a linear whose tensors do not fit the first of what is said of it."""
+    first = said[0]
+    right = next((other for other in said[1:] if _is(other, found) and _word(other) != _word(first)), None)
+    if right is not None:
+        return _other_is_right(module, found, first, right)
+    if is_plain(found) and first.kind != FLOAT:
+        return SchemeError(
+            f"{module}: {first.said_by} says {_word(first)}, and {module}.weight in {found['weight'].file} is plain "
+            f"{found['weight'].dtype} with no scales: weights that were cast, beside the {_file(first)} of the "
+            f"original? {_mend_of_cast(first)}; or say --scheme bf16"
+        )
+    if first.kind == NO_BLOCK_SIZE and variants_of(found):
+        return SchemeError(
+            f"{module}: {first.said_by} says {first.kind}, and its tensors ({tensors_text(found)}) are "
+            f"{_are(found)}; give its weight_block_size in {_file(first)}{_told(found)}"
+        )
+    if first.kind != FLOAT and (not is_split(first.kind) or _only_shapes_differ(first, found)):
+        return _caught(module, first, found)
+    if _MODELSLIM & found.keys() and not is_description(_file(first)):
+        return SchemeError(
+            f"{module}: {first.said_by} says {_word(first)}, and its tensors ({tensors_text(found)}) are ModelSlim's, "
+            f"whose {DESCRIPTION} is missing: put it beside the files{_told(found)}"
+        )
+    names = names_of_formats(found)
+    if names and names[0] not in SCHEMES:
+        return SchemeError(
+            f"{module}: {first.said_by} says {_word(first)}, and its tensors ({tensors_text(found)}) are "
+            f"{_are(found)}, which this version does not split; {WAY_OUT}"
+        )
+    if names and _word(first) not in names:
+        return SchemeError(
+            f"{module}: {first.said_by} says {_word(first)}, and its tensors ({tensors_text(found)}) are "
+            f"{_are(found)}; {_stale(first)}{_told(found)}"
+        )
+    return _caught(module, first, found)
+
+
+def no_account(module: str, found: _Tensors, has_config: bool) -> SchemeError:
+    """For a quantised linear of which nothing is said, and whose tensors do not tell."""
+    missing = f"no quantization_config in {CONFIG}" if has_config else f"no {CONFIG}"
+    text = f"{module}: its tensors ({tensors_text(found)}) are quantised, and there is {missing}"
+    variants, names = variants_of(found), names_of_formats(found)
+    if _MODELSLIM & found.keys():
+        return SchemeError(
+            f"{text} and no {DESCRIPTION}, which ModelSlim writes and vllm-ascend needs: put it beside the files"
+            f"{_told(found)}"
+        )
+    if variants and any(rule.in_blocks for rule in variants[0].tensors):
+        key = _BLOCKS[found["weight"].dtype]
+        back = f"put it back: {key}" if has_config else f"put the model's own beside the files, with {key}"
+        return SchemeError(
+            f"{text}, which says the size of the blocks that a scale stands for; {back}{_told(found)}, for blocks of "
+            "128 x 128"
+        )
+    if names and names[0] not in SCHEMES:
+        return SchemeError(f"{text}; they are {_are(found)}, which this version does not split; {WAY_OUT}")
+    fit = f"fit {' and '.join(names)}" if names else "are of no format that is known"
+    return SchemeError(f"{text}; they {fit}: put the model's own beside the files{_told(found)}")
+
+
+def unsaid(module: str, file: str, found: _Tensors) -> SchemeError:
+    """For a linear that the account that is read first does not speak of."""
+    if is_description(file):
+        return SchemeError(
+            f"{module}.weight: {file} does not name it, and engines look it up there; is the file of this checkpoint? "
+            f"give the one that was written with these weights{_told(found)}"
+        )
+    return SchemeError(
+        f"{module}: {file} says MIXED_PRECISION, and not what this layer is; its tensors ({tensors_text(found)}) are "
+        f"{_are(found)}{_told(found) or f'; {WAY_OUT}'}"
+    )
+
+
+def not_told(module: str, scheme: str, found: _Tensors) -> SchemeError:
+    """For a linear that is not what --scheme says."""
+    fitting = dict.fromkeys(variant.scheme for variant in variants_of(found))
+    mend = f"they fit {' and '.join(fitting)}" if fitting else WAY_OUT
+    return SchemeError(f"{module}: --scheme {scheme}: its tensors ({tensors_text(found)}) are not {scheme}'s; {mend}")
+
+
+def _other_is_right(module: str, found: _Tensors, first: Declared, right: Declared) -> SchemeError:
+    mend = (
+        f"{_stale(first)}, or say --scheme {_word(right)}"
+        if is_split(right.kind)
+        else f"{right.kind} is not split by this version; {WAY_OUT}"
+    )
+    return SchemeError(
+        f"{module}: {first.said_by} says {_word(first)}, {right.said_by} says {_word(right)}, and its tensors "
+        f"({tensors_text(found)}) are {_are(found)}, as {_file(right)} says; {mend}"
+    )
+
+
+def _caught(module: str, declared: Declared, found: _Tensors) -> SchemeError:
+    """The line that the split table has for it."""
+    try:
+        check_kind(module, declared)
+        match_variant(module, declared, found)
+    except SchemeError as error:
+        return error
+    raise AssertionError(f"{module}: {declared} fits")
+
+
+def _is(declared: Declared, found: _Tensors) -> bool:
+    """Whether what is said is what the tensors are; of what is not split, by name."""
+    return fitting_variant(declared, found) is not None or any(n in declared.kind for n in names_of_formats(found))
+
+
+def _only_shapes_differ(declared: Declared, found: _Tensors) -> bool:
+    """Whether the tensors are the kind's by suffix and type."""
+    return any(
+        variant.kind == declared.kind
+        and variant.suffixes == found.keys()
+        and all(found[rule.suffix].dtype in rule.dtypes for rule in variant.tensors)
+        for variant in VARIANTS
+    )
+
+
+def _are(found: _Tensors) -> str:
+    return " or ".join(names_of_formats(found)) or "of no format that is known"
+
+
+def _word(declared: Declared) -> str:
+    return scheme_of(declared.kind)
+
+
+def _file(declared: Declared) -> str:
+    return declared.said_by.partition(" ")[0]
+
+
+def _stale(declared: Declared) -> str:
+    return f"{_file(declared)} is not of these weights: give the one that was written with them"
+
+
+def _mend_of_cast(declared: Declared) -> str:
+    if _file(declared) == CONFIG:
+        return f"remove quantization_config from {CONFIG}, or name the dense layers in its list of exceptions"
+    return f"remove {_file(declared)}, or give the one that was written with these weights"
+
+
+def _told(found: _Tensors) -> str:
+    """How --scheme would help: the schemes that the tensors fit."""
+    schemes = dict.fromkeys(variant.scheme for variant in variants_of(found))
+    return f", or say --scheme {' or '.join(schemes)}" if schemes else ""

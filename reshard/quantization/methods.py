@@ -1,0 +1,77 @@
+"""What a quantization_config says of a module, by its quant_method."""
+
+from collections.abc import Callable, Mapping
+
+from reshard.quantization.compressed import METHOD, declared_by_groups
+from reshard.quantization.exceptions import exception
+from reshard.quantization.modelopt import declared_by_modelopt
+from reshard.quantization.section import Section
+from reshard.schemes import FLOAT, Declared
+
+_MODELOPT = "modelopt"
+
+NO_BLOCK_SIZE = "FP8 with one scale per tensor (no weight_block_size)"
+"""The kind that vLLM reads where the key is missing."""
+
+
+def declared_by_method(section: Section, module: str) -> Declared | None:
+    """FLOAT for a module that the method leaves alone; of a method that is not split, the method's own name.
+
+    None: it says nothing of the module. Raises SourceError for values that make no sense.
+    """
+    method = method_of(section)
+    key = exception(method, section, module)
+    if key is not None:
+        return Declared(FLOAT, None, f"{section.file} ({section.at(key)})")
+    reader = _READERS.get(method)
+    if reader is not None:
+        return reader(section, module)
+    named = isinstance(section.values.get("quant_method"), str)
+    return Declared(method, None, section.says(f"quant_method {method}" if named else section.path))
+
+
+def method_of(section: Section) -> str:
+    """The method's name; told by what it has where it is not named, as vLLM tells it."""
+    method = section.values.get("quant_method")
+    if method is None:
+        if "quant_algo" in section.values:
+            return _MODELOPT
+        if "config_groups" in section.values:
+            return METHOD
+    if isinstance(method, str):
+        return _MODELOPT if method.startswith(_MODELOPT) else method
+    return f"quant_method {method!r}"
+
+
+def _fp8(section: Section, module: str) -> Declared:
+    """As deepseek-ai and transformers write it."""
+    said_by = section.says("quant_method fp8")
+    form = str(section.values.get("fmt", "e4m3")).lower()
+    if "e4m3" not in form or "fnuz" in form:
+        return Declared(f"FP8 {form.upper()}", None, said_by)
+    if section.values.get("weight_block_size") is None:
+        return Declared(NO_BLOCK_SIZE, None, said_by)
+    activations = section.values.get("activation_scheme", "dynamic")
+    if activations != "dynamic":
+        return Declared(f"FP8 with activation_scheme {activations}", None, said_by)
+    return Declared("fp8-block", section.block("weight_block_size"), said_by)
+
+
+def _int8_block(section: Section, module: str) -> Declared:
+    """The community's R1 Block-INT8, served by SGLang."""
+    return Declared("int8-block", section.block("weight_block_size"), section.says("quant_method blockwise_int8"))
+
+
+def _int8_channel(section: Section, module: str) -> Declared:
+    """SGLang's name for int8 with one scale per channel."""
+    return Declared("int8-channel-dynamic", None, section.says("quant_method w8a8_int8"))
+
+
+_READERS: Mapping[str, Callable[[Section, str], Declared | None]] = {
+    "fp8": _fp8,
+    METHOD: declared_by_groups,
+    "blockwise_int8": _int8_block,
+    "w8a8_int8": _int8_channel,
+    _MODELOPT: declared_by_modelopt,
+}
+"""The methods of which something is split."""

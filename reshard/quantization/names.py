@@ -1,0 +1,75 @@
+"""How the tools match a module's name with an entry of a list, each as its library does.
+
+An entry that begins with `re:` is a regular expression from the name's start, in every list.
+"""
+
+import fnmatch
+import re
+from collections.abc import Callable
+from functools import cache
+
+from reshard.errors import SourceError
+from reshard.naming import PREFIX, parse_layer
+from reshard.quantization.section import Section
+
+Match = Callable[[str, str], bool]
+"""(entry, module's name) -> whether the entry means the module"""
+
+_CLASS = "Linear"  # what every linear is an instance of
+_WRAPPED = (PREFIX, "language_model.model.", "model.language_model.", "language_model.")
+
+
+def names_of(module: str) -> tuple[str, ...]:
+    """A module's name, and in a wrapper its other ones: transformers 5 saves under other names than 4 did."""
+    parsed = parse_layer(module)
+    if parsed is None or parsed[0] in {PREFIX, ""}:
+        return (module,)
+    prefix = parsed[0]
+    return tuple(dict.fromkeys((module, *(other + module.removeprefix(prefix) for other in _WRAPPED))))
+
+
+def exact(entry: str, module: str) -> bool:
+    """compressed-tensors' match_name and match_class."""
+    return entry in {module, _CLASS}
+
+
+def at_boundary(entry: str, module: str) -> bool:
+    """As transformers' should_convert_module: a pattern from the start to a dot or the end, or the name's end."""
+    return module.endswith(entry) or _compiled(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", entry).match(module) is not None
+
+
+def contained(entry: str, module: str) -> bool:
+    """AutoAWQ: anywhere in the name."""
+    return entry in module
+
+
+def component(entry: str, module: str) -> bool:
+    """bitsandbytes: a part of the name between dots, or as transformers matches."""
+    return entry in module.split(".") or at_boundary(entry, module)
+
+
+def wildcard(entry: str, module: str) -> bool:
+    """ModelOpt and Quark: a pattern of the shell, or the module or what it stands in."""
+    return fnmatch.fnmatchcase(module, entry) or module.startswith(entry + ".")
+
+
+def mentions(match: Match, entries: list[str], module: str, section: Section) -> bool:
+    """Whether one of the entries means the module. Raises SourceError for an entry that is no pattern."""
+    for entry in entries:
+        try:
+            if any(_means(match, entry, name) for name in names_of(module)):
+                return True
+        except (re.error, OverflowError, RecursionError) as error:
+            raise SourceError(f"{section.file}: {section.path}: {entry!r} is not a pattern: {error}") from error
+    return False
+
+
+def _means(match: Match, entry: str, name: str) -> bool:
+    if entry.startswith("re:"):
+        return _compiled(entry[3:], entry).match(name) is not None
+    return match(entry, name)
+
+
+@cache  # some lists name each module of a model, and each is asked for each linear
+def _compiled(pattern: str, entry: str) -> re.Pattern[str]:
+    return re.compile(pattern)

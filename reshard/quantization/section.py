@@ -1,0 +1,54 @@
+"""A quantization_config as config.json has it: its values, and how to speak of them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from reshard.errors import SourceError
+
+
+@dataclass(frozen=True)
+class Section:
+    """`values` stand in `file`, under `path` (such as text_config.quantization_config; empty: the file itself)."""
+
+    file: str
+    path: str
+    values: Mapping[str, Any]
+
+    def at(self, key: str) -> str:
+        """A key's place in the file."""
+        return f"{self.path}.{key}" if self.path else key
+
+    def says(self, what: str) -> str:
+        """Who says a thing: the file, and by what."""
+        wrapper = self.path.rpartition(".")[0]
+        return f"{self.file} ({wrapper}: {what})" if wrapper else f"{self.file} ({what})"
+
+    def error(self, key: str, problem: str) -> SourceError:
+        """For a value that makes no sense."""
+        return SourceError(f"{self.file}: {self.at(key)} {problem}")
+
+    def names(self, key: str) -> list[str]:
+        """A list of names, empty where the key is absent or null. Raises SourceError for anything else."""
+        names = self.values.get(key)
+        if names is None:
+            return []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise self.error(key, "is not a list of names")
+        return names
+
+    def objects(self, key: str) -> Mapping[str, Any]:
+        """An object, empty where the key is absent or null. Raises SourceError for anything else."""
+        value = self.values.get(key)
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            raise self.error(key, "is not an object")
+        return value
+
+    def block(self, key: str) -> tuple[int, int]:
+        """Two block sizes. Raises SourceError for anything else."""
+        sizes = self.values.get(key)
+        if not (isinstance(sizes, list) and len(sizes) == 2 and all(type(n) is int and n > 0 for n in sizes)):
+            raise self.error(key, f"is {sizes!r}, two block sizes are wanted")
+        return sizes[0], sizes[1]

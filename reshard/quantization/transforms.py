@@ -1,0 +1,160 @@
+"""Transforms of activations that a quantised model makes while it runs: what has one in a dense layer is not cut.
+
+A Hadamard or Kronecker rotation in front of down_proj mixes all I intermediate features, of which a rank holds I/R; and
+none of them is recorded in a shard set. What is fused into the weights offline (compressed-tensors' weight_input and
+weight_output, SpinQuant's R1 and R2, ModelSlim's global rotation) is in the weights that are cut.
+
+Read from config.json, from ModelSlim's description and from tensors, which may stand under another module: one copy of
+a shared matrix is stored, under the first module that has it.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from reshard.errors import SchemeError
+from reshard.naming import GATE_UP, ROLES, parse_layer
+from reshard.quantization.accounts import Accounts, list_accounts
+from reshard.quantization.names import mentions
+from reshard.quantization.section import Section
+
+_WHY = (
+    "an online transform is applied to activations while the model runs, and a rank that holds 1/R of the intermediate "
+    "features cannot apply it; give weights quantised without one (what is fused into the weights, as SpinQuant's R1 "
+    "and R2 are, can be cut)"
+)
+
+_CONFIG = "transform_config"
+_FUSED = frozenset({"weight_input", "weight_output"})
+_ONLINE = frozenset({"input", "output"})
+_ATTENTION = frozenset({"attn_q", "attn_k", "attn_v", "q_attn", "k_attn", "k_cache"})
+_LINEARS = (*ROLES, GATE_UP)
+_OTHER_CLASSES = re.compile(r"\w*(?:Embedding|Attention|Norm|DecoderLayer|Model|ForCausalLM|LMHead|Router)\w*")
+_SMELLS = re.compile(r"transform|rotat|quarot|hadamard|kronecker", re.IGNORECASE)
+_ALGORITHMS = "algo_config"  # Quark's list of what it did to a model
+
+# compressed-tensors keeps a transform's weight below the linear, as {group}_{location}.weight.
+_STORED = re.compile(r"\.[a-z_]*proj\.(?P<group>\w+?)_(?P<location>(?:weight_)?(?:input|output))\.weight")
+# ModelSlim's. A rotation is one for all layers, so that one in another module of a dense layer may be this one's.
+_MODELSLIM = (
+    (re.compile(r"(?:^|\.)kronecker_rotation_[mn]$"), "QuaRot's online Kronecker rotation"),
+    (re.compile(r"\.mlp\.(?:.*\.)?div\.mul_scale$|\.mlp\.\w+_proj\.linear\.\w+$"), "smoothing that is not fused"),
+    (re.compile(r"\.mlp\.(?:.*\.)?(?:left_trans|right_trans)$"), "FlatQuant's online transform"),
+    (re.compile(r"\.mlp\.(?:.*\.)?svd_lowrank_l[12]$"), "a low-rank branch beside the weight (SVD)"),
+)
+_MARKS = ("kronecker_rotation", ".div.", ".linear.", "_trans", "svd_lowrank", "_input.weight", "_output.weight")
+_QUAROT_KNOWN = frozenset({"max_tp_size", "heads_rotation"})  # rotations of attention's heads
+_ROTATION_MAP_KNOWN = frozenset({"global_rotation"})  # fused; kept for draft models
+
+
+def check_transforms(accounts: Accounts, mlps: Mapping[int, str], names: Iterable[str]) -> None:
+    """Raises SchemeError where one is in a dense layer, or where it cannot be told that none is.
+
+    mlps: the dense layers' MLPs by layer. names: of all tensors.
+    """
+    explained: set[str] = set()
+    for account in list_accounts(accounts):
+        if account.section is not None:
+            explained |= _check_section(account.section, mlps.values())
+    if accounts.description is not None:
+        _check_description(*accounts.description, mlps)
+    _check_names(names, mlps, explained)
+
+
+def _check_section(section: Section, mlps: Collection[str]) -> set[str]:
+    """The transforms that it explains."""
+    for key, value in section.values.items():
+        if value and key != _CONFIG and _SMELLS.search(key if key != _ALGORITHMS else str(value)):
+            raise SchemeError(f"{section.file}: {section.at(key)} is a transform that is not known; {_WHY}")
+    groups = section.objects(_CONFIG).get("config_groups") or {}
+    if not isinstance(groups, dict):
+        raise section.error(f"{_CONFIG}.config_groups", "is not an object of groups")
+    for name, group in groups.items():
+        applied = group.get("apply") if isinstance(group, dict) else None
+        if not isinstance(applied, list) or not all(isinstance(one, dict) for one in applied):
+            raise section.error(f"{_CONFIG}.config_groups.{name}", "has no list of places where it applies")
+        for one in applied:
+            _check_place(section, name, Section(section.file, section.at(f"{_CONFIG}.config_groups.{name}"), one), mlps)
+    return set(groups)
+
+
+def _check_place(section: Section, name: str, place: Section, mlps: Collection[str]) -> None:
+    location = place.values.get("location")
+    if location in _FUSED | _ATTENTION:
+        return
+    hit = next((module for module in _modules(mlps) if location not in _ONLINE or _targets(place, module)), None)
+    if hit is not None:
+        raise SchemeError(
+            f"{hit}: {section.file}: {section.at(_CONFIG)} has the transform {name} at its {location}; {_WHY}"
+        )
+
+
+def _modules(mlps: Iterable[str]) -> Iterable[str]:
+    for mlp in mlps:
+        yield from (*(f"{mlp}.{role}" for role in _LINEARS), mlp, f"{mlp}.act_fn")
+
+
+def _targets(place: Section, module: str) -> bool:
+    """Whether it applies to the module. A class that is not known to stand outside of an MLP may be one inside."""
+    targets, ignored = (_strings(place, key) for key in ("targets", "ignore"))
+    if mentions(_is_named, ignored, module, place):
+        return False
+    return mentions(_may_be, targets, module, place)
+
+
+def _strings(place: Section, key: str) -> list[str]:
+    value = place.values.get(key)
+    return [value] if isinstance(value, str) else place.names(key)
+
+
+def _is_named(entry: str, module: str) -> bool:
+    return entry == module or (entry == "Linear" and module.endswith(_LINEARS))
+
+
+def _may_be(entry: str, module: str) -> bool:
+    is_class = entry[:1].isupper() and "." not in entry and entry != "Linear"
+    return _is_named(entry, module) or (is_class and _OTHER_CLASSES.fullmatch(entry) is None)
+
+
+def _check_description(file: str, content: Mapping[str, Any], mlps: Mapping[int, str]) -> None:
+    """ModelSlim's globals: metadata.quarot names the layers with online rotations, optional.quarot matrices on disk."""
+    quarot = _nested(content, "metadata", "quarot")
+    for key, value in quarot.items():
+        if key in _QUAROT_KNOWN or not isinstance(value, (dict, list)):
+            continue
+        layers = value.get("layers") if isinstance(value, dict) else value
+        hit = next((mlp for layer, mlp in mlps.items() if not isinstance(layers, list) or _names(layers, layer)), None)
+        if hit is not None:
+            raise SchemeError(f"{hit}: {file}: metadata.quarot.{key} names its layer; {_WHY}")
+    for key in _nested(content, "optional", "quarot", "rotation_map").keys() - _ROTATION_MAP_KNOWN:
+        raise SchemeError(f"{file}: optional.quarot.rotation_map.{key} is a rotation that is not known; {_WHY}")
+
+
+def _nested(content: Any, *path: str) -> Mapping[str, Any]:
+    for key in path:
+        content = content.get(key) if isinstance(content, dict) else None
+    return content if isinstance(content, dict) else {}
+
+
+def _names(layers: list[Any], layer: int) -> bool:
+    """Whether a list of layers (numbers, or names of modules) means a layer; what is neither may."""
+    for entry in layers:
+        found = re.search(r"(?:^|layers\.)(\d+)(?:\.|$)", str(entry))
+        if found is None or int(found[1]) == layer:
+            return True
+    return False
+
+
+def _check_names(names: Iterable[str], mlps: Mapping[int, str], explained: set[str]) -> None:
+    prefixes = {mlp.rpartition("layers.")[0] for mlp in mlps.values()}
+    for name in names:
+        if not any(mark in name for mark in _MARKS):
+            continue
+        parsed = parse_layer(name)
+        stored = _STORED.search(name)
+        unexplained = stored and stored["location"] in _ONLINE and stored["group"] not in explained
+        if stored and unexplained and (parsed is None or parsed[0] in prefixes):
+            raise SchemeError(f"{name}: no {_CONFIG} says where the transform {stored['group']} applies; {_WHY}")
+        what = next((what for pattern, what in _MODELSLIM if pattern.search(name)), None)
+        if what is not None and (parsed is None or (parsed[0] in prefixes and parsed[1] in mlps)):
+            raise SchemeError(f"{name}: {what}; {_WHY}")

@@ -1,0 +1,345 @@
+"""config.json where it is nested, contradicts itself or has keys that are not known."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reshard.activation import Activation
+from reshard.errors import LayersError, SchemeError, SourceError
+from reshard.modelconfig import (
+    agree_on_dense,
+    has_experts,
+    is_mtp_layer,
+    known_dense_layers,
+    language_config,
+    read_model_config,
+)
+from reshard.modelconfig.read import ModelConfig
+from reshard.promised import promised
+from reshard.source.open import describe, open_source
+from tests.builders import Spec, build
+from tests.corrupt import config as edit_config
+from tests.corrupt import tensors as edit_tensors
+
+SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "hidden_act": "silu"}
+
+
+def read(**keys: Any) -> ModelConfig:
+    """A four-layer model with these keys."""
+    return read_model_config(SIZES | keys)
+
+
+# What keys say
+
+
+@pytest.mark.parametrize(
+    ("keys", "layers"),
+    [
+        ({"num_routed_experts": 8, "num_dense_layers": 3, "model_type": "pangu_ultra_moe"}, {0, 1, 2}),
+        ({"num_experts": 8, "num_dense_layers": 1}, {0}),
+        ({"moe_num_experts": 8, "moe_layers_enum": "1,3"}, {0, 2}),
+        ({"moe_num_experts": 8, "moe_layers_enum": [2, 3]}, {0, 1}),
+        ({"n_routed_experts": 8, "is_moe_layer": [False, True, True, False]}, {0, 3}),
+        ({"n_routed_experts": 8, "layer_freq": [0, 1, 1, 1]}, {0}),
+        ({"moe_num_experts": [8, 8], "moe_layer_start_index": [1, 1], "moe_layer_end_index": [2, 3]}, {0}),
+        ({"moe_num_experts": 8, "moe_layer_start_index": 2, "moe_layer_end_index": 2}, {0, 1, 3}),
+        ({"num_experts": 8, "model_type": "sarvam_moe", "first_k_dense_replace": 1, "moe_layer_freq": 2}, {0, 2}),
+        ({"num_experts": 1, "model_type": "hunyuan_v1_dense"}, {0, 1, 2, 3}),
+        ({"num_experts": 1, "model_type": "hunyuan_v1_moe"}, {0, 1, 2, 3}),
+        ({"num_experts": [4, 8, 4, 8], "model_type": "hunyuan_v1_moe"}, set()),
+        ({"mlp_layer_types": ["hash_moe", "moe", "moe", "moe"], "n_routed_experts": 8}, set()),
+        ({"model_type": "deepseek_v4", "n_routed_experts": 8}, set()),
+        ({"model_type": "deepseek_v3"}, {0, 1, 2}),
+        ({"model_type": "deepseek_v3", "n_routed_experts": None}, {0, 1, 2, 3}),
+        ({"model_type": "deepseek_v3", "n_routed_experts": 8, "first_k_dense_replace": None}, {0, 1, 2}),
+    ],
+    ids=str,
+)
+def test_layers(keys: dict[str, Any], layers: set[int]) -> None:
+    model = read(**keys)
+    assert model.dense_layers == layers, model.reason
+    assert model.is_stated
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        ({"n_routed_experts": 8, "moe_every": 2}, "n_routed_experts = 8, and moe_every is not known"),
+        (
+            {"n_routed_experts": 8, "dense_until": 2, "moe_from": 3},
+            "n_routed_experts = 8, and dense_until, moe_from is",
+        ),
+        ({"expert_layers": [1, 2]}, "model_type None, and expert_layers is not known"),
+        ({"num_local_experts": 8}, "num_local_experts = 8 and no key that names dense layers"),
+        ({"num_experts": 8, "first_k_dense_replace": None}, "names dense layers (first_k_dense_replace is null)"),
+        ({"num_experts": 1}, "num_experts = 1 and no key that names dense layers"),
+        ({"n_routed_experts": 8, "mlp_layer_types": ["dense", "linear", "moe", "moe"]}, "mlp_layer_types has 'linear'"),
+    ],
+    ids=str,
+)
+def test_what_is_not_known_is_no_answer(keys: dict[str, Any], reason: str) -> None:
+    """The names decide, with a warning; without names there is no number."""
+    model = read(**keys)
+    assert model.dense_layers is None
+    assert reason in model.reason
+    (warning,) = agree_on_dense({0, 1}, model)
+    assert reason in warning
+    assert warning.endswith("the dense layers (0-1) are taken from names alone")
+    with pytest.raises(LayersError, match="which layers are dense is not known without the tensors' names; give the"):
+        known_dense_layers(model)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 32, "moe_router_bias": True},
+        {"norm_topk_prob": True, "router_aux_loss_coef": 0.1, "moe_k": 2, "expert_capacity": 3, "sparse_attention": {}},
+        {"moe_every": 0, "dense_until": None, "moe_layers_at": []},
+    ],
+    ids=str,
+)
+def test_other_keys_of_experts_say_nothing_of_layers(keys: dict[str, Any]) -> None:
+    assert read(n_routed_experts=8, first_k_dense_replace=1, **keys).doubts == (
+        "config.json: model_type None is not known here: which layers are dense (first_k_dense_replace = 1) is not "
+        "sure without the tensors' names",
+    )
+
+
+# Names against keys
+
+
+def test_a_key_that_is_known_and_disagrees_is_an_error() -> None:
+    model = read(model_type="deepseek_v3", n_routed_experts=8, first_k_dense_replace=None, moe_layer_freq=1)
+    with pytest.raises(LayersError) as caught:
+        agree_on_dense({0}, model)
+    assert str(caught.value) == (
+        "config.json and the tensors' names disagree on the dense layers: config.json (first_k_dense_replace is null, "
+        "deepseek_v3 then has 3, moe_layer_freq = 1) gives 0-2, the names give 0 (only in config.json: 1-2; only in "
+        "the names: none); is config.json of this checkpoint?"
+    )
+
+
+def test_no_keys_of_experts_and_an_unknown_family() -> None:
+    """Nothing says that every layer is dense: names that say otherwise are believed, with a warning."""
+    model = read(model_type="new")
+    assert agree_on_dense({0, 1, 2, 3}, model) == ()
+    (warning,) = agree_on_dense({0}, model)
+    assert warning == (
+        "config.json (no experts, num_hidden_layers = 4) gives 0-3: the dense layers (0) are taken from names alone"
+    )
+    with pytest.raises(LayersError, match="disagree on the dense layers"):
+        agree_on_dense({0}, read(model_type="llama"))
+
+
+def test_two_keys_that_contradict_each_other() -> None:
+    model = read(model_type="glm_moe_dsa", mlp_layer_types=["dense"] * 3 + ["sparse"], first_k_dense_replace=1)
+    assert model.dense_layers == {0, 1, 2}
+    assert agree_on_dense({0, 1, 2}, model) == ()
+    (warning,) = agree_on_dense({0}, model)
+    assert warning.startswith("config.json contradicts itself: mlp_layer_types = ")
+    assert warning.endswith("but first_k_dense_replace = 1, as the names say")
+    with pytest.raises(LayersError, match="disagree"):
+        agree_on_dense({0, 1}, model)
+    (doubt,) = model.doubts
+    assert "contradicts itself on the dense layers" in doubt
+
+
+def test_layers_behind_the_last() -> None:
+    with pytest.raises(
+        LayersError, match=r"num_hidden_layers is 4, and the names have dense layers 0-1, 4: 4 is behind"
+    ):
+        agree_on_dense({0, 1, 4}, read(model_type="llama"))
+
+
+# A config alone
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"model_type": "new"}, "model_type 'new' is not known here: which layers are dense (no experts, num_hidden"),
+        ({"model_type": "llama", "hidden_act": "situ"}, "its activation is situ, whose formula is not known here"),
+        ({"model_type": "qwen3", "swiglu_foo": 2}, "its activation is silu and swiglu_foo = 2, whose formula"),
+    ],
+    ids=str,
+)
+def test_a_config_alone_is_warned_of(keys: dict[str, Any], says: str) -> None:
+    (warning,) = promised(SIZES | keys, "model").warnings
+    assert says in warning
+
+
+def test_a_config_alone_of_a_family_that_is_known() -> None:
+    pangu = {"num_routed_experts": 8, "num_dense_layers": 3, "num_mtp_layers": 1, "model_type": "pangu_ultra_moe"}
+    found = promised(SIZES | pangu, "model")
+    assert [layer.index for layer in found.layers] == [0, 1, 2]
+    assert found.warnings == ()
+    with pytest.raises(
+        LayersError, match=r"no dense layer: config.json \(mixtral: every layer is a mixture of experts"
+    ):
+        promised(SIZES | {"model_type": "mixtral", "num_local_experts": 8}, "model")
+    with pytest.raises(LayersError, match="llama4_text: its layers are named feed_forward"):
+        promised(SIZES | {"model_type": "llama4_text", "num_local_experts": 8}, "model")
+    with pytest.raises(SchemeError, match="mlp_bias is set: dense layers with a bias are not cut"):
+        promised(SIZES | {"model_type": "llama", "mlp_bias": True}, "model")
+
+
+# Experts, as an engine asks
+
+
+@pytest.mark.parametrize(
+    ("keys", "moe"),
+    [
+        ({"num_routed_experts": 256}, True),
+        ({"text_config": SIZES | {"n_routed_experts": 8}}, True),
+        ({"moe_num_experts": [64, 64]}, True),
+        ({"num_experts": 1}, True),
+        ({"num_experts": 0}, False),
+        ({"model_type": "deepseek_v3"}, True),
+        ({"model_type": "deepseek_v3", "n_routed_experts": None}, False),
+        ({"model_type": "llama"}, False),
+        ({}, False),
+    ],
+    ids=str,
+)
+def test_experts(keys: dict[str, Any], moe: bool) -> None:
+    assert has_experts(keys) is moe
+
+
+# Nested
+
+
+@pytest.mark.parametrize("key", ["text_config", "language_config", "llm_config", "thinker_config.text_config"])
+def test_nested(key: str) -> None:
+    nested: dict[str, Any] = SIZES | {"model_type": "deepseek_v3", "n_routed_experts": 8, "first_k_dense_replace": 1}
+    config: dict[str, Any] = nested
+    for name in reversed(key.split(".")):
+        config = {"model_type": "wrapper", "vision_config": {"num_hidden_layers": 27, "hidden_size": 8}, name: config}
+    assert language_config(config) == (key, nested)
+    model = read_model_config(config)
+    assert (model.wrapper, model.model_type, model.hidden_size, model.dense_layers) == (key, "deepseek_v3", 64, {0})
+
+
+def test_nested_and_at_the_top() -> None:
+    nested = SIZES | {"model_type": "deepseek_v2", "n_routed_experts": 8, "first_k_dense_replace": 1}
+    model = read_model_config(SIZES | {"model_type": "deepseek_vl_v2", "language_config": nested})
+    assert (model.wrapper, model.model_type, model.dense_layers) == (None, "deepseek_v2", {0})
+    with pytest.raises(SourceError) as caught:
+        read_model_config(SIZES | {"intermediate_size": 128, "language_config": nested})
+    assert str(caught.value) == (
+        "config.json contradicts itself: intermediate_size is 128 at its top and 256 in language_config; make it the "
+        "one of the tensors in both"
+    )
+
+
+def test_nested_under_a_key_that_is_not_known() -> None:
+    with pytest.raises(
+        SourceError, match="no num_hidden_layers at its top; it stands in brain_config, vision_config, of"
+    ):
+        read_model_config({"brain_config": SIZES, "vision_config": {"num_hidden_layers": 2}})
+
+
+# Sizes
+
+
+@pytest.mark.parametrize("key", ["dense_intermediate_size", "intermediate_size_mlp", "prefix_dense_intermediate_size"])
+def test_the_intermediate_size_of_dense_layers(key: str) -> None:
+    assert read(**{key: 512}).intermediate_size == 512
+    assert read(**{key: None}).intermediate_size == 256
+
+
+def test_sizes_by_layer() -> None:
+    assert read(intermediate_size=[256] * 4).intermediate_size == 256
+    with pytest.raises(SourceError, match="intermediate_size differs from layer to layer"):
+        read(intermediate_size=[256, 256, 128, 128])
+
+
+# What a layer computes
+
+
+@pytest.mark.parametrize(
+    ("keys", "activation"),
+    [
+        ({"hidden_act": "swish"}, Activation("silu")),
+        ({"hidden_act": "gelu_new"}, Activation("gelu_tanh")),
+        ({"hidden_act": "relu2"}, Activation("relu2")),
+        ({"hidden_act": None, "hidden_activation": "gelu"}, Activation("gelu")),
+        ({"hidden_act": "silu", "hidden_activation": "gelu"}, Activation("hidden_act silu or hidden_activation gelu")),
+        ({"hidden_act": None}, None),
+        ({"hidden_act": None, "model_type": "qwen3"}, Activation("silu")),
+        ({"hidden_act": None, "model_type": "gemma2"}, Activation("gelu_tanh")),
+        ({"model_type": "glm5_next_text", "swiglu_limit": 7}, Activation("silu", 7.0)),
+        ({"model_type": "glm5_next_text"}, Activation("silu", 10.0)),
+        ({"model_type": "glm5_next_text", "swiglu_limit": None}, Activation("silu")),
+        ({"model_type": "hy_v4", "swiglu_limit": 7.0}, Activation("silu")),
+        ({"model_type": "llama", "swiglu_limit": 7.0}, Activation("silu and swiglu_limit = 7.0")),
+        ({"swiglu_limit": 7.0}, Activation("silu and swiglu_limit = 7.0")),
+        ({"swiglu_limit": None, "swiglu_alpha": 0, "mlp_clamp": []}, Activation("silu")),
+        ({"mlp_multipliers": [0.5, 2.0]}, Activation("silu and mlp_multipliers = [0.5, 2.0]")),
+        ({"activation_sparsity_pattern": [0.9, 0.0]}, Activation("silu and activation_sparsity_pattern = [0.9, 0.0]")),
+        ({"minimax": 1, "hidden_act": "swigluoai", "swiglu_alpha": 1.7}, Activation("swigluoai")),
+        ({"final_logit_softcapping": 30.0, "activation_dropout": 0.1, "router_activation": "x"}, Activation("silu")),
+        (
+            {"mamba_hidden_act": "x", "projector_hidden_act": "gelu", "expert_swiglu_limit_list": [7]},
+            Activation("silu"),
+        ),
+    ],
+    ids=str,
+)
+def test_activation(keys: dict[str, Any], activation: Activation | None) -> None:
+    assert read(**keys).activation(0) == activation
+
+
+def test_limits_by_layer() -> None:
+    step = read(model_type="step3p5", swiglu_limits=[7.0] * 4, swiglu_limits_shared=[0.0, None, 16.0, 16.0, 16.0])
+    assert [step.activation(layer) for layer in range(4)] == [
+        *(Activation("silu"), Activation("silu")),
+        *(Activation("silu clamped behind the activation", 16.0),) * 2,
+    ]
+    exaone = read(model_type="exaone_moe", swiglu_limits=[10.0, -0.0, 0, None])
+    assert [exaone.activation(layer) for layer in range(4)] == [Activation("silu", 10.0), *(Activation("silu"),) * 3]
+
+
+@pytest.mark.parametrize("value", ["7", True, -1.0, float("inf"), [7.0]], ids=str)
+def test_a_limit_that_makes_no_sense(value: object) -> None:
+    with pytest.raises(SourceError, match=r"config\.json: swiglu_limit has "):
+        read(model_type="glm5_next_text", swiglu_limit=value)
+
+
+# MTP layers
+
+
+@pytest.mark.parametrize(
+    "key", ["num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers", "mtp_num_hidden_layers", "num_mtp_modules"]
+)
+def test_counts_of_mtp_layers(key: str) -> None:
+    assert read(**{key: 2}).prediction_layers == 2
+    with pytest.raises(SourceError, match=f"{key} is -1"):
+        read(**{key: -1})
+
+
+@pytest.mark.parametrize("name", ["eh_proj.weight", "enorm.weight", "shared_head.norm.weight", "embed_tokens.weight"])
+def test_names_of_mtp_layers(name: str) -> None:
+    assert is_mtp_layer(["mlp.gate_proj.weight", name])
+    assert not is_mtp_layer(["mlp.gate_proj.weight", f"self_attn.{name}", "input_layernorm.weight"])
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+def test_a_dense_mtp_layer_is_left_alone_and_told(with_config: bool, tmp_path: Path) -> None:
+    """By the names beside it: config.json counts none."""
+    folder = tmp_path / "model"
+    build(folder, Spec(dense=2))
+
+    def add(every: dict[str, Any]) -> None:
+        for name in [name for name in every if name.startswith("model.layers.1.mlp.")]:
+            every[name.replace(".1.", ".3.", 1)] = every[name]
+        every["model.layers.3.eh_proj.weight"] = every["model.layers.0.input_layernorm.weight"]
+
+    edit_tensors(add)(folder)
+    edit_config(num_nextn_predict_layers=None)(folder)
+    if not with_config:
+        (folder / "config.json").unlink()
+    with open_source(str(folder)) as source:
+        found = describe(source)
+    assert [layer.index for layer in found.layers] == [0, 1]
+    assert "the dense MLP of the MTP layer 3 is left alone: it is no part of the DenseFFN" in found.warnings

@@ -1,0 +1,148 @@
+"""Wrappers: the language model's layers are found under whatever prefix, and keep their names from file to file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from reshard.naming import parse_dense
+from reshard.source.open import describe, open_source
+from tests.builders import Raw, Spec, config_of, random_raw, read_folder, tensors_of, write_safetensors
+from tests.running import Done, reshard
+
+SPEC = Spec("bf16", hidden=64, intermediate=256)
+PREFIXES = [
+    "model.",
+    "",
+    "language_model.model.",
+    "model.language_model.",
+    "language.model.",
+    "thinker.model.",
+    "llm.model.",
+]
+TOWER = "vision_tower.encoder."
+
+
+def run(*arguments: object, code: int = 0) -> Done:
+    done = reshard(*arguments)
+    assert done.code == code, done.err
+    return done
+
+
+def renamed(prefix: str) -> dict[str, Raw]:
+    return {prefix + name.removeprefix("model."): value for name, value in tensors_of(SPEC).items()}
+
+
+def mlp(prefix: str, hidden: int, intermediate: int, layers: int = 2) -> dict[str, Raw]:
+    """Another module's SwiGLU layers."""
+    rng = np.random.default_rng(7)
+    shapes = {
+        "gate_proj": (intermediate, hidden),
+        "up_proj": (intermediate, hidden),
+        "down_proj": (hidden, intermediate),
+    }
+    return {
+        f"{prefix}layers.{layer}.mlp.{role}.weight": random_raw(rng, "BF16", shape)
+        for layer in range(layers)
+        for role, shape in shapes.items()
+    }
+
+
+def wrapped(config: dict[str, Any], key: str = "text_config") -> dict[str, Any]:
+    return {"model_type": "a_wrapper", key: config, "vision_config": {"hidden_size": 32}}
+
+
+def write(folder: Path, tensors: dict[str, Raw], config: dict[str, Any] | None) -> Path:
+    folder.mkdir()
+    write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_names_keep_their_prefix_from_checkpoint_to_shards_and_back(tmp_path: Path, prefix: str) -> None:
+    tensors = renamed(prefix)
+    source = write(tmp_path / "model", tensors, wrapped(config_of(SPEC)))
+    shards, merged = tmp_path / "shards", tmp_path / "merged"
+    run("split", source, shards, "--tp", 2)
+    manifest = json.loads((shards / "manifest.json").read_text())
+    assert manifest["model"]["prefix"] == prefix
+    held = read_folder(shards)
+    assert {f"{prefix}layers.0.mlp.gate_up_proj.weight", f"{prefix}layers.1.mlp.down_proj.weight"} <= held.keys()
+    run("verify", shards, "--source", source)
+    run("check", shards, "--tp", 2, "--against", source)
+    run("merge", shards, merged)
+    back = read_folder(merged)
+    assert back == {name: value for name, value in tensors.items() if parse_dense(name)}
+    assert len(back) == 6
+    run("split", shards, tmp_path / "again", "--tp", 4)
+    run("verify", tmp_path / "again", "--source", source)
+
+
+@pytest.mark.parametrize(
+    "tower", [TOWER, "visual.", "model.vision_model.", "audio_tower.", "model.mtp.", "talker.model."]
+)
+def test_a_tower_of_the_same_sizes_is_never_the_language_model(tmp_path: Path, tower: str) -> None:
+    tensors = renamed("language_model.model.")
+    beside = mlp(tower, SPEC.hidden, SPEC.intermediate, layers=SPEC.dense)
+    source = write(tmp_path / "model", tensors | beside, wrapped(config_of(SPEC)))
+    with open_source(str(source)) as opened:
+        checkpoint = describe(opened)
+    assert checkpoint.model.prefix == "language_model.model."
+    assert all(tensor.name.startswith("language_model.model.layers.") for tensor in checkpoint.tensors())
+
+
+def test_a_tower_alone_is_no_language_model(tmp_path: Path) -> None:
+    source = write(tmp_path / "model", mlp(TOWER, SPEC.hidden, SPEC.intermediate), config_of(SPEC))
+    result = run("split", source, tmp_path / "out", "--tp", 2, code=1)
+    assert "no dense layer: no tensor is named …layers.{i}.mlp.{gate,up,down}_proj.weight" in result.err
+    assert f"the nearest is {TOWER}layers.0.mlp.down_proj.weight" in result.err
+
+
+def test_of_two_unknown_modules_the_one_of_the_configs_sizes_is_taken(tmp_path: Path) -> None:
+    other = mlp("other.", SPEC.hidden, 128)
+    source = write(tmp_path / "model", renamed("model.") | other, config_of(SPEC))
+    with open_source(str(source)) as opened:
+        assert describe(opened).model.prefix == "model."
+
+
+@pytest.mark.parametrize(
+    ("intermediate", "config", "why"),
+    [
+        (SPEC.intermediate, config_of(SPEC), "both of config.json's sizes"),
+        (SPEC.intermediate, None, "there is no config.json"),
+    ],
+)
+def test_two_modules_that_both_may_be_it_are_refused(
+    tmp_path: Path, intermediate: int, config: dict[str, Any] | None, why: str
+) -> None:
+    other = mlp("other.", SPEC.hidden, intermediate)
+    source = write(tmp_path / "model", renamed("model.") | other, config)
+    result = run("split", source, tmp_path / "out", "--tp", 2, code=1)
+    assert "two modules have dense layers, model.layers.0.mlp.* and other.layers.0.mlp.*" in result.err
+    assert why in result.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("layers.0.feed_forward.w1.weight", "Mistral's and Meta's own names"),
+        ("model.layers.0.mlp.gate_proj.base_layer.weight", "a LoRA adapter that is not merged"),
+        ("language_model.model.layers.0.feed_forward.gate_proj.weight", "Llama 4's names"),
+        ("model.layers.0.mlps.0.gate_proj.weight", "LongCat's two MLPs a layer"),
+        ("layers.0.ffn.w1.weight", "DeepSeek's own names (its inference/convert.py)"),
+        ("layers.1.ffn.experts.0.w1.weight", "DeepSeek's own names, and expert layers all of them"),
+        ("ernie.layers.0.mlp.up_gate_proj.weight", "PaddlePaddle's names"),
+        ("h.0.mlp.c_fc.weight", "an MLP without gate_proj"),
+        ("model.layers.0.mlp.experts.0.gate_proj.weight", "expert layers"),
+    ],
+)
+def test_names_of_other_schools_are_told_by_name(tmp_path: Path, name: str, says: str) -> None:
+    raw = random_raw(np.random.default_rng(0), "BF16", (32, 16))
+    source = write(tmp_path / "model", {name: raw}, None)
+    result = run("split", source, tmp_path / "out", "--tp", 2, code=1)
+    assert f"the nearest is {name}: {says}" in result.err

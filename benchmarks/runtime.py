@@ -45,8 +45,8 @@ class Timed:
         "linear": "matmul",
         "int8_matmul": "matmul",
         "int8_linear": "matmul",
-        "swiglu": "activation",
-        "dequant_swiglu_quant": "activation",
+        "gated": "activation",
+        "gated_int8": "activation",
         "gather": "gather",
         "reduce_scatter": "scatter",
     }
@@ -61,10 +61,14 @@ class Timed:
         step = self._STEP_OF.get(name)
         if step is None:
             return value
+        if step == "activation":  # chosen once, for all calls
+            return lambda activation: self._timed(value(activation), step)
+        return self._timed(value, step)
 
+    def _timed(self, function: Callable[..., Any], step: str) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             start = time.perf_counter()
-            result = value(*args)
+            result = function(*args)
             self._seconds[step] += time.perf_counter() - start
             return result
 

@@ -3,8 +3,10 @@
 The model that the shards go with is poisoned: whatever of its dense layers were read would show.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from tests.ascend import inside
 from tests.ascend.inside import DECODE_NODE, Tensors
 from tests.ascend.models import MADE, Model
 from tests.distributed import Ranks
+from tests.vllm.models import with_activation
 
 MLP, TENSOR = {"data": 2, "mlp": 2}, {"tensor": 2}
 REAL = (
@@ -96,6 +99,19 @@ def test_what_is_filled_is_vllm_ascends(two: Ranks, model: Callable[[str], Model
                 ("AscendMergedColumnParallelLinear", "MLPColumnParallelOp", rank, 2),
                 ("AscendRowParallelLinear", "MLPRowParallelOp", rank, 2),
             }
+
+
+def test_a_set_of_another_activation(two: Ranks, model: Callable[[str], Model], tmp_path: Path) -> None:
+    """vllm-ascend's own kernel for silu is asked, on the linears of its MLP group and split over the ranks."""
+    made = model("tiny-bf16")
+    shards = with_activation(made.shards, tmp_path, {"name": "silu", "limit": 10.0}, first=0)
+    filled = dataclasses.replace(made.both(**MLP)[1], shards=shards)
+    for served, kind in (
+        (filled, "DeepseekV2MLP"),
+        (dataclasses.replace(filled, mlp=None, option=2), "SplitMLP"),
+    ):
+        for said in two.run(inside.load, served):
+            assert f"layer 0's activation is silu with limit 10, the engine's {kind} computes another: of gate" in said
 
 
 def test_fp8_with_a_scale_for_each_channel(two: Ranks, model: Callable[[str], Model]) -> None:

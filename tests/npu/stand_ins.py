@@ -1,4 +1,4 @@
-"""Stand-ins for six of torch_npu's kernels, on CPU tensors, written from the operator documentation in its wheel.
+"""Stand-ins for eight of torch_npu's kernels, on CPU tensors, written from the operator documentation in its wheel.
 
 No NPU was at hand. What they prove: that the NPU path calls these kernels with arguments that the documentation allows,
 in the right order, and that its result is right if the kernels do what is written there. What they do not prove:
@@ -26,6 +26,8 @@ def register() -> list[torch.library.Library]:
         npu_quant_matmul,
         npu_dequant_swiglu_quant,
         npu_swiglu,
+        npu_clipped_swiglu,
+        npu_geglu,
         npu_quantize,
         npu_format_cast,
     ):
@@ -156,6 +158,27 @@ def npu_swiglu(x, dim=-1):
     _require(x.dtype in (torch.float32, torch.float16, torch.bfloat16), f"npu_swiglu: x is {x.dtype}")
     left, right = x.float().chunk(2, dim)
     return (F.silu(left) * right).to(x.dtype)
+
+
+def npu_clipped_swiglu(x, *, group_index=None, dim=-1, alpha=1.702, limit=7.0, bias=1.0, interleaved=True):
+    """A * sigmoid(alpha * A) * (B + bias) of A clamped to at most the limit and B to within it."""
+    _require(x.dtype in (torch.float32, torch.float16, torch.bfloat16), f"npu_clipped_swiglu: x is {x.dtype}")
+    _require(x.is_contiguous(), "npu_clipped_swiglu: x is not contiguous")
+    _require(x.dim() > 1 and x.shape[dim] % 2 == 0, f"npu_clipped_swiglu: x is {list(x.shape)}")
+    _require(group_index is None and not interleaved, "npu_clipped_swiglu: groups and odd and even are not used here")
+    left, right = x.float().chunk(2, dim)
+    left, right = left.clamp(max=limit), right.clamp(-limit, limit)
+    return (left * torch.sigmoid(alpha * left) * (right + bias)).to(x.dtype)
+
+
+def npu_geglu(x, dim=-1, approximate=1, activate_left=False):
+    """(gelu of one half times the other, that gelu); approximate: 0 by erf, 1 by tanh."""
+    _require(x.dtype in (torch.float32, torch.float16, torch.bfloat16), f"npu_geglu: x is {x.dtype}")
+    _require(approximate in (0, 1), f"npu_geglu: approximate is {approximate}")
+    left, right = x.float().chunk(2, dim)
+    gate, up = (left, right) if activate_left else (right, left)
+    gelu = F.gelu(gate, approximate=("none", "tanh")[approximate])
+    return (gelu * up).to(x.dtype), gelu.to(x.dtype)
 
 
 def npu_quantize(x, scales, zero_points, dtype, axis=1, div_mode=True):

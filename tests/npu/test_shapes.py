@@ -4,11 +4,13 @@ import pytest
 import torch
 import torch_npu
 
+from reshard.activation import SILU, Activation
 from reshard.errors import ShardError
 from runtime.kernels import device_of, kernels_for
 from runtime.kernels.npu import NpuKernels
 from runtime.partial import PartialFFN
 from runtime.shard import LayerShard, LinearShard
+from tests.activations import CASES, Case
 
 H, I = 7168, 18432  # noqa: E741 - the field's name
 SCHEMES = {
@@ -33,6 +35,8 @@ SCHEMES = {
     },
 }
 
+SILU_ALONE = Activation(SILU)
+
 
 def _linear(scheme: str, name: str, out: int, in_: int) -> LinearShard:
     shapes = {"weight": (out, in_), "weight_scale": (out, 1), "weight_offset": (out, 1)}
@@ -42,12 +46,18 @@ def _linear(scheme: str, name: str, out: int, in_: int) -> LinearShard:
 
 
 def _layer(
-    scheme: str, tp_size: int, *, hidden: int = H, down_in: int | None = None, down: str | None = None
+    scheme: str,
+    tp_size: int,
+    *,
+    hidden: int = H,
+    down_in: int | None = None,
+    down: str | None = None,
+    activation: Activation | None = SILU_ALONE,
 ) -> LayerShard:
     share = I // tp_size
     gate_up = _linear(scheme, "gate_up_proj", 2 * share, hidden)
     down_proj = _linear(down or scheme, "down_proj", hidden, down_in or share)
-    return LayerShard(0, 0, tp_size, hidden, I, share, "", gate_up, down_proj)
+    return LayerShard(0, 0, tp_size, hidden, I, share, "", gate_up, down_proj, activation)
 
 
 @pytest.mark.parametrize("tokens", [1, 24, 8192])
@@ -61,6 +71,20 @@ def test_every_call_is_accepted(scheme: str, tp_size: int, tokens: int) -> None:
     for dtype in (ffn.dtype, torch.float32):
         partial = ffn.of_packed(rows.repeat(tp_size, 1), dtype)
         assert (partial.shape, partial.dtype, partial.is_meta) == ((tokens * tp_size, H), dtype, True)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_activation_is_accepted(scheme: str, case: Case) -> None:
+    ffn = PartialFFN(_layer(scheme, 8, activation=case.activation), NpuKernels(), None, "dynamic")
+    rows = ffn.pack(torch.empty(24, H, dtype=ffn.dtype, device="meta"))
+    assert ffn.of_packed(rows, ffn.dtype).shape == (24, H)
+
+
+@pytest.mark.parametrize("activation", [None, Activation("situ")])
+def test_an_activation_that_is_not_known_is_refused(activation: Activation | None) -> None:
+    with pytest.raises(ShardError, match="layer 0: its activation is "):
+        PartialFFN(_layer("bf16", 8, activation=activation), NpuKernels(), None, "dynamic")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

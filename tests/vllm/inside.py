@@ -8,12 +8,15 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+
+from tests.vllm.server import attention_backend
 
 OPTION = "denseffn_tensor_parallel_size"
 
@@ -49,6 +52,7 @@ def engine_config(served: Served) -> Any:
     """What vLLM makes of the command line."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.models import utils
+    from vllm.platforms import current_platform
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
@@ -64,6 +68,8 @@ def engine_config(served: Served) -> Any:
         "pipeline_parallel_size": served.pipeline,
         "additional_config": served.additional | ({} if served.option is None else {OPTION: served.option}),
     }
+    if current_platform.is_cpu():
+        arguments |= {"attention_backend": attention_backend()}
     if served.data > 1:
         arguments |= {"data_parallel_size": served.data, "data_parallel_rank": rank // own}
         arguments |= {"data_parallel_address": "127.0.0.1", "data_parallel_rpc_port": 29550}
@@ -132,6 +138,40 @@ def load(group: dist.ProcessGroup, served: Served) -> str:
     return "loaded"
 
 
+@contextlib.contextmanager
+def _engine_with(limit: float | None, where: str) -> Iterator[None]:
+    """An engine whose dense MLP has a limit, in its activation or in its forward, which no vLLM has for it yet."""
+    from vllm.model_executor.layers.activation import SiluAndMulWithClamp
+    from vllm.model_executor.models import deepseek_v2
+
+    def forward(mlp: Any, x: torch.Tensor) -> torch.Tensor:
+        gate, up = mlp.gate_up_proj(x)[0].chunk(2, dim=-1)
+        return mlp.down_proj(mlp.act_fn(torch.cat([gate.clamp(max=limit), up.clamp(-limit, limit)], dim=-1)))[0]
+
+    if limit is None:
+        yield
+    elif where == "activation":
+        with mock.patch.object(deepseek_v2, "SiluAndMul", partial(SiluAndMulWithClamp, limit)):
+            yield
+    else:
+        with mock.patch.object(deepseek_v2.DeepseekV2MLP, "forward", forward):
+            yield
+
+
+def load_with(group: dist.ProcessGroup, served: Served, limit: float | None, where: str) -> str:
+    """As `load`, in an engine with a limit."""
+    with _engine_with(limit, where):
+        return load(group, served)
+
+
+def forward_with(
+    group: dist.ProcessGroup, served: Served, limit: float, counts: list[list[int]]
+) -> list[list[torch.Tensor]]:
+    """As `forward`, in an engine whose activation has a limit."""
+    with _engine_with(limit, "activation"):
+        return forward(group, served, counts)
+
+
 def tokens(rank: int, count: int, hidden: int = 256, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """This rank's own."""
     return torch.randn(count, hidden, generator=torch.Generator().manual_seed(100 + rank)).to(dtype)
@@ -152,7 +192,8 @@ def forward(group: dist.ProcessGroup, served: Served, counts: list[list[int]]) -
 
 
 def _held(model: Any) -> list[Any]:
-    """The decoder layers of this pipeline stage."""
+    """The decoder layers of this pipeline stage, a wrapper's too."""
+    model = getattr(model, "language_model", model)
     return list(model.model.layers[model.model.start_layer : model.model.end_layer])
 
 

@@ -31,6 +31,7 @@ from reshard.manifest import Manifest
 from reshard.option import OPTION, option_of
 from runtime.group import agree
 from runtime.loader import load_shard, read_manifest, share_of
+from runtime.serving.vllm.activation import compare_activations
 from runtime.serving.vllm.ascend import fixed_rows, is_rehearsal
 from runtime.serving.vllm.fill import fill
 from runtime.serving.vllm.groups import Group, make_group
@@ -156,6 +157,7 @@ class DenseFFNShardsLoader(DefaultModelLoader):
         for index, mlp in mlps.items():
             layer = shard.layer(index)
             casts |= fill(mlp.gate_up_proj, layer.gate_up) | fill(mlp.down_proj, layer.down)
+        compare_activations(mlps, self._manifest, model_config.dtype, str(folder))
         if casts:
             _log.warning("denseffn_shards: the engine's dtype is not the shards': cast %s", ", ".join(sorted(casts)))
         held = sum(parameter.nbytes for mlp in mlps.values() for parameter in mlp.parameters())

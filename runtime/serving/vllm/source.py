@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from blake3 import blake3
@@ -10,9 +11,9 @@ from safetensors import safe_open
 
 from reshard.errors import ShardError
 from reshard.manifest import Manifest, SourceFile
+from reshard.naming import DOWN, GATE_UP, parse_dense
 from reshard.opened import Opened
 
-_DENSE = re.compile(r"model\.layers\.([0-9]+)\.mlp\.(?:gate_proj|up_proj|down_proj)\.[a-z_]+")
 _LENGTH_BYTES = 8
 
 
@@ -36,10 +37,10 @@ def read_others(
     """(name, tensor) of every tensor that is not in the set. Of the others only the names are read.
 
     `passed_over`: whether the engine has no use for a tensor (another rank's experts). `same`: the files must be those
-    that the set was cut from. Raises ShardError for a tensor of a dense layer that the set was not cut from: it can
-    neither be used nor left out; and for a file that is another one when its last tensor was read than at the first.
+    that the set was cut from. Raises ShardError for a tensor of a dense layer that the set was not cut from, maybe
+    under another prefix: it can neither be used nor left out; and for a file that changed while it was read.
     """
-    held, layers = replaced(manifest), {layer.index for layer in manifest.layers}
+    held = replaced(manifest)
     cut_from = {file.name: file for file in manifest.source.files}
     for file in sorted(files, key=_natural):
         entry = cut_from.get(Path(file).name)
@@ -54,15 +55,28 @@ def read_others(
                     )
                 if name in held or passed_over(name):
                     continue
-                match = _DENSE.fullmatch(name)
-                if match and int(match[1]) in layers:
+                if _is_dense(name, tensors, manifest):
                     raise ShardError(
-                        f"{file}: {name} is a DenseFFN tensor that the shard set was not cut from; cut the shards "
-                        "from the very model that is served"
+                        f"{file}: {name} is a DenseFFN tensor that the shard set was not cut from (its layers are "
+                        f"{manifest.model.prefix}layers.*); cut the shards from the very model that is served"
                     )
                 yield name, tensors.get_tensor(name)
             if difference := opened.difference():
                 raise ShardError(f"{file}: {difference}; start again when nothing writes there any more")
+
+
+def _is_dense(name: str, tensors: Any, manifest: Manifest) -> bool:
+    """Whether a tensor is of the set's dense layers: by its name, or by its size where the prefix is another.
+
+    A tower's MLP may have such a name too, and is of another size, or the checkpoint could not have been cut.
+    """
+    parsed = parse_dense(name)
+    if parsed is None or parsed.layer not in {layer.index for layer in manifest.layers}:
+        return False
+    hidden, intermediate = manifest.model.hidden_size, manifest.model.intermediate_size
+    full = {GATE_UP: [2 * intermediate, hidden], DOWN: [hidden, intermediate]}
+    same_size = tensors.get_slice(name).get_shape() == full.get(parsed.role, [intermediate, hidden])
+    return parsed.prefix == manifest.model.prefix or same_size
 
 
 def check_same(folder: Path, files: Iterable[str], manifest: Manifest) -> None:

@@ -137,7 +137,8 @@ def test_the_same_layers_in_another_form_or_under_another_prefix(tmp_path: Path,
 
 
 def test_the_same_files_are_the_same(cut: tuple[Path, Manifest]) -> None:
-    check_same(*cut)
+    model, manifest = cut
+    check_same(model, _files(model), manifest)
 
 
 def _shorter(path: Path) -> None:
@@ -162,9 +163,30 @@ def test_other_files_are_named(cut: tuple[Path, Manifest], change: Any, said: st
     path = model / manifest.source.files[0].name
     change(path)
     with pytest.raises(ShardError, match=said) as caught:
-        check_same(model, manifest)
+        check_same(model, _files(model), manifest)
     assert str(path) in str(caught.value)
     assert '"source": "any"' in str(caught.value)
+
+
+def test_the_engine_must_read_what_the_set_was_cut_from(cut: tuple[Path, Manifest]) -> None:
+    """A single file beside an index: the set was cut from one account, the engine reads the other."""
+    model, manifest = cut
+    single = model / "model.safetensors"
+    write_safetensors(single, {"lm_head.weight": ("BF16", (1,), bytes(2))})
+    with pytest.raises(ShardError) as caught:
+        check_same(model, [str(single)], manifest)
+    for text in ("the set was cut from it", "the engine reads model.safetensors instead", '"source": "any"'):
+        assert text.replace("the set", "the shard set") in str(caught.value)
+
+
+def test_a_draft_that_the_engine_reads_beside_it(cut: tuple[Path, Manifest]) -> None:
+    """Without an index vLLM reads every file: the draft's other tensors would take the place of the model's."""
+    model, manifest = cut
+    held = "model.layers.0.mlp.down_proj.weight"
+    write_safetensors(model / "draft.safetensors", {held: ("BF16", (1,), bytes(2))})
+    with pytest.raises(ShardError, match=f"draft.safetensors: holds {held}, which the shard set was cut from model-.*"):
+        list(read_others(_files(model), manifest, _kept, same=True))
+    assert held not in dict(read_others(_files(model), manifest, _kept))
 
 
 def test_options() -> None:

@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from reshard.errors import MissingDependencyError, ShardError
+from reshard.manifest import Manifest
 from reshard.naming import GATE_UP, ROLES
+from reshard.weights import SINGLE
 from runtime.ffn import DenseFFN
 from runtime.group import agree
 from runtime.kernels import device_of
@@ -82,9 +84,22 @@ def load_model(
     return attach(model, shards, group, **options)
 
 
+def _check_taken(folder: Path, manifest: Manifest) -> None:
+    """Of two accounts of the weights in a folder transformers takes the single file: the shards must be of it, too."""
+    cut_from = {file.name for file in manifest.source.files}
+    if SINGLE in cut_from or not all((folder / name).is_file() for name in (SINGLE, *cut_from)):
+        return
+    raise ShardError(
+        f"{folder}: transformers takes {SINGLE}, the shards were cut from {', '.join(sorted(cut_from))}: attention "
+        "would be of one account of the weights, the dense layers of the other; cut the shards with "
+        f"--index {SINGLE}, or move that file to another folder"
+    )
+
+
 def _load(path: str | Path, dtype: torch.dtype | None, shards: Path) -> Any:
     """The model with slots for its dense layers: as image-text-to-text where transformers has that for its config."""
     manifest, _ = read_manifest(shards)
+    _check_taken(Path(path), manifest)
     transformers = _transformers()
     config = transformers.AutoConfig.from_pretrained(path)
     kinds: tuple[Mapping[type, Any], ...] = (

@@ -84,6 +84,27 @@ def test_a_dense_tensor_that_the_set_was_not_cut_from(cut: tuple[Path, Manifest]
         dict(read_others(_files(model), manifest, _kept))
 
 
+def test_a_wrappers_dense_tensor_is_known_by_its_prefix(tmp_path: Path) -> None:
+    """One of the language model is not passed over; one of a tower beside it is another module's."""
+    prefix, model = "language_model.model.", tmp_path / "model"
+    build(model, Spec(files=1))
+    (path,) = model.glob("*.safetensors")
+    tensors = {name.replace("model.", prefix, 1): value for name, value in read_safetensors(path).items()}
+    write_safetensors(path, tensors, {"format": "pt"})
+    for index in model.glob("*.index.json"):
+        index.unlink()
+    split(model, tmp_path / "tp2", Cut(2))
+    manifest = parse_manifest((tmp_path / "tp2" / "manifest.json").read_bytes())
+    assert manifest.model.prefix == prefix
+    tower, extra = "vision_tower.layers.0.mlp.down_proj.bias", f"{prefix}layers.1.mlp.down_proj.bias"
+    write_safetensors(model / "tower.safetensors", {tower: ("F32", (1,), bytes(4))})
+    read = dict(read_others(_files(model), manifest, _kept))
+    assert read.keys() == (tensors.keys() - replaced(manifest)) | {tower}
+    write_safetensors(model / "more.safetensors", {extra: ("F32", (1,), bytes(4))})
+    with pytest.raises(ShardError, match=f"more.safetensors: {extra} is a DenseFFN tensor that the shard set was not"):
+        dict(read_others(_files(model), manifest, _kept))
+
+
 def test_the_same_files_are_the_same(cut: tuple[Path, Manifest]) -> None:
     check_same(*cut)
 

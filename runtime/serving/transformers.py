@@ -4,7 +4,8 @@
 their full weights. Shapes: H hidden_size, I intermediate_size.
 """
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,12 @@ from runtime.loader import load_shard
 from runtime.probe import answers, disagreement, without_linears
 from runtime.shard import LayerShard, Shard
 
-_ROLES = ("gate_proj", "up_proj", "down_proj")
-
 
 @dataclass(frozen=True)
 class _Dense:
-    """A dense layer of the model: its sizes [H, I], and what its MLP answers (runtime.probe) between them."""
+    """A dense layer's MLP in the model: its name, its sizes [H, I], what it answers (runtime.probe) between them."""
 
+    name: str
     sizes: tuple[int, int]
     answers: torch.Tensor
 
@@ -51,6 +51,14 @@ class _Half(nn.Module):
         return h_T2L.chunk(2, dim=-1)[self._half]
 
 
+_STAND_INS: tuple[Mapping[str, nn.Module], ...] = (
+    {"gate_proj": _Half(0), "up_proj": _Half(1), "down_proj": nn.Identity()},
+    {"gate_up_proj": nn.Identity(), "down_proj": nn.Identity()},
+)
+"""The linears of a dense MLP, apart or with gate and up stacked, and what stands for them when it is asked."""
+_ROLES = sorted({role for each in _STAND_INS for role in each})
+
+
 def attach(
     model: nn.Module,
     shards: str | Path | Shard,
@@ -63,7 +71,7 @@ def attach(
     `load_shard` gave. `options` are `DenseFFN`'s. With tokens="scattered", its default, the ranks run the model in
     lockstep, each with its own tokens, as many on each, or up to `max_tokens`.
 
-    A dense layer is one whose `mlp` has gate_proj, up_proj and down_proj of its own and no experts.
+    A dense layer is one whose `mlp` has gate_proj, up_proj and down_proj of its own (or gate_up_proj) and no experts.
 
     Raises ShardError, on all ranks and with the model as it was, where its dense layers or sizes are not the shards',
     or what its MLPs compute between their matrices: that is asked of their own code, with a few values.
@@ -77,7 +85,7 @@ def attach(
     agree(group, {}, problem)
     own: dict[str, Any] = {"dtype": next(model.parameters()).dtype}
     made = {index: DenseFFN(layer, group, **(own | options)) for index, layer in held.items()}
-    layers = _decoder_layers(model)
+    _, layers = _decoder_layers(model)
     for index, ffn in made.items():
         layers[index].mlp = ffn
     return model
@@ -92,9 +100,10 @@ def load_model(
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> nn.Module:
-    """The causal language model in `path`, its dense layers from `shards`: their full weights are never in memory.
+    """The causal language model in `path`, beside vision or not, its dense layers from `shards`.
 
-    Everything else is loaded by transformers' own `from_pretrained`. Raises as `attach` does.
+    Their full weights are never in memory. Everything else is loaded by transformers' own `from_pretrained`. Raises as
+    `attach` does.
     """
     model: Any = None
     problem: Exception | None = None
@@ -110,8 +119,9 @@ def _load(path: str | Path, dtype: torch.dtype | None) -> Any:
     """The model with slots for its dense layers."""
     transformers = _transformers()
     config = transformers.AutoConfig.from_pretrained(path)
-    known: Mapping[type, Any] = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    if type(config) not in known:
+    mappings = (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    known: Mapping[type, Any] | None = next((each for each in mappings if type(config) in each), None)
+    if known is None:
         raise ShardError(f"{path}: transformers has no causal language model for {type(config).__name__}")
     base = known[type(config)]
     model = _without_dense(base).from_pretrained(path, dtype=dtype or "auto")
@@ -123,7 +133,7 @@ def _held(
     model: nn.Module, shards: str | Path | Shard, group: torch.distributed.ProcessGroup | None
 ) -> dict[int, LayerShard]:
     """The rank's part of each dense layer, compared with the model's."""
-    dense = _dense(_decoder_layers(model))
+    dense = _dense(model)
     if not isinstance(shards, Shard):
         rank, size = (0, 1) if group is None else (group.rank(), group.size())
         shards = load_shard(shards, rank, next(model.parameters()).device, tp_size=size)
@@ -136,11 +146,11 @@ def _without_dense(base: Any) -> Any:
 
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
-        layers = _decoder_layers(self)
-        dense = _dense(layers)
+        _, layers = _decoder_layers(self)
+        dense = _dense(self)
         for index, found in dense.items():
             layers[index].mlp = _Slot(found)
-        passed = [rf"model\.layers\.{index}\.mlp\.({'|'.join(_ROLES)})\..+" for index in dense]
+        passed = [rf"{re.escape(found.name)}\.({'|'.join(_ROLES)})\..+" for found in dense.values()]
         self._keys_to_ignore_on_load_unexpected = {*(base._keys_to_ignore_on_load_unexpected or ()), *passed}
 
     return type(base.__name__, (base,), {"__init__": init, "__module__": base.__module__})
@@ -154,45 +164,51 @@ def _transformers() -> Any:
     return transformers
 
 
-def _decoder_layers(model: nn.Module) -> list[nn.Module]:
-    layers: Iterable[nn.Module] | None = getattr(getattr(model, "model", model), "layers", None)
-    if layers is None:
-        raise ShardError(f"{type(model).__name__} has no model.layers; its dense layers cannot be found")
-    return list(layers)
+def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The language model's layers, and their name in the model: "model.language_model.layers" in some beside vision."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    for module in (decoder, getattr(decoder, "model", None)):
+        layers = getattr(module, "layers", None)
+        if isinstance(layers, nn.ModuleList):
+            return next(name for name, each in model.named_modules() if each is layers), layers
+    raise ShardError(f"{type(model).__name__} has no language model's layers; its dense layers cannot be found")
 
 
-def _dense(layers: Iterable[nn.Module]) -> dict[int, _Dense]:
+def _dense(model: nn.Module) -> dict[int, _Dense]:
     """The dense layers, by index."""
     found: dict[int, _Dense] = {}
+    name, layers = _decoder_layers(model)
     for index, layer in enumerate(layers):
+        module = f"{name}.{index}.mlp"
         mlp = getattr(layer, "mlp", None)
         if isinstance(mlp, _Slot):
             found[index] = mlp.dense
         elif isinstance(mlp, DenseFFN):
-            raise ShardError(f"model.layers.{index}.mlp is split already")
-        elif isinstance(mlp, nn.Module) and _is_dense(mlp):
-            for role in _ROLES:
+            raise ShardError(f"{module} is split already")
+        elif isinstance(mlp, nn.Module) and (stand_ins := _linears(mlp)):
+            for role in stand_ins:
                 if getattr(mlp, role).bias is not None:
-                    raise ShardError(f"model.layers.{index}.mlp.{role} has a bias; shards have none, it would be lost")
-            found[index] = _Dense(tuple(mlp.down_proj.weight.shape), _answers(index, mlp))
+                    raise ShardError(f"{module}.{role} has a bias; shards have none, it would be lost")
+            found[index] = _Dense(module, tuple(mlp.down_proj.weight.shape), _answers(module, mlp, stand_ins))
     return found
 
 
-def _answers(index: int, mlp: nn.Module) -> torch.Tensor:
+def _answers(name: str, mlp: nn.Module, stand_ins: Mapping[str, nn.Module]) -> torch.Tensor:
     try:
-        return answers(
-            without_linears(mlp, dict(zip(_ROLES, (_Half(0), _Half(1), nn.Identity()), strict=True))), torch.float32
-        )
+        return answers(without_linears(mlp, stand_ins), torch.float32)
     except Exception as error:  # a forward that does more than that may raise anything
         raise ShardError(
-            f"model.layers.{index}.mlp: {type(mlp).__name__} does not run without its weights, so that what it "
+            f"{name}: {type(mlp).__name__} does not run without its weights, so that what it "
             f"computes between them cannot be compared with the shards' activation: {error}"
         ) from error
 
 
-def _is_dense(mlp: nn.Module) -> bool:
+def _linears(mlp: nn.Module) -> Mapping[str, nn.Module] | None:
+    """Those of a dense layer's MLP; None for another module."""
     own = dict(mlp.named_children())
-    return "experts" not in own and all(isinstance(own.get(role), nn.Linear) for role in _ROLES)
+    if "experts" in own:
+        return None
+    return next((each for each in _STAND_INS if all(isinstance(own.get(role), nn.Linear) for role in each)), None)
 
 
 def _compare(model: nn.Module, dense: Mapping[int, _Dense], shard: Shard) -> None:
@@ -204,13 +220,12 @@ def _compare(model: nn.Module, dense: Mapping[int, _Dense], shard: Shard) -> Non
     for index, found in dense.items():
         if found.sizes != wanted:
             raise ShardError(
-                f"{shard.file}: hidden_size and intermediate_size are {wanted}, model.layers.{index}.mlp's are "
-                f"{found.sizes}"
+                f"{shard.file}: hidden_size and intermediate_size are {wanted}, {found.name}'s are {found.sizes}"
             )
         activation = shard.layer(index).known_activation()
         difference = disagreement(found.answers, activation, torch.float32)
         if difference is not None:
             raise ShardError(
-                f"{shard.file}: layer {index}'s activation is {activation}, model.layers.{index}.mlp computes another: "
+                f"{shard.file}: layer {index}'s activation is {activation}, {found.name} computes another: "
                 f"{difference}; cut the set from this model's checkpoint, with its config.json"
             )

@@ -10,8 +10,8 @@ from safetensors import safe_open
 
 from reshard.errors import ShardError
 from reshard.manifest import Manifest
+from reshard.naming import parse_dense
 
-_DENSE = re.compile(r"model\.layers\.([0-9]+)\.mlp\.(?:gate_proj|up_proj|down_proj)\.[a-z_]+")
 _LENGTH_BYTES = 8
 
 
@@ -43,8 +43,8 @@ def read_others(
             for name in opened.keys():  # noqa: SIM118 - no mapping
                 if name in held or passed_over(name):
                     continue
-                match = _DENSE.fullmatch(name)
-                if match and int(match[1]) in layers:
+                dense = parse_dense(name)
+                if dense and dense.prefix == manifest.model.prefix and dense.layer in layers:
                     raise ShardError(
                         f"{file}: {name} is a DenseFFN tensor that the shard set was not cut from; cut the shards "
                         "from the very model that is served"

@@ -153,12 +153,11 @@ def check_scheme(scheme: str) -> None:
         raise UsageError(f"--scheme {scheme}: there are {', '.join(SCHEMES)}")
 
 
-def check_kind(module: str, declared: Declared) -> None:
-    """Raises SchemeError, by the name it is given, for a kind that no variant is of."""
+def check_kind(module: str, declared: Declared, tensors: str = "") -> None:
+    """Raises SchemeError, by the name it is given, for a kind that no variant is of. tensors: in words, or nothing."""
     if not is_split(declared.kind):
-        raise SchemeError(
-            f"{module}: {declared.said_by} says {declared.kind}, which this version does not split; {WAY_OUT}"
-        )
+        said = f"{declared.kind} ({tensors})" if tensors else declared.kind
+        raise SchemeError(f"{module}: {declared.said_by} says {said}, which this version does not split; {WAY_OUT}")
 
 
 def is_split(kind: str) -> bool:

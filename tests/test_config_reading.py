@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from reshard.activation import Activation
 from reshard.errors import LayersError, SchemeError, SourceError
@@ -15,7 +17,9 @@ from reshard.modelconfig import (
     language_config,
     read_model_config,
 )
+from reshard.modelconfig.families import FAMILIES
 from reshard.modelconfig.read import ModelConfig
+from reshard.modelconfig.rules import EXPERT_COUNTS, RULES
 from reshard.promised import promised
 from reshard.source.open import describe, open_source
 from tests.builders import Spec, build
@@ -304,6 +308,33 @@ def test_limits_by_layer() -> None:
 def test_a_limit_that_makes_no_sense(value: object) -> None:
     with pytest.raises(SourceError, match=r"config\.json: swiglu_limit has "):
         read(model_type="glm5_next_text", swiglu_limit=value)
+
+
+# Any value of any key
+
+
+_KEYS = sorted(
+    {key for rule in RULES.values() for key in rule.keys}
+    | {*EXPERT_COUNTS, "model_type", "hidden_act", "swiglu_limit", "swiglu_limits", "swiglu_limits_shared"}
+    | {"num_mtp_layers", "intermediate_size", "dense_intermediate_size", "num_hidden_layers", "text_config", "mlp_bias"}
+)
+_VALUES = (
+    st.none() | st.booleans() | st.integers(-2, 9) | st.floats(allow_nan=True) | st.just("1,2") | st.text(max_size=3)
+)
+_MODELS = st.sampled_from(sorted(FAMILIES))
+
+
+@settings(max_examples=800, deadline=None)
+@given(st.dictionaries(st.sampled_from(_KEYS), _VALUES | st.lists(_VALUES, max_size=5)), _MODELS | _VALUES)
+def test_whatever_a_config_holds_is_read_or_refused_in_a_line(keys: dict[str, Any], model_type: object) -> None:
+    config = SIZES | {"model_type": model_type} | keys
+    has_experts(config)
+    try:
+        model = read_model_config(config)
+    except SourceError:
+        return
+    assert model.dense_layers is None or model.dense_layers <= set(range(model.num_hidden_layers))
+    assert len(model.activations) == model.num_hidden_layers
 
 
 # MTP layers

@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 
 from reshard import __version__
+from reshard.activation import FORMULAS
 from reshard.cli.main import app
+from reshard.modelconfig.act import ALIASES, HARMLESS
+from reshard.modelconfig.families import FAMILIES, Family
+from reshard.modelconfig.rules import RULES
+from reshard.modelconfig.wrapper import WRAPPERS
 from reshard.prepare import Cut
 from reshard.schemes import VARIANTS, TensorRule
 from tests.builders import Spec, build
@@ -49,6 +54,65 @@ def cut_rows() -> list[str]:
 
 def _same(one: TensorRule, other: TensorRule) -> bool:
     return (one.suffix, one.shape) == (other.suffix, other.shape)
+
+
+def _dense_by(family: Family) -> str:
+    """Where a family's dense layers are, in a table's words."""
+    if not family.rules:
+        return "every layer"
+    keys = dict.fromkeys(key for rule in family.rules for key in RULES[rule].keys)
+    said = ", ".join(f"`{key}`" + (f" ({family.defaults[key]})" if key in family.defaults else "") for key in keys)
+    return said or "`mlp_layer_types`"
+
+
+def _computes(family: Family) -> str:
+    if family.fixed is not None:
+        return f"{family.fixed}: not computed"
+    limit = family.limit or family.limits
+    name = f"`{family.act}` ({family.activation})"
+    return f"{name}, `{limit}`" + (" on act(gate): not computed" if family.clamps_after else "") if limit else name
+
+
+def family_rows() -> list[str]:
+    """The table of families with dense layers: those that are alike in one row."""
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for model_type, family in FAMILIES.items():
+        if model_type not in WHOLE:
+            rows.setdefault((_dense_by(family), _computes(family), family.source), []).append(f"`{model_type}`")
+    head = [
+        "| `model_type` | dense layers by (default) | activation by (default) | read in |",
+        "| --- | --- | --- | --- |",
+    ]
+    return head + [f"| {', '.join(names)} | {by} | {act} | {source} |" for (by, act, source), names in rows.items()]
+
+
+WHOLE = {
+    name: f"dense layers named {family.names}" if family.names else "experts in every layer"
+    for name, family in FAMILIES.items()
+    if family.names
+    or ("every layer" in family.rules and name not in {"mellum", "minimax_m3_vl_text", "muse_spark_text"})
+}
+
+
+def whole_rows() -> list[str]:
+    """The table of families of which nothing is cut."""
+    rows: dict[str, list[str]] = {}
+    for model_type, why in WHOLE.items():
+        rows.setdefault(why, []).append(f"`{model_type}`")
+    return [
+        "| `model_type` | why |",
+        "| --- | --- |",
+        *(f"| {', '.join(names)} | {why} |" for why, names in rows.items()),
+    ]
+
+
+def activation_rows() -> list[str]:
+    """The table of activations that are computed."""
+    rows = []
+    for name, formula in FORMULAS.items():
+        names = ", ".join(f"`{alias}`" for alias, function in ALIASES.items() if function == name)
+        rows.append(f"| {name} | {formula} | {names} |")
+    return ["| activation | act(x) | in config.json |", "| --- | --- | --- |", *rows]
 
 
 def section(page: str, name: str) -> list[str]:
@@ -166,6 +230,16 @@ def test_the_serving_page_has_every_key_of_the_loader() -> None:
     page = (ROOT / "docs" / "serving.md").read_text()
     table = page.split("| in `--model-loader-extra-config` | |")[1].split("\n\n")[0]
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == [field.name for field in fields(Options)]
+
+
+def test_the_page_on_models_has_every_family_key_and_activation() -> None:
+    wrappers = [f"| `{'.'.join(path)}` | {who} |" for path, who in WRAPPERS.items()]
+    harmless = [f"| `{pattern.replace('|', '`, `')}` | {why} |" for pattern, why in HARMLESS.items()]
+    assert section("models.md", "families") == family_rows()
+    assert section("models.md", "whole") == whole_rows()
+    assert section("models.md", "wrappers") == ["| key | in |", "| --- | --- |", *wrappers]
+    assert section("models.md", "activations") == activation_rows()
+    assert section("models.md", "harmless") == ["| key has | it is |", "| --- | --- |", *harmless]
 
 
 def test_the_page_on_checks_has_every_check_rule_and_option() -> None:

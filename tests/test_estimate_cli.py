@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import pty
 import re
@@ -345,11 +346,26 @@ def test_wrong_usage_and_bad_input_are_one_line(arguments: tuple[object, ...], c
 
 def test_a_model_without_dense_layers(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(
-        '{"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "num_experts": 4}'
+        '{"model_type": "mixtral", "hidden_size": 512, "num_hidden_layers": 2, "num_local_experts": 4}'
     )
     done = reshard("estimate", "--config", tmp_path / "config.json", "--tp", "2")
     assert done.code == 1
-    assert "no dense layer: config.json (num_experts = 4 and no key that names dense layers) gives none" in done.err
+    assert "no dense layer: config.json (mixtral: every layer is a mixture of experts) gives none" in done.err
+
+
+def test_a_model_that_is_not_known(tmp_path: Path) -> None:
+    """Its numbers come with a warning, and there are none where nothing says which layers are dense."""
+    config = {"model_type": "new", "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2}
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config | {"hidden_act": "silu"}))
+    done = reshard("estimate", "--config", file, "--tp", "2")
+    assert done.code == 0
+    assert done.err.count("warning") == 1
+    assert "model_type 'new' is not known here: which layers are dense (no experts, num_hidden_layers = 2)" in done.err
+    file.write_text(json.dumps(config | {"num_experts": 4, "dense_every": 2}))
+    done = reshard("estimate", "--config", file, "--tp", "2")
+    assert (done.code, done.out) == (1, "")
+    assert "num_experts = 4, and dense_every is not known: which layers are dense is not known without the" in done.err
 
 
 def test_estimating_imports_no_torch() -> None:

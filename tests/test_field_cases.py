@@ -138,7 +138,7 @@ EXPECTED: dict[str, Cut | Refused] = {
     "e29-rank-folders": Refused("input", ("rank_0", "rank_1")),
     "e30-merged-into-model": Cut("bf16", (0,)),
     "e31-mixed-case-config-dir": Cut("bf16", (0,), prefix=WRAPPED),
-    "e32-f8-e5m2": Refused("scheme", ("F8_E5M2",)),
+    "e32-f8-e5m2": Refused("scheme", ("E5M2",)),
     "g01-glm53-swiglu-limit": Cut("bf16", (0, 1, 2), activation=("silu", 10.0)),
     "g03-ct-quip-online-transform": Refused("scheme", ("transform_config", "online transform")),
 }

@@ -8,18 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    GemmaConfig,
-    GemmaForCausalLM,
-    Glm4vMoeConfig,
-    Glm4vMoeForConditionalGeneration,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-)
+from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from reshard.activation import GELU, SILU, Activation
 from reshard.errors import ShardError
@@ -34,14 +23,6 @@ from tests.unsplit import error
 
 SIZES = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
 SIZES |= {"num_hidden_layers": 2, "vocab_size": 64}
-GLM_4_5V = {
-    "text_config": SIZES | {
-        "head_dim": 16, "moe_intermediate_size": 32, "num_hidden_layers": 3, "first_k_dense_replace": 2, "n_group": 1,
-        "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "topk_group": 1,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
-    },
-    "vision_config": {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64},
-}  # fmt: skip
 LIMITS = (None, 0.5, 7.0, 10.0)
 EVERY = [Activation(case.activation.name, limit) for case in CASES.values() for limit in LIMITS]
 EVERY = list(dict.fromkeys(EVERY))
@@ -99,26 +80,16 @@ def test_the_line_names_the_values() -> None:
     assert "it makes 0, silu makes " in (disagreement(found, Activation(SILU), torch.float32) or "")
 
 
-NAMES = ("gelu", "gemma", "silu", "stacked", "beside vision")
-
-
-def _whole(path: Path) -> Any:
-    auto = AutoModelForImageTextToText if path.name == "beside vision" else AutoModelForCausalLM
-    return auto.from_pretrained(path)
-
-
 def _models(folder: Path) -> dict[str, Path]:
     torch.manual_seed(0)
     for name, model in {
         "gelu": LlamaForCausalLM(LlamaConfig(**SIZES, hidden_act="gelu")),
         "gemma": GemmaForCausalLM(GemmaConfig(**SIZES, head_dim=16)),
         "silu": LlamaForCausalLM(LlamaConfig(**SIZES)),
-        "stacked": Phi3ForCausalLM(Phi3Config(**SIZES, pad_token_id=0)),
-        "beside vision": Glm4vMoeForConditionalGeneration(Glm4vMoeConfig(**GLM_4_5V)),
     }.items():
         model.save_pretrained(folder / name)
         split(folder / name, folder / f"{name}-tp1", Cut(1))
-    return {name: folder / name for name in NAMES}
+    return {name: folder / name for name in ("gelu", "gemma", "silu")}
 
 
 @pytest.fixture(scope="module")
@@ -127,17 +98,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("how", ["attach", "load_model"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["gelu", "gemma", "silu"])
 def test_models_of_any_known_activation(models: dict[str, Path], name: str, how: str) -> None:
-    """Also where gate and up are one linear, and where the language model stands beside vision."""
     path, ids = models[name], torch.arange(2, 10)[None]
-    whole = _whole(path)
+    whole = AutoModelForCausalLM.from_pretrained(path)
     with torch.inference_mode():
         wanted = whole(ids).logits[0].double()
         shards = path.with_name(f"{name}-tp1")
         made = load_model(path, shards) if how == "load_model" else attach(whole, shards)
-        kinds = [type(layer.mlp) for layer in made.get_decoder().layers]
-        assert [kind is DenseFFN for kind in kinds] == [True, True, False][: len(kinds)]
+        assert isinstance(made.model.layers[0].mlp, DenseFFN)
         assert error(made(ids).logits[0], wanted) < 3e-6
 
 
@@ -224,9 +193,9 @@ class _Bound(_Scaled):
 def test_an_mlp_that_does_more_is_refused(tmp_path: Path) -> None:
     mlp = CASES["gelu"].mlp(64, 256)
     shards = _cut(tmp_path, mlp, CASES["gelu"].config)
-    with pytest.raises(ShardError, match=f"layer 0's activation is {GELU}, layers.0.mlp computes another"):
+    with pytest.raises(ShardError, match=f"layer 0's activation is {GELU}, model.layers.0.mlp computes another"):
         attach(_Model([_Scaled(mlp)]), shards)
-    with pytest.raises(ShardError, match=r"layers.0.mlp: _Bound does not run without its weights, .* 'weight'"):
+    with pytest.raises(ShardError, match=r"model.layers.0.mlp: _Bound does not run without its weights, .* 'weight'"):
         attach(_Model([_Bound(mlp)]), shards)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +17,7 @@ from runtime.serving.vllm.groups import chunks
 from runtime.serving.vllm.options import Options, parse
 from runtime.serving.vllm.refusals import refuse, refuse_elastic
 from runtime.serving.vllm.source import check_same, read_others, replaced
-from tests.builders import Spec, build, read_safetensors, write_safetensors
+from tests.builders import Raw, Spec, build, random_raw, read_safetensors, write_safetensors
 from tests.running import split
 
 
@@ -84,29 +85,60 @@ def test_a_dense_tensor_that_the_set_was_not_cut_from(cut: tuple[Path, Manifest]
         dict(read_others(_files(model), manifest, _kept))
 
 
-def test_a_wrappers_dense_tensor_is_known_by_its_prefix(tmp_path: Path) -> None:
-    """One of the language model is not passed over; one of a tower beside it is another module's."""
-    prefix, model = "language_model.model.", tmp_path / "model"
-    build(model, Spec(files=1))
-    (path,) = model.glob("*.safetensors")
-    tensors = {name.replace("model.", prefix, 1): value for name, value in read_safetensors(path).items()}
-    write_safetensors(path, tensors, {"format": "pt"})
-    for index in model.glob("*.index.json"):
-        index.unlink()
+PREFIX = "language_model.model."
+HIDDEN, INTERMEDIATE = 64, 256
+
+
+def _mlp(module: str, hidden: int, intermediate: int, stacked: bool = False) -> dict[str, Raw]:
+    shapes = {"down_proj": (hidden, intermediate)}
+    shapes |= {"gate_up_proj": (2 * intermediate, hidden)} if stacked else {}
+    shapes |= {} if stacked else dict.fromkeys(("gate_proj", "up_proj"), (intermediate, hidden))
+    rng = np.random.default_rng(0)
+    return {f"{module}.mlp.{role}.weight": random_raw(rng, "BF16", shape) for role, shape in shapes.items()}
+
+
+def _wrapper(folder: Path, prefix: str, stacked: bool, beside: dict[str, Raw]) -> Path:
+    folder.mkdir()
+    dense = _mlp(f"{prefix}layers.0", HIDDEN, INTERMEDIATE, stacked)
+    write_safetensors(folder / "model.safetensors", dense | beside, {"format": "pt"})
+    text = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": 1, "hidden_act": "silu"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "a_wrapper", "text_config": text}))
+    return folder
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_what_stands_beside_a_language_model_is_the_engines(tmp_path: Path, stacked: bool) -> None:
+    """A tower and an MTP block of the very sizes, and another module with layers of its own."""
+    beside = _mlp("vision_tower.encoder.layers.0", HIDDEN, INTERMEDIATE) | _mlp("mtp.layers.0", HIDDEN, INTERMEDIATE)
+    beside |= _mlp("other.layers.0", 32, 64) | _mlp(f"{PREFIX}layers.1", HIDDEN, INTERMEDIATE, stacked)
+    model = _wrapper(tmp_path / "model", PREFIX, stacked, beside)
+    config = json.loads((model / "config.json").read_text())
+    config["text_config"]["num_nextn_predict_layers"] = 1
+    (model / "config.json").write_text(json.dumps(config))
     split(model, tmp_path / "tp2", Cut(2))
     manifest = parse_manifest((tmp_path / "tp2" / "manifest.json").read_bytes())
-    assert manifest.model.prefix == prefix
-    tower, extra = "vision_tower.layers.0.mlp.down_proj.bias", f"{prefix}layers.1.mlp.down_proj.bias"
-    write_safetensors(model / "tower.safetensors", {tower: ("F32", (1,), bytes(4))})
+    assert replaced(manifest) == _mlp(f"{PREFIX}layers.0", HIDDEN, INTERMEDIATE, stacked).keys()
     read = dict(read_others(_files(model), manifest, _kept))
-    assert read.keys() == (tensors.keys() - replaced(manifest)) | {tower}
-    write_safetensors(model / "more.safetensors", {extra: ("F32", (1,), bytes(4))})
-    with pytest.raises(ShardError, match=f"more.safetensors: {extra} is a DenseFFN tensor that the shard set was not"):
-        dict(read_others(_files(model), manifest, _kept))
+    assert read.keys() == beside.keys()
+
+
+@pytest.mark.parametrize(("prefix", "stacked"), [(PREFIX, True), ("model.", False), ("model.language_model.", True)])
+def test_the_same_layers_in_another_form_or_under_another_prefix(tmp_path: Path, prefix: str, stacked: bool) -> None:
+    """Neither may reach the engine: it would take the place of what the shards have filled."""
+    split(_wrapper(tmp_path / "model", PREFIX, False, {}), tmp_path / "tp2", Cut(2))
+    manifest = parse_manifest((tmp_path / "tp2" / "manifest.json").read_bytes())
+    other = _wrapper(tmp_path / "other", prefix, stacked, {})
+    said = rf"{prefix}layers\.0\.mlp\..* not cut from \(its layers are language_model\.model\.layers\.\*\)"
+    if stacked:
+        with pytest.raises(ShardError, match="gate_up_proj"):
+            dict(read_others(_files(other), manifest, lambda name: "down_proj" in name))
+    with pytest.raises(ShardError, match=said):
+        dict(read_others(_files(other), manifest, _kept))
 
 
 def test_the_same_files_are_the_same(cut: tuple[Path, Manifest]) -> None:
-    check_same(*cut)
+    model, manifest = cut
+    check_same(model, _files(model), manifest)
 
 
 def _shorter(path: Path) -> None:
@@ -131,9 +163,30 @@ def test_other_files_are_named(cut: tuple[Path, Manifest], change: Any, said: st
     path = model / manifest.source.files[0].name
     change(path)
     with pytest.raises(ShardError, match=said) as caught:
-        check_same(model, manifest)
+        check_same(model, _files(model), manifest)
     assert str(path) in str(caught.value)
     assert '"source": "any"' in str(caught.value)
+
+
+def test_the_engine_must_read_what_the_set_was_cut_from(cut: tuple[Path, Manifest]) -> None:
+    """A single file beside an index: the set was cut from one account, the engine reads the other."""
+    model, manifest = cut
+    single = model / "model.safetensors"
+    write_safetensors(single, {"lm_head.weight": ("BF16", (1,), bytes(2))})
+    with pytest.raises(ShardError) as caught:
+        check_same(model, [str(single)], manifest)
+    for text in ("the set was cut from it", "the engine reads model.safetensors instead", '"source": "any"'):
+        assert text.replace("the set", "the shard set") in str(caught.value)
+
+
+def test_a_draft_that_the_engine_reads_beside_it(cut: tuple[Path, Manifest]) -> None:
+    """Without an index vLLM reads every file: the draft's other tensors would take the place of the model's."""
+    model, manifest = cut
+    held = "model.layers.0.mlp.down_proj.weight"
+    write_safetensors(model / "draft.safetensors", {held: ("BF16", (1,), bytes(2))})
+    with pytest.raises(ShardError, match=f"draft.safetensors: holds {held}, which the shard set was cut from model-.*"):
+        list(read_others(_files(model), manifest, _kept, same=True))
+    assert held not in dict(read_others(_files(model), manifest, _kept))
 
 
 def test_options() -> None:

@@ -144,6 +144,7 @@ FAMILIES: dict[str, Family] = {
     "mimo": Family(source="vLLM mimo.py"),
     "pangu_ultra_moe": Family(("num_dense_layers", "first_k_dense_replace"), source="vLLM openpangu.py"),
     "pangu_embedded": Family(source="vLLM openpangu.py"),
+    "minimax_m3_text": _first(3, fixed=Activation("swigluoai"), source="vLLM minimax_m3.py"),
     "param2moe": _first(1, source="vLLM param2moe.py"),
     "sarvam_moe": _SARVAM,
     "sarvam_mla": _SARVAM,

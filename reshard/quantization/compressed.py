@@ -68,7 +68,9 @@ def _made(section: Section, name: str, group: _Args) -> _Made:
         if not isinstance(value, dict):
             raise section.error(f"config_groups.{name}.{key}", "is not an object")
     weights, inputs, outputs = arguments.values()
-    rule = _KINDS.get((_number(weights), weights.get("strategy"), inputs.get("dynamic")))
+    # Compared, not looked up: any JSON value may stand there, a list too.
+    said = [_number(weights), weights.get("strategy"), inputs.get("dynamic")]
+    rule = next((rule for key, rule in _KINDS.items() if list(key) == said), None)
     alike = bool(weights.get("symmetric")) and _number(inputs) == _number(weights)
     made = rule(section, name, weights, inputs) if rule is not None and alike and not outputs else None
     return made or (_spelt(weights, inputs, outputs), None)

@@ -105,7 +105,7 @@ class Schemes:
             self._warn(
                 module,
                 f"{other.said_by} says {scheme_of(other.kind)}, which the tensors do not fit: taken as {scheme}, by "
-                "--scheme; engines that read the file will not",
+                "--scheme; an engine goes by the file",
             )
         return declared
 

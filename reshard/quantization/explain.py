@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from reshard.errors import SchemeError
 from reshard.naming import CONFIG
 from reshard.quantization.description import DESCRIPTION, is_description
-from reshard.quantization.formats import names_of_formats, tensors_text, variants_of
+from reshard.quantization.formats import names_of_formats, tensors_text, types_text, variants_of
 from reshard.quantization.methods import NO_BLOCK_SIZE
 from reshard.schemes import (
     FLOAT,
@@ -127,7 +127,7 @@ def _other_is_right(module: str, found: _Tensors, first: Declared, right: Declar
 def _caught(module: str, declared: Declared, found: _Tensors) -> SchemeError:
     """The line that the split table has for it."""
     try:
-        check_kind(module, declared)
+        check_kind(module, declared, types_text(found))
         match_variant(module, declared, found)
     except SchemeError as error:
         return error

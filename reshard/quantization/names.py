@@ -55,9 +55,10 @@ def wildcard(entry: str, module: str) -> bool:
 
 def mentions(match: Match, entries: list[str], module: str, section: Section) -> bool:
     """Whether one of the entries means the module. Raises SourceError for an entry that is no pattern."""
+    names = names_of(module)
     for entry in entries:
         try:
-            if any(_means(match, entry, name) for name in names_of(module)):
+            if any(_means(match, entry, name) for name in names):
                 return True
         except (re.error, OverflowError, RecursionError) as error:
             raise SourceError(f"{section.file}: {section.path}: {entry!r} is not a pattern: {error}") from error

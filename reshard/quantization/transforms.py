@@ -34,7 +34,9 @@ _SMELLS = re.compile(r"transform|rotat|quarot|hadamard|kronecker", re.IGNORECASE
 _ALGORITHMS = "algo_config"  # Quark's list of what it did to a model
 
 # compressed-tensors keeps a transform's weight below the linear, as {group}_{location}.weight.
-_STORED = re.compile(r"\.[a-z_]*proj\.(?P<group>\w+?)_(?P<location>(?:weight_)?(?:input|output))\.weight")
+_STORED = re.compile(
+    r"(?:^|\.)(?:[a-z_]*proj|lm_head|embed_tokens)\.(?P<group>\w+?)_(?P<location>(?:weight_)?(?:input|output))\.weight"
+)
 # ModelSlim's. A rotation is one for all layers, so that one in another module of a dense layer may be this one's.
 _MODELSLIM = (
     (re.compile(r"(?:^|\.)kronecker_rotation_[mn]$"), "QuaRot's online Kronecker rotation"),

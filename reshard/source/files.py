@@ -87,8 +87,13 @@ def _side_files(source: Source) -> tuple[dict[str, bytes], list[str]]:
     unread = [name for name in descriptions if name != DESCRIPTION] if DESCRIPTION in descriptions else []
     description = _only_one((name for name in descriptions if name not in unread), is_description, "description")
     wanted = [*(name for name in (CONFIG, MODELOPT) if name in source.files()), *([description] if description else [])]
-    lines = [f"{name} is not read: {DESCRIPTION} is what vllm-ascend reads" for name in unread]
-    return {name: read_file(source, name) for name in wanted}, lines
+    read = {name: read_file(source, name) for name in wanted}
+    lines = [
+        f"{name} is not read, and differs from {DESCRIPTION}, which is what vllm-ascend reads"
+        for name in unread
+        if read_file(source, name) != read[DESCRIPTION]
+    ]
+    return read, lines
 
 
 def _read_index(source: Source, file: str) -> dict[str, str]:

@@ -6,7 +6,6 @@ their full weights. Shapes: H hidden_size, I intermediate_size.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,49 +13,16 @@ import torch
 from torch import nn
 
 from reshard.errors import MissingDependencyError, ShardError
+from reshard.manifest import Manifest
+from reshard.naming import GATE_UP, ROLES
+from reshard.weights import SINGLE
 from runtime.ffn import DenseFFN
 from runtime.group import agree
 from runtime.kernels import device_of
-from runtime.loader import load_shard
-from runtime.probe import answers, disagreement, without_linears
+from runtime.loader import load_shard, read_manifest
+from runtime.probe import disagreement
+from runtime.serving.decoder import Decoder, Slot, decoder_of
 from runtime.shard import LayerShard, Shard
-
-
-@dataclass(frozen=True)
-class _Dense:
-    """A dense layer's MLP in the model: its name, its sizes [H, I], what it answers (runtime.probe) between them."""
-
-    name: str
-    sizes: tuple[int, int]
-    answers: torch.Tensor
-
-
-class _Slot(nn.Module):
-    """Where a dense layer's weights would be."""
-
-    def __init__(self, dense: _Dense) -> None:
-        super().__init__()
-        self.dense = dense
-
-
-class _Half(nn.Module):
-    """In the place of gate_proj or up_proj: the left or right half of what it is given."""
-
-    def __init__(self, half: int) -> None:
-        super().__init__()
-        self._half = half
-
-    def forward(self, h_T2L: torch.Tensor) -> torch.Tensor:
-        """[T, L]."""
-        return h_T2L.chunk(2, dim=-1)[self._half]
-
-
-_STAND_INS: tuple[Mapping[str, nn.Module], ...] = (
-    {"gate_proj": _Half(0), "up_proj": _Half(1), "down_proj": nn.Identity()},
-    {"gate_up_proj": nn.Identity(), "down_proj": nn.Identity()},
-)
-"""The linears of a dense MLP, apart or with gate and up stacked, and what stands for them when it is asked."""
-_ROLES = sorted({role for each in _STAND_INS for role in each})
 
 
 def attach(
@@ -71,7 +37,8 @@ def attach(
     `load_shard` gave. `options` are `DenseFFN`'s. With tokens="scattered", its default, the ranks run the model in
     lockstep, each with its own tokens, as many on each, or up to `max_tokens`.
 
-    A dense layer is one whose `mlp` has gate_proj, up_proj and down_proj of its own (or gate_up_proj) and no experts.
+    A dense layer is one of the language model's (`get_decoder`) whose `mlp` has gate_proj and up_proj, or both as
+    gate_up_proj, and down_proj of its own and no experts. What stands beside the language model is left as it is.
 
     Raises ShardError, on all ranks and with the model as it was, where its dense layers or sizes are not the shards',
     or what its MLPs compute between their matrices: that is asked of their own code, with a few values.
@@ -79,15 +46,15 @@ def attach(
     problem: Exception | None = None
     held: dict[int, LayerShard] = {}
     try:
-        held = _held(model, shards, group)
+        decoder = decoder_of(model)
+        held = _held(model, decoder, shards, group)
     except Exception as error:  # whatever it is, the others must not wait for this rank
         problem = error
     agree(group, {}, problem)
-    own: dict[str, Any] = {"dtype": next(model.parameters()).dtype}
+    own: dict[str, Any] = {"dtype": next(decoder.module.parameters()).dtype}
     made = {index: DenseFFN(layer, group, **(own | options)) for index, layer in held.items()}
-    _, layers = _decoder_layers(model)
     for index, ffn in made.items():
-        layers[index].mlp = ffn
+        decoder.layers[index].mlp = ffn
     return model
 
 
@@ -100,57 +67,82 @@ def load_model(
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> nn.Module:
-    """The causal language model in `path`, beside vision or not, its dense layers from `shards`.
+    """The model in `path`, its dense layers from `shards`: their full weights are never in memory.
 
-    Their full weights are never in memory. Everything else is loaded by transformers' own `from_pretrained`. Raises as
-    `attach` does.
+    It is of the class that transformers has for image and text, where it has one for the model's config, else the
+    causal language model.
+
+    Everything else is loaded by transformers' own `from_pretrained`. Raises as `attach` does.
     """
     model: Any = None
     problem: Exception | None = None
     try:
-        model = _load(path, dtype).to(device_of(device)).eval()
+        model = _load(path, dtype, Path(shards)).to(device_of(device)).eval()
     except Exception as error:  # whatever it is, the others must not wait for this rank
         problem = error
     agree(group, {}, problem)
     return attach(model, shards, group, **options)
 
 
-def _load(path: str | Path, dtype: torch.dtype | None) -> Any:
-    """The model with slots for its dense layers."""
+def _check_taken(folder: Path, manifest: Manifest) -> None:
+    """Of two accounts of the weights in a folder transformers takes the single file: the shards must be of it, too."""
+    cut_from = {file.name for file in manifest.source.files}
+    if SINGLE in cut_from or not all((folder / name).is_file() for name in (SINGLE, *cut_from)):
+        return
+    raise ShardError(
+        f"{folder}: transformers takes {SINGLE}, the shards were cut from {', '.join(sorted(cut_from))}: attention "
+        "would be of one account of the weights, the dense layers of the other; cut the shards with "
+        f"--index {SINGLE}, or move that file to another folder"
+    )
+
+
+def _load(path: str | Path, dtype: torch.dtype | None, shards: Path) -> Any:
+    """The model with slots for its dense layers: as image-text-to-text where transformers has that for its config."""
+    manifest, _ = read_manifest(shards)
+    _check_taken(Path(path), manifest)
     transformers = _transformers()
     config = transformers.AutoConfig.from_pretrained(path)
-    mappings = (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
-    known: Mapping[type, Any] | None = next((each for each in mappings if type(config) in each), None)
-    if known is None:
-        raise ShardError(f"{path}: transformers has no causal language model for {type(config).__name__}")
-    base = known[type(config)]
-    model = _without_dense(base).from_pretrained(path, dtype=dtype or "auto")
+    kinds: tuple[Mapping[type, Any], ...] = (
+        transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+    )
+    base = next((known[type(config)] for known in kinds if type(config) in known), None)
+    if base is None:
+        raise ShardError(
+            f"{path}: transformers has no causal language model for {type(config).__name__}, nor an image-text-to-text "
+            "one; load the model by its own class and attach the shards"
+        )
+    model = _without_dense(base, manifest.model.prefix).from_pretrained(path, dtype=dtype or "auto")
     model.__class__ = base
     return model
 
 
 def _held(
-    model: nn.Module, shards: str | Path | Shard, group: torch.distributed.ProcessGroup | None
+    model: nn.Module, decoder: Decoder, shards: str | Path | Shard, group: torch.distributed.ProcessGroup | None
 ) -> dict[int, LayerShard]:
     """The rank's part of each dense layer, compared with the model's."""
-    dense = _dense(model)
     if not isinstance(shards, Shard):
         rank, size = (0, 1) if group is None else (group.rank(), group.size())
-        shards = load_shard(shards, rank, next(model.parameters()).device, tp_size=size)
-    _compare(model, dense, shards)
+        shards = load_shard(shards, rank, next(decoder.module.parameters()).device, tp_size=size)
+    _compare(model, decoder, shards)
     return dict(shards.layers)
 
 
-def _without_dense(base: Any) -> Any:
-    """The model class with slots for its dense layers; its checkpoint's tensors for them are passed over by name."""
+def _without_dense(base: Any, prefix: str) -> Any:
+    """The model class with slots for its dense layers; its checkpoint's tensors for them are passed over by name.
+
+    transformers has renamed them as the model's own by then, or, a prefix that is added, has not.
+    """
 
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
-        _, layers = _decoder_layers(self)
-        dense = _dense(self)
+        decoder = decoder_of(self)
+        dense = decoder.dense()
         for index, found in dense.items():
-            layers[index].mlp = _Slot(found)
-        passed = [rf"{re.escape(found.name)}\.({'|'.join(_ROLES)})\..+" for found in dense.values()]
+            decoder.layers[index].mlp = Slot(found)
+        layers = "|".join(re.escape(name) for name in (f"{decoder.name}.", f"{prefix}layers."))
+        roles = "|".join((*ROLES, GATE_UP))
+        passed = [rf"^(?:{layers}){index}\.mlp\.(?:{roles})\..+" for index in dense]
         self._keys_to_ignore_on_load_unexpected = {*(base._keys_to_ignore_on_load_unexpected or ()), *passed}
 
     return type(base.__name__, (base,), {"__init__": init, "__module__": base.__module__})
@@ -164,68 +156,25 @@ def _transformers() -> Any:
     return transformers
 
 
-def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The language model's layers, and their name in the model: "model.language_model.layers" in some beside vision."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    for module in (decoder, getattr(decoder, "model", None)):
-        layers = getattr(module, "layers", None)
-        if isinstance(layers, nn.ModuleList):
-            return next(name for name, each in model.named_modules() if each is layers), layers
-    raise ShardError(f"{type(model).__name__} has no language model's layers; its dense layers cannot be found")
-
-
-def _dense(model: nn.Module) -> dict[int, _Dense]:
-    """The dense layers, by index."""
-    found: dict[int, _Dense] = {}
-    name, layers = _decoder_layers(model)
-    for index, layer in enumerate(layers):
-        module = f"{name}.{index}.mlp"
-        mlp = getattr(layer, "mlp", None)
-        if isinstance(mlp, _Slot):
-            found[index] = mlp.dense
-        elif isinstance(mlp, DenseFFN):
-            raise ShardError(f"{module} is split already")
-        elif isinstance(mlp, nn.Module) and (stand_ins := _linears(mlp)):
-            for role in stand_ins:
-                if getattr(mlp, role).bias is not None:
-                    raise ShardError(f"{module}.{role} has a bias; shards have none, it would be lost")
-            found[index] = _Dense(module, tuple(mlp.down_proj.weight.shape), _answers(module, mlp, stand_ins))
-    return found
-
-
-def _answers(name: str, mlp: nn.Module, stand_ins: Mapping[str, nn.Module]) -> torch.Tensor:
-    try:
-        return answers(without_linears(mlp, stand_ins), torch.float32)
-    except Exception as error:  # a forward that does more than that may raise anything
-        raise ShardError(
-            f"{name}: {type(mlp).__name__} does not run without its weights, so that what it "
-            f"computes between them cannot be compared with the shards' activation: {error}"
-        ) from error
-
-
-def _linears(mlp: nn.Module) -> Mapping[str, nn.Module] | None:
-    """Those of a dense layer's MLP; None for another module."""
-    own = dict(mlp.named_children())
-    if "experts" in own:
-        return None
-    return next((each for each in _STAND_INS if all(isinstance(own.get(role), nn.Linear) for role in each)), None)
-
-
-def _compare(model: nn.Module, dense: Mapping[int, _Dense], shard: Shard) -> None:
+def _compare(model: nn.Module, decoder: Decoder, shard: Shard) -> None:
+    dense = decoder.dense()
     if list(dense) != list(shard.layers):
+        other = decoder.named_otherwise()
         raise ShardError(
             f"{shard.file}: its dense layers are {list(shard.layers)}, {type(model).__name__}'s are {list(dense)}"
+            + ("" if other is None else f"; {other} is none of them: only what a layer calls `mlp` is replaced")
         )
     wanted = (shard.hidden_size, shard.intermediate_size)
     for index, found in dense.items():
+        name = decoder.mlp_name(index)
         if found.sizes != wanted:
             raise ShardError(
-                f"{shard.file}: hidden_size and intermediate_size are {wanted}, {found.name}'s are {found.sizes}"
+                f"{shard.file}: hidden_size and intermediate_size are {wanted}, {name}'s are {found.sizes}"
             )
         activation = shard.layer(index).known_activation()
         difference = disagreement(found.answers, activation, torch.float32)
         if difference is not None:
             raise ShardError(
-                f"{shard.file}: layer {index}'s activation is {activation}, {found.name} computes another: "
-                f"{difference}; cut the set from this model's checkpoint, with its config.json"
+                f"{shard.file}: layer {index}'s activation is {activation}, {name} computes another: {difference}; cut "
+                "the set from this model's checkpoint, with its config.json"
             )

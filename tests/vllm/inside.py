@@ -16,6 +16,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from tests.vllm.server import attention_backend
+
 OPTION = "denseffn_tensor_parallel_size"
 
 
@@ -50,6 +52,7 @@ def engine_config(served: Served) -> Any:
     """What vLLM makes of the command line."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.models import utils
+    from vllm.platforms import current_platform
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
@@ -65,6 +68,8 @@ def engine_config(served: Served) -> Any:
         "pipeline_parallel_size": served.pipeline,
         "additional_config": served.additional | ({} if served.option is None else {OPTION: served.option}),
     }
+    if current_platform.is_cpu():
+        arguments |= {"attention_backend": attention_backend()}
     if served.data > 1:
         arguments |= {"data_parallel_size": served.data, "data_parallel_rank": rank // own}
         arguments |= {"data_parallel_address": "127.0.0.1", "data_parallel_rpc_port": 29550}
@@ -187,7 +192,8 @@ def forward(group: dist.ProcessGroup, served: Served, counts: list[list[int]]) -
 
 
 def _held(model: Any) -> list[Any]:
-    """The decoder layers of this pipeline stage."""
+    """The decoder layers of this pipeline stage, a wrapper's too."""
+    model = getattr(model, "language_model", model)
     return list(model.model.layers[model.model.start_layer : model.model.end_layer])
 
 

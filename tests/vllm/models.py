@@ -1,4 +1,4 @@
-"""Small random DeepSeek-V3 models that vLLM's CPU build serves, written tensor by tensor.
+"""Small random DeepSeek-V3 models that vLLM's CPU build serves, written tensor by tensor; one inside Kimi K2.5.
 
 Dense layers whose weights matter: those of the MLPs are five times as large as usual, so that a wrong one changes
 what the model says. With `dense` = `layers`, all layers are dense and vLLM takes the model for a MoE one all the same.
@@ -16,6 +16,8 @@ HIDDEN, INTERMEDIATE, EXPERT, VOCABULARY = 256, 512, 128, 512
 _HEADS, _NOPE, _ROPE, _V, _KV = 4, 128, 64, 128, 512
 _EXPERTS = 8
 _MLP = 5.0
+_TOWER, _GRID = 128, 8  # a vision tower's sizes
+_FFN, _REST = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 
 def config(layers: int, dense: int, dtype: str) -> dict[str, Any]:
@@ -68,11 +70,62 @@ def write_model(
     intermediate: int = INTERMEDIATE,
 ) -> Path:
     """The model's folder: one file of dense layers, one of the rest."""
+    ffn, rest = _tensors(layers, dense, getattr(torch, dtype), seed, intermediate)
+    return _write(folder, config(layers, dense, dtype) | {"intermediate_size": intermediate}, ffn, rest)
+
+
+def write_kimi_k25(folder: Path, *, layers: int = 3, dense: int = 3) -> Path:
+    """The same model as Kimi K2.5 has it, float32: under a prefix and text_config, beside a vision tower of a layer."""
+    ffn, rest = _tensors(layers, dense, torch.float32, 0, INTERMEDIATE)
+    text = config(layers, dense, "float32") | {"model_type": "kimi_k2"}
+    settings = {
+        "architectures": ["KimiK25ForConditionalGeneration"],
+        "model_type": "kimi_k25",
+        "torch_dtype": "float32",
+        "tie_word_embeddings": False,
+        "text_config": text,
+        "vision_config": {
+            "model_type": "kimi_k25_vision",
+            "hidden_size": _TOWER,
+            "intermediate_size": _TOWER,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "pos_emb_height": _GRID,
+            "pos_emb_width": _GRID,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    }
+    inside = [{f"language_model.{name}": value for name, value in tensors.items()} for tensors in (ffn, rest)]
+    return _write(folder, settings, inside[0], inside[1] | _tower())
+
+
+def parts(name: str, full: torch.Tensor, size: int) -> list[torch.Tensor]:
+    """What each rank holds of a dense layer's parameter: a stacked gate_up by rows of each half, down by columns."""
+    if "gate_up" not in name:
+        return list(full.chunk(size, dim=1))
+    return [torch.cat(halves) for halves in zip(*(half.chunk(size) for half in full.chunk(2)), strict=True)]
+
+
+def poisoned(model: Path, folder: Path) -> Path:
+    """A copy of a model with NaN in place of its dense layers' weights."""
+    shutil.copytree(model, folder)
+    file = folder / _FFN
+    raw = bytearray(file.read_bytes())
+    start = 8 + int.from_bytes(raw[:8], "little")
+    raw[start:] = b"\xff" * (len(raw) - start)
+    file.write_bytes(raw)
+    return folder
+
+
+def _tensors(
+    layers: int, dense: int, dtype: torch.dtype, seed: int, intermediate: int
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(the dense layers' MLPs, everything else)."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
         value = torch.randn(shape, generator=generator) * scale / shape[-1] ** 0.5
-        return value.to(getattr(torch, dtype))
+        return value.to(dtype)
 
     def mlp(prefix: str, size: int) -> dict[str, torch.Tensor]:
         return {
@@ -81,7 +134,7 @@ def write_model(
             f"{prefix}.down_proj.weight": random(HIDDEN, size, scale=_MLP),
         }
 
-    one = torch.ones(HIDDEN, dtype=getattr(torch, dtype))
+    one = torch.ones(HIDDEN, dtype=dtype)
     ffn: dict[str, torch.Tensor] = {}
     rest = {
         "model.embed_tokens.weight": random(VOCABULARY, HIDDEN, scale=HIDDEN**0.5),
@@ -95,7 +148,7 @@ def write_model(
             f"{layer}.post_attention_layernorm.weight": one.clone(),
             f"{layer}.self_attn.q_proj.weight": random(_HEADS * (_NOPE + _ROPE), HIDDEN),
             f"{layer}.self_attn.kv_a_proj_with_mqa.weight": random(_KV + _ROPE, HIDDEN),
-            f"{layer}.self_attn.kv_a_layernorm.weight": torch.ones(_KV, dtype=one.dtype),
+            f"{layer}.self_attn.kv_a_layernorm.weight": torch.ones(_KV, dtype=dtype),
             f"{layer}.self_attn.kv_b_proj.weight": random(_HEADS * (_NOPE + _V), _KV),
             f"{layer}.self_attn.o_proj.weight": random(HIDDEN, _HEADS * _V),
         }
@@ -107,11 +160,33 @@ def write_model(
         rest |= mlp(f"{layer}.mlp.shared_experts", EXPERT)
         for expert in range(_EXPERTS):
             rest |= mlp(f"{layer}.mlp.experts.{expert}", EXPERT)
+    return ffn, rest
+
+
+def _tower() -> dict[str, torch.Tensor]:
+    """Kimi K2.5's vision tower and projector, as its files name them."""
+    generator = torch.Generator().manual_seed(1)
+    sizes = {
+        "vision_tower.patch_embed.proj": (_TOWER, 3, 14, 14),
+        "vision_tower.patch_embed.pos_emb": (_GRID, _GRID, _TOWER),
+        "vision_tower.encoder.final_layernorm": (_TOWER,),
+        "mm_projector.pre_norm": (_TOWER,),
+        "mm_projector.proj.0": (4 * _TOWER, 4 * _TOWER),
+        "mm_projector.proj.2": (HIDDEN, 4 * _TOWER),
+    }
+    block = {"norm0": (), "norm1": (), "wqkv": (_TOWER,), "wo": (_TOWER,), "mlp.fc0": (_TOWER,), "mlp.fc1": (_TOWER,)}
+    for name, inputs in block.items():
+        sizes[f"vision_tower.encoder.blocks.0.{name}"] = ((3 if name == "wqkv" else 1) * _TOWER, *inputs)
+    tensors = {f"{name}.weight": torch.randn(shape, generator=generator) for name, shape in sizes.items()}
+    biases = {f"{name}.bias": torch.randn(shape[0], generator=generator) for name, shape in sizes.items()}
+    del biases["vision_tower.patch_embed.pos_emb.bias"]
+    return tensors | biases
+
+
+def _write(folder: Path, settings: dict[str, Any], ffn: dict[str, torch.Tensor], rest: dict[str, torch.Tensor]) -> Path:
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(
-        json.dumps(config(layers, dense, dtype) | {"intermediate_size": intermediate}, indent=1)
-    )
-    files = {"model-00001-of-00002.safetensors": ffn, "model-00002-of-00002.safetensors": rest}
+    (folder / "config.json").write_text(json.dumps(settings, indent=1))
+    files = {_FFN: ffn, _REST: rest}
     for name, tensors in files.items():
         save_file(tensors, folder / name, metadata={"format": "pt"})
     index = {"metadata": {}, "weight_map": {tensor: name for name, tensors in files.items() for tensor in tensors}}

@@ -30,6 +30,11 @@ class Answer:
     gaps: list[float]
 
 
+def attention_backend() -> str | None:
+    """vLLM's own on a CPU without AMX; the one that it takes on others has no float32."""
+    return None if "VLLM_MLA_DISABLE" in os.environ else "CPU_MLA"
+
+
 class Server:
     """A server that was started; `log` is what it printed."""
 
@@ -127,6 +132,7 @@ def serving(
     command += ["--served-model-name", "m", "--port", str(port), "--host", "127.0.0.1", "--skip-tokenizer-init"]
     command += ["--dtype", dtype, "--max-model-len", "256", "--max-num-seqs", "32", "--data-parallel-size", str(data)]
     command += ["--tensor-parallel-size", str(tensor), *(["--enforce-eager"] if eager else [])]
+    command += [] if attention_backend() is None else ["--attention-backend", str(attention_backend())]
     command += [] if shards is None else shard_options(shards, data, extra)
     environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_PLUGINS": "denseffn_shards", **environment}
     log = folder / f"server-{port}.log"

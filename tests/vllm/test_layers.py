@@ -9,7 +9,7 @@ import torch
 from tests.distributed import Ranks
 from tests.vllm import inside
 from tests.vllm.inside import Served
-from tests.vllm.models import HIDDEN, INTERMEDIATE
+from tests.vllm.models import HIDDEN, INTERMEDIATE, parts
 
 GetRanks = Callable[[int], Ranks]
 Parameters = dict[str, torch.Tensor]
@@ -21,13 +21,6 @@ def _split(model: Path, size: int = 2, **more: object) -> Served:
 
 def _dense(name: str, layers: int) -> bool:
     return any(name.startswith(f"model.layers.{i}.mlp.{p}_proj.") for i in range(layers) for p in ("gate_up", "down"))
-
-
-def _parts(name: str, full: torch.Tensor, size: int) -> list[torch.Tensor]:
-    """A stacked gate_up by rows of each half, down by columns."""
-    if "gate_up" not in name:
-        return list(full.chunk(size, dim=1))
-    return [torch.cat(halves) for halves in zip(*(half.chunk(size) for half in full.chunk(2)), strict=True)]
 
 
 def test_only_the_dense_layers_change(two: Ranks, mixed: Path) -> None:
@@ -42,7 +35,7 @@ def test_only_the_dense_layers_change(two: Ranks, mixed: Path) -> None:
         for name in before.keys() - split:
             assert torch.equal(before[name], after[name]), name
     for name in sorted(split):
-        for part, after in zip(_parts(name, whole[0][name], 2), ours, strict=True):
+        for part, after in zip(parts(name, whole[0][name], 2), ours, strict=True):
             assert torch.equal(part, after[name]), name
 
 

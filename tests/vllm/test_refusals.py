@@ -13,7 +13,7 @@ from tests.distributed import Ranks
 from tests.running import reshard, split
 from tests.vllm import inside
 from tests.vllm.inside import Served
-from tests.vllm.models import write_llama, write_model
+from tests.vllm.models import poisoned, write_llama, write_model
 
 RANK_1 = "denseffn-rank-00001-of-00002.safetensors"
 GetRanks = Callable[[int], Ranks]
@@ -172,17 +172,12 @@ def test_a_quantised_set_for_a_model_that_is_not(two: Ranks, dense: Path, tmp_pa
 
 def test_dense_ffn_bytes_of_the_model_are_not_read(two: Ranks, dense: Path, tmp_path: Path) -> None:
     """The same model with a hole where its DenseFFN is, filled with what would poison any result."""
-    model = Path(shutil.copytree(dense, tmp_path / "model"))
-    file = model / "model-00001-of-00002.safetensors"
-    raw = bytearray(file.read_bytes())
-    start = 8 + int.from_bytes(raw[:8], "little")
-    raw[start:] = b"\xff" * (len(raw) - start)  # NaN
-    file.write_bytes(raw)
+    model = poisoned(dense, tmp_path / "model")
     whole = two.run(inside.parameters, Served(dense, data=2))
     ours = two.run(inside.parameters, Served(model, dense.parent / "tp2", data=2, option=2))
-    poisoned = two.run(inside.parameters, Served(model, data=2))
+    theirs = two.run(inside.parameters, Served(model, data=2))
     name = "model.layers.0.mlp.down_proj.weight"
-    assert bool(poisoned[0][name].isnan().all())
+    assert bool(theirs[0][name].isnan().all())
     for rank, (before, after) in enumerate(zip(whole, ours, strict=True)):
         assert torch.equal(before[name].chunk(2, dim=1)[rank], after[name])
         assert not any(bool(value.isnan().any()) for value in after.values())

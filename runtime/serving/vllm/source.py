@@ -3,14 +3,16 @@
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from blake3 import blake3
 from safetensors import safe_open
 
 from reshard.errors import ShardError
-from reshard.manifest import Manifest
-from reshard.naming import parse_dense
+from reshard.manifest import Manifest, SourceFile
+from reshard.naming import DOWN, GATE_UP, parse_dense
+from reshard.opened import Opened
 
 _LENGTH_BYTES = 8
 
@@ -30,58 +32,95 @@ def replaced(manifest: Manifest) -> frozenset[str]:
 
 
 def read_others(
-    files: Iterable[str], manifest: Manifest, passed_over: Callable[[str], bool]
+    files: Iterable[str], manifest: Manifest, passed_over: Callable[[str], bool], *, same: bool = False
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of every tensor that is not in the set. Of the others only the names are read.
 
-    `passed_over`: whether the engine has no use for a tensor (another rank's experts). Raises ShardError for a tensor
-    of a dense layer that the set was not cut from: it can neither be used nor left out.
+    `passed_over`: whether the engine has no use for a tensor (another rank's experts). `same`: the files must be those
+    that the set was cut from. Raises ShardError for a tensor of a dense layer that the set was not cut from, maybe
+    under another prefix: it can neither be used nor left out; and for a file that changed while it was read.
     """
-    held, layers = replaced(manifest), {layer.index for layer in manifest.layers}
+    held = replaced(manifest)
+    cut_from = {file.name: file for file in manifest.source.files}
     for file in sorted(files, key=_natural):
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - no mapping
+        entry = cut_from.get(Path(file).name)
+        with Opened(Path(file)) as opened, safe_open(opened.same_file, framework="pt") as tensors:
+            if same and entry is not None:
+                _compare(opened, entry, _way_out(Path(file).parent, manifest))
+            for name in tensors.keys():  # noqa: SIM118 - no mapping
+                if same and entry is None and name in held:
+                    raise ShardError(
+                        f"{file}: holds {name}, which the shard set was cut from {', '.join(cut_from)}: the engine "
+                        "reads both; move the one that is not this model's (a draft, an earlier save) elsewhere"
+                    )
                 if name in held or passed_over(name):
                     continue
-                dense = parse_dense(name)
-                if dense and dense.prefix == manifest.model.prefix and dense.layer in layers:
+                if _is_dense(name, tensors, manifest):
                     raise ShardError(
-                        f"{file}: {name} is a DenseFFN tensor that the shard set was not cut from; cut the shards "
-                        "from the very model that is served"
+                        f"{file}: {name} is a DenseFFN tensor that the shard set was not cut from (its layers are "
+                        f"{manifest.model.prefix}layers.*); cut the shards from the very model that is served"
                     )
-                yield name, opened.get_tensor(name)
+                yield name, tensors.get_tensor(name)
+            if difference := opened.difference():
+                raise ShardError(f"{file}: {difference}; start again when nothing writes there any more")
 
 
-def check_same(folder: Path, manifest: Manifest) -> None:
-    """Whether `folder` holds the files that the set was cut from, by name, size and digest of the header.
+def _is_dense(name: str, tensors: Any, manifest: Manifest) -> bool:
+    """Whether a tensor is of the set's dense layers: by its name, or by its size where the prefix is another.
+
+    A tower's MLP may have such a name too, and is of another size, or the checkpoint could not have been cut.
+    """
+    parsed = parse_dense(name)
+    if parsed is None or parsed.layer not in {layer.index for layer in manifest.layers}:
+        return False
+    hidden, intermediate = manifest.model.hidden_size, manifest.model.intermediate_size
+    full = {GATE_UP: [2 * intermediate, hidden], DOWN: [hidden, intermediate]}
+    same_size = tensors.get_slice(name).get_shape() == full.get(parsed.role, [intermediate, hidden])
+    return parsed.prefix == manifest.model.prefix or same_size
+
+
+def check_same(folder: Path, files: Iterable[str], manifest: Manifest) -> None:
+    """Whether the files that the engine reads are those that the set was cut from: by name, size, digest of the header.
 
     Raises ShardError, naming the first that differs.
     """
+    read = {Path(file).name for file in files}
+    way = _way_out(folder, manifest)
     for file in manifest.source.files:
         path = folder / file.name
-        way = (
-            f'serve {manifest.source.name}, cut the shards from {folder}, or set "source": "any" in '
-            "model_loader_extra_config to take the shards as they are"
-        )
         try:
-            size, digest = path.stat().st_size, _header_digest(path)
+            with Opened(path) as opened:
+                _compare(opened, file, way)
         except OSError as error:
             raise ShardError(
                 f"{path}: {error.strerror}; the shard set was cut from a file of that name; {way}"
             ) from None
-        if size != file.size:
-            raise ShardError(f"{path}: {size} bytes, the shard set was cut from {file.size}; {way}")
-        if digest != file.header_blake3:
+        if file.name not in read:
             raise ShardError(
-                f"{path}: its header has BLAKE3 {digest[:16]}…, the shard set was cut from {file.header_blake3[:16]}…; "
-                f"{way}"
+                f"{path}: the shard set was cut from it, and the engine reads {', '.join(sorted(read))} instead; "
+                f"attention would be of one account of the weights, the dense layers of the other; {way}"
             )
 
 
-def _header_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        raw = file.read(_LENGTH_BYTES)
-        return blake3(raw + file.read(min(int.from_bytes(raw, "little"), path.stat().st_size))).hexdigest()
+def _way_out(folder: Path, manifest: Manifest) -> str:
+    return (
+        f'serve {manifest.source.name}, cut the shards from {folder}, or set "source": "any" in '
+        "model_loader_extra_config to take the shards as they are"
+    )
+
+
+def _compare(opened: Opened, file: SourceFile, way: str) -> None:
+    if opened.size != file.size:
+        raise ShardError(f"{opened.path}: {opened.size} bytes, the shard set was cut from {file.size}; {way}")
+    raw = opened.read(0, _LENGTH_BYTES)
+    digest = blake3(
+        raw + opened.read(_LENGTH_BYTES, min(_LENGTH_BYTES + int.from_bytes(raw, "little"), file.size))
+    ).hexdigest()
+    if digest != file.header_blake3:
+        raise ShardError(
+            f"{opened.path}: its header has BLAKE3 {digest[:16]}…, the shard set was cut from "
+            f"{file.header_blake3[:16]}…; {way}"
+        )
 
 
 def _natural(file: str) -> list[object]:

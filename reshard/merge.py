@@ -49,6 +49,7 @@ def merge(
             sinks.append(folder.create(name, sum(tensor.nbytes for tensor in tensors)))
             files.append(_write(sinks[-1], tensors, readers, tick))
             weight_map |= {tensor.name: name for tensor in tensors}
+        source.check_unchanged()
         for sink in sinks:
             sink.commit()
         for name, data in checkpoint.side_files.items():

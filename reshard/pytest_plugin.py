@@ -38,6 +38,7 @@ def reshard_check() -> Callable[..., Report]:
         tensor_parallel_size: int | None = None,
         pipeline_parallel_size: int | None = None,
         revision: str | None = None,
+        index: str | None = None,
         strict: bool = False,
     ) -> Report:
         __tracebackhide__ = True
@@ -56,6 +57,7 @@ def reshard_check() -> Callable[..., Report]:
             against=None if against is None else str(against),
             device=device,
             revision=revision,
+            index=index,
             serving=None if all(value is None for value in said) else serving,
         )
         report = check_source(str(path), request) if config is None else check_config(str(config), request)

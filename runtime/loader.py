@@ -17,6 +17,8 @@ from reshard.errors import ManifestError, ShardError
 from reshard.manifest import Block, LayerSchemes, Manifest, ShardTensor, parse_manifest
 from reshard.manifest import Shard as ShardEntry
 from reshard.naming import mlp_name, parse_dense
+from reshard.opened import Opened, reason
+from reshard.recognise import PREFIX_BYTES, recognised
 from runtime.dequantise import dequantised
 from runtime.kernels import device_of, kernels_for
 from runtime.shard import LayerShard, LinearShard, Shard
@@ -26,6 +28,7 @@ Verify = Literal["header", "digest"]
 
 _GATE_UP, _DOWN = "gate_up_proj", "down_proj"
 _SEPARATE = ("gate_proj", "up_proj")
+_LENGTH_BYTES = 8
 _CUT_BY_ROWS = frozenset({"weight", "weight_scale", "weight_scale_inv", "weight_offset", "quant_bias", "deq_scale"})
 
 
@@ -145,22 +148,38 @@ def _read(
 ) -> dict[str, torch.Tensor]:
     """The tensors of `layers`, after the header was compared with the manifest."""
     try:
-        size = path.stat().st_size
-        metadata, header = _header(path)
+        opened = Opened(path)
     except OSError as error:
-        raise ShardError(f"{path}: cannot be read: {error.strerror}; copy the shard again") from error
-    if size != entry.size:
-        raise ShardError(f"{path}: {size} bytes, {MANIFEST} says {entry.size}; copy the shard again")
+        raise ShardError(f"{path}: cannot be read: {reason(error)}; copy the shard again") from error
+    with opened:
+        tensors = _tensors(opened, entry, manifest, device, layers, verify)
+        if difference := opened.difference():
+            raise ShardError(f"{path}: {difference}; load it again when nothing writes there any more")
+    return tensors
+
+
+def _tensors(
+    opened: Opened,
+    entry: ShardEntry,
+    manifest: Manifest,
+    device: torch.device,
+    layers: frozenset[int],
+    verify: Verify,
+) -> dict[str, torch.Tensor]:
+    path = opened.path
+    if opened.size != entry.size:
+        raise ShardError(f"{path}: {opened.size} bytes, {MANIFEST} says {entry.size}; copy the shard again")
+    metadata, header = _header(opened)
     own = {"denseffn": "shard", "tp_rank": str(entry.tp_rank), "tp_size": str(manifest.tp_size)}
     for key, value in own.items():
         if metadata.get(key) != value:
             raise ShardError(f"{path}: its header says {key} {metadata.get(key)!r}, wanted is {value!r}")
     _compare(path, header, entry.tensors)
     _check_shapes(path, entry, manifest)
-    opened = torch.device("cpu") if verify == "digest" else device
+    first = torch.device("cpu") if verify == "digest" else device
     tensors: dict[str, torch.Tensor] = {}
     try:
-        with safe_open(path, framework="pt", device=str(opened)) as file:
+        with safe_open(opened.same_file, framework="pt", device=str(first)) as file:
             for tensor in entry.tensors:
                 parsed = parse_dense(tensor.name)
                 if parsed is not None and parsed.layer in layers:
@@ -170,18 +189,25 @@ def _read(
     return tensors
 
 
-def _header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _header(opened: Opened) -> tuple[dict[str, Any], dict[str, Any]]:
     """(`__metadata__`, entries) of a safetensors header; safe_open checks the rest of it when it opens the file."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        raw = file.read(length) if length <= path.stat().st_size else b""
+    path = opened.path
+    try:
+        length = int.from_bytes(opened.read(0, _LENGTH_BYTES), "little")
+        raw = opened.read(_LENGTH_BYTES, _LENGTH_BYTES + length) if length <= opened.size else b""
+        start = opened.read(0, PREFIX_BYTES)
+    except OSError as error:
+        raise ShardError(f"{path}: cannot be read: {reason(error)}; copy the shard again") from error
     try:
         header = json.loads(raw)
         metadata = header.pop("__metadata__", {})
         {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()}
         metadata.get("denseffn")
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
-        raise ShardError(f"{path}: no safetensors header of {length} bytes in it; copy the shard again") from None
+        what = recognised(start, str(path), opened.size)
+        raise ShardError(
+            what or f"{path}: no safetensors header of {length} bytes in it; copy the shard again"
+        ) from None
     return metadata, header
 
 

@@ -277,7 +277,7 @@ _CONFIGS = [
         "two descriptions of other names",
         _two_descriptions,
         ("quant_model_description_w8a8.json", "quant_model_description_w8a8_dynamic.json"),
-        "keep the one",
+        "move the one that is not of these weights",
         spec=SLIM,
     ),
 ]

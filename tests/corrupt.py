@@ -170,18 +170,6 @@ def removed(*files: str) -> Damage:
     return damage
 
 
-def linked_outside(file: str) -> Damage:
-    """A file moved out of the folder, a link left in its place."""
-
-    def damage(folder: Path) -> None:
-        outside = folder.parent / "elsewhere"
-        outside.mkdir()
-        (folder / file).rename(outside / file)
-        (folder / file).symlink_to(outside / file)
-
-    return damage
-
-
 def flipped(file: str, at: int) -> Damage:
     """A file with one bit changed."""
 

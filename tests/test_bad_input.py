@@ -1,5 +1,6 @@
 """Every bad input ends in one clear line: what is wrong, both sides of it, the way out. Nothing is written."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -111,14 +112,14 @@ def test_names_are_unique() -> None:
 def test_unreadable_file(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulated: a test run by root can read whatever its mode is."""
     build(tmp_path / "model", Spec())
-    opened = Path.open
+    opened = os.open
 
-    def refuse(path: Path, *args: object, **kwargs: object) -> object:
-        if path.name == file:
+    def refuse(path: object, *args: int, **kwargs: int) -> int:
+        if str(path).endswith(f"/model/{file}"):
             raise PermissionError(13, "Permission denied", str(path))
-        return opened(path, *args, **kwargs)  # type: ignore[call-overload]
+        return opened(path, *args, **kwargs)  # type: ignore[call-overload,no-any-return]
 
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(SourceError, match=rf"{file}: cannot be read: Permission denied; ."):
         split(tmp_path / "model", tmp_path / "out", Cut(2))
     assert not (tmp_path / "out").exists()
@@ -139,18 +140,6 @@ def test_hub_cache_links_are_followed(tmp_path: Path) -> None:
     split(tmp_path / "plain" / "0123abc", tmp_path / "out", Cut(2))
     written = {path.name: path.read_bytes() for path in (tmp_path / "linked").iterdir()}
     assert written == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-
-
-def test_hub_cache_link_elsewhere_is_refused(tmp_path: Path) -> None:
-    """Into another repository's blobs."""
-    snapshot = tmp_path / "models--org--name" / "snapshots" / "0123abc"
-    other = tmp_path / "models--org--other" / "blobs"
-    build(snapshot, Spec())
-    other.mkdir(parents=True)
-    (snapshot / FIRST).rename(other / "0")
-    (snapshot / FIRST).symlink_to(other / "0")
-    with pytest.raises(SourceError, match=rf"{FIRST}: a link to .*/models--org--other/blobs/0, outside the folder"):
-        split(snapshot, tmp_path / "out", Cut(2))
 
 
 def test_file_that_the_index_leaves_out_is_ignored(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from tests.running import reshard_process, split
 
 PACKAGE = Path(reshard.__file__).parent
 HEAVY = ("torch", "numpy", "pydantic", "blake3", "safetensors", "huggingface_hub")
+VOCABULARY = ("manifest", "errors", "activation", "naming", "opened", "recognise", "weights")
 NO_TORCH = "import sys; sys.modules['torch'] = None"  # `import torch` raises ImportError
 
 
@@ -100,9 +101,12 @@ def test_only_two_modules_import_torch() -> None:
 
 
 def test_the_runtime_takes_only_the_vocabulary() -> None:
-    """And the engine's hook the option's rules, which the command line's checks say in the same words."""
+    """How files are opened, named and recognised among it.
+
+    And the engine's hook the option's rules, which the command line's checks say in the same words.
+    """
     for path in (PACKAGE.parent / "runtime").rglob("*.py"):
-        allowed = {"reshard.manifest", "reshard.errors", "reshard.activation", "reshard.naming"}
+        allowed = {f"reshard.{name}" for name in VOCABULARY}
         if "vllm" in path.parts:
             allowed |= {"reshard.option"}
         assert {name for name in _imports(path) if name.split(".")[0] == "reshard"} <= allowed, path
@@ -118,15 +122,14 @@ def test_the_runtime_imports_no_engine_and_no_other_device() -> None:
     assert not loaded & {"vllm", "transformers", "torch_npu", "typer", "rich", "huggingface_hub"}
 
 
-@pytest.mark.parametrize("name", ["manifest", "errors", "activation", "naming", "option"])
+@pytest.mark.parametrize("name", [*VOCABULARY, "option"])
 def test_what_the_runtime_takes_is_light(name: str) -> None:
     """No source, plan or writer comes with it."""
     import subprocess
 
     code = f"import sys, reshard.{name}; print(*[m for m in sys.modules if m.startswith('reshard')])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    vocabulary = {"reshard.errors", "reshard.activation", "reshard.manifest", "reshard.naming"}
-    assert set(out) <= {"reshard", *vocabulary, f"reshard.{name}"}
+    assert set(out) <= {"reshard", f"reshard.{name}", *(f"reshard.{one}" for one in VOCABULARY)}
 
 
 def test_split_is_importable_as_a_library(tmp_path: Path) -> None:

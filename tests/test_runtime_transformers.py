@@ -24,7 +24,7 @@ from runtime import load_shard
 from runtime.serving.transformers import attach, load_model
 from tests.builders import dense_only, read_safetensors, write_safetensors
 from tests.distributed import Ranks
-from tests.running import split
+from tests.running import reshard, split
 from tests.unsplit import error
 
 transformers.utils.logging.disable_progress_bar()
@@ -388,3 +388,24 @@ def test_a_model_that_one_rank_cannot_load_is_an_error_on_all(ranks: Start, mode
     first, second = ranks(2).run(_not_there, models / "bf16", models / "bf16-tp2", timeout=20)
     assert first[0] == "GroupError"
     assert second[1] in first[1]
+
+
+def test_load_model_takes_one_account_of_the_weights(tmp_path: Path) -> None:
+    """Two trainings in one folder: transformers takes the single file, so the shards must be of it."""
+    model = tmp_path / "model"
+    old, new = (LlamaForCausalLM(LlamaConfig(**LLAMA)) for _ in range(2))
+    old.save_pretrained(model, max_shard_size="200KB")
+    new.save_pretrained(tmp_path / "new")
+    shutil.copy(tmp_path / "new" / "model.safetensors", model)
+    index = "model.safetensors.index.json"
+    for told, name in ((index, "of-old"), ("model.safetensors", "of-new")):
+        assert reshard("split", model, tmp_path / name, "--tp", 1, "--index", told, "--quiet").code == 0
+    with pytest.raises(ShardError) as caught:
+        load_model(model, tmp_path / "of-old")
+    for text in ("transformers takes model.safetensors, the shards were cut from model-0", "--index model.safetensors"):
+        assert text in str(caught.value)
+    ids = _ids(1)[0]
+    with torch.inference_mode():
+        whole = load_model(model, tmp_path / "of-new"), new.eval(), old.eval()
+        found, wanted, other = (one(ids).logits.flatten(0, 1) for one in whole)
+    assert error(found, wanted.double()) <= FLOAT32_BOUND < error(other, wanted.double())

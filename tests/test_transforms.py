@@ -70,6 +70,12 @@ def test_what_is_fused_or_elsewhere_is_cut(applied: dict[str, Any]) -> None:
     check_transforms(config(applied), MLPS, WEIGHTS)
 
 
+def test_a_location_that_is_no_name() -> None:
+    assert "has the transform R4 at its ['input']" in refusal(
+        config(place("input", "Linear") | {"location": ["input"]})
+    )
+
+
 def test_targets_may_be_one_name() -> None:
     assert "down_proj" in refusal(config(place("input") | {"targets": r"re:.*down_proj$"}))
 

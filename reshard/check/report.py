@@ -59,8 +59,9 @@ class Request:
     """What to check beyond the input itself.
 
     tp_sizes: group sizes to cut for; of a shard set, those that it may be cut for. scheme: see describe and promised.
-    weights, pad: as `split` takes them. revision: of a hub repository that is checked. against: the address of what a
-    shard set was cut from. Raises UsageError for values that are none of these.
+    weights, pad: as `split` takes them. revision: of a hub repository that is checked. index: which account of a
+    checkpoint's weights to take (reshard.source.choice). against: the address of what a shard set was cut from. Raises
+    UsageError for values that are none of these.
     """
 
     tp_sizes: tuple[int, ...] = ()
@@ -71,6 +72,7 @@ class Request:
     device: Device = "cpu"
     serving: Serving | None = None
     revision: str | None = None
+    index: str | None = None
 
     def __post_init__(self) -> None:
         for size in self.tp_sizes:

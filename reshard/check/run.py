@@ -29,12 +29,14 @@ def check_source(address: str, request: Request, notify: Notify = lambda line: N
 
     Raises SourceError where it cannot be read, UsageError where the request does not go with what it is.
     """
-    with open_source(address, request.revision, notify=notify) as source:
+    with open_source(address, request.revision, index=request.index, notify=notify) as source:
         if any(parse_shard_file(name) for name in source.files()):
             if request.scheme is not None and request.against is None:
                 raise UsageError(
                     f"--scheme goes with a checkpoint: {shown(address)} is a shard set, and its manifest says"
                 )
+            if request.index is not None and request.against is None:
+                raise UsageError(f"--index goes with a checkpoint; {shown(address)} is a shard set")
             return Report(shown(address), "shard set", tuple(_set(source, request, address, notify)))
         if request.against is not None:
             raise UsageError(f"--against goes with a shard set, which {shown(address)} is not")
@@ -48,6 +50,8 @@ def check_config(path: str, request: Request) -> Report:
         raise UsageError(f"--against goes with a shard set, which {path} is not")
     if request.revision is not None:
         raise UsageError(f"--revision goes with a hub repository, which {path} is not")
+    if request.index is not None:
+        raise UsageError(f"--index goes with a checkpoint's files, which {path} is not")
     config = read_config(path)
     findings, checkpoint = check_layers(lambda: converted(promised(config, path, request.scheme), request.weights))
     return Report(path, "config", (*findings, *_cuts(checkpoint, request)), file=path)
@@ -97,7 +101,7 @@ def _set(source: Source, request: Request, address: str, notify: Notify) -> list
         return [*findings, *not_checked(asked, "see manifest")]
     findings += check_size(manifest, checkpoint, request.tp_sizes)
     if request.against is not None:
-        findings += _origin(manifest, request.against, request.scheme, notify)
+        findings += _origin(manifest, request.against, request, notify)
     if checkpoint is not None and request.device == "npu":
         findings.append(check_kernels(checkpoint))
         try:
@@ -109,11 +113,11 @@ def _set(source: Source, request: Request, address: str, notify: Notify) -> list
     return findings
 
 
-def _origin(manifest: Manifest, against: str, scheme: str | None, notify: Notify) -> list[Finding]:
+def _origin(manifest: Manifest, against: str, request: Request, notify: Notify) -> list[Finding]:
     """What the set was cut from; where that cannot be read, what was found of the set itself still stands."""
     try:
-        with open_source(against, notify=notify) as original:
-            return check_origin(manifest, describe(original, scheme), shown(against))
+        with open_source(against, index=request.index, notify=notify) as original:
+            return check_origin(manifest, describe(original, request.scheme), shown(against))
     except UsageError:
         raise
     except ReshardError as error:

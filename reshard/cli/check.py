@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from reshard.cli.output import Debug, Output, Revision
+from reshard.cli.output import Debug, Index, Output, Revision
 from reshard.cli.sizes import parse_sizes
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def check(
     tensor_parallel_size: Annotated[int | None, typer.Option(help="The engine's; 1 where it is left out.")] = None,
     pipeline_parallel_size: Annotated[int | None, typer.Option(help="The engine's; 1 where it is left out.")] = None,
     revision: Revision = None,
+    index: Index = None,
     strict: Annotated[bool, typer.Option("--strict", help="Warnings fail, too.")] = False,
     form: Annotated[
         Literal["human", "json", "junit", "github"], typer.Option("--format", help="What stdout carries.")
@@ -64,7 +65,7 @@ def check(
         if not targets:
             raise UsageError("nothing to check: give a PATH, or --config FILE")
         serving = _serving(additional_config, data_parallel_size, tensor_parallel_size, pipeline_parallel_size)
-        request = Request(parse_sizes(tp), scheme, weights, pad, against, device, serving, revision)
+        request = Request(parse_sizes(tp), scheme, weights, pad, against, device, serving, revision, index)
         reports = [_report(output, target, is_config, request) for target, is_config in targets]
         _write(output, form, reports, strict)
     if any(report.unreadable for report in reports):

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from reshard.cli.output import ADDRESS, Debug, Format, Output, Revision
+from reshard.cli.output import ADDRESS, Debug, Format, Index, Output, Revision
 from reshard.cli.sizes import parse_sizes
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def estimate(
         bool, typer.Option("--measure", help="Measure this machine instead and print its profile (needs torch).")
     ] = False,
     revision: Revision = None,
+    index: Index = None,
     form: Format = "human",
     debug: Debug = False,
 ) -> None:
@@ -69,7 +70,9 @@ def estimate(
         from reshard.errors import UsageError
 
         if measure:
-            if any(given is not None for given in (path, config, tp, scheme, max_tokens, override, svg, revision)):
+            if any(
+                given is not None for given in (path, config, tp, scheme, max_tokens, override, svg, revision, index)
+            ):
                 raise UsageError("--measure prints this machine's profile and takes no PATH and no option but --format")
             _measure(output)
             return
@@ -91,9 +94,11 @@ def estimate(
         if config is not None:
             if revision is not None:
                 raise UsageError(f"--revision goes with a hub repository, which {config} is not")
+            if index is not None:
+                raise UsageError(f"--index goes with a checkpoint's files, which {config} is not")
             checkpoints = _of_config(output, config, schemes)
         elif path is not None:
-            checkpoints = _of_source(output, path, revision, schemes)
+            checkpoints = _of_source(output, path, revision, index, schemes)
         else:
             raise UsageError("nothing to estimate: give a PATH, or --config FILE")
         found = [estimate(checkpoint, name, sizes, profile, options) for name, checkpoint in checkpoints.items()]
@@ -137,14 +142,16 @@ def _of_config(output: Output, config: Path, schemes: list[str] | None) -> "dict
     return found
 
 
-def _of_source(output: Output, path: str, revision: str | None, schemes: list[str] | None) -> "dict[str, Checkpoint]":
+def _of_source(
+    output: Output, path: str, revision: str | None, index: str | None, schemes: list[str] | None
+) -> "dict[str, Checkpoint]":
     """A checkpoint as it is and as it could be converted, by scheme."""
     from reshard.convert.rules import KEEP
     from reshard.estimate.described import in_scheme, plain_scheme
     from reshard.record import scheme_name
     from reshard.source.open import describe, open_source
 
-    with open_source(path, revision, notify=output.warn) as source:
+    with open_source(path, revision, index=index, notify=output.warn) as source:
         checkpoint = describe(source)
     for line in checkpoint.warnings:
         output.warn(line)

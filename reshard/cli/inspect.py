@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reshard.cli.output import ADDRESS, Debug, Format, Output, Revision, Scheme, size_text
+from reshard.cli.output import ADDRESS, Debug, Format, Index, Output, Revision, Scheme, size_text
 
 if TYPE_CHECKING:
     from reshard.checkpoint import Checkpoint, Linear, Tensor
@@ -15,6 +15,7 @@ def inspect(
     path: Annotated[str, typer.Argument(metavar="PATH", help=f"A checkpoint or a shard set. {ADDRESS}")],
     scheme: Scheme = None,
     revision: Revision = None,
+    index: Index = None,
     form: Format = "human",
     debug: Debug = False,
 ) -> None:
@@ -24,7 +25,7 @@ def inspect(
         from reshard.source.open import describe, open_source
         from reshard.source.shardset import is_shard_set
 
-        with open_source(path, revision, notify=output.warn) as source:
+        with open_source(path, revision, index=index, notify=output.warn) as source:
             checkpoint = describe(source, scheme)
             for line in checkpoint.warnings:
                 output.warn(line)

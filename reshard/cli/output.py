@@ -22,6 +22,10 @@ ADDRESS = "A folder, ORG/NAME on the hub, or an address such as s3://BUCKET/PATH
 Revision = Annotated[
     str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a hub repository; without it, main.")
 ]
+Index = Annotated[
+    str | None,
+    typer.Option("--index", metavar="FILE", help="Where the weights are, if a folder has two accounts of it."),
+]
 
 Scheme = Annotated[
     str | None,

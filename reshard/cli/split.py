@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from reshard.cli.output import ADDRESS, Debug, Format, Output, Quiet, Revision, Scheme, size_text
+from reshard.cli.output import ADDRESS, Debug, Format, Index, Output, Quiet, Revision, Scheme, size_text
 
 if TYPE_CHECKING:
     from reshard.prepare import Cut, Prepared
@@ -30,12 +30,13 @@ def split(
     layout: Annotated[Literal["fused", "separate"], typer.Option(help="gate and up stacked, or apart.")] = "fused",
     ranks: Annotated[str | None, typer.Option(help="Write only these ranks, such as 0-3,7.")] = None,
     pad: Annotated[bool, typer.Option("--pad", help="Add zero rows and columns where sizes do not divide.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep finished shards whose digests match.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep finished shards that are what SRC gives now.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in OUT when all is written.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written; write nothing.")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads. The bytes do not depend on it.")] = None,
     scheme: Scheme = None,
     revision: Revision = None,
+    index: Index = None,
     form: Format = "human",
     quiet: Quiet = False,
     debug: Debug = False,
@@ -65,7 +66,7 @@ def split(
                 _parse_ranks(ranks, tp), resume, overwrite, workers or max(1, DEFAULT_WORKERS // place.on_this_host)
             )
             cut = Cut(tp, layout, pad, weights, quant_format, scheme)
-            with open_source(source, revision, notify=output.warn) as opened:
+            with open_source(source, revision, index=index, notify=output.warn) as opened:
                 prepared = prepare(opened, cut)
                 agree(team, _account(prepared, cut, target.address, options, dry_run))
                 for line in prepared.checkpoint.warnings:

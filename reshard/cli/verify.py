@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reshard.cli.output import ADDRESS, Debug, Format, Output, Quiet, Revision, Scheme, size_text
+from reshard.cli.output import ADDRESS, Debug, Format, Index, Output, Quiet, Revision, Scheme, size_text
 
 if TYPE_CHECKING:
     from reshard.verify.compute import LayerResult
@@ -20,6 +20,7 @@ def verify(
     ] = None,
     scheme: Scheme = None,
     revision: Revision = None,
+    index: Index = None,
     form: Format = "human",
     quiet: Quiet = False,
     debug: Debug = False,
@@ -40,8 +41,9 @@ def verify(
             raise UsageError(
                 f"--revision {revision}: is the source's; give --source, or SHARDS as hf://ORG/NAME@{revision}"
             )
-        if scheme is not None and source is None:
-            raise UsageError(f"--scheme {scheme}: is the source's; give --source, or leave it out")
+        for option, value in (("--scheme", scheme), ("--index", index)):
+            if value is not None and source is None:
+                raise UsageError(f"{option} {value}: is the source's; give --source, or leave it out")
         computed: list[LayerResult] = []
         with open_source(shards, notify=output.warn) as opened:
             require_shard_set(opened)
@@ -51,14 +53,18 @@ def verify(
                 findings = verify_digests(opened, manifest, DEFAULT_WORKERS, tick)
             unreadable = any(finding.check in {"file", "size", "header"} for finding in findings)
             if source is not None and not unreadable:
-                with open_source(source, revision, notify=output.warn) as original:
+                with open_source(source, revision, index=index, notify=output.warn) as original:
                     checkpoint = describe(original, scheme)
+                    for line in checkpoint.warnings:
+                        output.warn(line)
                     with output.progress("source", nbytes) as tick:
                         findings += compare_with_source(opened, manifest, original, checkpoint, tick)
                     if not any(finding.check == "names" for finding in findings):
                         with output.progress("computation", nbytes) as tick:
                             found, computed = compare_computation(opened, manifest, original, checkpoint, tick=tick)
                             findings += found
+                    original.check_unchanged()
+            opened.check_unchanged()
         # Bytes are what counts: the same weights in other files are no mismatch, and still worth a word.
         notes = [finding for finding in findings if finding.severity == "warning"]
         findings = [finding for finding in findings if finding.severity == "error"]

@@ -81,7 +81,7 @@ def _check_section(section: Section, mlps: Collection[str]) -> set[str]:
 
 
 def _check_place(section: Section, name: str, place: Section, mlps: Collection[str]) -> None:
-    location = place.values.get("location")
+    location = str(place.values.get("location"))
     if location in _FUSED | _ATTENTION:
         return
     hit = next((module for module in _modules(mlps) if location not in _ONLINE or _targets(place, module)), None)

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -11,8 +11,17 @@ from typing import Any, Literal, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
-from reshard.errors import SourceError
-from reshard.source.header import LENGTH_BYTES, Header, header_length, is_text, parse_header, unique_pairs
+from reshard.errors import HeaderError, SourceError
+from reshard.recognise import PREFIX_BYTES, recognised
+from reshard.source.header import (
+    LENGTH_BYTES,
+    DuplicateKeyError,
+    Header,
+    header_length,
+    is_text,
+    parse_header,
+    unique_pairs,
+)
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -20,6 +29,8 @@ Range = tuple[str, int, int]
 """(file, its first byte, the byte behind the last)"""
 
 OriginKind = Literal["folder", "hub", "remote"]
+
+MISSING = "missing"
 
 _HEADERS_AT_ONCE = 16  # a request to a server takes long, and its processor not at all
 
@@ -50,6 +61,16 @@ class Source(Protocol):
     def files(self) -> Mapping[str, int]:
         """Every file's name and size in bytes."""
 
+    @property
+    def index(self) -> str | None:
+        """The file that was named as the account of the weights: an index, or the one file that holds them all."""
+
+    def folders(self) -> Collection[str]:
+        """The names of folders within that hold weights, as far as that is known."""
+
+    def absent(self, file: str) -> str:
+        """Why a file that is wanted is none of `files`: MISSING, or what stands in its place."""
+
     def read(self, file: str, start: int, stop: int) -> bytes:
         """A copy of bytes [start, stop). Raises SourceError where they cannot be read."""
 
@@ -58,6 +79,15 @@ class Source(Protocol):
 
     def prefetch(self, ranges: Iterable[Range]) -> None:
         """A hint that these are wanted soon, the first ones first."""
+
+    def release(self, file: str) -> None:
+        """No more is wanted of a file; `check_unchanged` need not look at it."""
+
+    def check_unchanged(self) -> None:
+        """After the last byte was read, and before anything that was made of them is committed.
+
+        Raises SourceError where a file that was read is no longer the one whose first byte was read.
+        """
 
     def cancel(self) -> None:
         """Make calls that wait for bytes, in whatever thread, raise Cancelled soon."""
@@ -104,14 +134,37 @@ def merged(ranges: Iterable[Range]) -> Iterator[Range]:
 def read_header(source: Source, file: str) -> Header:
     """A safetensors file's header. Raises HeaderError if it must not be trusted."""
     size = source.files()[file]
-    length = header_length(source.read(file, 0, min(size, LENGTH_BYTES)), file, size)
-    return parse_header(source.read(file, 0, LENGTH_BYTES + length), file, size)
+    try:
+        length = header_length(source.read(file, 0, min(size, LENGTH_BYTES)), file, size)
+        return parse_header(source.read(file, 0, LENGTH_BYTES + length), file, size)
+    except HeaderError as error:
+        what = recognised(source.read(file, 0, min(size, PREFIX_BYTES)), file, size, source.files())
+        if what is None:
+            raise
+        raise HeaderError(what) from error
 
 
 def read_headers(source: Source, files: Sequence[str]) -> dict[str, Header]:
     """The headers of several safetensors files. Raises as `read_header` for the first that cannot be had."""
+    found = {}
+    for file, header in try_headers(source, files).items():
+        if isinstance(header, HeaderError):
+            raise header
+        found[file] = header
+    return found
+
+
+def try_headers(source: Source, files: Sequence[str]) -> dict[str, Header | HeaderError]:
+    """The headers of several safetensors files, or why one must not be trusted."""
+
+    def attempt(file: str) -> Header | HeaderError:
+        try:
+            return read_header(source, file)
+        except HeaderError as error:
+            return error
+
     with threads(max(1, min(_HEADERS_AT_ONCE, len(files))), source) as pool:
-        return dict(zip(files, pool.map(lambda file: read_header(source, file), files), strict=True))
+        return dict(zip(files, pool.map(attempt, files), strict=True))
 
 
 def read_file(source: Source, file: str) -> bytes:
@@ -120,13 +173,26 @@ def read_file(source: Source, file: str) -> bytes:
 
 
 def parse_json_object(raw: bytes, file: str) -> dict[str, Any]:
-    """A JSON file that must hold one object with unique keys."""
+    """A JSON file that must hold one object with unique keys. A byte order mark in front of it is passed over."""
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_pairs)
+        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique_pairs)
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{file}: not valid JSON: {error}; copy or download it again") from error
+        raise SourceError(_not_json(raw, file, error)) from error
     if not is_text(value):
         raise SourceError(f"{file}: holds an escape that is no character; copy or download it again")
     if not isinstance(value, dict):
-        raise SourceError(f"{file}: holds a {type(value).__name__}, a JSON object is wanted; copy or download it again")
+        raise SourceError(
+            f"{file}: holds a {type(value).__name__}, expected a JSON object; put the file of this checkpoint there"
+        )
     return value
+
+
+def _not_json(raw: bytes, file: str, error: ValueError | RecursionError) -> str:
+    """What is wrong, and the way out: only of a text that ends early are bytes missing."""
+    if isinstance(error, DuplicateKeyError):
+        return f"{file}: {error}; keep one of the two"
+    if what := recognised(raw[:PREFIX_BYTES], file, len(raw)):
+        return what
+    if isinstance(error, json.JSONDecodeError) and error.pos < len(error.doc.rstrip()):
+        return f"{file}: not valid JSON: {error}; mend it there"
+    return f"{file}: not valid JSON: {error}; copy or download it again"

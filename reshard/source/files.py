@@ -2,40 +2,40 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from pathlib import PurePath
+from typing import Any
 
 from reshard.checkpoint import Checkpoint, Identity, Part, SourceFile, Tensor
 from reshard.describe import describe_layers
 from reshard.errors import SourceError
+from reshard.modelconfig import read_model_config
 from reshard.naming import CONFIG, parse_dense
 from reshard.quantization import Accounts
 from reshard.quantization.description import DESCRIPTION, is_description
 from reshard.quantization.modelopt import FILE as MODELOPT
-from reshard.source.base import Source, parse_json_object, read_file, read_headers
+from reshard.source.base import Source, parse_json_object, read_file, try_headers
+from reshard.source.choice import choose
+from reshard.source.compare import compare
 from reshard.source.header import Header
-
-_INDEX = ".safetensors.index.json"
-_WEIGHTS = ".safetensors"
 
 
 def read_checkpoint(source: Source, scheme: str | None = None) -> Checkpoint:
     """Describe a source of Hugging Face files. Reads the index, the headers and what says how they are quantised.
 
+    Of files that hold no DenseFFN tensor none is needed: what is wrong with them is a warning.
+
     scheme: what the quantised linears are, where their own accounts do not say it or are wrong (reshard.schemes).
     """
-    index_file = _only_one(source.files(), _is_index, "index")
-    index = _read_index(source, index_file) if index_file else None
-    names = sorted(set(index.values())) if index is not None else [f for f in sorted(source.files()) if _is_weights(f)]
-    if not names:
-        raise SourceError(f"{source.origin.name}: holds no safetensors file; give the folder that has the checkpoint's")
-    headers = read_headers(source, names)
-    owners = _owners(headers)
-    if index_file and index is not None:
-        _check_index(index_file, index, headers, owners)
-    tensors = {name: _tensor(name, file, headers[file]) for name, file in owners.items() if parse_dense(name)}
-    side_files, unread = _side_files(source)
-    others = (name for name in owners if name not in tensors)
+    choice = choose(source)
+    side_files, not_read = _side_files(source)
     accounts = replace(read_accounts(side_files), scheme=scheme)
+    headers = try_headers(source, [file for file in choice.files if file in source.files()])
+    for file, header in headers.items():
+        if not isinstance(header, Header) or not any(map(parse_dense, header.tensors)):
+            source.release(file)
+    contents = compare(source, choice, headers, _concerns(accounts.config))
+    owners = contents.owners
+    tensors = {name: _tensor(name, file, contents.headers[file]) for name, file in owners.items() if parse_dense(name)}
+    others = [*(name for name in owners if name not in tensors), *contents.unread]
     model, layers, warnings = describe_layers(tensors, others, accounts)
     used = {part.file for layer in layers for tensor in layer.tensors() for part in tensor.parts}
     return Checkpoint(
@@ -43,23 +43,30 @@ def read_checkpoint(source: Source, scheme: str | None = None) -> Checkpoint:
             source.origin.kind,
             source.origin.name,
             source.origin.commit,
-            tuple(SourceFile(name, headers[name].file_size, headers[name].digest) for name in sorted(used)),
+            tuple(_source_file(name, contents.headers[name]) for name in sorted(used)),
         ),
         model=model,
         layers=layers,
         side_files=side_files,
         total_tensors=len(owners),
-        total_bytes=sum(header.file_size - header.data_start for header in headers.values()),
-        warnings=(*warnings, *unread),
+        total_bytes=sum(header.file_size - header.data_start for header in contents.headers.values()),
+        warnings=(*choice.warnings, *contents.warnings, *warnings, *not_read),
     )
 
 
-def _is_index(name: str) -> bool:
-    return name.endswith(_INDEX)
+def _source_file(name: str, header: Header) -> SourceFile:
+    return SourceFile(name, header.file_size, header.digest)
 
 
-def _is_weights(name: str) -> bool:
-    return name.endswith(_WEIGHTS)
+def _concerns(config: Mapping[str, Any] | None) -> Callable[[str], bool]:
+    """Whether a name is a DenseFFN tensor's. A prediction block's, behind the last layer, is not."""
+    layers = read_model_config(config).num_hidden_layers if config is not None else None
+
+    def concerns(name: str) -> bool:
+        parsed = parse_dense(name)
+        return parsed is not None and (layers is None or parsed.layer < layers)
+
+    return concerns
 
 
 def read_accounts(side_files: Mapping[str, bytes]) -> Accounts:
@@ -77,7 +84,9 @@ def is_side_file(name: str) -> bool:
 def _only_one(files: Iterable[str], wanted: Callable[[str], bool], what: str) -> str | None:
     found = sorted(name for name in files if wanted(name))
     if len(found) > 1:
-        raise SourceError(f"two {what} files, {found[0]} and {found[1]}; keep the one that belongs to the weights")
+        raise SourceError(
+            f"two {what} files, {found[0]} and {found[1]}; move the one that is not of these weights to another folder"
+        )
     return found[0] if found else None
 
 
@@ -94,44 +103,6 @@ def _side_files(source: Source) -> tuple[dict[str, bytes], list[str]]:
         if read_file(source, name) != read[DESCRIPTION]
     ]
     return read, lines
-
-
-def _read_index(source: Source, file: str) -> dict[str, str]:
-    weight_map = parse_json_object(read_file(source, file), file).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise SourceError(f"{file}: has no weight_map; copy or download it again")
-    for tensor, name in weight_map.items():
-        if not isinstance(name, str) or PurePath(name).name != name or name in {"", ".", ".."}:
-            raise SourceError(
-                f"{file}: {tensor} is said to be in {name!r}, which is no file of this folder; put the file beside the "
-                "index, and its name into it"
-            )
-        if name not in source.files():
-            raise SourceError(f"{file}: {tensor} is said to be in {name}, which is missing; download it again")
-    return weight_map
-
-
-def _owners(headers: Mapping[str, Header]) -> dict[str, str]:
-    owners: dict[str, str] = {}
-    for file, header in headers.items():
-        for name in header.tensors:
-            other = owners.setdefault(name, file)
-            if other != file:
-                raise SourceError(f"{name}: stands in two files, {other} and {file}; remove the one that is stale")
-    return owners
-
-
-def _check_index(file: str, index: Mapping[str, str], headers: Mapping[str, Header], owners: Mapping[str, str]) -> None:
-    for name, holder in index.items():
-        if name not in headers[holder].tensors:
-            found = owners.get(name)
-            where = f"{found} holds it" if found else "no file holds it"
-            raise SourceError(
-                f"{file}: {name} is said to be in {holder}, whose header lacks it; {where}: copy or download both again"
-            )
-    for name, holder in owners.items():
-        if name not in index and parse_dense(name):
-            raise SourceError(f"{name}: stands in {holder}, and {file} does not name it; is the index of these files?")
 
 
 def _tensor(name: str, file: str, header: Header) -> Tensor:

@@ -1,29 +1,37 @@
 """A folder on this host: files mapped into memory, read only where a view is taken."""
 
+import contextlib
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from reshard.errors import SourceError
-from reshard.source.base import Bytes, Origin, Range, merged
+from reshard.opened import Opened, reason
+from reshard.source.base import MISSING, Bytes, Origin, Range, merged
 from reshard.source.mapped import MappedFile
+from reshard.weights import WEIGHTS_ENDING
 
 _WAY_OUT = "see to its owner, its mode and its disk"
 
 
 class FolderSource:
-    """The files directly in a folder. Symlinks may not lead out of it, but into the blobs of a Hugging Face cache."""
+    """The files directly in a folder, symbolic links followed wherever they lead.
 
-    def __init__(self, path: Path) -> None:
+    A file is opened once: header and data come from one descriptor.
+    """
+
+    def __init__(self, path: Path, index: str | None = None) -> None:
         if not path.exists():
             raise SourceError(f"{path}: no such folder; give the one that holds the checkpoint")
         if not path.is_dir():
             raise SourceError(f"{path}: not a folder; give the folder that holds the checkpoint's files")
         self.path = path
+        self.index = index
+        self._opened: dict[str, Opened] = {}
         self._maps: dict[str, MappedFile] = {}
         self._lock = threading.Lock()
 
@@ -34,32 +42,44 @@ class FolderSource:
 
     @cached_property
     def _files(self) -> dict[str, int]:
+        found = {}
         try:
             with os.scandir(self.path) as entries:
-                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+                for entry in entries:
+                    with contextlib.suppress(OSError):  # a link in a circle: not there, as one that leads nowhere
+                        if entry.is_file():
+                            found[entry.name] = entry.stat().st_size
         except OSError as error:
             raise SourceError(f"{error.filename or self.path}: {error.strerror}") from error
+        return found
 
     def files(self) -> Mapping[str, int]:
         """Every file's name and size in bytes."""
         return self._files
 
+    def folders(self) -> Collection[str]:
+        """The names of folders within that hold weights."""
+        return sorted({path.parent.name for path in self.path.glob(f"*/*{WEIGHTS_ENDING}")})
+
+    def absent(self, file: str) -> str:
+        """Why a file is none of `files`."""
+        path = self.path / file
+        if path.is_symlink():
+            return f"a link to {os.readlink(path)}, which is not there (is that disk mounted?)"
+        return "a folder" if path.is_dir() else MISSING
+
     def read(self, file: str, start: int, stop: int) -> bytes:
         """A copy of bytes [start, stop)."""
+        opened = self._open(file)
         try:
-            with self._inside(file).open("rb", buffering=0) as stream:
-                stream.seek(start)
-                chunks = []
-                while start < stop and (chunk := stream.read(stop - start)):
-                    chunks.append(chunk)
-                    start += len(chunk)
+            data = opened.read(start, stop)
         except OSError as error:
-            raise SourceError(f"{self.path / file}: cannot be read: {error.strerror}; {_WAY_OUT}") from error
-        if start < stop:
+            raise self._unreadable(file, reason(error)) from error
+        if len(data) < stop - start:
             raise SourceError(
-                f"{self.path / file}: ends at byte {start}, {stop} are wanted; it changed or is cut short"
+                f"{self.path / file}: ends at byte {start + len(data)}, {stop} are wanted; it changed or is cut short"
             )
-        return b"".join(chunks)
+        return data
 
     def view(self, file: str, start: int, stop: int) -> Bytes:
         """Bytes [start, stop) of the mapped file, its pages brought in."""
@@ -68,14 +88,25 @@ class FolderSource:
     def prefetch(self, ranges: Iterable[Range]) -> None:
         """Ask the kernel to read ahead."""
         for file, start, stop in merged(ranges):
-            try:
-                descriptor = os.open(self._inside(file), os.O_RDONLY)
-            except OSError:
-                continue  # only a hint: the read that follows reports it
-            try:
-                os.posix_fadvise(descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
-            finally:
-                os.close(descriptor)
+            with contextlib.suppress(SourceError):  # only a hint: the read that follows reports it
+                os.posix_fadvise(self._open(file).descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
+
+    def release(self, file: str) -> None:
+        """Close a file of which nothing is mapped."""
+        with self._lock:
+            if file not in self._maps and (opened := self._opened.pop(file, None)):
+                opened.close()
+
+    def check_unchanged(self) -> None:
+        """Raises SourceError where a file that is open is no longer what it was when it was opened."""
+        with self._lock:
+            opened = dict(self._opened)
+        for file, one in opened.items():
+            if difference := one.difference():
+                raise SourceError(
+                    f"{self.path / file}: {difference}; nothing that was made of it is kept: start again when nothing "
+                    "writes there any more"
+                )
 
     def cancel(self) -> None:
         """Nothing here waits for long."""
@@ -83,6 +114,9 @@ class FolderSource:
     def close(self) -> None:
         """Drop the maps; each is unmapped with its last view."""
         self._maps.clear()
+        for opened in self._opened.values():
+            opened.close()
+        self._opened.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -93,27 +127,26 @@ class FolderSource:
         self.close()
 
     def _map(self, file: str) -> MappedFile:
+        opened = self._open(file)
         with self._lock:
             if file not in self._maps:
                 try:
-                    with self._inside(file).open("rb") as stream:
-                        self._maps[file] = MappedFile(stream.fileno(), str(self.path / file))
+                    self._maps[file] = MappedFile(opened.descriptor, str(self.path / file))
                 except (OSError, ValueError) as error:
-                    reason = error.strerror if isinstance(error, OSError) else error
-                    raise SourceError(f"{self.path / file}: cannot be read: {reason}; {_WAY_OUT}") from error
+                    raise self._unreadable(file, reason(error) if isinstance(error, OSError) else error) from error
             return self._maps[file]
 
-    def _inside(self, file: str) -> Path:
-        """The file's path, refused if it leads out of the folder."""
-        path = self.path / file
-        root, target = self.path.resolve(), path.resolve()
+    def _open(self, file: str) -> Opened:
+        """The file, opened once."""
         if Path(file).name != file or file in {"", ".", ".."}:
             raise SourceError(f"{self.path}: {file!r} is no plain file name in this folder")
-        if target.parent == root:
-            return path
-        # Hugging Face cache: models--org--name/snapshots/<commit>/file -> ../../blobs/<hash>
-        if root.parent.name == "snapshots" and target.parent == root.parent.parent / "blobs":
-            return path
-        raise SourceError(
-            f"{path}: a link to {target}, outside the folder; give the folder that holds the files themselves"
-        )
+        with self._lock:
+            if file not in self._opened:
+                try:
+                    self._opened[file] = Opened(self.path / file)
+                except OSError as error:
+                    raise self._unreadable(file, reason(error)) from error
+            return self._opened[file]
+
+    def _unreadable(self, file: str, why: object) -> SourceError:
+        return SourceError(f"{self.path / file}: cannot be read: {why}; {_WAY_OUT}")

@@ -89,14 +89,18 @@ def encode_header(
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
+class DuplicateKeyError(ValueError):
+    """A JSON object with the same key twice."""
+
+
 def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """`object_pairs_hook` that refuses an object with the same key twice (ValueError names the key)."""
+    """`object_pairs_hook` that refuses an object with the same key twice (DuplicateKeyError names the key)."""
     found = dict(pairs)
     if len(found) != len(pairs):
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise ValueError(f"the key {key!r} stands twice")
+                raise DuplicateKeyError(f"duplicate key {key!r}")
             seen.add(key)
     return found
 
@@ -125,6 +129,8 @@ def _entries(text: bytes, file: str) -> dict[str, Any]:
         entries = json.loads(decoded, object_pairs_hook=unique_pairs)
         if _MINUS_ZERO.search(decoded):  # perhaps in a name only
             json.loads(decoded, parse_int=_no_minus_zero)
+    except DuplicateKeyError as error:
+        raise HeaderError(f"{file}: {error} in the header; the program that wrote it must write it anew") from error
     except RecursionError as error:
         raise _refusal(file, "the header is nested too deep to be one") from error
     except ValueError as error:
@@ -183,7 +189,10 @@ def _check_layout(tensors: Mapping[str, TensorInfo], file: str, data_start: int,
             file, f"the tensors, {before} the last, need {at} bytes, the file has {file_size}: it is cut short"
         )
     if at < file_size:
-        raise _refusal(file, f"{file_size - at} bytes after the last tensor ({before}) belong to none")
+        raise HeaderError(
+            f"{file}: {file_size - at} bytes after the last tensor ({before}) belong to none; was it joined from "
+            "parts, or written over a larger file? Copy it again"
+        )
 
 
 def _refusal(file: str, what: str) -> HeaderError:

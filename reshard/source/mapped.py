@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import mmap
+import os
 
 import numpy as np
 
@@ -15,13 +16,16 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class MappedFile:
-    """Views of an open file. Safe to use from several threads; the map goes with the last view of it.
+    """Views of an open file, whose descriptor stays open while views are taken.
+
+    Safe to use from several threads; the map goes with the last view of it.
 
     Raises ValueError for an empty file, OSError where it cannot be mapped.
     """
 
     def __init__(self, descriptor: int, name: str) -> None:
         self._name = name
+        self._descriptor = descriptor
         self._data: Bytes = np.frombuffer(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ), np.uint8)
         self._present = bytearray(-(-self._data.size // _PAGE))  # 1 for each page that was brought in
 
@@ -30,8 +34,10 @@ class MappedFile:
 
         A page that cannot be had (a bad disk, a file cut meanwhile) is an error here, not a SIGBUS at its first use.
         """
-        if stop > self._data.size:
-            raise SourceError(f"{self._name}: {self._data.size} bytes, {stop} are wanted")
+        if stop > (size := min(self._data.size, os.fstat(self._descriptor).st_size)):
+            raise SourceError(
+                f"{self._name}: {size} bytes, {stop} are wanted; it was cut short after its header was read"
+            )
         first, last = start // _PAGE, -(-stop // _PAGE)
         # Once for each page: ranks take their columns from the same rows in turn.
         missing = self._present.find(0, first, last)

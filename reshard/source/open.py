@@ -27,6 +27,7 @@ def open_source(
     address: str,
     revision: str | None = None,
     *,
+    index: str | None = None,
     notify: Notify = lambda line: None,
     patience: Patience | None = None,
 ) -> Source:
@@ -34,20 +35,21 @@ def open_source(
 
     Raises SourceError if there is none, MissingDependencyError without the package that reads it.
 
-    revision: of a hub repository. notify: takes a line for each wait after a fault.
+    revision: of a hub repository. index: the file that says where the weights are, where there are several: see
+    reshard.source.choice. notify: takes a line for each wait after a fault.
     """
     found = parse_address(address, revision)
     if found.kind == "folder":
-        return FolderSource(Path(found.place))
+        return FolderSource(Path(found.place), index)
     # Only here: huggingface_hub and fsspec take longer to import than a folder to open.
     from reshard.source.staged import StagedSource
 
     if found.kind == "hub":
         _check_endpoint()
-        return StagedSource(_hub_files(found.place, found.revision), patience or Patience(), notify)
+        return StagedSource(_hub_files(found.place, found.revision), patience or Patience(), notify, index)
     from reshard.source.remote import RemoteFiles
 
-    return StagedSource(RemoteFiles(found.place), patience or Patience(), notify)
+    return StagedSource(RemoteFiles(found.place), patience or Patience(), notify, index)
 
 
 def _check_endpoint() -> None:
@@ -91,7 +93,8 @@ def describe(source: Source, scheme: str | None = None) -> Checkpoint:
     """
     if any(parse_shard_file(name) for name in source.files()):
         require_shard_set(source)
-        if scheme is not None:
-            raise UsageError(f"--scheme {scheme}: {source.origin.name} is a shard set, whose {MANIFEST} says it")
+        for option, value in (("--scheme", scheme), ("--index", source.index)):
+            if value is not None:
+                raise UsageError(f"{option} {value}: {source.origin.name} is a shard set, whose {MANIFEST} says it")
         return read_shard_set(source)
     return read_checkpoint(source, scheme)

@@ -12,7 +12,7 @@ import errno
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,7 +22,7 @@ from typing import IO, Self, TypeVar
 import numpy as np
 
 from reshard.errors import SourceError, SpaceError
-from reshard.source.base import Bytes, Cancelled, Origin, Range, merged
+from reshard.source.base import MISSING, Bytes, Cancelled, Origin, Range, merged
 from reshard.source.mapped import MappedFile
 from reshard.source.transport import Fault, Notify, Patience, Pauses, Remote
 
@@ -54,7 +54,8 @@ class _Staged:
 class StagedSource:
     """What a remote offers, as a source. `notify` takes a line for each wait after a fault."""
 
-    def __init__(self, remote: Remote, patience: Patience, notify: Notify) -> None:
+    def __init__(self, remote: Remote, patience: Patience, notify: Notify, index: str | None = None) -> None:
+        self.index = index
         self._remote = remote
         self._pauses = Pauses(patience, notify)
         self._pool = ThreadPoolExecutor(_CONNECTIONS, thread_name_prefix="fetch")
@@ -75,6 +76,14 @@ class StagedSource:
     def files(self) -> Mapping[str, int]:
         """Every file's name and size in bytes, listed once."""
         return self._files
+
+    def folders(self) -> Collection[str]:
+        """Folders within are not listed."""
+        return ()
+
+    def absent(self, file: str) -> str:
+        """It is not listed."""
+        return MISSING
 
     def read(self, file: str, start: int, stop: int) -> bytes:
         """A copy of bytes [start, stop), kept: what was read once stays what it was."""
@@ -115,6 +124,12 @@ class StagedSource:
         for file, start, stop in wanted:
             self._check_within(file, stop)
             self._claim(file, start, stop)
+
+    def release(self, file: str) -> None:
+        """Nothing is held of it but what was read."""
+
+    def check_unchanged(self) -> None:
+        """Nothing is left to do: the remote compares each answer with the first one."""
 
     def cancel(self) -> None:
         """Make calls that wait raise Cancelled; what is being fetched is dropped."""

@@ -1,11 +1,21 @@
 """Work with threads that a Ctrl-C does not leave waiting for each other."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import TypeVar
 
+from reshard.source.base import Cancelled
+
 T = TypeVar("T")
+
+
+def raise_first(futures: Iterable[Future[T]]) -> None:
+    """Raise what stopped the first of several workers, not how the others took it."""
+    for future in futures:
+        if not future.cancelled() and not isinstance(future.exception(), Cancelled | None):
+            future.result()
 
 
 def apart(call: Callable[[], T], stop: Callable[[], None]) -> T:

@@ -9,7 +9,9 @@ from reshard.naming import MANIFEST, shard_file
 from reshard.plan import Plan, PlannedShard
 from reshard.prepare import Prepared
 from reshard.record import fingerprint, make_manifest, make_shard
+from reshard.writer.stream import first_difference
 from reshard.writer.target import Target, record_file
+from reshard.writer.team import Tick
 
 
 class Records:
@@ -34,10 +36,28 @@ class Records:
         """Remove the records of shards that are to be written, whatever set they are of."""
         self._target.remove(record_file(shard.file) for shard in shards)
 
-    def kept(self, ranks: Collection[int]) -> dict[int, Shard]:
-        """The shards of these ranks that earlier runs finished, that are of this very set, and whole."""
-        recorded = {rank: record for rank, record in self.found().items() if rank in ranks}
-        return {rank: record.shard for rank, record in recorded.items() if self._target.holds(record)}
+    def finished(self) -> bool:
+        """Whether the set has its manifest."""
+        return MANIFEST in self._target.files()
+
+    def is_kept(self, record: Record, tick: Tick) -> bool:
+        """Whether a shard that an earlier run finished is whole, and what the source gives now.
+
+        A record tells the set apart by a sample of the source's bytes, which proves nothing: what the shard is made of
+        is read and hashed again, unless the source is a commit, whose bytes cannot change. tick: called at each step.
+        Raises OutputError where a finished set is of other bytes.
+        """
+        shard = record.shard
+        if self._prepared.source.origin.commit is None:
+            differing = first_difference(self._plan.shards[shard.tp_rank], shard, self._prepared.readers, tick)
+            if differing is not None and self.finished():
+                raise OutputError(
+                    f"{self._target.address}: holds a finished set of another source: {differing} in {shard.file} is "
+                    "not what this source gives; choose another folder, or --overwrite it"
+                )
+            if differing is not None:
+                return False
+        return self._target.holds(record)
 
     def found(self) -> dict[int, Record]:
         """The shards in the target that a record of this very set (or its manifest) names, in the size it names."""

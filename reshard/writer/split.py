@@ -20,7 +20,8 @@ from reshard.plan import Plan, PlannedShard
 from reshard.prepare import Prepared, wanted
 from reshard.record import make_shard
 from reshard.source.base import Cancelled
-from reshard.writer.apart import apart
+from reshard.writer.apart import apart, raise_first
+from reshard.writer.kept import Keeping
 from reshard.writer.open import open_target
 from reshard.writer.records import Records, other_size
 from reshard.writer.stream import ShardStream
@@ -132,10 +133,11 @@ class _Run:
         self._options = options
         self._team = team
         self._stop = threading.Event()
+        self._keeping = Keeping(prepared, self._records, options.workers, self._stop, self._cancel)
 
     def write(self, ranks: Sequence[int]) -> tuple[list[Shard], list[Shard]]:
         """Write these ranks' shards. Returns those that were written, and those of an earlier run that were kept."""
-        kept = self._records.kept(ranks) if self._options.resume else {}
+        kept = self._keeping.kept(ranks, self._team.tick) if self._options.resume else {}
         todo = [self._plan.shards[rank] for rank in ranks if rank not in kept]
         self._target.check_space(sum(self._team.exchange(sum(shard.size for shard in todo))))
         self._prepared.source.prefetch(wanted(self._prepared, todo))
@@ -148,6 +150,7 @@ class _Run:
         # Where files can wait unseen, a finished set stays whole until every new shard is durable.
         staged = replacing and self._target.stages
         written, waiting = apart(lambda: self._write(todo, staged), self._cancel)
+        self._prepared.source.check_unchanged()
         if staged:
             self._team.exchange(None)
             self._take_manifest_away()
@@ -179,10 +182,7 @@ class _Run:
             except BaseException:
                 self._cancel()
                 pool.shutdown(cancel_futures=True)
-                # What stopped the first worker, not how the others took it.
-                for future in futures:
-                    if not future.cancelled() and not isinstance(future.exception(), Cancelled | None):
-                        future.result()
+                raise_first(futures)
                 raise
         return written, waiting
 
@@ -197,6 +197,7 @@ class _Run:
             stream.write(planned.header)
             digests = [stream.write_tensor(tensor, self._prepared.readers, self._advance) for tensor in planned.tensors]
             size, digest = stream.close()
+            self._prepared.source.check_unchanged()
         except BaseException:
             stream.discard()
             self._stop.set()
@@ -228,10 +229,11 @@ class _Run:
             return self._others(done)
         shards = self._seen(done, of_processes)
         if len(shards) == self._plan.tp_size:
-            shards = {**self._records.kept(self._others(done)), **done}
+            shards = {**self._keeping.kept(self._others(done)), **done}
         missing = self._others(shards)
         if missing:
             return missing
+        self._prepared.source.check_unchanged()
         if not turn.exclusive:
             self._require_unchanged()
         self._target.remove_temporaries(None)

@@ -12,7 +12,8 @@ from blake3 import blake3
 
 from reshard.blocks import BlockReader
 from reshard.dtypes import itemsize
-from reshard.plan import PlannedTensor
+from reshard.manifest import Shard
+from reshard.plan import PlannedShard, PlannedTensor
 from reshard.writer.target import Sink
 
 STAGE_BYTES = 1 << 20
@@ -79,6 +80,34 @@ class ShardStream:
         self.sink.write(data)
         self._written += self._filled
         self._filled = 0
+
+
+class _Nowhere:
+    """A sink that keeps nothing."""
+
+    def write(self, data: memoryview) -> None:
+        """It is hashed already."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def commit(self) -> None:
+        """Nothing is kept."""
+
+    def discard(self) -> None:
+        """Nothing is kept."""
+
+
+def first_difference(
+    planned: PlannedShard, shard: Shard, readers: Mapping[str, BlockReader], tick: Callable[[int], None]
+) -> str | None:
+    """The first tensor of a finished shard that is not what it would be if it were cut now; None if it is the same."""
+    stream = ShardStream(_Nowhere())
+    stream.write(planned.header)
+    for tensor, entry in zip(planned.tensors, shard.tensors, strict=True):
+        if stream.write_tensor(tensor, readers, tick) != entry.blake3:
+            return tensor.name
+    return None if stream.close() == (shard.size, shard.blake3) else "its header"
 
 
 class _Grid:

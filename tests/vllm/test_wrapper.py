@@ -11,6 +11,7 @@ from tests.running import split
 from tests.vllm import inside
 from tests.vllm.inside import Served
 from tests.vllm.models import parts, poisoned, write_kimi_k25
+from tests.vllm.server import serving
 
 PREFIX = "language_model.model."
 DENSE = 2
@@ -66,6 +67,21 @@ def test_what_a_split_layer_computes(two: Ranks, tmp_path: Path) -> None:
             for a, b in zip(unsplit, got, strict=True):
                 assert a.abs().max() > 0.5
                 torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-4)  # as in test_layers.py
+
+
+def test_a_server_says_the_same(tmp_path: Path) -> None:
+    """Text only, as vLLM runs a model without a processor. With the set, the model's own dense layers are NaN."""
+    model = write_kimi_k25(tmp_path / "model")
+    split(model, tmp_path / "tp2", Cut(2))
+    prompts = ([17, 42, 99], [7, 311, 5, 250, 64, 128])
+    answers = []
+    for folder, shards in ((model, None), (poisoned(model, tmp_path / "poisoned"), tmp_path / "tp2")):
+        with serving(tmp_path, folder, shards=shards, data=2) as server:
+            answers.append([server.complete(prompt, 8, rank) for rank, prompt in enumerate(prompts)])
+    assert answers[0][0].tokens != answers[0][1].tokens
+    for before, after in zip(*answers, strict=True):
+        assert after.tokens == before.tokens
+        assert after.logprobs == pytest.approx(before.logprobs, abs=1e-5)  # as in test_serving.py
 
 
 def test_another_models_set_is_refused(two: Ranks, kimi: Path, tmp_path: Path) -> None:

@@ -187,13 +187,14 @@ class DenseFFNShardsLoader(DefaultModelLoader):
             source.fall_back_to_pt,
             source.allow_patterns_overrides,
         )
-        if self.options.source == "same":
-            check_same(Path(folder), self._manifest)
+        same = self.options.source == "same"
+        if same:
+            check_same(Path(folder), files, self._manifest)
 
         def passed_over(name: str) -> bool:
             return should_skip_weight(name, self.local_expert_ids)
 
-        for name, tensor in read_others(files, self._manifest, passed_over):
+        for name, tensor in read_others(files, self._manifest, passed_over, same=same):
             yield source.prefix + name, tensor
 
 

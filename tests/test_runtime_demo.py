@@ -91,6 +91,15 @@ def test_one_line_for_what_cannot_run(tmp_path: Path, arguments: tuple[str, ...]
     assert done.stderr.count("\n") == 1
 
 
+def test_an_activation_that_is_not_known_is_one_line_too(tmp_path: Path) -> None:
+    build(tmp_path / "model", Spec("bf16", 256, 1024, config={"hidden_act": "situ"}))
+    split(tmp_path / "model", tmp_path / "shards", Cut(2))
+    done = _demo(tmp_path / "shards")
+    assert done.returncode == 1
+    assert f"error: {tmp_path}/shards: layer 0: its activation is situ, whose formula is not known here" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("layout", ["fused", "separate"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_parts_make_the_unsplit_layer(tmp_path: Path, recipe: str, layout: str) -> None:

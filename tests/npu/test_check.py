@@ -47,6 +47,23 @@ def test_what_torch_npu_refuses_is_a_finding(monkeypatch: pytest.MonkeyPatch) ->
     assert "k dim of x1 and x2 need be same" in message
 
 
+@pytest.mark.parametrize(
+    ("config", "severity", "said"),
+    [
+        ({"model_type": "glm5_next_text", "swiglu_limit": 10.0}, "ok", "torch_npu accepts every call"),
+        ({"hidden_act": "gelu"}, "ok", "torch_npu accepts every call"),
+        ({"hidden_act": "situ"}, "skipped", "not checked: layer 0: its activation is situ, whose formula is not known"),
+    ],
+)
+def test_the_forward_is_that_of_the_layer_s_activation(
+    tmp_path: Path, config: dict[str, Any], severity: str, said: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(json.loads(R1.read_text()) | config))
+    found = forward("--config", tmp_path / "config.json", "--scheme", "w8a8_dynamic", "--tp", 8)
+    assert found["severity"] == severity
+    assert found["message"].startswith(said)
+
+
 def test_the_check_s_numbers_are_the_backend_s() -> None:
     assert device.LAST_DIM_LIMIT == npu._LAST_DIM_LIMIT
     assert set(SCHEMES) - device.AS_BF16 == {scheme for scheme in SCHEMES if NpuKernels().has(scheme)}

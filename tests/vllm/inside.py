@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from tests.vllm.server import attention_backend
+from tests.vllm.models import attention_backend
 
 OPTION = "denseffn_tensor_parallel_size"
 

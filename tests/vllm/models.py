@@ -5,6 +5,7 @@ what the model says. With `dense` = `layers`, all layers are dense and vLLM take
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,11 @@ _EXPERTS = 8
 _MLP = 5.0
 _TOWER, _GRID = 128, 8  # a vision tower's sizes
 _FFN, _REST = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+def attention_backend() -> str | None:
+    """vLLM's own on a CPU without AMX; the one that it takes on others has no float32."""
+    return None if "VLLM_MLA_DISABLE" in os.environ else "CPU_MLA"
 
 
 def config(layers: int, dense: int, dtype: str) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from typing import Any
 
 import httpx
 
+from tests.vllm.models import attention_backend
+
 START_SECONDS = 240
 REQUEST_SECONDS = 60
 END_SECONDS = 60
@@ -28,11 +30,6 @@ class Answer:
     tokens: list[int]
     logprobs: list[float]
     gaps: list[float]
-
-
-def attention_backend() -> str | None:
-    """vLLM's own on a CPU without AMX; the one that it takes on others has no float32."""
-    return None if "VLLM_MLA_DISABLE" in os.environ else "CPU_MLA"
 
 
 class Server:

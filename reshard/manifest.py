@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from reshard.activation import Activation
 from reshard.errors import ManifestError
 from reshard.naming import MANIFEST, MAX_TP_SIZE, shard_file
+from reshard.recognise import PREFIX_BYTES, recognised
 
 SCHEMA = "denseffn-shards/2"
 _OLDER = frozenset({"denseffn-shards/1"})
@@ -218,7 +219,8 @@ def parse_manifest(raw: bytes, file: str = MANIFEST) -> Manifest:
     try:
         value: Any = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise ManifestError(f"{file}: not valid JSON: {error}; copy it again") from error
+        what = recognised(raw[:PREFIX_BYTES], file, len(raw))
+        raise ManifestError(what or f"{file}: not valid JSON: {error}; copy it again") from error
     version = value.get("schema") if isinstance(value, dict) else None
     if version in _OLDER:
         raise ManifestError(

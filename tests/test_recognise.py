@@ -62,6 +62,18 @@ def test_in_the_place_of_a_config_alone(what: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["pointer", "page", "link"])
+def test_in_the_place_of_a_manifest(what: str, tmp_path: Path) -> None:
+    build(tmp_path / "model", Spec())
+    split(tmp_path / "model", tmp_path / "out", Cut(1))
+    path = tmp_path / "out" / "manifest.json"
+    path.write_bytes(INSTEAD[what][0])
+    _is_named(reshard("verify", tmp_path / "out").err, "manifest.json", what)
+    with pytest.raises(ReshardError) as caught:
+        load_shard(tmp_path / "out", 0)
+    _is_named(str(caught.value), str(path), what)
+
+
+@pytest.mark.parametrize("what", ["pointer", "page", "link"])
 def test_in_the_place_of_a_shard(what: str, tmp_path: Path) -> None:
     """A set that was pushed to a repository and cloned without its big files: the runtime says the same."""
     build(tmp_path / "model", Spec())

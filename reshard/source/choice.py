@@ -149,7 +149,7 @@ def _beside(file: str, tensor: str, name: object) -> str:
     plain = str(PurePosixPath(name)) if isinstance(name, str) else ""  # without ./
     if plain in {"", ".", ".."} or "/" in plain:
         raise SourceError(
-            f"{file}: {tensor} is said to be in {name!r}, which is no file of this folder; put the file beside the "
-            "index, and its name into it"
+            f"{file}: {tensor} is said to be in {name!r}, which is no file of this folder; put the file, or a link "
+            "to it, beside the index, and its name into it"
         )
     return plain

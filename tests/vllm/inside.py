@@ -83,11 +83,15 @@ def _join(config: Any) -> None:
     """Make vLLM's groups, once in a process for each layout."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed.parallel_state import destroy_model_parallel
+    from vllm.model_executor.kernels.linear.scaled_mm import cpu as int8_kernels
     from vllm.v1.worker import cpu_model_runner
     from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
 
     cpu_model_runner._torch_cuda_wrapper  # noqa: B018 - the import is what counts
     torch.accelerator.empty_cache = lambda: None  # as vLLM's CPU worker does
+    # Where the processor has AMX, vLLM takes another int8 kernel, for which tokens travel as they are. What is tested
+    # here is oneDNN's, which every processor has.
+    int8_kernels.check_cpu_sgl_kernel = lambda *sizes: False
     parallel = config.parallel_config
     layout = (parallel.data_parallel_size, parallel.pipeline_parallel_size, parallel.tensor_parallel_size)
     if _joined != [layout]:

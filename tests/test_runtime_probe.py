@@ -193,9 +193,9 @@ class _Bound(_Scaled):
 def test_an_mlp_that_does_more_is_refused(tmp_path: Path) -> None:
     mlp = CASES["gelu"].mlp(64, 256)
     shards = _cut(tmp_path, mlp, CASES["gelu"].config)
-    with pytest.raises(ShardError, match=f"layer 0's activation is {GELU}, model.layers.0.mlp computes another"):
+    with pytest.raises(ShardError, match=f"layer 0's activation is {GELU}, layers.0.mlp computes another"):
         attach(_Model([_Scaled(mlp)]), shards)
-    with pytest.raises(ShardError, match=r"model.layers.0.mlp: _Bound does not run without its weights, .* 'weight'"):
+    with pytest.raises(ShardError, match=r"layers.0.mlp: _Bound does not run without its weights, .* 'weight'"):
         attach(_Model([_Bound(mlp)]), shards)
 
 

@@ -118,8 +118,7 @@ def compare_computation(
         if wrong:
             findings.append(Finding("computation", module, wrong))
     for why, indexes in left_out.items():
-        where = f"layers {numbers(indexes)}" if len(indexes) > 1 else f"layer {indexes[0]}"
-        findings.append(Finding("computation", where, f"not computed: {why}", "warning"))
+        findings.append(Finding("computation", f"layers {numbers(indexes)}", f"not computed: {why}", "warning"))
     return findings, results
 
 

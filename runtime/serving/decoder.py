@@ -75,11 +75,17 @@ class Decoder:
 def decoder_of(model: nn.Module) -> Decoder:
     """The language model in a causal one or a wrapper, as transformers tells it: `get_decoder`.
 
-    Raises ShardError where that has no list of layers.
+    Of a module without that, `model.layers` or `layers`. Raises ShardError where there is no list of layers.
     """
     decoder: Any = model
     if not hasattr(model, "get_decoder"):
-        raise ShardError(f"{type(model).__name__} is no model of transformers: it has no get_decoder()")
+        for name, module in (("model.layers", getattr(model, "model", None)), ("layers", model)):
+            layers = getattr(module, "layers", None)
+            if isinstance(layers, nn.ModuleList):
+                return Decoder(name, module, layers)
+        raise ShardError(
+            f"{type(model).__name__} is no model of transformers: it has no get_decoder(), nor a list `model.layers`"
+        )
     while (inner := decoder.get_decoder()) is not decoder:
         decoder = inner
     for module in decoder.modules():  # Llama 4's is one further in

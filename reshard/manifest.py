@@ -15,7 +15,7 @@ from reshard.naming import MANIFEST, MAX_TP_SIZE, shard_file
 from reshard.recognise import PREFIX_BYTES, recognised
 
 SCHEMA = "denseffn-shards/2"
-_OLDER = frozenset({"denseffn-shards/1"})
+_OLDER = ("denseffn-shards/1",)
 
 _HEX = r"^[0-9a-f]{64}$"
 Digest = Annotated[str, Field(pattern=_HEX, description="BLAKE3, hex")]

@@ -99,9 +99,10 @@ def unsaid(module: str, file: str, found: _Tensors) -> SchemeError:
             f"{module}.weight: {file} does not name it, and engines look it up there; is the file of this checkpoint? "
             f"give the one that was written with these weights{_told(found)}"
         )
+    option = _option(found)
     return SchemeError(
         f"{module}: {file} says MIXED_PRECISION, and not what this layer is; its tensors ({tensors_text(found)}) are "
-        f"{_are(found)}{_told(found) or f'; {WAY_OUT}'}"
+        f"{_are(found)}{f': {option}' if option else f'; {WAY_OUT}'}"
     )
 
 
@@ -172,6 +173,12 @@ def _mend_of_cast(declared: Declared) -> str:
 
 
 def _told(found: _Tensors) -> str:
+    """The option as the second way out, if it is one."""
+    option = _option(found)
+    return f", or {option}" if option else ""
+
+
+def _option(found: _Tensors) -> str:
     """How --scheme would help: the schemes that the tensors fit."""
     schemes = dict.fromkeys(variant.scheme for variant in variants_of(found))
-    return f", or say --scheme {' or '.join(schemes)}" if schemes else ""
+    return f"say --scheme {' or '.join(schemes)}" if schemes else ""

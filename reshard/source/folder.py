@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from reshard.errors import SourceError
-from reshard.opened import Opened, reason
+from reshard.opened import Opened, reason, unfollowed
 from reshard.source.base import MISSING, Bytes, Origin, Range, merged
 from reshard.source.mapped import MappedFile
 from reshard.weights import SNAPSHOTS, WEIGHTS_ENDING
@@ -54,7 +54,7 @@ class FolderSource:
                         found = entry.stat()
                     except OSError as error:
                         if entry.is_symlink() or error.errno != errno.ENOENT:  # else it is gone since it was listed
-                            broken[entry.name] = _unfollowed(self.path / entry.name, error)
+                            broken[entry.name] = unfollowed(self.path / entry.name, error)
                         continue
                     if stat.S_ISREG(found.st_mode):
                         files[entry.name] = found.st_size
@@ -161,16 +161,3 @@ class FolderSource:
 
     def _unreadable(self, file: str, why: object) -> SourceError:
         return SourceError(f"{self.path / file}: cannot be read: {why}; {_WAY_OUT}")
-
-
-def _unfollowed(path: Path, error: OSError) -> str:
-    """What a name is that leads to no file."""
-    if not path.is_symlink():
-        return f"not readable ({error.strerror})"
-    link, place = os.readlink(path), os.path.realpath(path)
-    if error.errno == errno.ELOOP:
-        return f"a link to {link}, which leads back to itself"
-    where = f"{place}, which" if link == place else f"{link} ({place}), which"
-    if error.errno in (errno.ENOENT, errno.ENOTDIR):
-        return f"a link to {where} is not there (is that disk mounted?)"
-    return f"a link to {where} cannot be followed ({error.strerror})"

@@ -1,4 +1,4 @@
-"""Files that are not there: broken links, numbers that are missing, places where a checkpoint is not yet or not."""
+"""Files that are not there: numbers that are missing, places where a checkpoint is not yet or not."""
 
 import json
 import shutil
@@ -7,108 +7,15 @@ from typing import Any
 
 import pytest
 
-from reshard.errors import ManifestError, ReshardError, ShardError, SourceError
-from reshard.naming import shard_file
+from reshard.errors import ReshardError, SourceError
 from reshard.prepare import Cut
 from reshard.source.numbered import missing_numbers
-from reshard.source.open import describe, open_source
-from runtime.loader import load_shard
 from tests.builders import Raw, Spec, build, dense_only, read_safetensors, write_safetensors
-from tests.corrupt import DESCRIPTION, INDEX
-from tests.running import reshard, split
+from tests.corrupt import INDEX
+from tests.refusals import broken_link, refusal, warnings_of
+from tests.running import split
 
-SINGLE = "model.safetensors"
 FIRST, SECOND, THIRD = (f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3))
-
-
-def warnings_of(model: Path) -> tuple[str, ...]:
-    with open_source(str(model)) as source:
-        return describe(source).warnings
-
-
-def refusal(model: Path, command: str = "check") -> str:
-    """The one line of a checkpoint that cannot be read."""
-    line = {"check": ("check", model, "--tp", 2), "split": ("split", model, model.parent / "out", "--tp", 2)}
-    done = reshard(*line[command])
-    assert done.code == 1
-    assert len(done.err.strip().splitlines()) == 1
-    assert not (model.parent / "out").exists()
-    return done.err
-
-
-def broken_link(path: Path, target: str = "../blobs/gone") -> None:
-    path.unlink(missing_ok=True)
-    path.symlink_to(target)
-
-
-# --- links ---
-
-
-@pytest.mark.parametrize("command", ["check", "split"])
-@pytest.mark.parametrize("file", ["config.json", "hf_quant_config.json", DESCRIPTION, INDEX])
-def test_a_broken_link_is_no_absent_file(file: str, command: str, tmp_path: Path) -> None:
-    """Without config.json names alone decide, without a description or an index the files do: nobody has said so."""
-    build(tmp_path / "model", Spec())
-    broken_link(tmp_path / "model" / file)
-    said = refusal(tmp_path / "model", command)
-    assert (
-        f"{file} is a link to ../blobs/gone ({tmp_path}/blobs/gone), which is not there (is that disk mounted?)" in said
-    )
-
-
-@pytest.mark.parametrize(
-    ("target", "says"),
-    [
-        ("../../blobs/h1", "is a link to ../../blobs/h1 ("),
-        ("/disk/of/blobs/h1", "is a link to /disk/of/blobs/h1, which is not there"),
-        (SINGLE, f"is a link to {SINGLE}, which leads back to itself"),
-    ],
-)
-@pytest.mark.parametrize("command", ["check", "split"])
-def test_the_weights_are_a_broken_link(target: str, says: str, command: str, tmp_path: Path) -> None:
-    build(tmp_path / "model", Spec(files=1, index=False))
-    (path,) = (tmp_path / "model").glob("*.safetensors")
-    path.unlink()
-    broken_link(path.with_name(SINGLE), target)
-    said = refusal(tmp_path / "model", command)
-    assert f"{SINGLE} {says}" in said
-    assert "no safetensors file" not in said
-
-
-def test_a_description_that_is_not_read_may_be_a_broken_link(tmp_path: Path) -> None:
-    build(tmp_path / "model", Spec("modelslim_dynamic"))
-    broken_link(tmp_path / "model" / "quant_model_description_w8a8_dynamic.json")
-    (line,) = warnings_of(tmp_path / "model")
-    assert line.startswith("quant_model_description_w8a8_dynamic.json is not read, and differs from")
-
-
-@pytest.mark.parametrize("file", ["manifest.json", "config.json", shard_file(1, 2)])
-def test_a_broken_link_in_a_shard_set(file: str, tmp_path: Path) -> None:
-    build(tmp_path / "model", Spec())
-    split(tmp_path / "model", tmp_path / "set", Cut(2))
-    broken_link(tmp_path / "set" / file)
-    for command in (
-        ("verify", tmp_path / "set"),
-        ("merge", tmp_path / "set", tmp_path / "merged"),
-        ("check", tmp_path / "set"),
-        ("inspect", tmp_path / "set"),
-    ):
-        done = reshard(*command)
-        assert done.code in (1, 3)
-        assert "a link to ../blobs/gone (" in done.out + done.err
-        assert "copy the whole set" not in done.out + done.err
-        assert "--resume" not in done.out + done.err
-
-
-@pytest.mark.parametrize(("file", "error"), [("manifest.json", ManifestError), (shard_file(1, 2), ShardError)])
-def test_the_loader_names_a_broken_link(file: str, error: type[ReshardError], tmp_path: Path) -> None:
-    build(tmp_path / "model", Spec())
-    split(tmp_path / "model", tmp_path / "set", Cut(2))
-    broken_link(tmp_path / "set" / file)
-    with pytest.raises(error, match=rf"{file}: is a link to ../blobs/gone \(.*which is not there") as caught:
-        load_shard(tmp_path / "set", 1)
-    assert "copy" not in str(caught.value)
-
 
 # --- numbers ---
 
@@ -270,62 +177,3 @@ def test_modelscope_s_unfinished_downloads(tmp_path: Path) -> None:
     said = refusal(tmp_path / "model")
     assert "._____temp in it holds unfinished downloads of ModelScope: let them finish, or start them again" in said
     assert "give" not in said
-
-
-# --- a third account ---
-
-
-def told(model: Path, value: object) -> None:
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "transformers_weights": value}))
-
-
-def test_transformers_weights_that_is_the_account(tmp_path: Path) -> None:
-    build(tmp_path / "model", Spec())
-    for same in (INDEX, f"./{INDEX}", None):
-        told(tmp_path / "model", same)
-        assert warnings_of(tmp_path / "model") == ()
-
-
-@pytest.mark.parametrize("command", ["check", "split"])
-def test_transformers_weights_that_is_another_account(command: str, tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    build(model, Spec())
-    other = {name: raw for path in model.glob("*.safetensors") for name, raw in read_safetensors(path).items()}
-    write_safetensors(model / "tuned.safetensors", other)
-    told(model, "tuned.safetensors")
-    said = refusal(model, command)
-    for text in (
-        f"config.json: transformers_weights names tuned.safetensors: another account of the weights than {INDEX}",
-        f"transformers takes tuned.safetensors, vLLM takes what {INDEX} names",
-        f"--index tuned.safetensors or --index {INDEX}",
-    ):
-        assert text in said
-    for index in ("tuned.safetensors", INDEX):
-        assert reshard("check", model, "--tp", 2, "--index", index).code == 0
-
-
-@pytest.mark.parametrize(
-    ("value", "indexed", "says"),
-    [
-        ("old.safetensors", True, f"which this folder does not have: another account of the weights than {INDEX}"),
-        ("old.safetensors", False, "another account of the weights than the other files"),
-        (5, True, "transformers_weights names 5, which"),
-    ],
-)
-def test_transformers_weights_that_is_not_there(value: object, indexed: bool, says: str, tmp_path: Path) -> None:
-    build(tmp_path / "model", Spec(index=indexed))
-    told(tmp_path / "model", value)
-    said = refusal(tmp_path / "model")
-    assert says in said
-    assert f"say which is meant with --index {INDEX}" in said if indexed else "take it out of config.json" in said
-    assert "--index old" not in said
-
-
-def test_two_accounts_and_what_transformers_is_told(tmp_path: Path) -> None:
-    """Beside an index that does not name it, transformers would take the single file: it is told another."""
-    model = tmp_path / "model"
-    build(model, Spec())
-    shutil.copy(next(model.glob("*.safetensors")), model / SINGLE)
-    told(model, INDEX)
-    assert f"two accounts of the weights (transformers and vLLM both take what {INDEX} names)" in refusal(model)

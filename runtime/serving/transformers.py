@@ -94,14 +94,15 @@ def _check_taken(folder: Path, manifest: Manifest, told: str | None) -> None:
     taken = told or SINGLE
     if taken in cut_from or not all((folder / name).is_file() for name in (taken, *cut_from)):
         return
-    if taken.endswith(INDEX_ENDING) and cut_from <= set(
-        json.loads((folder / taken).read_bytes())["weight_map"].values()
-    ):
-        return
+    if taken.endswith(INDEX_ENDING):
+        weight_map = json.loads((folder / taken).read_bytes())["weight_map"]
+        if cut_from <= set(weight_map.values()):
+            return
+    other = f"take {TRANSFORMERS_KEY} out of {CONFIG}" if told else "move that file to another folder"
     raise ShardError(
         f"{folder}: transformers takes {taken}, the shards were cut from {', '.join(sorted(cut_from))}: attention "
         "would be of one account of the weights, the dense layers of the other; cut the shards with "
-        f"--index {taken}, or {f'take {TRANSFORMERS_KEY} out of {CONFIG}' if told else 'move that file to another folder'}"
+        f"--index {taken}, or {other}"
     )
 
 

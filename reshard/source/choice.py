@@ -88,9 +88,12 @@ def _untold(source: Source) -> Choice:
 
 
 def _told_by_config(source: Source) -> str | None:
-    """config.json's TRANSFORMERS_KEY. What is wrong with config.json is said where it is read for itself."""
+    """config.json's TRANSFORMERS_KEY. What is wrong in config.json is said where it is read for itself."""
+    if CONFIG not in source.files():
+        return None
+    raw = read_file(source, CONFIG)
     try:
-        config = parse_json_object(read_file(source, CONFIG), CONFIG) if CONFIG in source.files() else {}
+        config = parse_json_object(raw, CONFIG)
     except SourceError:
         return None
     value = config.get(TRANSFORMERS_KEY)

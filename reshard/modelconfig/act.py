@@ -33,9 +33,9 @@ _SUSPICIOUS = re.compile(
 HARMLESS = {
     "dropout|checkpoint|offload|chunk|dtype|grad|init|loss": "of training and memory",
     "fuse|kernel|backend|implementation": "the choice of a kernel, which computes the same (flash-linear-attention)",
-    "size|dim|ratio|expansion": "a size, which the tensors' shapes have",
-    "bias": "a bias, which is a tensor of its own and refused by its name",
-    "gated": "a gate, which every layer that is cut has",
+    "size|dim|mlp_ratio|expansion": "a size, which the tensors' shapes have",
+    "mlp_bias|ffn_bias|ff_bias": "a bias, which is a tensor of its own and refused by its name",
+    "gated_mlp|is_gated_act": "a gate, which every layer that is cut has",
     "router|score|expert|moe": "of the choice of experts, or of experts alone",
     "attn|attention|qk|qkv|rope|logit|linear_silu|mamba|ssm|time_step|conv": "of attention, or of a layer in its place",
     "project|mm|vision|audio|image|video|frame|clip_model|clip_vision": "of what stands beside the language model",
@@ -56,24 +56,23 @@ def activations(language: Mapping[str, Any], layers: int) -> tuple[Activation | 
     if family is not None and family.fixed is not None:
         return (family.fixed,) * layers
     name = _name(language, family)
+    unknown = [f"{key} = {language[key]}" for key in _unknown(language, family)]
+    if unknown and (name is None or Activation(name).is_known):
+        return (Activation(" and ".join([*([name] if name else ()), *unknown])),) * layers
     if name is None:
         return (None,) * layers
-    unknown = [f"{key} = {language[key]}" for key in _unknown(language, family)]
-    if unknown and Activation(name).is_known:
-        return (Activation(" and ".join([name, *unknown])),) * layers
     return tuple(_limited(name, limit, family) for limit in _limits(language, family, layers))
 
 
 def _name(language: Mapping[str, Any], family: Family | None) -> str | None:
-    own = _KEYS if family is None else (family.act, family.act_elsewhere)
-    names = {key: _alias(language[key], key) for key in own if language.get(key) is not None}
-    if family is not None and names.get(family.act) in family.renamed:
-        names[family.act] = family.renamed[names[family.act]]
+    keys = _KEYS if family is None else (family.act, family.act_elsewhere)
+    names = {key: _alias(language[key], key) for key in keys if language.get(key) is not None}
+    if family is not None and family.activation is not None:
+        own = names.get(family.act, ALIASES[family.activation])
+        names[family.act] = family.renamed.get(own, own)
     if len(set(names.values())) > 1:
-        return " or ".join(f"{key} {name}" for key, name in names.items())
-    if names:
-        return next(iter(names.values()))
-    return ALIASES[family.activation] if family is not None and family.activation is not None else None
+        return " or ".join(f"{key} {name}" for key, name in sorted(names.items()))
+    return next(iter(names.values()), None)
 
 
 def _alias(value: object, key: str) -> str:

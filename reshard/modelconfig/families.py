@@ -18,11 +18,12 @@ class Family:
     rules: those of reshard.modelconfig.rules that its code follows beside mlp_layer_types, the first whose keys are
     there; none where no layer has experts. defaults: of its config class, where a key is absent or null.
     one_expert_is_dense: `num_experts` of 1 makes a dense model. bias: the key that gives the matrices a bias.
-    act, activation: the key of the activation, and the class's default; act_elsewhere: a key that another engine reads
-    in its place; renamed: functions that its class takes for others. limit: the key of a limit that holds in dense
-    layers (`limits`: a list of one for each layer); clamp: what it is, where that is not computed. fixed: what it
-    computes, whatever the config says. ignored: keys that look as if they changed what a dense layer computes, and
-    concern experts alone. names: how its dense layers are called where they are not cut. source: whose code was read.
+    act, activation: the key of the activation ("": none is read), and the class's default; act_elsewhere: a key that
+    another engine reads in its place; renamed: functions that its class takes for others. limit: the key of a limit
+    that holds in dense layers (`limits`: a list of one for each layer); clamp: what it is, where that is not computed.
+    fixed: what it computes, whatever the config says. ignored: keys that look as if they changed what a dense layer
+    computes, and concern experts alone. names: how its dense layers are called where they are not cut. source: whose
+    code was read.
     """
 
     rules: tuple[str, ...] = ()
@@ -118,6 +119,7 @@ FAMILIES: dict[str, Family] = {
     "step3p5": Family(
         ("moe_layers_enum", "first_k_dense_replace"),
         {"first_k_dense_replace": 3},
+        act="",
         limits="swiglu_limits_shared",
         clamp="clamped behind the activation",
         ignored=("swiglu_limits",),

@@ -8,7 +8,7 @@ from typing import Any
 from reshard.activation import Activation
 from reshard.errors import LayersError, SourceError
 from reshard.modelconfig.act import activations
-from reshard.modelconfig.families import family_of
+from reshard.modelconfig.families import FAMILIES, family_of
 from reshard.modelconfig.layers import Account, dense_layers, unknown_keys
 from reshard.modelconfig.mtp import mtp_layers
 from reshard.modelconfig.sizes import with_default_sizes
@@ -24,7 +24,7 @@ _DENSE_SIZES = (
     "intermediate_size_mlp",  # Llama 4
 )
 # Other names of it: Phi-3-small, Falcon, LFM2, ChatGLM, T5.
-_WIDTH = re.compile(r"(?:^|_)(?:ff|ffn|inner|feed_?forward|d_ff)(?:_hidden|_intermediate)?_(?:size|dim)$|^d_ff$|^n_inner$")
+_WIDTH = re.compile(r"(?:^|_)(?:ff|ffn|inner|feed_?forward)(?:_hidden|_intermediate)?_(?:size|dim)$|^d_ff$|^n_inner$")
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,11 @@ class ModelConfig:
     doubts: tuple[str, ...] = ()
     bias: str | None = None
 
+    @property
+    def is_known(self) -> bool:
+        """Whether the family's code was read."""
+        return self.model_type in FAMILIES
+
     def activation(self, layer: int) -> Activation | None:
         """What stands between a dense layer's matrices; None where that is not known."""
         return self.activations[layer] if layer < len(self.activations) else None
@@ -61,7 +66,7 @@ class ModelConfig:
 def read_model_config(config: Mapping[str, Any]) -> ModelConfig:
     """config: the whole of config.json. Raises SourceError naming the key that is missing or makes no sense."""
     wrapper, language = language_config(config)
-    taken: tuple[str, ...] = ()
+    taken = None
     if wrapper is not None:
         language, taken = with_default_sizes(language, wrapper)
     layers = number(language, _layers_key(language))
@@ -82,7 +87,7 @@ def read_model_config(config: Mapping[str, Any]) -> ModelConfig:
         other_accounts=others,
         wrapper=wrapper,
         activations=between,
-        doubts=(*taken, *_doubts(language, account, others, between)),
+        doubts=(*([taken] if taken else ()), *_doubts(language, account, others, between)),
         bias=_bias(language),
     )
 

@@ -36,8 +36,7 @@ _SIZES = {
     (32, 3_072, 8_192): "phi3 phi4_multimodal",
     (32, 3_840, 11_008): "olmo_hybrid",
     (32, 4_096, 11_008): (
-        "granite hyperclovax llama olmo olmo2 olmo3 hunyuan_v1_dense hunyuan_vl_text deepseek_v2 "
-        "deepseek_ocr2_text"
+        "granite hyperclovax llama olmo olmo2 olmo3 hunyuan_v1_dense hunyuan_vl_text deepseek_v2 deepseek_ocr2_text"
     ),
     (32, 4_096, 12_288): "qwen3_5_text",
     (32, 4_096, 14_336): "emu3_text_model ministral mistral voxtral_realtime_text",
@@ -85,8 +84,8 @@ DEFAULTS = {
 }
 
 
-def with_default_sizes(nested: Mapping[str, Any], wrapper: str) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """(a nested config with its class's sizes where it has none, a line for each of them).
+def with_default_sizes(nested: Mapping[str, Any], wrapper: str) -> tuple[dict[str, Any], str | None]:
+    """(a nested config with its class's sizes where it has none, a line that names them).
 
     Raises SourceError where the class's are not known.
     """
@@ -100,5 +99,7 @@ def with_default_sizes(nested: Mapping[str, Any], wrapper: str) -> tuple[dict[st
             "not known here; write the model's there"
         )
     taken = {key: defaults[key] for key in absent if key in defaults}
-    lines = (f"{CONFIG}: {wrapper} has no {key}: {value}, the default of {model_type}" for key, value in taken.items())
-    return {**nested, **taken}, tuple(lines)
+    if not taken:
+        return dict(nested), None
+    said = ", ".join(f"{key} {value}" for key, value in taken.items())
+    return {**nested, **taken}, f"{CONFIG}: {wrapper} does not say {said}: the defaults of {model_type} are taken"

@@ -169,7 +169,7 @@ def test_what_is_no_json_object_is_wrong_usage() -> None:
     for text, says in (
         ("{", "--additional-config: not valid JSON"),
         ("[8]", "holds a list"),
-        ('{"a":1,"a":2}', "'a' stands"),
+        ('{"a":1,"a":2}', "duplicate key 'a'"),
     ):
         assert says in usage("--config", R1, "--additional-config", text)
 

@@ -111,7 +111,8 @@ def test_a_password_in_an_address_is_not_repeated(tmp_path: Path) -> None:
             (3, reshard("check", address, "--tp", "5", "--format", "junit")),
             (1, reshard("check", f"{address}s", out, "--against", address)),
             (1, reshard("inspect", f"{address}s")),
-            (2, reshard("check", address, "--scheme", "bf16", "--tp", 2)),
+            (3, reshard("check", address, "--scheme", "bf16", "--tp", 2)),
+            (2, reshard("check", address, "--against", address)),
         ]
         for code, done in runs:
             assert done.code == code, done.out + done.err

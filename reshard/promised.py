@@ -65,7 +65,7 @@ def promised(config: Mapping[str, Any], name: str, scheme: str | None = None) ->
         side_files={CONFIG: json.dumps(config).encode()},
         total_tensors=len(tensors),
         total_bytes=sum(tensor.nbytes for tensor in tensors),
-        warnings=(*model.doubts, *of_activations(layer for layer in layers if layer.activation)),
+        warnings=(*model.doubts, *of_activations((layer for layer in layers if layer.activation), config=True)),
     )
 
 

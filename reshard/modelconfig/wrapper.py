@@ -5,7 +5,7 @@ from typing import Any
 
 from reshard.errors import SourceError
 from reshard.modelconfig.rules import EXPERT_COUNTS, RULES
-from reshard.naming import CONFIG
+from reshard.naming import CONFIG, stands_beside
 
 _LAYERS = "num_hidden_layers"
 WRAPPERS: dict[tuple[str, ...], str] = {
@@ -29,23 +29,43 @@ def language_config(config: Mapping[str, Any]) -> tuple[str | None, dict[str, An
     A nested key is spelt with dots: "thinker_config.text_config". Where its sizes stand at the top too (DeepSeek-OCR),
     the two are one, and not nested. Raises SourceError where they contradict each other.
     """
-    for path in WRAPPERS:
-        nested: Any = config
-        for key in path:
-            nested = nested.get(key) if isinstance(nested, Mapping) else None
-        if isinstance(nested, Mapping) and nested.get(_LAYERS) is not None:
-            key = ".".join(path)
+    found = {".".join(path): nested for path in WRAPPERS if (nested := _at(config, path)) is not None}
+    for key, nested in found.items():
+        if nested.get(_LAYERS) is not None:
             if config.get(_LAYERS) is None:
                 return key, dict(nested)
             return None, _both(config, key, nested)
     if config.get(_LAYERS) is None:
-        others = [key for key, value in config.items() if isinstance(value, Mapping) and _LAYERS in value]
+        _refuse_two_stacks(config)
+        for key, nested in found.items():  # of a class whose defaults a config need not name
+            if isinstance(nested.get("model_type"), str):
+                return key, dict(nested)
+        others = [
+            key
+            for key, value in config.items()
+            if isinstance(value, Mapping) and _LAYERS in value and not stands_beside(f"{key}.")
+        ]
         if others:
             raise SourceError(
                 f"{CONFIG}: no {_LAYERS} at its top; it stands in {', '.join(others)}, of which none is known to be a "
                 f"language model's; known are {', '.join('.'.join(path) for path in WRAPPERS)}"
             )
     return None, dict(config)
+
+
+def _at(config: Mapping[str, Any], path: tuple[str, ...]) -> Mapping[str, Any] | None:
+    nested: Any = config
+    for key in path:
+        nested = nested.get(key) if isinstance(nested, Mapping) else None
+    return nested if isinstance(nested, Mapping) else None
+
+
+def _refuse_two_stacks(config: Mapping[str, Any]) -> None:
+    if all(isinstance(config.get(key), Mapping) for key in ("encoder", "decoder")):
+        raise SourceError(
+            f"{CONFIG}: an encoder and a decoder (T5Gemma and its like): this version cuts models that are a decoder "
+            "alone; serve this one without denseffn_tensor_parallel_size"
+        )
 
 
 def _both(config: Mapping[str, Any], key: str, nested: Mapping[str, Any]) -> dict[str, Any]:

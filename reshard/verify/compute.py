@@ -22,7 +22,7 @@ from reshard.checkpoint import Checkpoint, Layer, Part, Tensor, layers_named
 from reshard.errors import MismatchError
 from reshard.finding import Finding
 from reshard.manifest import Manifest
-from reshard.naming import DOWN, GATE, GATE_UP, UP
+from reshard.naming import CONFIG, DOWN, GATE, GATE_UP, UP
 from reshard.source.base import Source
 from reshard.source.header import Header, TensorInfo
 from reshard.verify.expect import expect, groups, misfits, read_headers
@@ -82,11 +82,11 @@ def compare_computation(
     """Findings, and a result for each layer that could be computed. checkpoint: `describe(source)`, unconverted.
 
     Layers whose activation is not known are not computed: a warning says so.
-
     `tick` is called with half the bytes of each step in source and shards: all the shards' bytes in the end, about.
     """
     findings: list[Finding] = []
     results: list[LayerResult] = []
+    has_config = CONFIG in checkpoint.side_files
     left_out: dict[str, list[int]] = {}
     x_HT = np.random.default_rng(seed).standard_normal((checkpoint.model.hidden_size, tokens))
     reference = Reference(source, manifest)
@@ -96,7 +96,7 @@ def compare_computation(
     for layer in checkpoint.layers:
         module, activation = layer.module, layer.activation
         if activation is None or not activation.is_known:
-            left_out.setdefault(not_computed(activation) or "", []).append(layer.index)
+            left_out.setdefault(not_computed(activation, config=has_config) or "", []).append(layer.index)
             continue
         try:
             whole = {r: reference.linear(layer.linears[r], _module(layer, r, manifest)) for r in (GATE, UP, DOWN)}

@@ -23,7 +23,7 @@ ALIASES = {
 }
 """transformers' names (its ACT2FN) of the functions that are computed; the tests compare each with its own."""
 
-_KEYS = ("hidden_act", "hidden_activation", "activation_function")
+ACT_KEYS = ("hidden_act", "hidden_activation", "activation_function")
 _SUSPICIOUS = re.compile(
     r"swiglu|(?:^|_)glu(?:_|$)|(?:^|_)act(?:_|$)|activation|(?:^|_)mlp_(?!layer_types|only_layers|bias|dim)|clamp|softcap"
 )
@@ -57,7 +57,7 @@ def activations(language: Mapping[str, Any], layers: int) -> tuple[Activation | 
 
 
 def _name(language: Mapping[str, Any], family: Family | None) -> str | None:
-    own = (family.act,) if family is not None else _KEYS
+    own = (family.act,) if family is not None else ACT_KEYS
     names = {key: _alias(language[key], key) for key in own if language.get(key) is not None}
     if len(set(names.values())) > 1:
         return " or ".join(f"{key} {name}" for key, name in names.items())
@@ -73,23 +73,24 @@ def _alias(value: object, key: str) -> str:
 
 
 def _unknown(language: Mapping[str, Any], family: Family | None) -> list[str]:
-    known = {*_KEYS}
+    known = {*ACT_KEYS}
     if family is not None:
         known |= {family.act, *family.ignored} | {key for key in (family.limit, family.limits) if key is not None}
     return [
         key
         for key, value in language.items()
-        if _changes(value) and key not in known and _SUSPICIOUS.search(key) and not _is_harmless(key)
+        if _changes(value) and key not in known and is_suspicious(key)
     ]
+
+
+def is_suspicious(key: str) -> bool:
+    """Whether a key looks as if it changed what a dense layer computes."""
+    return _SUSPICIOUS.search(key) is not None and not any(re.search(pattern, key) for pattern in HARMLESS)
 
 
 def _changes(value: object) -> bool:
     """Whether a value does anything: not null, false or 0, nor a list of such."""
     return any(_changes(item) for item in value) if isinstance(value, list) else bool(value)
-
-
-def _is_harmless(key: str) -> bool:
-    return any(re.search(pattern, key) for pattern in HARMLESS)
 
 
 def _limits(language: Mapping[str, Any], family: Family | None, layers: int) -> list[float | None]:

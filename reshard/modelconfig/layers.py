@@ -124,5 +124,10 @@ def unknown_keys(language: Mapping[str, Any]) -> list[str]:
     return [
         key
         for key, value in language.items()
-        if value and key not in known and _LOOKS_LIKE_LAYERS.search(key) and not _OF_EXPERTS.search(key)
+        if value and key not in known and looks_like_layers(key)
     ]
+
+
+def looks_like_layers(key: str) -> bool:
+    """Whether a key may say which layers are dense."""
+    return _LOOKS_LIKE_LAYERS.search(key) is not None and _OF_EXPERTS.search(key) is None

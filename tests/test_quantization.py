@@ -145,6 +145,7 @@ def test_compressed_tensors(quantization: object, kind: str, block: tuple[int, i
         (group(type="float"), "weights float8 channel symmetric, activations int8 token dynamic=True"),
         (inputs(num_bits=4), "weights int8 channel symmetric, activations int4 token dynamic=True"),
         (inputs(strategy="tensor"), "weights int8 channel symmetric, activations int8 tensor dynamic=True"),
+        (inputs(symmetric=False), "weights int8 channel symmetric, activations int8 token asymmetric dynamic=True"),
         (inputs(dynamic="local"), "weights int8 channel symmetric, activations int8 token dynamic=local"),
     ],
 )
@@ -280,7 +281,7 @@ def test_methods_that_are_not_split_keep_their_names(method: str) -> None:
 
 @pytest.mark.parametrize("method", [None, ["fp8"]])
 def test_a_method_that_is_no_name_is_spelt_out(method: object) -> None:
-    assert declared({"quant_method": method})[0] == f"quant_method {method!r}"
+    assert declared({"quant_method": method, "bits": 8})[0] == f"quant_method {method!r}"
 
 
 # Whole checkpoints.

@@ -146,7 +146,7 @@ def test_a_second_that_cannot_be_read_is_no_obstacle() -> None:
     ("found", "accounts", "says"),
     [
         (BLOCKS, of(FP8, description=SLIM), (f"{DESCRIPTION} is not of these weights", "--scheme fp8_block")),
-        (FP4, of(FP8, modelopt=NVFP4), ("are NVFP4, as hf_quant_config.json says", "not split by this version")),
+        (FP4, of(FP8, modelopt=NVFP4), ("are NVFP4, as hf_quant_config.json (quant_algo NVFP4) says", "not split by this version")),
         (FP4, of(FP8), ("says fp8_block, and its tensors (", "are NVFP4, which this version does not split")),
         (PLAIN, of(FP8, modelopt={"quant_algo": None}), ("are plain BF16, as hf_quant_config.json", "--scheme bf16")),
         (CHANNEL, of(FP8), ("are fp8_channel", "config.json is not of these weights", "--scheme fp8_channel")),

@@ -97,7 +97,7 @@ def _of_config(named: Collection[int], config: ModelConfig | None) -> tuple[str,
 def _of_prefix(prefix: str, by_names: bool) -> Iterator[str]:
     """Where the names alone say which module is the language model."""
     if prefix not in {"", PREFIX} and (by_names or prefix not in WRAPPED):
-        yield f"the language model is taken to be {prefix}layers.*, by the names; if it is another, give a checkpoint of it"
+        yield f"the language model is taken to be {prefix}layers.*, by names alone"
 
 
 def _left_alone(mtp: Collection[int]) -> Iterator[str]:
@@ -144,8 +144,8 @@ def _unstacked(roles: _Roles, module: str) -> _Roles:
         rows, odd = divmod(tensor.rows, 2)
         if odd and suffix in _IN_BLOCKS and "weight" in stacked:
             raise SchemeError(
-                f"{tensor.name}: shape {list(tensor.shape)}: gate and up are stacked in {stacked['weight'].rows} rows, and "
-                f"a block of scales is of both; a checkpoint with {GATE} and {UP} is needed"
+                f"{tensor.name}: shape {list(tensor.shape)}: gate and up are stacked in {stacked['weight'].rows} rows, "
+                f"and a block of scales is of both; a checkpoint with {GATE} and {UP} is needed"
             )
         if odd:
             raise ShapesError(f"{tensor.name}: shape {list(tensor.shape)}; gate and up stacked have an even dim 0")

@@ -76,11 +76,7 @@ def _unknown(language: Mapping[str, Any], family: Family | None) -> list[str]:
     known = {*ACT_KEYS}
     if family is not None:
         known |= {family.act, *family.ignored} | {key for key in (family.limit, family.limits) if key is not None}
-    return [
-        key
-        for key, value in language.items()
-        if _changes(value) and key not in known and is_suspicious(key)
-    ]
+    return [key for key, value in language.items() if _changes(value) and key not in known and is_suspicious(key)]
 
 
 def is_suspicious(key: str) -> bool:

@@ -93,11 +93,11 @@ class Schemes:
                 continue
             if fitting_variant(other, found) is not None:
                 raise two_fit(module, found, declared, other)
-            second, first = words(other, declared)
+            second, taken = words(other, declared)
             self._warn(
                 module,
-                f"{other.said_by} says {second}, {declared.said_by} says {first}, which the tensors are: taken as "
-                f"{first}",
+                f"{other.said_by} says {second}, {declared.said_by} says {taken}, which the tensors are: taken as "
+                f"{taken}",
             )
         return declared
 
@@ -124,8 +124,8 @@ class Schemes:
             second, taken = words(other, declared)
             self._warn(
                 module,
-                f"{other.said_by} says {second}, which the tensors do not fit: taken as {taken}, by --scheme; an engine "
-                "goes by the file",
+                f"{other.said_by} says {second}, which the tensors do not fit: taken as {taken}, by --scheme; an "
+                "engine goes by the file",
             )
         return declared
 

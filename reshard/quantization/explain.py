@@ -55,7 +55,7 @@ def contradiction(module: str, found: _Tensors, said: Sequence[Declared], quanti
         )
     if first.kind == FP8_PB_WO and variants_of(found):
         return SchemeError(
-            f"{module}: {first.said_by} says {first.kind}, and its tensors ({tensors_text(found)}) are {_are(found)}'s; "
+            f"{module}: {first.said_by} says {first.kind}, and its tensors ({tensors_text(found)}) are {_are(found)}; "
             f"vLLM computes the two alike: {_told(found, '')}, unless the engine leaves activations as they are"
         )
     if first.kind != FLOAT and (not is_split(first.kind) or _only_shapes_differ(first, found)):

@@ -58,7 +58,9 @@ def contradiction(module: str, found: _Tensors, said: Sequence[Declared], quanti
             f"{module}: {first.said_by} says {first.kind}, and its tensors ({tensors_text(found)}) are {_are(found)}; "
             f"vLLM computes the two alike: {_told(found, '')}, unless the engine leaves activations as they are"
         )
-    if first.kind != FLOAT and (not is_split(first.kind) or _only_shapes_differ(first, found)):
+    if first.kind != FLOAT and (
+        not is_split(first.kind) or _only_shapes_differ(first, found) or _only_lacks(first, found)
+    ):
         return _caught(module, first, found)
     if _MODELSLIM & found.keys() and not is_description(_file(first)):
         return SchemeError(
@@ -164,6 +166,15 @@ def _caught(module: str, declared: Declared, found: _Tensors) -> SchemeError:
 def _is(declared: Declared, found: _Tensors) -> bool:
     """Whether what is said is what the tensors are; of what is not split, by name."""
     return fitting_variant(declared, found) is not None or any(n in declared.kind for n in names_of_formats(found))
+
+
+def _only_lacks(declared: Declared, found: _Tensors) -> bool:
+    """Whether a weight of the kind's type is there alone: the rest is missing."""
+    variants = [variant for variant in VARIANTS if variant.kind == declared.kind and len(variant.tensors) > 1]
+    weights = {
+        dtype for variant in variants for rule in variant.tensors if rule.suffix == "weight" for dtype in rule.dtypes
+    }
+    return found.keys() == {"weight"} and found["weight"].dtype in weights
 
 
 def _only_shapes_differ(declared: Declared, found: _Tensors) -> bool:

@@ -21,6 +21,10 @@ def _one_scale(found: _Tensors) -> bool:
     return _has(weight=_F8, weight_scale=_ANY)(found) and found["weight_scale"].shape in {(), (1,), (1, 1)}
 
 
+def _fake(found: _Tensors) -> bool:
+    return _has(weight=FLOATS, weight_scale=_ANY)(found) and "weight_offset" not in found
+
+
 def _alone(found: _Tensors) -> bool:
     return found.keys() == {"weight"} and found["weight"].dtype in _F8
 
@@ -45,7 +49,7 @@ _NOT_SPLIT: tuple[tuple[str, Callable[[_Tensors], bool]], ...] = (
     ("GPTQ", _has(qweight=_ANY, g_idx=_ANY)),
     ("AWQ or GPTQ", _has(qweight=_ANY, qzeros=_ANY)),
     ("W4A16 of compressed-tensors", _has(weight_packed=frozenset({"I32"}))),
-    ("fake-quantised (float weights beside their scales: not compressed yet)", _has(weight=FLOATS, weight_scale=_ANY)),
+    ("fake-quantised (float weights beside their scales: not compressed yet)", _fake),  # compressed-tensors, frozen
     ("sparse 2:4 of compressed-tensors", _has(compressed=_ANY, bitmask=_ANY)),
     ("MLX", _has(weight=frozenset({"U32", "I32"}), scales=_ANY, biases=_ANY)),
     ("torchao", _has(_weight_qdata=_ANY)),

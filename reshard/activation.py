@@ -15,6 +15,8 @@ FORMULAS = {
 }
 """The functions that are computed. gelu_tanh is transformers' gelu_pytorch_tanh."""
 
+_WRITE = 'write the model\'s hidden_act ("silu", …)'
+
 
 @dataclass(frozen=True)
 class Activation:
@@ -32,13 +34,18 @@ class Activation:
         return self.name if self.limit is None else f"{self.name} with limit {self.limit:g}"
 
 
-def not_computed(activation: Activation | None) -> str | None:
-    """Why a layer is not computed, and what to do; None where its activation is known."""
+def not_computed(activation: Activation | None, *, config: bool | None = None) -> str | None:
+    """Why a layer is not computed, and what to do; None where its activation is known.
+
+    config: whether there is a config.json, where that can be told.
+    """
     if activation is None:
-        return (
-            "its activation is not known: no config.json stood beside the weights, or it does not name one; put the "
-            "model's config.json there and cut them again"
-        )
+        why = {
+            True: f"config.json names none; {_WRITE} there",
+            False: "there is no config.json; put the model's beside the weights",
+            None: f"no config.json stood beside the weights, or it names none; put it there, or {_WRITE} in it",
+        }[config]
+        return f"its activation is not known: {why}, and cut them again"
     if activation.is_known:
         return None
     return (

@@ -4,7 +4,7 @@ Whatever the source is, a tensor is a grid of bytes (rows of dim 0, `row_bytes` 
 one rectangle for a Hugging Face file, one per rank for a shard set.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Literal
@@ -192,3 +192,8 @@ def numbers(values: Iterable[int]) -> str:
         else:
             runs.append([value])
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs) or "none"
+
+
+def layers_named(values: Collection[int]) -> str:
+    """The same with its noun: layer 7, layers 0-2."""
+    return f"layer{'s' if len(values) != 1 else ''} {numbers(values)}"

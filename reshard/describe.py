@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from reshard.activation import not_computed
-from reshard.checkpoint import Layer, Linear, Model, Tensor, numbers
+from reshard.checkpoint import Layer, Linear, Model, Tensor, layers_named, numbers
 from reshard.errors import LayersError, SchemeError, ShapesError
 from reshard.foreign import what_is
 from reshard.modelconfig import ModelConfig, agree_on_dense, is_mtp_layer, read_model_config
@@ -66,25 +66,29 @@ def describe_layers(
             stored = GATE_UP if GATE_UP in by_layer[index] and role != DOWN else role
             module, suffixes = f"{mlps[index]}.{stored}", roles.get(role, {})
             if "weight" not in suffixes and suffixes.keys() <= _BESIDE_A_WEIGHT:
-                raise _missing_weight(module, index, roles)
+                raise _missing_weight(module, index, roles, gated=_has_gate(by_layer.values(), model_config))
             found = {suffix: Found(t.dtype, t.shape, t.parts[0].file) for suffix, t in suffixes.items()}
             variant, block = schemes.decide(module, found)
             linears[role] = Linear(variant, block, suffixes)
         activation = model_config.activation(index) if model_config else None
         layers.append(Layer(index, linears, prefix, activation))
     model = _check_shapes(layers, model_config)
-    return model, tuple(layers), (*warnings, *schemes.warnings(), *of_activations(layers))
+    return (
+        model,
+        tuple(layers),
+        (*warnings, *schemes.warnings(), *of_activations(layers, config=model_config is not None)),
+    )
 
 
-def of_activations(layers: Iterable[Layer]) -> Iterator[str]:
-    """Layers that can be cut, and that nothing here computes."""
+def of_activations(layers: Iterable[Layer], *, config: bool) -> Iterator[str]:
+    """Layers that can be cut, and that nothing here computes. config: whether there is a config.json."""
     indexes: dict[str, list[int]] = {}
     for layer in layers:
-        problem = not_computed(layer.activation)
+        problem = not_computed(layer.activation, config=config)
         if problem is not None:
             indexes.setdefault(problem, []).append(layer.index)
     for problem, found in indexes.items():
-        yield f"layers {numbers(found)} are cut and not computed: {problem}"
+        yield f"{layers_named(found)} {'is' if len(found) == 1 else 'are'} cut and not computed: {problem}"
 
 
 def _of_config(named: Collection[int], config: ModelConfig | None) -> tuple[str, ...]:
@@ -102,8 +106,7 @@ def _of_prefix(prefix: str, by_names: bool) -> Iterator[str]:
 
 def _left_alone(mtp: Collection[int]) -> Iterator[str]:
     if mtp:
-        plural = "s" if len(mtp) > 1 else ""
-        yield f"the dense MLP of the MTP layer{plural} {numbers(mtp)} is left alone: it is no part of the DenseFFN"
+        yield f"the dense MLP of the MTP {layers_named(mtp)} is left alone: it is no part of the DenseFFN"
 
 
 def _mtp_layers(
@@ -153,8 +156,18 @@ def _unstacked(roles: _Roles, module: str) -> _Roles:
     return halves
 
 
-def _missing_weight(module: str, index: int, roles: Mapping[str, Mapping[str, Tensor]]) -> LayersError:
+def _has_gate(layers: Iterable[_Roles], config: ModelConfig | None) -> bool:
+    """Whether the MLP has gate_proj: by the family's code, or as any layer shows."""
+    return (config is not None and config.is_known) or any(GATE in roles or GATE_UP in roles for roles in layers)
+
+
+def _missing_weight(module: str, index: int, roles: Mapping[str, Mapping[str, Tensor]], *, gated: bool) -> LayersError:
     having = ", ".join(sorted(f"{r}.{s}" for r, suffixes in roles.items() for s in suffixes))
+    if not gated:
+        return LayersError(
+            f"{module}.weight: missing, as in every layer; the checkpoint has of layer {index} only {having}: an MLP "
+            "without a gate (Nemotron-4, Arcee), or with the gate in up_proj, which this version does not cut"
+        )
     return LayersError(
         f"{module}.weight: missing; the checkpoint has of layer {index} only {having}; download the file that holds it "
         "again"

@@ -70,7 +70,7 @@ def promised(config: Mapping[str, Any], name: str, scheme: str | None = None) ->
             *model.doubts,
             *doubts,
             *_of_prefix(config, scheme),
-            *of_activations(layer for layer in layers if layer.activation),
+            *of_activations((layer for layer in layers if layer.activation), config=True),
         ),
     )
 

@@ -137,4 +137,11 @@ def test_what_is_not_computed_is_said_by_name() -> None:
     unknown = not_computed(Activation("situ", 4.0)) or ""
     assert unknown.startswith("its activation is situ with limit 4, whose formula is not known here")
     assert "silu, gelu, gelu_tanh" in unknown
-    assert "put the model's config.json there and cut them again" in (not_computed(None) or "")
+    assert not_computed(None, config=False) == (
+        "its activation is not known: there is no config.json; put the model's beside the weights, and cut them again"
+    )
+    assert not_computed(None, config=True) == (
+        'its activation is not known: config.json names none; write the model\'s hidden_act ("silu", …) there, and cut '
+        "them again"
+    )
+    assert "no config.json stood beside the weights, or it names none" in (not_computed(None) or "")

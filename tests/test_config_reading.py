@@ -52,6 +52,8 @@ def read(**keys: Any) -> ModelConfig:
         ({"num_experts": 1, "model_type": "hunyuan_v1_dense"}, {0, 1, 2, 3}),
         ({"num_experts": 1, "model_type": "hunyuan_v1_moe"}, {0, 1, 2, 3}),
         ({"num_experts": [4, 8, 4, 8], "model_type": "hunyuan_v1_moe"}, set()),
+        ({"num_experts": 8, "model_type": "hunyuan_v1_moe", "moe_layer_num_skipped": 0}, set()),
+        ({"num_experts": 8, "model_type": "hunyuan_v1_moe", "moe_layer_num_skipped": 1}, {0}),
         ({"mlp_layer_types": ["hash_moe", "moe", "moe", "moe"], "n_routed_experts": 8}, set()),
         ({"model_type": "deepseek_v4", "n_routed_experts": 8}, set()),
         ({"model_type": "deepseek_v3"}, {0, 1, 2}),
@@ -64,6 +66,51 @@ def test_layers(keys: dict[str, Any], layers: set[int]) -> None:
     model = read(**keys)
     assert model.dense_layers == layers, model.reason
     assert model.is_stated
+
+
+FIRST = {"n_routed_experts": 8, "first_k_dense_replace": 2}
+NOT_IN_TRANSFORMERS: dict[str, tuple[dict[str, Any], set[int]]] = {
+    "kimi_k2": (FIRST | {"moe_layer_freq": 1}, {0, 1}),
+    "deepseek": (FIRST | {"moe_layer_freq": 2}, {0, 1, 3}),
+    "bailing_moe": ({"num_experts": 8, "first_k_dense_replace": 1}, {0}),
+    "bailing_moe_v2": ({"num_experts": 8, "first_k_dense_replace": 1, "use_bias": False}, {0}),
+    "bailing_moe_linear": ({"num_experts": 8, "first_k_dense_replace": 1, "linear_silu": True}, {0}),
+    "ernie4_5_moe_vl": (
+        {
+            "moe_num_experts": [8, 8],
+            "moe_layer_start_index": [1, 1],
+            "moe_layer_end_index": [3, 2],
+            "fuse_swiglu": True,
+        },
+        {0},
+    ),
+    "mimo": ({"num_nextn_predict_layers": 1}, {0, 1, 2, 3}),
+    "pangu_ultra_moe": ({"num_routed_experts": 8, "num_dense_layers": 3}, {0, 1, 2}),
+    "pangu_embedded": ({"bias": True}, {0, 1, 2, 3}),
+    "minimax_m3_text": (
+        {"num_local_experts": 8, "moe_layer_freq": [0, 0, 1, 1], "dense_intermediate_size": 512},
+        {0, 1},
+    ),
+    "param2moe": ({"num_experts": 8, "first_k_dense_replace": None}, {0}),
+    "sarvam_moe": ({"num_experts": 8, "first_k_dense_replace": 1}, {0}),
+    "sarvam_mla": ({"num_experts": 8, "first_k_dense_replace": 1, "moe_layer_freq": 2}, {0, 2}),
+    "step3_text": ({"moe_num_experts": 8, "moe_layers_enum": "1,3"}, {0, 2}),
+}
+"""Families whose code is another engine's: keys as their published configs have them, and the dense layers."""
+
+
+@pytest.mark.parametrize("model_type", sorted(NOT_IN_TRANSFORMERS))
+def test_families_of_other_engines(model_type: str) -> None:
+    keys, layers = NOT_IN_TRANSFORMERS[model_type]
+    model = read(model_type=model_type, **keys)
+    assert model.dense_layers == layers, model.reason
+    assert (model.doubts, model.bias) == ((), None)
+    assert model.activation(0) == (FAMILIES[model_type].fixed or Activation("silu"))
+
+
+def test_every_family_of_another_engine_is_tested() -> None:
+    others = {name for name, family in FAMILIES.items() if family.source != "transformers"}
+    assert others == NOT_IN_TRANSFORMERS.keys()
 
 
 @pytest.mark.parametrize(
@@ -268,13 +315,76 @@ def test_every_key_that_decides_is_compared(key: str, top: object, nested: objec
 
 
 def test_nested_under_a_key_that_is_not_known() -> None:
-    with pytest.raises(
-        SourceError, match="no num_hidden_layers at its top; it stands in brain_config, vision_config, of"
-    ):
+    with pytest.raises(SourceError, match="no num_hidden_layers at its top; it stands in brain_config, of which"):
         read_model_config({"brain_config": SIZES, "vision_config": {"num_hidden_layers": 2}})
 
 
+def test_a_nested_config_without_sizes() -> None:
+    """LLaVA 1.5's names nothing but its class, DeepSeek-VL's one of the three."""
+    tower = {"model_type": "clip_vision_model", "num_hidden_layers": 24, "hidden_size": 1024, "intermediate_size": 4096}
+    model = read_model_config({"model_type": "llava", "text_config": {"model_type": "llama"}, "vision_config": tower})
+    assert (model.wrapper, model.num_hidden_layers, model.hidden_size, model.intermediate_size) == (
+        *("text_config", 32, 4096),
+        11008,
+    )
+    assert model.doubts == (
+        "config.json: text_config does not say num_hidden_layers 32, hidden_size 4096, intermediate_size 11008: the "
+        "defaults of llama are taken",
+    )
+    model = read_model_config({"language_config": {"model_type": "llama", "num_hidden_layers": 30}})
+    assert (model.num_hidden_layers, model.hidden_size) == (30, 4096)
+
+
+@pytest.mark.parametrize(
+    ("nested", "said"),
+    [
+        ({"model_type": "new"}, "text_config has no num_hidden_layers and no hidden_size, and the defaults of"),
+        (
+            {"model_type": "new", "num_hidden_layers": 2},
+            "text_config has no hidden_size, and the defaults of model_type",
+        ),
+        ({"num_hidden_layers": 2}, "text_config has no hidden_size, and the defaults of model_type None are not known"),
+    ],
+    ids=str,
+)
+def test_a_nested_config_without_sizes_of_a_class_that_is_not_known(nested: dict[str, Any], said: str) -> None:
+    with pytest.raises(SourceError, match="write the model's there") as caught:
+        read_model_config({"text_config": nested, "vision_config": {"num_hidden_layers": 24}})
+    assert said in str(caught.value)
+
+
+def test_towers_are_not_told_as_candidates() -> None:
+    with pytest.raises(SourceError, match="num_hidden_layers is None"):
+        read_model_config({"vision_config": SIZES, "audio_config": SIZES})
+
+
+def test_an_encoder_and_a_decoder() -> None:
+    with pytest.raises(
+        SourceError, match=r"an encoder and a decoder .* serve this one without denseffn_tensor_parallel"
+    ):
+        read_model_config({"model_type": "t5gemma", "encoder": SIZES, "decoder": SIZES})
+
+
 # Sizes
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (
+            {"ff_intermediate_size": 512},
+            "no intermediate_size, but ff_intermediate_size = 512; where that is the dense",
+        ),
+        ({"block_ff_dim": 512, "ffn_hidden_size": 9}, "but block_ff_dim = 512, ffn_hidden_size = 9; where"),
+        ({"block_configs": [{"ffn": {"ffn_mult": 2.0}}]}, "block_configs gives each layer a width of its own: such a"),
+        ({"moe_intermediate_size": 32}, "intermediate_size is None, a whole number is wanted"),
+    ],
+    ids=str,
+)
+def test_the_width_under_another_key(keys: dict[str, Any], said: str) -> None:
+    with pytest.raises(SourceError) as caught:
+        read(intermediate_size=None, **keys)
+    assert said in str(caught.value)
 
 
 @pytest.mark.parametrize("key", ["dense_intermediate_size", "intermediate_size_mlp", "prefix_dense_intermediate_size"])
@@ -313,6 +423,31 @@ def test_sizes_by_layer() -> None:
         ({"mlp_multipliers": [0.5, 2.0]}, Activation("silu and mlp_multipliers = [0.5, 2.0]")),
         ({"activation_sparsity_pattern": [0.9, 0.0]}, Activation("silu and activation_sparsity_pattern = [0.9, 0.0]")),
         ({"minimax": 1, "hidden_act": "swigluoai", "swiglu_alpha": 1.7}, Activation("swigluoai")),
+        ({"model_type": "gemma", "hidden_act": "gelu"}, Activation("gelu_tanh")),
+        (
+            {"model_type": "gemma", "hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh"},
+            Activation("gelu_tanh"),
+        ),
+        (
+            {"model_type": "gemma", "hidden_act": None, "hidden_activation": "gelu"},
+            Activation("hidden_act gelu_tanh or hidden_activation gelu"),
+        ),
+        ({"model_type": "deepseek_v3", "ffn_clip": 10.0}, Activation("silu and ffn_clip = 10.0")),
+        ({"model_type": "deepseek_v3", "silu_limit": 7}, Activation("silu and silu_limit = 7")),
+        ({"nonlinearity": "gelu"}, Activation("silu and nonlinearity = gelu")),
+        ({"use_ffn_norm": True}, Activation("silu and use_ffn_norm = True")),
+        ({"sparse_topk_ffn": 32}, Activation("silu and sparse_topk_ffn = 32")),
+        ({"mlp_config": {"act": "gelu"}}, Activation("silu and mlp_config = {'act': 'gelu'}")),
+        ({"hidden_act": None, "nonlinearity": "gelu"}, Activation("nonlinearity = gelu")),
+        ({"activation_sparsity_ratio": 0.9}, Activation("silu and activation_sparsity_ratio = 0.9")),
+        ({"swiglu_bias": 1.0}, Activation("silu and swiglu_bias = 1.0")),
+        ({"mlp_bias": True, "mlp_ratio": 4, "use_gated_mlp": True, "mlp_expansion": 3}, Activation("silu")),
+        ({"fuse_swiglu": True, "fused_mlp": True, "ffn_dim_multiplier": 1.3, "gated_mlp": True}, Activation("silu")),
+        (
+            {"linear_silu": True, "use_mixed_mlp_moe": True, "clip_qkv": 8, "tune_mm_mlp_adapter": True},
+            Activation("silu"),
+        ),
+        ({"chunk_size_feed_forward": 1, "mlp_layer_types": ["dense"] * 4, "feature_size": 3}, Activation("silu")),
         ({"final_logit_softcapping": 30.0, "activation_dropout": 0.1, "router_activation": "x"}, Activation("silu")),
         (
             {"mamba_hidden_act": "x", "projector_hidden_act": "gelu", "expert_swiglu_limit_list": [7]},
@@ -332,7 +467,10 @@ def test_limits_by_layer() -> None:
         *(Activation("silu clamped behind the activation", 16.0),) * 2,
     ]
     exaone = read(model_type="exaone_moe", swiglu_limits=[10.0, -0.0, 0, None])
-    assert [exaone.activation(layer) for layer in range(4)] == [Activation("silu", 10.0), *(Activation("silu"),) * 3]
+    assert [exaone.activation(layer) for layer in range(4)] == [
+        Activation("silu clamped by vLLM and not by transformers", 10.0),
+        *(Activation("silu"),) * 3,
+    ]
 
 
 @pytest.mark.parametrize("value", ["7", True, -1.0, float("inf"), [7.0]], ids=str)

@@ -69,8 +69,11 @@ def _computes(family: Family) -> str:
     if family.fixed is not None:
         return f"{family.fixed}: not computed"
     limit = family.limit or family.limits
-    name = f"`{family.act}` ({family.activation})"
-    return f"{name}, `{limit}`" + (" on act(gate): not computed" if family.clamps_after else "") if limit else name
+    name = f"`{family.act}` ({family.activation})" if family.act else str(family.activation)
+    renamed = "".join(f", {one} taken for {other}" for one, other in family.renamed.items())
+    return (
+        name + renamed + (f", `{limit}`" if limit else "") + (f" {family.clamp}: not computed" if family.clamp else "")
+    )
 
 
 def family_rows() -> list[str]:
@@ -90,7 +93,10 @@ WHOLE = {
     name: f"dense layers named {family.names}" if family.names else "experts in every layer"
     for name, family in FAMILIES.items()
     if family.names
-    or ("every layer" in family.rules and name not in {"mellum", "minimax_m3_vl_text", "muse_spark_text"})
+    or (
+        "every layer" in family.rules
+        and name not in {"hunyuan_v1_moe", "mellum", "minimax_m3_vl_text", "muse_spark_text"}
+    )
 }
 
 
@@ -239,7 +245,7 @@ def test_the_page_on_models_has_every_family_key_and_activation() -> None:
     assert section("models.md", "whole") == whole_rows()
     assert section("models.md", "wrappers") == ["| key | in |", "| --- | --- |", *wrappers]
     assert section("models.md", "activations") == activation_rows()
-    assert section("models.md", "harmless") == ["| key has | it is |", "| --- | --- |", *harmless]
+    assert section("models.md", "harmless") == ["| a word begins with | it is |", "| --- | --- |", *harmless]
 
 
 def test_the_page_on_checks_has_every_check_rule_and_option() -> None:

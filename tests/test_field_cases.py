@@ -46,7 +46,7 @@ EXPECTED: dict[str, Cut | Refused] = {
     "a01-kimi-k25-int4": Cut("bf16", (0,), prefix=WRAPPED),
     "a02-kimi-k25-modelslim": Cut("w8a8_dynamic", (0,), prefix=WRAPPED),
     "a04-qwen35-27b": Cut("bf16", (0, 1), prefix=GLM),
-    "a06-llama4-maverick": Refused("layers", ("feed_forward", "Llama 4's names")),
+    "a06-llama4-maverick": Refused("layers", ("feed_forward", "Llama 4")),
     "a07-mistral3-consolidated": Cut("bf16", (0, 1), prefix=WRAPPED),
     "a08-deepseek-ocr": Cut("bf16", (0,)),
     "a09-deepseek-vl2": Cut("bf16", (0,), prefix=VL2),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from reshard.errors import LayersError, SchemeError
+from reshard.foreign import what_is_there
 from reshard.naming import ROLES, parse_dense
 from reshard.source.open import describe, open_source
 from tests.builders import Raw, Spec, config_of, random_raw, read_folder, tensors_of, write_safetensors
@@ -225,7 +226,24 @@ def test_other_modules_alone_are_no_language_model(tmp_path: Path, beside: str) 
     [
         ("layers.0.feed_forward.w1.weight", "Mistral's and Meta's own names"),
         ("model.layers.0.mlp.gate_proj.base_layer.weight", "a LoRA adapter that is not merged"),
-        ("language_model.model.layers.0.feed_forward.gate_proj.weight", "Llama 4's names"),
+        ("model.layers.0.feed_forward.w1.weight", "an MLP named feed_forward.w1 to w3 (InternLM2, LFM2), which this"),
+        (
+            "language_model.model.layers.0.feed_forward.gate_proj.weight",
+            "an MLP named feed_forward (Llama 4, Falcon-H1, Jamba), which this version does not cut",
+        ),
+        (
+            "model.layers.0.mlp.gate_proj.lora_B.vision.weight",
+            "Phi-4-multimodal's adapters, one for each kind of input",
+        ),
+        ("model.layers.0.mlp.language_mlp.gate_proj.weight", "CogVLM's two MLPs a layer"),
+        ("decoder.layers.0.mlp.linear_fc1.weight", "Megatron-Core's names; convert the checkpoint to Hugging Face"),
+        ("transformer.h.0.mlp.gate_proj.weight", "layers named h instead of layers (TeleChat)"),
+        ("transformer.h.0.mlp.c_fc_0.weight", "an MLP without gate_proj, up_proj and down_proj, which"),
+        ("model.transformer.blocks.0.ff_proj.weight", "an MLP without gate_proj, up_proj and down_proj, which"),
+        ("backbone.layers.0.mixer.up_proj.weight", "an MLP without a gate, named mixer (Nemotron-H)"),
+        ("model.layers.0.mlp.gate_and_up_proj.weight", "gate and up stacked with up first (Hunyuan-Large)"),
+        ("model.layers.0.block_sparse_moe.experts.0.w1.weight", "expert layers"),
+        ("model.layers.0.feed_forward.experts.0.w1.weight", "expert layers"),
         ("model.layers.0.mlps.0.gate_proj.weight", "LongCat's two MLPs a layer"),
         ("layers.0.ffn.w1.weight", "DeepSeek's own names (its inference/convert.py)"),
         ("layers.1.ffn.experts.0.w1.weight", "DeepSeek's own names, and expert layers all of them"),
@@ -239,3 +257,52 @@ def test_names_of_other_schools_are_told_by_name(tmp_path: Path, name: str, says
     source = write(tmp_path / "model", {name: raw}, None)
     result = run("split", source, tmp_path / "out", "--tp", 2, code=1)
     assert f"the nearest is {name}: {says}" in result.err
+
+
+def test_adapters_of_each_kind_of_input_are_not_to_be_merged() -> None:
+    """Phi-4-multimodal's: the row on LoRA, which says merge_and_unload, is not theirs."""
+    module = "model.layers.0.mlp.down_proj"
+    said = what_is_there([f"{module}.base_layer.weight", f"{module}.lora_A.speech.weight"])
+    assert "would change the model" in said
+    assert "merge_and_unload" not in said
+
+
+def test_a_tower_is_the_nearest_only_where_there_is_nothing_else() -> None:
+    tower, experts = "model.visual.layers.0.mlp.fc1.weight", "model.layers.0.mlp.experts.0.up_proj.weight"
+    assert what_is_there([tower, experts]) == f"; the nearest is {experts}: expert layers"
+    assert what_is_there([tower]).startswith(f"; the nearest is {tower}: an MLP without gate_proj")
+
+
+def without(tensors: dict[str, Raw], *names: str) -> dict[str, Raw]:
+    return {name: raw for name, raw in tensors.items() if not any(part in name for part in names)}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "lacking", "says"),
+    [
+        (
+            "nemotron",
+            ".gate_proj.",
+            "missing, as in every layer; the checkpoint has of layer 0 only down_proj.weight, up",
+        ),
+        (None, ".gate_proj.", "an MLP without a gate (Nemotron-4, Arcee), or with the gate in up_proj, which this"),
+        ("nemotron", "0.mlp.gate_proj.", "up_proj.weight; download the file that holds it again"),
+        ("llama", ".gate_proj.", "up_proj.weight; download the file that holds it again"),
+    ],
+)
+def test_an_mlp_without_a_gate_is_no_damage(tmp_path: Path, model_type: str | None, lacking: str, says: str) -> None:
+    """Nor is it one where some layer has a gate, or where the family's code has it."""
+    config = {"model_type": model_type, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2}
+    source = write(tmp_path / "model", without(mlp("model.", 64, 256), lacking), config if model_type else None)
+    result = run("split", source, tmp_path / "out", "--tp", 2, code=1)
+    assert "model.layers.0.mlp.gate_proj.weight: missing" in result.err
+    assert says in result.err
+    assert ("download" in result.err) == ("download" in says)
+
+
+def test_an_activation_with_weights_is_told_by_name(tmp_path: Path) -> None:
+    raw = random_raw(np.random.default_rng(0), "BF16", (1,))
+    tensors = without(mlp("model.", 64, 256), ".gate_proj.") | {"model.layers.1.mlp.act_fn.alpha_p": raw}
+    result = run("split", write(tmp_path / "model", tensors, None), tmp_path / "out", "--tp", 2, code=1)
+    assert "model.layers.1.mlp.act_fn.alpha_p: stands in a dense layer" in result.err
+    assert "an activation with weights of its own (xIELU, Apertus)" in result.err

@@ -91,7 +91,7 @@ def test_without_a_config_it_is_a_warning_too(tmp_path: Path) -> None:
     shards = split(source, tmp_path / "shards", Cut(2))
     done = reshard("verify", shards, "--source", source)
     assert done.code == 0, done.err
-    assert "layers 0: not computed: its activation is not known: no config.json stood beside the weights" in done.err
+    assert "layer 0: not computed: its activation is not known: no config.json stood beside the weights" in done.err
 
 
 @pytest.mark.parametrize(("config", "other"), [({"hidden_act": "gelu"}, "silu"), ({"hidden_act": "situ"}, "silu")])

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from reshard.check.report import not_checked
-from reshard.checkpoint import Checkpoint, Layer, numbers
+from reshard.checkpoint import Checkpoint, Layer, layers_named, numbers
 from reshard.errors import LayersError, ReshardError, SchemeError, ShapesError
 from reshard.finding import Finding
 from reshard.modelconfig import read_model_config
@@ -78,7 +78,7 @@ def _scheme(checkpoint: Checkpoint) -> Finding:
         by_text.setdefault(_spelt(layer), []).append(layer.index)
     if len(by_text) == 1:
         return Finding("scheme", "", next(iter(by_text)), "ok")
-    texts = [f"layers {numbers(indexes)}: {text}" for text, indexes in by_text.items()]
+    texts = [f"{layers_named(indexes)}: {text}" for text, indexes in by_text.items()]
     return Finding("scheme", "", "; ".join(texts), "ok")
 
 

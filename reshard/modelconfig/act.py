@@ -7,6 +7,7 @@ from typing import Any
 from reshard.activation import GELU, GELU_TANH, SILU, Activation
 from reshard.errors import SourceError
 from reshard.modelconfig.families import Family, family_of
+from reshard.modelconfig.rules import RULES
 from reshard.modelconfig.values import per_layer
 from reshard.naming import CONFIG
 
@@ -25,17 +26,24 @@ ALIASES = {
 
 ACT_KEYS = ("hidden_act", "hidden_activation", "activation_function")
 _SUSPICIOUS = re.compile(
-    r"swiglu|(?:^|_)glu(?:_|$)|(?:^|_)act(?:_|$)|activation|(?:^|_)mlp_(?!layer_types|only_layers|bias|dim)|clamp|softcap"
+    r"mlp|ffn|feed_?forward|(?:^|_)ff(?:_|$)|glu|silu|gelu|relu|swish|(?:^|_)act(?:_|$)|act_?fn|activation|nonlinear|"
+    r"clip|clamp|softcap|sparsity|(?:^|_)limits?(?:_|$)",
+    re.IGNORECASE,
 )
 HARMLESS = {
-    r"dropout|checkpoint|offload|_dtype": "of training and memory",
-    r"logit_softcapping": "of attention's scores and of the head",
-    r"router|gate_act|score|expert": "of the choice of experts, or of experts alone",
-    r"project|vision|audio|mamba|ssm|conv|attn|attention|linear_act": "of other modules than the MLP",
-    r"pooler|classifier|summary|mtp|embed": "of other modules than the MLP",
-    r"quant|activation_scheme": "of the quantization",
+    "dropout|checkpoint|offload|chunk|dtype|grad|init|loss": "of training and memory",
+    "fuse|kernel|backend|implementation": "the choice of a kernel, which computes the same (flash-linear-attention)",
+    "size|dim|mlp_ratio|expansion": "a size, which the tensors' shapes have",
+    "mlp_bias|ffn_bias|ff_bias": "a bias, which is a tensor of its own and refused by its name",
+    "gated_mlp|is_gated_act": "a gate, which every layer that is cut has",
+    "router|score|expert|moe": "of the choice of experts, or of experts alone",
+    "attn|attention|qk|qkv|rope|logit|linear_silu|mamba|ssm|time_step|conv": "of attention, or of a layer in its place",
+    "project|mm|vision|audio|image|video|frame|clip_model|clip_vision": "of what stands beside the language model",
+    "pooler|classifier|summary|mtp|embed|token|length|context": "of other modules than the MLP, or of requests",
+    "quant|activation_scheme": "of the quantization",
+    "eps": "of a norm",
 }
-"""Keys that look as if they changed what a dense layer computes, and do not: patterns, and why."""
+"""Keys that look as if they changed what a dense layer computes, and do not: how a word of theirs begins, and why."""
 
 
 def activations(language: Mapping[str, Any], layers: int) -> tuple[Activation | None, ...]:
@@ -48,22 +56,23 @@ def activations(language: Mapping[str, Any], layers: int) -> tuple[Activation | 
     if family is not None and family.fixed is not None:
         return (family.fixed,) * layers
     name = _name(language, family)
+    unknown = [f"{key} = {language[key]}" for key in _unknown(language, family)]
+    if unknown and (name is None or Activation(name).is_known):
+        return (Activation(" and ".join([*([name] if name else ()), *unknown])),) * layers
     if name is None:
         return (None,) * layers
-    unknown = [f"{key} = {language[key]}" for key in _unknown(language, family)]
-    if unknown and Activation(name).is_known:
-        return (Activation(" and ".join([name, *unknown])),) * layers
     return tuple(_limited(name, limit, family) for limit in _limits(language, family, layers))
 
 
 def _name(language: Mapping[str, Any], family: Family | None) -> str | None:
-    own = (family.act,) if family is not None else ACT_KEYS
-    names = {key: _alias(language[key], key) for key in own if language.get(key) is not None}
+    keys = ACT_KEYS if family is None else (family.act, family.act_elsewhere)
+    names = {key: _alias(language[key], key) for key in keys if language.get(key) is not None}
+    if family is not None and family.activation is not None:
+        own = names.get(family.act, ALIASES[family.activation])
+        names[family.act] = family.renamed.get(own, own)
     if len(set(names.values())) > 1:
-        return " or ".join(f"{key} {name}" for key, name in names.items())
-    if names:
-        return next(iter(names.values()))
-    return ALIASES[family.activation] if family is not None and family.activation is not None else None
+        return " or ".join(f"{key} {name}" for key, name in sorted(names.items()))
+    return next(iter(names.values()), None)
 
 
 def _alias(value: object, key: str) -> str:
@@ -73,7 +82,7 @@ def _alias(value: object, key: str) -> str:
 
 
 def _unknown(language: Mapping[str, Any], family: Family | None) -> list[str]:
-    known = {*ACT_KEYS}
+    known = {*ACT_KEYS, *(key for rule in RULES.values() for key in rule.keys)}
     if family is not None:
         known |= {family.act, *family.ignored} | {key for key in (family.limit, family.limits) if key is not None}
     return [key for key, value in language.items() if _changes(value) and key not in known and is_suspicious(key)]
@@ -81,7 +90,8 @@ def _unknown(language: Mapping[str, Any], family: Family | None) -> list[str]:
 
 def is_suspicious(key: str) -> bool:
     """Whether a key looks as if it changed what a dense layer computes."""
-    return _SUSPICIOUS.search(key) is not None and not any(re.search(pattern, key) for pattern in HARMLESS)
+    harmless = any(re.search(rf"(?:^|_)(?:{words})", key, re.IGNORECASE) for words in HARMLESS)
+    return _SUSPICIOUS.search(key) is not None and not harmless
 
 
 def _changes(value: object) -> bool:
@@ -111,6 +121,6 @@ def _limit(value: object, key: str) -> float | None:
 
 
 def _limited(name: str, limit: float | None, family: Family | None) -> Activation:
-    if limit is not None and family is not None and family.clamps_after:
-        return Activation(f"{name} clamped behind the activation", limit)
+    if limit is not None and family is not None and family.clamp:
+        return Activation(f"{name} {family.clamp}", limit)
     return Activation(name, limit)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from reshard.activation import Activation
+from reshard.activation import GELU, GELU_TANH, Activation
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,12 @@ class Family:
     rules: those of reshard.modelconfig.rules that its code follows beside mlp_layer_types, the first whose keys are
     there; none where no layer has experts. defaults: of its config class, where a key is absent or null.
     one_expert_is_dense: `num_experts` of 1 makes a dense model. bias: the key that gives the matrices a bias.
-    act, activation: the key of the activation, and the class's default. limit: the key of a limit that holds in dense
-    layers (`limits`: a list of one for each layer); clamps_after: it is on act(gate) and not on gate. fixed: what it
-    computes, whatever the config says. ignored: keys that look as if they changed what a dense layer computes, and
-    concern experts alone. names: how its dense layers are called where they are not cut. source: whose code was read.
+    act, activation: the key of the activation ("": none is read), and the class's default; act_elsewhere: a key that
+    another engine reads in its place; renamed: functions that its class takes for others. limit: the key of a limit
+    that holds in dense layers (`limits`: a list of one for each layer); clamp: what it is, where that is not computed.
+    fixed: what it computes, whatever the config says. ignored: keys that look as if they changed what a dense layer
+    computes, and concern experts alone. names: how its dense layers are called where they are not cut. source: whose
+    code was read.
     """
 
     rules: tuple[str, ...] = ()
@@ -30,9 +32,11 @@ class Family:
     bias: str = "mlp_bias"
     act: str = "hidden_act"
     activation: str | None = "silu"
+    act_elsewhere: str = ""
+    renamed: Mapping[str, str] = field(default_factory=dict)
     limit: str | None = None
     limits: str | None = None
-    clamps_after: bool = False
+    clamp: str = ""
     fixed: Activation | None = None
     ignored: tuple[str, ...] = ()
     names: str = ""
@@ -75,7 +79,11 @@ FAMILIES: dict[str, Family] = {
     **_alike("hunyuan_v1_dense hunyuan_vl_text", Family(one_expert_is_dense=True)),
     "ernie4_5": Family(bias="use_bias"),
     "muse_glimmer_text": Family(act="hidden_activation"),
-    "gemma": Family(activation="gelu_pytorch_tanh"),
+    "gemma": Family(
+        activation="gelu_pytorch_tanh",
+        act_elsewhere="hidden_activation",  # vLLM
+        renamed={GELU: GELU_TANH},  # its first configs name the wrong one
+    ),
     **_alike("gemma2 gemma3_text gemma4_text gemma4_unified_text vaultgemma", _GEMMA),
     "bitnet": Family(fixed=Activation("relu2 and ffn_sub_norm")),
     "gemma3n_text": Family(fixed=Activation("gelu_tanh and activation_sparsity_pattern")),
@@ -95,7 +103,7 @@ FAMILIES: dict[str, Family] = {
     "cohere2_moe": _first(0),
     "deepseek_ocr2_text": Family(("first_k_dense_replace",)),
     "dots3_note_text": _first(1),
-    "exaone_moe": _first(1, limits="swiglu_limits"),
+    "exaone_moe": _first(1, limits="swiglu_limits", clamp="clamped by vLLM and not by transformers"),
     "glm4_moe_lite": _first(1),
     "glm_moe_dsa": _first(3),
     "hy_v3": _first(1),
@@ -111,8 +119,9 @@ FAMILIES: dict[str, Family] = {
     "step3p5": Family(
         ("moe_layers_enum", "first_k_dense_replace"),
         {"first_k_dense_replace": 3},
+        act="",
         limits="swiglu_limits_shared",
-        clamps_after=True,
+        clamp="clamped behind the activation",
         ignored=("swiglu_limits",),
     ),
     # Layers of both kinds in another order.
@@ -120,7 +129,11 @@ FAMILIES: dict[str, Family] = {
     "ernie4_5_vl_moe_text": Family(("moe_layer_start_index",), _ERNIE, bias="use_bias"),
     **_alike("qwen2_moe qwen3_moe qwen3_next qwen3_omni_moe_text qwen3_vl_moe_text", _QWEN),
     "flint": Family(("decoder_sparse_step",), {"decoder_sparse_step": 1, "mlp_only_layers": [0, 1]}),
-    "minimax_m3_vl_text": Family(("first_k_dense_replace", "every layer"), fixed=Activation("swigluoai")),
+    "minimax_m3_vl_text": Family(
+        ("first_k_dense_replace", "every layer"),
+        {"dense_intermediate_size": 12288},
+        fixed=Activation("swigluoai"),
+    ),
     "muse_spark_text": Family(("every layer",)),
     "mellum": Family(("every layer",)),
     # Experts in every layer.
@@ -130,7 +143,7 @@ FAMILIES: dict[str, Family] = {
         Family(("every layer",)),
     ),
     "deepseek_v4": Family(("every layer",)),
-    "hunyuan_v1_moe": Family(("every layer",), one_expert_is_dense=True),
+    "hunyuan_v1_moe": Family(("moe_layer_num_skipped", "every layer"), one_expert_is_dense=True),
     # Dense layers of other names, which are not cut.
     **_alike("bamba falcon_h1 jamba lfm2_moe llama4_text", Family(names="feed_forward")),
     "longcat_flash": Family(names="mlps.0 and mlps.1"),

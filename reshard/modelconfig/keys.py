@@ -16,8 +16,8 @@ DENSE_SIZES = (
 _OF_FAMILIES = {
     key
     for family in FAMILIES.values()
-    for key in (family.bias, family.act, family.limit, family.limits, *family.defaults)
-    if key is not None
+    for key in (family.bias, family.act, family.act_elsewhere, family.limit, family.limits, *family.defaults)
+    if key
 }
 _KNOWN = frozenset(
     {

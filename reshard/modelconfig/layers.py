@@ -71,7 +71,11 @@ def _accounts(language: Mapping[str, Any], family: Family | None, every: range) 
     defaults = family.defaults if family is not None else {}
     given = {key: value for key, value in language.items() if value is not None}
     keys = ChainMap(given, dict(defaults))
-    names = [*own, *(name for name in RULES if name not in own and name not in FAMILY_ONLY)]
+    read = {key for name in own for key in RULES[name].keys}
+    names = [
+        *own,
+        *(name for name, rule in RULES.items() if name not in FAMILY_ONLY and not read.issuperset(rule.leads)),
+    ]
     led = [name for name in names if any(_says(key, given) for key in RULES[name].leads)]
     if not any(name in own for name in led):
         led = [*(name for name in own if _falls_back(RULES[name], defaults))][:1] + led

@@ -1,5 +1,6 @@
 """What the cut needs of config.json."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,15 +9,18 @@ from reshard.activation import Activation
 from reshard.errors import LayersError, SourceError
 from reshard.modelconfig.act import activations
 from reshard.modelconfig.experts import counting_keys, experts_key
-from reshard.modelconfig.families import family_of
+from reshard.modelconfig.families import FAMILIES, family_of
 from reshard.modelconfig.keys import DENSE_SIZES
 from reshard.modelconfig.layers import Account, dense_layers, unknown_keys
 from reshard.modelconfig.mtp import mtp_layers
+from reshard.modelconfig.sizes import with_default_sizes
 from reshard.modelconfig.values import number
 from reshard.modelconfig.wrapper import language_config
 from reshard.naming import CONFIG
 
 _MAX_LAYERS = 10_000
+# Other names of it: Phi-3-small, Falcon, LFM2, ChatGLM, T5.
+_WIDTH = re.compile(r"(?:^|_)(?:ff|ffn|inner|feed_?forward)(?:_hidden|_intermediate)?_(?:size|dim)$|^d_ff$|^n_inner$")
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,11 @@ class ModelConfig:
     doubts: tuple[str, ...] = ()
     bias: str | None = None
 
+    @property
+    def is_known(self) -> bool:
+        """Whether the family's code was read."""
+        return self.model_type in FAMILIES
+
     def activation(self, layer: int) -> Activation | None:
         """What stands between a dense layer's matrices; None where that is not known."""
         return self.activations[layer] if layer < len(self.activations) else None
@@ -53,6 +62,9 @@ class ModelConfig:
 def read_model_config(config: Mapping[str, Any]) -> ModelConfig:
     """config: the whole of config.json. Raises SourceError naming the key that is missing or makes no sense."""
     wrapper, language = language_config(config)
+    taken = None
+    if wrapper is not None:
+        language, taken = with_default_sizes(language, wrapper)
     layers = number(language, _layers_key(language))
     if layers > _MAX_LAYERS:
         raise SourceError(f"{CONFIG}: num_hidden_layers is {layers}, up to {_MAX_LAYERS} are believed")
@@ -71,7 +83,7 @@ def read_model_config(config: Mapping[str, Any]) -> ModelConfig:
         other_accounts=others,
         wrapper=wrapper,
         activations=between,
-        doubts=tuple(_doubts(language, account, others, between)),
+        doubts=(*([taken] if taken else ()), *_doubts(language, account, others, between)),
         bias=_bias(language),
     )
 
@@ -105,15 +117,35 @@ def known_dense_layers(model: ModelConfig) -> frozenset[int]:
 
 def _intermediate_size(language: Mapping[str, Any], *, needed: bool) -> int:
     """Of a dense layer: by a key of its own where there is one. 0 where no layer is dense and no key is there."""
+    family = family_of(language)
     for key in DENSE_SIZES:
-        if language.get(key) is not None:
-            return number(language, key)
+        value = language.get(key)
+        if value is None and family is not None:
+            value = family.defaults.get(key)
+        if value is not None:
+            return number({key: value}, key)
     sizes = language.get("intermediate_size")
     if isinstance(sizes, list) and sizes:
         if len(set(map(str, sizes))) > 1:
             raise SourceError(f"{CONFIG}: intermediate_size differs from layer to layer: such a model is not cut")
         return number({"intermediate_size": sizes[0]}, "intermediate_size")
+    if sizes is None and needed:
+        _explain_width(language)
     return number(language, "intermediate_size", default=None if needed else 0)
+
+
+def _explain_width(language: Mapping[str, Any]) -> None:
+    """Raises SourceError where other keys stand in the place of intermediate_size."""
+    blocks = language.get("block_configs")
+    if isinstance(blocks, list):
+        raise SourceError(f"{CONFIG}: block_configs gives each layer a width of its own: such a model is not cut")
+    near = [key for key, value in language.items() if type(value) is int and _WIDTH.search(key)]
+    if near:
+        keys = ", ".join(f"{key} = {language[key]}" for key in near)
+        raise SourceError(
+            f"{CONFIG}: no intermediate_size, but {keys}; where that is the dense layers' width, write "
+            "intermediate_size with it there"
+        )
 
 
 def _bias(language: Mapping[str, Any]) -> str | None:

@@ -134,6 +134,8 @@ RULES = {
     "layer_freq": Rule(("layer_freq",), _flags("layer_freq")),
     "first_k_dense_replace": Rule(("first_k_dense_replace", "moe_layer_freq"), _first),
     "num_dense_layers": Rule(("num_dense_layers",), _count("num_dense_layers")),
+    # HunYuan's own code; transformers and vLLM pass it over, and build experts in those layers too.
+    "moe_layer_num_skipped": Rule(("moe_layer_num_skipped",), _count("moe_layer_num_skipped")),
     "moe_layer_start_index": Rule(
         ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"),
         _span,

@@ -5,7 +5,7 @@ from typing import Any
 
 from reshard.errors import SourceError
 from reshard.modelconfig.keys import decides
-from reshard.naming import CONFIG
+from reshard.naming import CONFIG, stands_beside
 
 _LAYERS = "num_hidden_layers"
 _TOP = ""
@@ -43,9 +43,7 @@ def language_config(config: Mapping[str, Any]) -> tuple[str | None, dict[str, An
     sized = [(key, level) for key, level in language_levels(config) if level.get(_LAYERS) is not None]
     nested = [(key, level) for key, level in sized if key != _TOP]
     if not nested:
-        if not sized:
-            _check_unknown(config)
-        return None, dict(config)
+        return _without_sizes(config) if not sized else (None, dict(config))
     key, language = nested[0]
     for other, level in sized:
         _check_agree(other, level, key, language)
@@ -56,13 +54,27 @@ def language_config(config: Mapping[str, Any]) -> tuple[str | None, dict[str, An
     return None, {**language, **given, "model_type": language.get("model_type", config.get("model_type"))}
 
 
-def _check_unknown(config: Mapping[str, Any]) -> None:
-    others = [key for key, value in config.items() if isinstance(value, Mapping) and _LAYERS in value]
+def _without_sizes(config: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """Of a class whose defaults a config need not name; or of a config that is no language model's."""
+    if all(isinstance(config.get(key), Mapping) for key in ("encoder", "decoder")):
+        raise SourceError(
+            f"{CONFIG}: an encoder and a decoder (T5Gemma and its like): this version cuts models that are a decoder "
+            "alone; serve this one without denseffn_tensor_parallel_size"
+        )
+    for key, nested in language_levels(config):
+        if key != _TOP and isinstance(nested.get("model_type"), str):
+            return key, dict(nested)
+    others = [
+        key
+        for key, value in config.items()
+        if isinstance(value, Mapping) and _LAYERS in value and not stands_beside(f"{key}.")
+    ]
     if others:
         raise SourceError(
             f"{CONFIG}: no {_LAYERS} at its top; it stands in {', '.join(others)}, of which none is known to be a "
             f"language model's; known are {', '.join('.'.join(path) for path in WRAPPERS)}"
         )
+    return None, dict(config)
 
 
 def _check_agree(place: str, level: Mapping[str, Any], other_place: str, other: Mapping[str, Any]) -> None:

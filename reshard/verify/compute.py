@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from reshard.activation import Activation, not_computed
-from reshard.checkpoint import Checkpoint, Layer, Part, Tensor, numbers
+from reshard.checkpoint import Checkpoint, Layer, Part, Tensor, layers_named
 from reshard.errors import MismatchError
 from reshard.finding import Finding
 from reshard.manifest import Manifest
@@ -118,7 +118,7 @@ def compare_computation(
         if wrong:
             findings.append(Finding("computation", module, wrong))
     for why, indexes in left_out.items():
-        findings.append(Finding("computation", f"layers {numbers(indexes)}", f"not computed: {why}", "warning"))
+        findings.append(Finding("computation", layers_named(indexes), f"not computed: {why}", "warning"))
     return findings, results
 
 

@@ -96,8 +96,10 @@ def write_kimi_k25(folder: Path, *, layers: int = 3, dense: int = 3) -> Path:
             "intermediate_size": _TOWER,
             "num_hidden_layers": 1,
             "num_attention_heads": 2,
-            "pos_emb_height": _GRID,
-            "pos_emb_width": _GRID,
+            **dict.fromkeys(("pos_emb_height", "pos_emb_width"), _GRID),
+            # As vLLM 0.27's own config class, and the published file, have them.
+            **dict.fromkeys(("init_pos_emb_height", "init_pos_emb_width"), _GRID),
+            "mm_hidden_size": _TOWER,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         },
     }

@@ -79,6 +79,19 @@ def reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
+def unfollowed(path: Path, error: OSError) -> str:
+    """What a name is that leads to no file."""
+    if not path.is_symlink():
+        return f"not readable ({error.strerror})"
+    link, place = os.readlink(path), os.path.realpath(path)
+    if error.errno == errno.ELOOP:
+        return f"a link to {link}, which leads back to itself"
+    where = f"{place}, which" if link == place else f"{link} ({place}), which"
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return f"a link to {where} is not there (is that disk mounted?)"
+    return f"a link to {where} cannot be followed ({error.strerror})"
+
+
 def _identity(found: os.stat_result) -> _Identity:
     return _Identity(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 

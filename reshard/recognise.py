@@ -10,7 +10,8 @@ PREFIX_BYTES = 512
 
 _PYTORCH = "which is not read: convert it (transformers: from_pretrained(…).save_pretrained(OUT) writes safetensors)"
 _PAGE = "a login, proxy or error page was saved in its place: open the address in a browser, then fetch the file anew"
-_ANSWER = "an answer of the Hub, saved in the file's place; see to the repository's name, the revision and the token"
+_ASK = "see to the repository's name, the revision and the token"
+_ANSWER = f"an answer of the Hub, saved in the file's place; {_ASK}"
 _UNPACK = "unpack it, and give the folder with the files"
 
 # (the first bytes, in small letters; what such a file is, and the way out)
@@ -23,6 +24,7 @@ _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
     (b"repository not found", _ANSWER),
     (b"invalid username or password", _ANSWER),
     (b"access to model ", _ANSWER),
+    (b"# xet version", "a Git Xet pointer, not the file itself; get the file with `git xet`, or `hf download`"),
     (b"gguf", "a GGUF file, llama.cpp's format, which is not read; give the safetensors checkpoint it was made from"),
     (b"pk\x03\x04", f"a zip archive, or a PyTorch file (torch.save), {_PYTORCH}"),
     (b"\x80\x02", f"a Python pickle (PyTorch), {_PYTORCH}"),
@@ -34,10 +36,15 @@ _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
     (b"\xff\xfe", "UTF-16 text; save it as UTF-8"),
     (b"\xfe\xff", "UTF-16 text; save it as UTF-8"),
 )
+# Of the Hub, ModelScope, GitHub and stores; no file of a checkpoint begins with one of these keys.
+_JSON_ANSWER = re.compile(rb'\{\s*"(?:errors?|message|msg|detail|code|status|success|requestid)"\s*:')
+_QUOTED = 120
 _BOM = b"\xef\xbb\xbf"
 _LINK = re.compile(rb"(?:\.{0,2}/)?(?:[\w.@+=-]+/)*[\w.@+=-]+")  # a path, and nothing besides
 UNFINISHED = (".aria2", ".incomplete", ".part", ".crdownload", ".download")
 """What programs that download put behind the name of a file that they are at."""
+UNFINISHED_FOLDER = "._____temp"
+"""Where ModelScope keeps files until they are whole."""
 
 
 def recognised(prefix: bytes, file: str, size: int, beside: Collection[str] = ()) -> str | None:
@@ -47,6 +54,9 @@ def recognised(prefix: bytes, file: str, size: int, beside: Collection[str] = ()
     """
     start = prefix.removeprefix(_BOM).lstrip().lower()
     what = next((what for beginning, what in _BEGINNINGS if start.startswith(beginning)), None)
+    if what is None and _JSON_ANSWER.match(start):
+        text = " ".join(prefix.decode(errors="replace").split())[:_QUOTED]
+        what = f"an answer of a server ({text}), saved in the file's place; {_ASK}"
     if what is None and prefix and not prefix.strip(b"\0"):
         what = "zeros, space that a download has taken and not filled yet"
         what += f"; {partial}" if (partial := unfinished(file, beside)) else "; finish it, or download the file again"

@@ -6,15 +6,25 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 WEIGHTS_ENDING = ".safetensors"
 INDEX_ENDING = ".safetensors.index.json"
+TRANSFORMERS_KEY = "transformers_weights"
+"""config.json's key for the file that transformers takes before all others; no other engine reads it."""
+SNAPSHOTS = "snapshots"
+"""Where a Hugging Face cache has a folder for each commit."""
 
 
-def engines(files: Collection[str]) -> str:
-    """What the engines take of a folder with these files.
+def engines(files: Collection[str], told: str | None = None) -> str:
+    """What the engines take of a folder with these files. told: config.json's TRANSFORMERS_KEY.
 
     transformers: modeling_utils._get_resolved_checkpoint_files. vLLM: DefaultModelLoader._prepare_weights and
     weight_utils.filter_duplicate_safetensors_files, which know an index by this one name.
     """
-    named = f"what {INDEX} names"
-    transformers = SINGLE if SINGLE in files else named if INDEX in files else "none of them"
-    vllm = named if INDEX in files else f"every {WEIGHTS_ENDING} file"
+    vllm = _taken(INDEX) if INDEX in files else f"every {WEIGHTS_ENDING} file"
+    first = told or next((name for name in (SINGLE, INDEX) if name in files), None)
+    transformers = _taken(first) if first is not None else "none of them"
+    if transformers == vllm:
+        return f"transformers and vLLM both take {vllm}"
     return f"transformers takes {transformers}, vLLM takes {vllm}"
+
+
+def _taken(file: str) -> str:
+    return f"what {file} names" if file.endswith(INDEX_ENDING) else file

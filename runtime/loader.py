@@ -14,22 +14,19 @@ from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 
 from reshard.errors import ManifestError, ShardError
-from reshard.manifest import Block, LayerSchemes, Manifest, ShardTensor, parse_manifest
+from reshard.manifest import Manifest, ShardTensor, parse_manifest
 from reshard.manifest import Shard as ShardEntry
-from reshard.naming import mlp_name, parse_dense
-from reshard.opened import Opened, reason
+from reshard.naming import DOWN, GATE, GATE_UP, MANIFEST, UP, mlp_name, parse_dense
+from reshard.opened import Opened, reason, unfollowed
 from reshard.recognise import PREFIX_BYTES, recognised
 from runtime.dequantise import dequantised
 from runtime.kernels import device_of, kernels_for
-from runtime.shard import LayerShard, LinearShard, Shard
+from runtime.linears import linears_of
+from runtime.shard import LayerShard, Shard
 
-MANIFEST = "manifest.json"
 Verify = Literal["header", "digest"]
 
-_GATE_UP, _DOWN = "gate_up_proj", "down_proj"
-_SEPARATE = ("gate_proj", "up_proj")
 _LENGTH_BYTES = 8
-_CUT_BY_ROWS = frozenset({"weight", "weight_scale", "weight_scale_inv", "weight_offset", "quant_bias", "deq_scale"})
 
 
 def load_shard(
@@ -75,7 +72,7 @@ def load_shard(
             manifest.model.intermediate_size,
             share,
             set_digest,
-            *_linears(mlp_name(manifest.model.prefix, layer.index), layer, tensors, entry.file),
+            *linears_of(mlp_name(manifest.model.prefix, layer.index), layer, tensors, entry.file),
             layer.read_activation(),
         )
         for layer in manifest.layers
@@ -99,7 +96,9 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
     path = folder / MANIFEST
     try:
         raw = path.read_bytes()
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if path.is_symlink():
+            raise ManifestError(f"{path}: is {unfollowed(path, error)}") from None
         what = "the shard set is incomplete: finish it with reshard split --resume" if folder.is_dir() else "no folder"
         raise ManifestError(f"{folder}: no {MANIFEST} ({what})") from None
     except OSError as error:
@@ -150,7 +149,8 @@ def _read(
     try:
         opened = Opened(path)
     except OSError as error:
-        raise ShardError(f"{path}: cannot be read: {reason(error)}; copy the shard again") from error
+        what = f"cannot be read: {reason(error)}; copy the shard again"
+        raise ShardError(f"{path}: {f'is {unfollowed(path, error)}' if path.is_symlink() else what}") from error
     with opened:
         tensors = _tensors(opened, entry, manifest, device, layers, verify)
         if difference := opened.difference():
@@ -228,10 +228,10 @@ def _compare(path: Path, header: Mapping[str, Any], tensors: Iterable[ShardTenso
 def _check_shapes(path: Path, entry: ShardEntry, manifest: Manifest) -> None:
     """The weights against the model's sizes: [L or 2L, H] and [H, L]."""
     share, hidden = share_of(manifest), manifest.model.hidden_size
-    expected = {_GATE_UP: [2 * share, hidden], _DOWN: [hidden, share], **{key: [share, hidden] for key in _SEPARATE}}
+    expected = {GATE_UP: [2 * share, hidden], DOWN: [hidden, share], **{key: [share, hidden] for key in (GATE, UP)}}
     found = {tensor.name: tensor.shape for tensor in entry.tensors}
     for layer in manifest.layers:
-        for module in (*((_GATE_UP,) if manifest.layout == "fused" else _SEPARATE), _DOWN):
+        for module in (*((GATE_UP,) if manifest.layout == "fused" else (GATE, UP)), DOWN):
             name = f"{mlp_name(manifest.model.prefix, layer.index)}.{module}.weight"
             if name not in found:
                 raise ShardError(f"{path}: {name} is missing, layer {layer.index} is dense; cut the set again")
@@ -251,54 +251,3 @@ def _value(path: Path, value: torch.Tensor, tensor: ShardTensor, device: torch.d
                 "shard again"
             )
     return value.to(device)
-
-
-def _linears(
-    mlp: str, layer: LayerSchemes, tensors: Mapping[str, torch.Tensor], file: str
-) -> tuple[LinearShard, LinearShard]:
-    """gate_up and down of a layer; gate and up are stacked where the file keeps them apart."""
-
-    def of(module: str) -> dict[str, torch.Tensor]:
-        start = f"{mlp}.{module}."
-        return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
-
-    name = f"{mlp}.{_GATE_UP}"
-    gate_up = of(_GATE_UP)
-    if not gate_up:
-        gate, up = (of(module) for module in _SEPARATE)
-        rows = layer.gate_up_block.rows if layer.gate_up_block else 1
-        if len(gate["weight"]) % rows:
-            raise ShardError(
-                f"{file}: {name}: {len(gate['weight'])} rows of gate are no multiple of the {rows}-row scale block, so "
-                "up cannot be stacked below them; cut the set again with --layout fused"
-            )
-        gate_up = _stacked(name, gate, up, file)
-    return (
-        LinearShard(name, layer.gate_up_proj, _block(layer.gate_up_block), gate_up),
-        LinearShard(f"{mlp}.{_DOWN}", layer.down_proj, _block(layer.down_block), of(_DOWN)),
-    )
-
-
-def _block(block: Block | None) -> tuple[int, int] | None:
-    return None if block is None else (block.rows, block.columns)
-
-
-def _stacked(
-    name: str, gate: Mapping[str, torch.Tensor], up: Mapping[str, torch.Tensor], file: str
-) -> dict[str, torch.Tensor]:
-    """Gate above up. What the two share they must agree in: one quantisation of the tokens serves both."""
-    if gate.keys() != up.keys():
-        raise ShardError(f"{file}: {name}: gate has {', '.join(sorted(gate))}, up has {', '.join(sorted(up))}")
-    stacked = {}
-    for suffix, one in gate.items():
-        other = up[suffix]
-        if suffix in _CUT_BY_ROWS:
-            stacked[suffix] = torch.cat([one.view(torch.uint8), other.view(torch.uint8)]).view(one.dtype)
-        elif torch.equal(one, other):
-            stacked[suffix] = one
-        else:
-            raise ShardError(
-                f"{file}: {name}.{suffix}: gate's is {one.flatten().tolist()[:4]}, up's {other.flatten().tolist()[:4]}"
-                "; tokens are quantised once for both, so they must be the same"
-            )
-    return stacked

@@ -176,7 +176,7 @@ _FOLDERS = [
     Case(
         "two indexes",
         lambda folder: shutil.copy(folder / INDEX, folder / "other.safetensors.index.json"),
-        (INDEX, "other.safetensors.index.json", "transformers takes what", "vLLM takes what"),
+        (INDEX, "other.safetensors.index.json", f"transformers and vLLM both take what {INDEX} names"),
         f"--index {INDEX} or --index other.safetensors.index.json",
     ),
     Case("no safetensors file", removed(FIRST, SECOND, INDEX), ("model", "no safetensors file"), "give"),

@@ -1,6 +1,7 @@
 """Checkpoints as people have them, rebuilt from public reports, files and configs: `data/field/*.json`.
 
-Each says where it is from, the fact that it stands for, and what a user may expect. The tensors' names, types and
+Each says where it is from, the fact that it stands for, and what a user may expect; `by hand` are those that no
+report is behind. The tensors' names, types and
 shapes are those of the report, made small; their bytes are made here, the same for the same name.
 """
 

@@ -221,7 +221,9 @@ def test_a_source_that_cannot_be_read_is_1(shards: Path, tmp_path: Path) -> None
         1,
         f"error: {shards}: --against: {tmp_path}/none: no such folder; give the one that holds the checkpoint\n",
     )
-    assert "FAILED   ranks     config.json: missing" in done.out, "what was found of the set itself still stands"
+    assert "FAILED   ranks     config.json: manifest.json names it and it is missing; copy the whole set" in done.out, (
+        "what was found of the set itself still stands"
+    )
 
 
 @pytest.mark.parametrize("commit", ["a" * 40, "b" * 40])

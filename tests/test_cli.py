@@ -221,7 +221,7 @@ def test_verify_lists_what_differs_and_ends_with_3(shards: Path) -> None:
         line for line in lines if line.startswith(f"digest: {first.name}: model.layers.0.mlp.gate_up_proj.weight: ")
     ]
     assert [line for line in lines if line.startswith(f"digest: {first.name}: BLAKE3 is ")]
-    assert [line for line in lines if line.startswith(f"file: {second.name}: missing")]
+    assert [line for line in lines if line.startswith(f"file: {second.name}: manifest.json names it and it is missing")]
     assert [line for line in lines if line.startswith("file: config.json: BLAKE3 is ")]
     document = reshard("verify", shards, "--format", "json").document
     assert {finding["check"] for finding in document["findings"]} == {"digest", "file"}

@@ -18,6 +18,8 @@ ROOTS = {
     "e04-hf-cache-snapshot": SNAPSHOT,
     "e05-hf-cache-blobs-linked": SNAPSHOT,
     "e06-shards-linked-from-two-disks": "model",
+    "h07-hf-cache-blob-gone": SNAPSHOT,
+    "h08-hf-cache-root": SNAPSHOT.partition("/")[0],
 }
 
 
@@ -41,6 +43,7 @@ class Refused:
 
 
 WRAPPED, GLM, VL2 = "language_model.model.", "model.language_model.", "language.model."
+SECOND = "model-00002-of-00003.safetensors"
 ALONE = "taken from names alone"
 EXPECTED: dict[str, Cut | Refused] = {
     "a01-kimi-k25-int4": Cut("bf16", (0,), prefix=WRAPPED),
@@ -145,6 +148,23 @@ EXPECTED: dict[str, Cut | Refused] = {
     "e32-f8-e5m2": Refused("scheme", ("E5M2",)),
     "g01-glm53-swiglu-limit": Cut("bf16", (0, 1, 2), activation=("silu", 10.0)),
     "g03-ct-quip-online-transform": Refused("scheme", ("transform_config", "online transform")),
+    "h01-partial-no-index": Refused("input", (f"{SECOND} is missing", "dense, and of these the other files hold 0")),
+    "h02-partial-no-index-family-not-known": Refused("input", (f"{SECOND} is missing", "minicpm", "or the index")),
+    "h03-partial-no-index-no-config": Refused("input", (f"{SECOND} is missing", "no config.json says which")),
+    "h04-partial-no-index-keys-not-known": Refused("input", (f"{SECOND} is missing", "moe_start")),
+    "h05-partial-no-index-experts-missing": Cut("bf16", (0, 1), ("model-00003-of-00003.safetensors is missing",)),
+    "h06-partial-no-index-linear-missing": Refused("input", ("model-00002-of-00002.safetensors is missing",)),
+    "h07-hf-cache-blob-gone": Refused("input", ("model.safetensors is a link to ../../blobs/h1 (", "is not there")),
+    "h08-hf-cache-root": Refused("input", ("Hugging Face cache", "give snapshots/0123abcd")),
+    "h09-link-to-itself": Refused("input", ("model.safetensors is a link to model.safetensors", "back to itself")),
+    "h10-modelscope-temp": Refused("input", ("._____temp", "unfinished downloads", "let them finish")),
+    "h11-json-error-instead": Refused("input", ("an answer of a server", "Access to model org/name is restricted")),
+    "h12-xet-pointer": Refused("input", ("a Git Xet pointer",)),
+    "h13-config-link-gone": Refused("input", ("config.json is a link to ../blobs/gone (", "is not there")),
+    "h14-description-link-gone": Refused("input", ("quant_model_description.json is a link to ../blobs/gone (",)),
+    "h15-stale-scale-of-a-file-that-is-gone": Cut("bf16", (0, 1), ("still names scales of dense layers",)),
+    "h16-two-live-indexes": Refused("input", ("two indexes", "transformers and vLLM both take", "--index quant_")),
+    "h17-transformers-weights": Refused("input", ("transformers_weights names tuned.safetensors", "--index tuned")),
 }
 BY_NAME = {
     "c31-v2-lite-fp8-offgrid",

@@ -13,6 +13,7 @@ from reshard.prepare import Cut, prepare
 from reshard.source.open import describe, open_source
 from tests.builders import Spec, build, dense_only, read_safetensors, write_safetensors
 from tests.corrupt import FIRST, INDEX, SECOND, mapped
+from tests.refusals import warnings_of
 from tests.running import reshard, split
 
 SINGLE = "model.safetensors"
@@ -51,11 +52,6 @@ def without_dense(model: Path) -> str:
         weight_map.update(dict.fromkeys(held, file))
     (model / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return SECOND
-
-
-def warnings_of(model: Path) -> tuple[str, ...]:
-    with open_source(str(model)) as source:
-        return describe(source).warnings
 
 
 def same_shards(model: Path, right: Path, folder: Path) -> None:

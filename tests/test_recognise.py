@@ -22,6 +22,12 @@ INSTEAD = {
     "page without a doctype": (b"<HTML><head>", ("an HTML page",)),
     "error of a store": (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code>', ("an XML text",)),
     "answer of the Hub": (b"Entry not found", ("an answer of the Hub", "revision")),
+    "answer in JSON": (
+        b'{"error":"Access to model a/b is restricted"}',
+        ('{"error":"Access to model a/b', "the token"),
+    ),
+    "answer of ModelScope": (b'{\n "Code": 404, "Message": "not found"}', ("an answer of a server", '{ "Code": 404,')),
+    "xet pointer": (b"# xet version 0\nfilesize = 1234\nhash = 'abc'\n", ("a Git Xet pointer", "hf download")),
     "gguf": (b"GGUF\x03\0\0\0" + bytes(100), ("a GGUF file", "safetensors checkpoint it was made from")),
     "torch.save": (b"PK\x03\x04" + bytes(100), ("PyTorch file", "save_pretrained")),
     "pickle": (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", ("pickle", "save_pretrained")),

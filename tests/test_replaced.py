@@ -22,7 +22,7 @@ from runtime import loader
 from runtime.loader import load_shard
 from runtime.serving.vllm.source import read_others
 from tests.builders import Spec, build, write_safetensors
-from tests.running import split
+from tests.running import reshard, split
 from tests.test_split_bytes import snapshot
 
 SPEC = Spec(files=1)
@@ -176,11 +176,21 @@ def test_merge_keeps_nothing_of_it(case: str, model: Path, tmp_path: Path) -> No
     assert not (tmp_path / "merged").exists()
 
 
-@each_change
-def test_verify_says_so(case: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was compared is no longer what is there."""
-    from tests.running import reshard
+COMMANDS: dict[str, Callable[[Path, Path], tuple[object, ...]]] = {
+    "verify": lambda model, cut: ("verify", cut, "--source", model, "--quiet"),
+    "check": lambda model, cut: ("check", model, "--tp", 2),
+    "check --against": lambda model, cut: ("check", cut, "--against", model),
+    "inspect": lambda model, cut: ("inspect", model),
+    "estimate": lambda model, cut: ("estimate", model, "--tp", 2),
+}
 
+
+@each_change
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_commands_that_only_read_say_so(
+    command: str, case: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was read is no longer what is there."""
     change, said = CHANGES[case]
     split(model, tmp_path / "tp1", Cut(1))
     path, close = file_of(model), FolderSource.check_unchanged
@@ -191,7 +201,7 @@ def test_verify_says_so(case: str, model: Path, tmp_path: Path, monkeypatch: pyt
         close(source)
 
     monkeypatch.setattr(FolderSource, "check_unchanged", late)
-    done = reshard("verify", tmp_path / "tp1", "--source", model, "--quiet")
+    done = reshard(*COMMANDS[command](model, tmp_path / "tp1"))
     assert done.code == 1
     assert said in done.err
 

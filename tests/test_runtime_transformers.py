@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import logging
 import re
 import shutil
@@ -390,19 +391,23 @@ def test_a_model_that_one_rank_cannot_load_is_an_error_on_all(ranks: Start, mode
     assert second[1] in first[1]
 
 
-def test_load_model_takes_one_account_of_the_weights(tmp_path: Path) -> None:
-    """Two trainings in one folder: transformers takes the single file, so the shards must be of it."""
+@pytest.mark.parametrize("single", ["model.safetensors", "tuned.safetensors"])
+def test_load_model_takes_one_account_of_the_weights(single: str, tmp_path: Path) -> None:
+    """Two trainings in one folder: transformers takes the single file, or what config.json names, and not the index."""
     model = tmp_path / "model"
     old, new = (LlamaForCausalLM(LlamaConfig(**LLAMA)) for _ in range(2))
     old.save_pretrained(model, max_shard_size="200KB")
     new.save_pretrained(tmp_path / "new")
-    shutil.copy(tmp_path / "new" / "model.safetensors", model)
+    shutil.copy(tmp_path / "new" / "model.safetensors", model / single)
     index = "model.safetensors.index.json"
-    for told, name in ((index, "of-old"), ("model.safetensors", "of-new")):
+    if single != "model.safetensors":
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**config, "transformers_weights": single}))
+    for told, name in ((index, "of-old"), (single, "of-new")):
         assert reshard("split", model, tmp_path / name, "--tp", 1, "--index", told, "--quiet").code == 0
     with pytest.raises(ShardError) as caught:
         load_model(model, tmp_path / "of-old")
-    for text in ("transformers takes model.safetensors, the shards were cut from model-0", "--index model.safetensors"):
+    for text in (f"transformers takes {single}, the shards were cut from model-0", f"--index {single}"):
         assert text in str(caught.value)
     ids = _ids(1)[0]
     with torch.inference_mode():

@@ -127,6 +127,9 @@ def test_any_source_will_do(tmp_path: Path) -> None:
         def folders(self) -> tuple[str, ...]:
             return ()
 
+        def broken_links(self) -> tuple[str, ...]:
+            return ()
+
         def absent(self, file: str) -> str:
             return "missing"
 

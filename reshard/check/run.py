@@ -37,10 +37,13 @@ def check_source(address: str, request: Request, notify: Notify = lambda line: N
                 )
             if request.index is not None and request.against is None:
                 raise UsageError(f"--index goes with a checkpoint; {shown(address)} is a shard set")
-            return Report(shown(address), "shard set", tuple(_set(source, request, address, notify)))
+            set_findings = _set(source, request, address, notify)
+            source.check_unchanged()
+            return Report(shown(address), "shard set", tuple(set_findings))
         if request.against is not None:
             raise UsageError(f"--against goes with a shard set, which {shown(address)} is not")
         findings, checkpoint = check_layers(lambda: converted(read_checkpoint(source, request.scheme), request.weights))
+        source.check_unchanged()
     return Report(shown(address), "checkpoint", (*findings, *_cuts(checkpoint, request)))
 
 
@@ -117,7 +120,9 @@ def _origin(manifest: Manifest, against: str, request: Request, notify: Notify) 
     """What the set was cut from; where that cannot be read, what was found of the set itself still stands."""
     try:
         with open_source(against, index=request.index, notify=notify) as original:
-            return check_origin(manifest, describe(original, request.scheme), shown(against))
+            found = check_origin(manifest, describe(original, request.scheme), shown(against))
+            original.check_unchanged()
+            return found
     except UsageError:
         raise
     except ReshardError as error:

@@ -18,7 +18,7 @@ from reshard.naming import CONFIG, GATE, MANIFEST, parse_dense, parse_shard_file
 from reshard.plan import Padding, Plan, PlannedTensor, make_plan
 from reshard.record import layer_schemes, scheme_name
 from reshard.source.base import Source, read_file, read_header
-from reshard.source.shardset import check_header, read_manifest_only, read_shard_set, require_shard_set
+from reshard.source.shardset import check_header, not_there, read_manifest_only, read_shard_set, require_shard_set
 
 _AFTER_MANIFEST = ("ranks", "headers", "layers", "shapes", "scheme", "cut")
 _AFTER_HEADERS = ("layers", "shapes", "scheme", "cut")
@@ -122,7 +122,7 @@ def _ranks(source: Source, manifest: Manifest) -> Iterator[Finding]:
     named += [(file.name, file.size) for file in manifest.files]
     for name, size in named:
         if name not in sizes:
-            yield Finding("ranks", name, f"missing; {MANIFEST} names it: copy the whole set")
+            yield Finding("ranks", name, not_there(source, name))
         elif sizes[name] != size:
             yield Finding("ranks", name, f"{sizes[name]} bytes, {MANIFEST} says {size}; copy it again")
     for file in manifest.files:

@@ -153,6 +153,7 @@ def _of_source(
 
     with open_source(path, revision, index=index, notify=output.warn) as source:
         checkpoint = describe(source)
+        source.check_unchanged()
     for line in checkpoint.warnings:
         output.warn(line)
     found = [in_scheme(checkpoint, plain_scheme(word)) for word in schemes or (KEEP,)]

@@ -30,6 +30,7 @@ def inspect(
             for line in checkpoint.warnings:
                 output.warn(line)
             shard_set = _shard_set(source) if is_shard_set(source) else None
+            source.check_unchanged()
         document = _document(checkpoint) | ({"shard_set": shard_set} if shard_set else {})
         if output.is_json:
             output.json(document)

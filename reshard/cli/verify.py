@@ -29,6 +29,7 @@ def verify(
     output = Output(form, quiet=quiet, debug=debug)
     with output.errors():
         from reshard.address import shown
+        from reshard.describe import of_activations
         from reshard.errors import UsageError
         from reshard.source.open import describe, open_source
         from reshard.source.shardset import read_manifest_only, require_shard_set
@@ -55,8 +56,10 @@ def verify(
             if source is not None and not unreadable:
                 with open_source(source, revision, index=index, notify=output.warn) as original:
                     checkpoint = describe(original, scheme)
+                    left_out = {*of_activations(checkpoint.layers)}  # compare_computation says it, too
                     for line in checkpoint.warnings:
-                        output.warn(line)
+                        if line not in left_out:
+                            output.warn(line)
                     with output.progress("source", nbytes) as tick:
                         findings += compare_with_source(opened, manifest, original, checkpoint, tick)
                     if not any(finding.check == "names" for finding in findings):

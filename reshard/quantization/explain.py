@@ -128,9 +128,10 @@ def unsaid(module: str, file: str, found: _Tensors) -> SchemeError:
             f"{module}.weight: {file} does not name it, and engines look it up there; is the file of this checkpoint? "
             f"give the one that was written with these weights{_told(found)}"
         )
+    option = _told(found, "")
     return SchemeError(
         f"{module}: {file} says MIXED_PRECISION, and not what this layer is; its tensors ({tensors_text(found)}) are "
-        f"{_are(found)}{_told(found) or f'; {WAY_OUT}'}"
+        f"{_are(found)}{f': {option}' if option else f'; {WAY_OUT}'}"
     )
 
 

@@ -66,7 +66,10 @@ class Source(Protocol):
         """The file that was named as the account of the weights: an index, or the one file that holds them all."""
 
     def folders(self) -> Collection[str]:
-        """The names of folders within that hold weights, as far as that is known."""
+        """Folders within that hold weights, by their paths from here, as far as that is known."""
+
+    def broken_links(self) -> Collection[str]:
+        """Names that are links to no file. None of them is in `files`, and none is a file that nobody put there."""
 
     def absent(self, file: str) -> str:
         """Why a file that is wanted is none of `files`: MISSING, or what stands in its place."""
@@ -180,6 +183,8 @@ def parse_json_object(raw: bytes, file: str) -> dict[str, Any]:
         raise SourceError(_not_json(raw, file, error)) from error
     if not is_text(value):
         raise SourceError(f"{file}: holds an escape that is no character; copy or download it again")
+    if what := recognised(raw[:PREFIX_BYTES], file, len(raw)):
+        raise SourceError(what)
     if not isinstance(value, dict):
         raise SourceError(
             f"{file}: holds a {type(value).__name__}, expected a JSON object; put the file of this checkpoint there"

@@ -1,17 +1,19 @@
 """Which files of a folder are the checkpoint's weights. Of two accounts neither is believed: `index` says which."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from reshard.errors import SourceError
-from reshard.recognise import rank_files
+from reshard.naming import CONFIG
+from reshard.recognise import UNFINISHED, UNFINISHED_FOLDER, rank_files
 from reshard.source.base import Source, parse_json_object, read_file
-from reshard.weights import INDEX_ENDING, SINGLE, WEIGHTS_ENDING, engines
+from reshard.source.numbered import missing_numbers
+from reshard.weights import INDEX_ENDING, SINGLE, SNAPSHOTS, TRANSFORMERS_KEY, WEIGHTS_ENDING, engines
 
 _SHOWN = 3
-_TELL = "say which is meant with --index"
+_TELL = "say which is meant with"
 _ADAPTER = "a LoRA adapter, which is not merged into the weights (peft's merge_and_unload does that)"
 _NATIVE = "Mistral's own format of the same weights, which is left aside"
 # Files that lie beside a checkpoint's and are no part of it.
@@ -19,6 +21,7 @@ _BESIDE = (
     (re.compile(r"adapter_model.*\.safetensors(\.index\.json)?"), _ADAPTER),
     (re.compile(r"consolidated.*\.safetensors(\.index\.json)?"), _NATIVE),
 )
+_FINISH = "let them finish, or start them again"
 # What folders without safetensors hold instead: (name, what it is, the way out).
 _INSTEAD: tuple[tuple[re.Pattern[str], str, str], ...] = (
     (
@@ -28,23 +31,27 @@ _INSTEAD: tuple[tuple[re.Pattern[str], str, str], ...] = (
     ),
     (re.compile(r".+\.gguf"), "GGUF files of llama.cpp", "give the safetensors checkpoint that they were made from"),
     (re.compile(r".+\.(h5|msgpack|onnx|npz|nemo|pdparams)"), "files of another framework", "convert them"),
-    (re.compile(r".+\.(aria2|incomplete|part|crdownload)"), "unfinished downloads", "let them finish"),
+    (re.compile(rf".+({'|'.join(map(re.escape, UNFINISHED))})"), "unfinished downloads", _FINISH),
 )
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The weights' files, by name, and the index that names them, if one does. A named file may be missing."""
+    """The weights' files, by name, and the index that names them, if one does.
+
+    Some of the files may be missing: the index names them, or the numbers in the others' names say that they belong
+    there. told: config.json's TRANSFORMERS_KEY, where nothing was said by `--index`.
+    """
 
     files: tuple[str, ...]
     index: str | None = None
     weight_map: Mapping[str, str] | None = None
+    told: str | None = None
     warnings: tuple[str, ...] = ()
 
 
 def choose(source: Source) -> Choice:
     """Raises SourceError where nothing is there to choose, or nothing says which of two accounts to take."""
-    files = source.files()
     files = source.files()
     choice = _told(source, source.index) if source.index is not None else _untold(source)
     if ranks := rank_files(choice.files):
@@ -73,9 +80,46 @@ def _told(source: Source, index: str) -> Choice:
 
 
 def _untold(source: Source) -> Choice:
+    told = _told_by_config(source)
+    choice = replace(_by_names(source, told), told=told)
+    if told is None or told == choice.index or (told,) == choice.files:
+        return choice
+    raise SourceError(_third_account(source.files(), choice, told))
+
+
+def _told_by_config(source: Source) -> str | None:
+    """config.json's TRANSFORMERS_KEY. What is wrong in config.json is said where it is read for itself."""
+    if CONFIG not in source.files():
+        return None
+    raw = read_file(source, CONFIG)
+    try:
+        config = parse_json_object(raw, CONFIG)
+    except SourceError:
+        return None
+    value = config.get(TRANSFORMERS_KEY)
+    return str(PurePosixPath(str(value))) if value is not None else None
+
+
+def _third_account(files: Collection[str], choice: Choice, told: str) -> str:
+    """For a config.json that sends transformers to other weights than the folder's files would."""
+    there = "" if told in files else ", which this folder does not have"
+    taken = choice.index or (choice.files[0] if len(choice.files) == 1 else None)
+    named_ways = [f"--index {file}" for file in (told, taken) if file in files]
+    way = f"{_TELL} {' or '.join(named_ways)}" if taken else f"take it out of {CONFIG}"
+    return (
+        f"{CONFIG}: {TRANSFORMERS_KEY} names {told}{there}: another account of the weights than "
+        f"{taken or 'the other files'} ({engines(files, told)}); {way}"
+    )
+
+
+def _by_names(source: Source, told: str | None) -> Choice:
     files = source.files()
     weights = _own(name for name in files if name.endswith(WEIGHTS_ENDING))
     indexes = _own(name for name in files if name.endswith(INDEX_ENDING))
+    broken = _own(name for name in source.broken_links() if name.endswith((WEIGHTS_ENDING, INDEX_ENDING)))
+    for name in broken:
+        if name.endswith(INDEX_ENDING) or not (weights or indexes):
+            raise SourceError(f"{name} is {source.absent(name)}")
     maps = {name: read_index(source, name) for name in indexes}
     dead = [name for name, weight_map in maps.items() if not set(weight_map.values()) & files.keys()]
     warnings: tuple[str, ...] = ()
@@ -84,22 +128,24 @@ def _untold(source: Source) -> Choice:
         maps = {name: weight_map for name, weight_map in maps.items() if name not in dead}
     if len(maps) > 1:
         first, second, *_ = maps
-        raise SourceError(f"two indexes, {first} and {second}: {engines(files)}; {_TELL} {first} or --index {second}")
+        raise SourceError(
+            f"two indexes, {first} and {second}: {engines(files, told)}; {_TELL} --index {first} or --index {second}"
+        )
     if maps:
         ((index, weight_map),) = maps.items()
         if SINGLE in files and SINGLE not in weight_map.values():
             raise SourceError(
                 f"{SINGLE} stands beside {index}, which does not name it: two accounts of the weights "
-                f"({engines(files)}); {_TELL} {index} or --index {SINGLE}"
+                f"({engines(files, told)}); {_TELL} --index {index} or --index {SINGLE}"
             )
         return _indexed(index, weight_map, warnings)
     if not weights:
         raise SourceError(f"{source.origin.name}: holds no safetensors file of a checkpoint{_instead(source)}")
-    return Choice(tuple(weights), warnings=warnings)
+    return Choice(tuple(sorted({*weights, *broken, *missing_numbers(weights)})), warnings=warnings)
 
 
 def _indexed(index: str, weight_map: Mapping[str, str], warnings: tuple[str, ...] = ()) -> Choice:
-    return Choice(tuple(sorted(set(weight_map.values()))), index, weight_map, warnings)
+    return Choice(tuple(sorted(set(weight_map.values()))), index, weight_map, warnings=warnings)
 
 
 def _own(names: Iterable[str]) -> list[str]:
@@ -117,6 +163,11 @@ def _what(name: str) -> str | None:
 def _instead(source: Source) -> str:
     """What a folder without weights has, and the way out."""
     files, folders = sorted(source.files()), sorted(source.folders())
+    if UNFINISHED_FOLDER in folders:
+        return f"; {UNFINISHED_FOLDER} in it holds unfinished downloads of ModelScope: {_FINISH}"
+    if cached := [folder for folder in folders if SNAPSHOTS in folder.split("/")]:
+        which = "" if len(cached) == 1 else ", the one of the commit that is meant"
+        return f"; it is a Hugging Face cache, with a folder for each commit: give {named(cached)} in it{which}"
     if folders:
         return (
             f"; {named(folders)} in it {'does' if len(folders) == 1 else 'do'}: give the folder that has the whole "

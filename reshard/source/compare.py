@@ -20,11 +20,15 @@ Concerns = Callable[[str], bool]
 
 @dataclass(frozen=True)
 class Contents:
-    """What the weights' files hold: the headers, which file each tensor is in, what else the index names."""
+    """What the weights' files hold: the headers, which file each tensor is in, what else the index names.
+
+    missing: files that are not there and that no index accounts for.
+    """
 
     headers: Mapping[str, Header]
     owners: Mapping[str, str]
     unread: frozenset[str]
+    missing: tuple[str, ...]
     warnings: tuple[str, ...]
 
 
@@ -34,9 +38,11 @@ def compare(source: Source, choice: Choice, found: Mapping[str, Header | HeaderE
     headers = {file: header for file, header in found.items() if isinstance(header, Header)}
     owners, warnings = _owners(source, choice, headers, concerns)
     unread: set[str] = set()
+    missing: tuple[str, ...] = ()
     if choice.index is None or choice.weight_map is None:
         for error in broken.values():
             raise error
+        missing = tuple(file for file in choice.files if file not in found)
     else:
         casts = [name for name in choice.weight_map if concerns(name) and _is_cast(name, headers, owners)]
         if casts:
@@ -49,14 +55,14 @@ def compare(source: Source, choice: Choice, found: Mapping[str, Header | HeaderE
         by_file: dict[str, list[str]] = {}
         for tensor, file in weight_map.items():
             by_file.setdefault(file, []).append(tensor)
-        lost = {file: by_file.get(file, []) for file in choice.files if file not in headers}
+        lost = {file: by_file[file] for file in sorted(by_file) if file not in headers}
         warnings += _lost(source, choice.index, lost, broken, concerns)
         warnings += _stale(choice.index, weight_map, headers, owners, concerns)
         unread = {tensor for tensors in lost.values() for tensor in tensors}
     for file in {owners[name] for name in owners if concerns(name)}:
         if partial := unfinished(file, source.files()):
             raise SourceError(f"{file}: {partial}")
-    return Contents(headers, owners, frozenset(unread), tuple(warnings))
+    return Contents(headers, owners, frozenset(unread), missing, tuple(warnings))
 
 
 def _owners(
@@ -71,26 +77,32 @@ def _owners(
             if other == file:
                 continue
             if concerns(name):
-                raise SourceError(f"{name}: in two files, {_two(source, choice, headers, other, file)}")
+                both = _both(headers, other, file)
+                raise SourceError(f"{name}: in two files, {both}{_of_two(source, choice, other, file)}")
             twice.append(name)
     if choice.index is None and SINGLE in headers:
         for file, header in headers.items():
             more = next((name for name in header.tensors if file != SINGLE and concerns(name)), None)
             if more is not None:
-                raise SourceError(f"{file} holds {more} beside {_two(source, choice, headers, SINGLE, file)}")
+                both = f"{_both(headers, SINGLE, file)} are one model"
+                way = _of_two(source, choice, SINGLE, file)
+                raise SourceError(f"{more}: in {file}, and no index says that {both}{way}")
     told = f"tensors in two files: {len(twice)}, none of a dense layer ({named(twice)})"
     return owners, [told] if twice else []
 
 
-def _two(source: Source, choice: Choice, headers: Mapping[str, Header], one: str, other: str) -> str:
-    """What two files are, which of them the engines take, and the way out."""
-    kinds = " and ".join(f"{file} ({len(headers[file].tensors)} tensors)" for file in (one, other))
+def _both(headers: Mapping[str, Header], *files: str) -> str:
+    return " and ".join(f"{file} ({len(headers[file].tensors)} tensors)" for file in files)
+
+
+def _of_two(source: Source, choice: Choice, one: str, other: str) -> str:
+    """Which of two files the engines take, and the way out."""
     if choice.index is not None:
-        return f"{kinds}, both of {choice.index}; put the files of one version there"
+        return f", both of {choice.index}; put the files of one version there"
     alone = f"take {SINGLE} alone with --index {SINGLE}, or " if SINGLE in (one, other) else ""
     return (
-        f"{kinds}: {engines(source.files())}; {alone}move the file that is not this model's (a draft, an earlier save) "
-        "to another folder"
+        f": {engines(source.files(), choice.told)}; {alone}move the file that is not this model's (a draft, an earlier "
+        "save) to another folder"
     )
 
 
@@ -119,10 +131,11 @@ def _lost(
             f"{index} names files that are not there: {len(absent_files)} ({named(absent_files)}), with {count} "
             "tensors, none of a dense layer"
         )
-    if broken:
-        count = sum(len(lost[file]) for file in broken)
-        first = next(iter(broken.values()))
-        yield f"files that cannot be read: {len(broken)}, with {count} tensors, none of a dense layer ({first})"
+    unreadable = [file for file in lost if file in broken]
+    if unreadable:
+        count = sum(len(lost[file]) for file in unreadable)
+        first = broken[unreadable[0]]
+        yield f"files that cannot be read: {len(unreadable)}, with {count} tensors, none of a dense layer ({first})"
 
 
 def _stale(

@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 from reshard.checkpoint import Checkpoint, Identity, Part, SourceFile, Tensor
-from reshard.describe import describe_layers
 from reshard.errors import SourceError
 from reshard.modelconfig import read_model_config
 from reshard.naming import CONFIG, parse_dense
@@ -16,6 +15,7 @@ from reshard.source.base import Source, parse_json_object, read_file, try_header
 from reshard.source.choice import choose
 from reshard.source.compare import compare
 from reshard.source.header import Header
+from reshard.source.partial import describe_what_is_there
 
 
 def read_checkpoint(source: Source, scheme: str | None = None) -> Checkpoint:
@@ -36,7 +36,7 @@ def read_checkpoint(source: Source, scheme: str | None = None) -> Checkpoint:
     owners = contents.owners
     tensors = {name: _tensor(name, file, contents.headers[file]) for name, file in owners.items() if parse_dense(name)}
     others = [*(name for name in owners if name not in tensors), *contents.unread]
-    model, layers, warnings = describe_layers(tensors, others, accounts)
+    model, layers, warnings = describe_what_is_there(source, contents.missing, tensors, others, accounts)
     used = {part.file for layer in layers for tensor in layer.tensors() for part in tensor.parts}
     return Checkpoint(
         identity=Identity(
@@ -92,15 +92,20 @@ def _only_one(files: Iterable[str], wanted: Callable[[str], bool], what: str) ->
 
 def _side_files(source: Source) -> tuple[dict[str, bytes], list[str]]:
     """Those that are read, and a line on each that is not: of several descriptions vllm-ascend reads one name alone."""
-    descriptions = sorted(filter(is_description, source.files()))
+    broken = sorted(filter(is_side_file, source.broken_links()))
+    descriptions = sorted(filter(is_description, (*source.files(), *broken)))
     unread = [name for name in descriptions if name != DESCRIPTION] if DESCRIPTION in descriptions else []
     description = _only_one((name for name in descriptions if name not in unread), is_description, "description")
-    wanted = [*(name for name in (CONFIG, MODELOPT) if name in source.files()), *([description] if description else [])]
+    there = {*source.files(), *broken}
+    wanted = [name for name in (CONFIG, MODELOPT, description) if name is not None and name in there]
+    for name in wanted:
+        if name in broken:
+            raise SourceError(f"{name} is {source.absent(name)}")
     read = {name: read_file(source, name) for name in wanted}
     lines = [
         f"{name} is not read, and differs from {DESCRIPTION}, which is what vllm-ascend reads"
         for name in unread
-        if read_file(source, name) != read[DESCRIPTION]
+        if name in broken or read_file(source, name) != read[DESCRIPTION]
     ]
     return read, lines
 

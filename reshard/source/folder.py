@@ -1,7 +1,9 @@
 """A folder on this host: files mapped into memory, read only where a view is taken."""
 
 import contextlib
+import errno
 import os
+import stat
 import threading
 from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
@@ -10,11 +12,12 @@ from types import TracebackType
 from typing import Self
 
 from reshard.errors import SourceError
-from reshard.opened import Opened, reason
+from reshard.opened import Opened, reason, unfollowed
 from reshard.source.base import MISSING, Bytes, Origin, Range, merged
 from reshard.source.mapped import MappedFile
-from reshard.weights import WEIGHTS_ENDING
+from reshard.weights import SNAPSHOTS, WEIGHTS_ENDING
 
+_PLACES = ("*", f"{SNAPSHOTS}/*", f"models--*/{SNAPSHOTS}/*")
 _WAY_OUT = "see to its owner, its mode and its disk"
 
 
@@ -41,32 +44,40 @@ class FolderSource:
         return Origin("folder", self.path.resolve().name)
 
     @cached_property
-    def _files(self) -> dict[str, int]:
-        found = {}
+    def _listed(self) -> tuple[dict[str, int], dict[str, str]]:
+        """The files and their sizes; what cannot be followed, and why."""
+        files, broken = {}, {}
         try:
             with os.scandir(self.path) as entries:
                 for entry in entries:
-                    with contextlib.suppress(OSError):  # a link in a circle: not there, as one that leads nowhere
-                        if entry.is_file():
-                            found[entry.name] = entry.stat().st_size
+                    try:
+                        found = entry.stat()
+                    except OSError as error:
+                        if entry.is_symlink() or error.errno != errno.ENOENT:  # else it is gone since it was listed
+                            broken[entry.name] = unfollowed(self.path / entry.name, error)
+                        continue
+                    if stat.S_ISREG(found.st_mode):
+                        files[entry.name] = found.st_size
         except OSError as error:
             raise SourceError(f"{error.filename or self.path}: {error.strerror}") from error
-        return found
+        return files, broken
 
     def files(self) -> Mapping[str, int]:
         """Every file's name and size in bytes."""
-        return self._files
+        return self._listed[0]
+
+    def broken_links(self) -> Collection[str]:
+        """Names that are links to no file."""
+        return self._listed[1].keys()
 
     def folders(self) -> Collection[str]:
-        """The names of folders within that hold weights."""
-        return sorted({path.parent.name for path in self.path.glob(f"*/*{WEIGHTS_ENDING}")})
+        """Folders within that hold weights: directly, and in a Hugging Face cache."""
+        found = (path for place in _PLACES for path in self.path.glob(f"{place}/*{WEIGHTS_ENDING}"))
+        return sorted({str(path.parent.relative_to(self.path)) for path in found})
 
     def absent(self, file: str) -> str:
         """Why a file is none of `files`."""
-        path = self.path / file
-        if path.is_symlink():
-            return f"a link to {os.readlink(path)}, which is not there (is that disk mounted?)"
-        return "a folder" if path.is_dir() else MISSING
+        return self._listed[1].get(file) or ("a folder" if (self.path / file).is_dir() else MISSING)
 
     def read(self, file: str, start: int, stop: int) -> bytes:
         """A copy of bytes [start, stop)."""

@@ -13,7 +13,7 @@ from reshard.errors import ManifestError, SourceError
 from reshard.manifest import Manifest, ShardTensor, SideFile, Slice, parse_manifest
 from reshard.naming import CONFIG, DOWN, GATE, GATE_UP, MANIFEST, UP, mlp_name, parse_shard_file
 from reshard.quantization import Recorded
-from reshard.source.base import Source, read_file, read_headers
+from reshard.source.base import MISSING, Source, read_file, read_headers
 from reshard.source.files import read_accounts
 from reshard.source.header import Header, TensorInfo
 
@@ -28,6 +28,8 @@ def require_shard_set(source: Source) -> None:
     if any(parse_shard_file(name) for name in source.files()):
         if MANIFEST in source.files():
             return
+        if MANIFEST in source.broken_links():
+            raise ManifestError(f"{MANIFEST} is {source.absent(MANIFEST)}")
         raise ManifestError(
             f"{source.origin.name}: holds shards and no {MANIFEST}: the set is incomplete; "
             "finish it with the same `reshard split … --resume`"
@@ -48,10 +50,16 @@ def read_manifest(source: Source) -> Manifest:
     named += [(file.name, file.size) for file in manifest.files]
     for name, size in named:
         if name not in sizes:
-            raise SourceError(f"{name}: {MANIFEST} names it and it is missing; copy the whole set")
+            raise SourceError(f"{name}: {not_there(source, name)}")
         if sizes[name] != size:
             raise SourceError(f"{name}: {sizes[name]} bytes, {MANIFEST} says {size}; copy it again")
     return manifest
+
+
+def not_there(source: Source, file: str) -> str:
+    """Of a file that the manifest names: why there is none, and the way out."""
+    absent = source.absent(file)
+    return f"{MANIFEST} names it and it is {absent}{'; copy the whole set' if absent == MISSING else ''}"
 
 
 def read_shard_set(source: Source) -> Checkpoint:

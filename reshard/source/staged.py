@@ -81,6 +81,10 @@ class StagedSource:
         """Folders within are not listed."""
         return ()
 
+    def broken_links(self) -> Collection[str]:
+        """Links are not listed."""
+        return ()
+
     def absent(self, file: str) -> str:
         """It is not listed."""
         return MISSING

@@ -12,7 +12,7 @@ from reshard.manifest import Manifest, Shard
 from reshard.naming import MANIFEST, parse_shard_file
 from reshard.source.base import Source, read_file, read_header, threads
 from reshard.source.header import Header
-from reshard.source.shardset import check_header
+from reshard.source.shardset import check_header, not_there
 
 Tick = Callable[[int], None]
 _BLOCK = 1 << 20
@@ -31,7 +31,7 @@ def _check_files(source: Source, manifest: Manifest) -> Iterator[Finding]:
     files = source.files()
     for file in manifest.files:
         if file.name not in files:
-            yield Finding("file", file.name, f"missing; {MANIFEST} names it")
+            yield Finding("file", file.name, not_there(source, file.name))
             continue
         digest = blake3(read_file(source, file.name)).hexdigest()
         if digest != file.blake3:
@@ -45,7 +45,7 @@ def _check_files(source: Source, manifest: Manifest) -> Iterator[Finding]:
 def _check_shard(source: Source, shard: Shard, tick: Tick) -> Iterator[Finding]:
     size = source.files().get(shard.file)
     if size is None:
-        yield Finding("file", shard.file, f"missing; {MANIFEST} names it")
+        yield Finding("file", shard.file, not_there(source, shard.file))
         return
     if size != shard.size:
         yield Finding("size", shard.file, f"{size} bytes, {MANIFEST} says {shard.size}")

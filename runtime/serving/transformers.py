@@ -4,6 +4,7 @@
 their full weights. Shapes: H hidden_size, I intermediate_size.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +15,8 @@ from torch import nn
 
 from reshard.errors import MissingDependencyError, ShardError
 from reshard.manifest import Manifest
-from reshard.naming import GATE_UP, ROLES
-from reshard.weights import SINGLE
+from reshard.naming import CONFIG, GATE_UP, ROLES
+from reshard.weights import INDEX_ENDING, SINGLE, TRANSFORMERS_KEY
 from runtime.ffn import DenseFFN
 from runtime.group import agree
 from runtime.kernels import device_of
@@ -84,24 +85,33 @@ def load_model(
     return attach(model, shards, group, **options)
 
 
-def _check_taken(folder: Path, manifest: Manifest) -> None:
-    """Of two accounts of the weights in a folder transformers takes the single file: the shards must be of it, too."""
+def _check_taken(folder: Path, manifest: Manifest, told: str | None) -> None:
+    """Of two accounts of the weights in a folder transformers takes one: the shards must be of it, too.
+
+    told: config.json's TRANSFORMERS_KEY; without it, it is the single file.
+    """
     cut_from = {file.name for file in manifest.source.files}
-    if SINGLE in cut_from or not all((folder / name).is_file() for name in (SINGLE, *cut_from)):
+    taken = told or SINGLE
+    if taken in cut_from or not all((folder / name).is_file() for name in (taken, *cut_from)):
         return
+    if taken.endswith(INDEX_ENDING):
+        weight_map = json.loads((folder / taken).read_bytes())["weight_map"]
+        if cut_from <= set(weight_map.values()):
+            return
+    other = f"take {TRANSFORMERS_KEY} out of {CONFIG}" if told else "move that file to another folder"
     raise ShardError(
-        f"{folder}: transformers takes {SINGLE}, the shards were cut from {', '.join(sorted(cut_from))}: attention "
+        f"{folder}: transformers takes {taken}, the shards were cut from {', '.join(sorted(cut_from))}: attention "
         "would be of one account of the weights, the dense layers of the other; cut the shards with "
-        f"--index {SINGLE}, or move that file to another folder"
+        f"--index {taken}, or {other}"
     )
 
 
 def _load(path: str | Path, dtype: torch.dtype | None, shards: Path) -> Any:
     """The model with slots for its dense layers: as image-text-to-text where transformers has that for its config."""
     manifest, _ = read_manifest(shards)
-    _check_taken(Path(path), manifest)
     transformers = _transformers()
     config = transformers.AutoConfig.from_pretrained(path)
+    _check_taken(Path(path), manifest, getattr(config, TRANSFORMERS_KEY, None))
     kinds: tuple[Mapping[type, Any], ...] = (
         transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
         transformers.MODEL_FOR_CAUSAL_LM_MAPPING,

@@ -1,0 +1,87 @@
+"""Files that are not there, and that no index accounts for: whether what is there is all of the DenseFFN."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from reshard.checkpoint import Layer, Model, Tensor, numbers
+from reshard.describe import describe_layers
+from reshard.errors import ReshardError, SourceError
+from reshard.modelconfig import ModelConfig, read_model_config
+from reshard.naming import CONFIG, DOWN, GATE_UP, ROLES, parse_dense
+from reshard.quantization import Accounts
+from reshard.recognise import unfinished
+from reshard.schemes import VARIANTS, Variant
+from reshard.source.base import MISSING, Source
+from reshard.source.choice import named
+from reshard.weights import INDEX_ENDING
+
+_WHOLE = (set(ROLES), {GATE_UP, DOWN})
+
+
+def describe_what_is_there(
+    source: Source,
+    missing: Sequence[str],
+    tensors: Mapping[str, Tensor],
+    other_names: Iterable[str],
+    accounts: Accounts,
+) -> tuple[Model, tuple[Layer, ...], tuple[str, ...]]:
+    """describe_layers, with a warning where files are missing that hold nothing of the DenseFFN.
+
+    missing: files of the weights that are not there. Raises SourceError where one of them may hold a tensor of a dense
+    layer: where config.json, of a family that is known, does not name the layers that are there.
+    """
+    if not missing:
+        return describe_layers(tensors, other_names, accounts)
+    lost, way = _lost(source, missing)
+    model = read_model_config(accounts.config) if accounts.config is not None else None
+    if doubt := _doubt(tensors, model):
+        raise SourceError(f"{lost}: {doubt}; {way}")
+    try:
+        described = describe_layers(tensors, other_names, accounts)
+    except ReshardError as error:
+        raise type(error)(f"{lost}; {error}") from error
+    for layer in described[1]:
+        for role, linear in layer.linears.items():
+            if more := _may_have(linear.variant):
+                raise SourceError(f"{lost}: {layer.module}.{role} may have {', '.join(sorted(more))} there; {way}")
+    return *described[:2], (*described[2], f"{lost}; every dense layer that {CONFIG} names is in the others")
+
+
+def _lost(source: Source, missing: Sequence[str]) -> tuple[str, str]:
+    """What is not there, and the way out."""
+    first = next((file for file in missing if source.absent(file) != MISSING), missing[0])
+    absent, them = source.absent(first), "it" if len(missing) == 1 else "them"
+    if len(missing) == 1:
+        gone = f"{first} is {absent}"
+    else:
+        gone = f"{named(missing)} are not there{'' if absent == MISSING else f' ({first} is {absent})'}"
+    get = f"download {them}" if absent == MISSING else f"put {them} there"
+    way = unfinished(first, source.files()) or f"{get}, or the index of these files (*{INDEX_ENDING})"
+    return f"{gone}, and no index says what is in {them}", way
+
+
+def _doubt(tensors: Mapping[str, Tensor], model: ModelConfig | None) -> str | None:
+    """Why the files that are there may not hold every dense layer."""
+    if model is None:
+        return f"no {CONFIG} says which layers are dense"
+    if model.dense_layers is None or not model.is_stated or model.doubts:
+        return next(iter(model.doubts), f"{CONFIG} does not say which layers are dense ({model.reason})")
+    roles: dict[str, dict[int, set[str]]] = {}
+    for parsed in filter(None, map(parse_dense, tensors)):
+        if parsed.layer < model.num_hidden_layers:
+            roles.setdefault(parsed.prefix, {}).setdefault(parsed.layer, set()).add(parsed.role)
+    there = [{layer for layer, held in layers.items() if held in _WHOLE} for layers in roles.values()]
+    if model.dense_layers in there:
+        return None
+    most = max(there, key=len, default=set())
+    return (
+        f"{CONFIG} ({model.reason}) makes layers {numbers(model.dense_layers)} dense, and of these the other files "
+        f"hold {numbers(most & model.dense_layers)}"
+    )
+
+
+def _may_have(variant: Variant) -> frozenset[str]:
+    """What tools write for some linears of this kind and not for all: a linear without it is not known to be whole."""
+    alike = (other for other in VARIANTS if other.tensors[0].dtypes & variant.tensors[0].dtypes)
+    return frozenset().union(
+        *(other.suffixes - variant.suffixes for other in alike if other.suffixes > variant.suffixes)
+    )

@@ -31,6 +31,7 @@ def verify(
         from reshard.address import shown
         from reshard.describe import of_activations
         from reshard.errors import UsageError
+        from reshard.naming import CONFIG
         from reshard.source.open import describe, open_source
         from reshard.source.shardset import read_manifest_only, require_shard_set
         from reshard.verify.compute import compare_computation
@@ -56,7 +57,8 @@ def verify(
             if source is not None and not unreadable:
                 with open_source(source, revision, index=index, notify=output.warn) as original:
                     checkpoint = describe(original, scheme)
-                    left_out = {*of_activations(checkpoint.layers)}  # compare_computation says it, too
+                    # compare_computation says it, too
+                    left_out = {*of_activations(checkpoint.layers, config=CONFIG in checkpoint.side_files)}
                     for line in checkpoint.warnings:
                         if line not in left_out:
                             output.warn(line)

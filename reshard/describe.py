@@ -7,7 +7,19 @@ from reshard.checkpoint import Layer, Linear, Model, Tensor, layers_named, numbe
 from reshard.errors import LayersError, SchemeError, ShapesError
 from reshard.foreign import what_is
 from reshard.modelconfig import ModelConfig, agree_on_dense, is_mtp_layer, read_model_config
-from reshard.naming import CONFIG, DOWN, GATE, GATE_UP, ROLES, UP, mlp_name, parse_dense, parse_layer
+from reshard.naming import (
+    CONFIG,
+    DOWN,
+    GATE,
+    GATE_UP,
+    PREFIX,
+    ROLES,
+    UP,
+    WRAPPED,
+    mlp_name,
+    parse_dense,
+    parse_layer,
+)
 from reshard.prefix import language_prefix
 from reshard.quantization import Accounts, Schemes, check_transforms
 from reshard.schemes import VARIANTS, Found
@@ -16,6 +28,7 @@ _Roles = dict[str, dict[str, Tensor]]
 """Tensors by role and suffix."""
 
 _BESIDE_A_WEIGHT = frozenset(suffix for variant in VARIANTS for suffix in variant.suffixes) - {"weight"}
+_IN_BLOCKS = frozenset(rule.suffix for variant in VARIANTS for rule in variant.tensors if rule.in_blocks)
 
 
 def describe_layers(
@@ -41,9 +54,10 @@ def describe_layers(
     mtp = {layer: by_layer.pop(layer) for layer in _mtp_layers(by_layer, prefix, other_names, model_config)}
     mlps = {index: mlp_name(prefix, index) for index in by_layer}
     check_transforms(accounts, mlps, (*tensors, *other_names))
-    warnings = [*_of_config(by_layer, model_config), *_left_alone(mtp)]
+    by_names = _of_config(by_layer, model_config)
+    warnings = [*by_names, *_of_prefix(prefix, bool(by_names)), *_left_alone(mtp)]
     _check_known(by_layer, prefix, other_names)
-    schemes = Schemes(accounts)
+    schemes = Schemes(accounts, (*tensors, *other_names))
     layers = []
     for index in sorted(by_layer):
         roles = _unstacked(by_layer[index], mlps[index])
@@ -82,6 +96,12 @@ def _of_config(named: Collection[int], config: ModelConfig | None) -> tuple[str,
     if config is None:
         return (f"no {CONFIG} beside the files: the dense layers ({numbers(named)}) are taken from names alone",)
     return agree_on_dense(named, config)
+
+
+def _of_prefix(prefix: str, by_names: bool) -> Iterator[str]:
+    """Where the names alone say which module is the language model."""
+    if prefix not in {"", PREFIX} and (by_names or prefix not in WRAPPED):
+        yield f"the language model is taken to be {prefix}layers.*, by names alone"
 
 
 def _left_alone(mtp: Collection[int]) -> Iterator[str]:
@@ -125,6 +145,11 @@ def _unstacked(roles: _Roles, module: str) -> _Roles:
             halves[GATE][suffix] = halves[UP][suffix] = tensor
             continue
         rows, odd = divmod(tensor.rows, 2)
+        if odd and suffix in _IN_BLOCKS and "weight" in stacked:
+            raise SchemeError(
+                f"{tensor.name}: shape {list(tensor.shape)}: gate and up are stacked in {stacked['weight'].rows} rows, "
+                f"and a block of scales is of both; a checkpoint with {GATE} and {UP} is needed"
+            )
         if odd:
             raise ShapesError(f"{tensor.name}: shape {list(tensor.shape)}; gate and up stacked have an even dim 0")
         halves[GATE][suffix], halves[UP][suffix] = tensor.run(0, rows), tensor.run(rows, rows)

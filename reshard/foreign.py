@@ -83,6 +83,7 @@ _KNOWN = (
         r"\.weight\.(?:absmax|quant_map|nested_absmax|nested_quant_map|quant_state)",
         "bitsandbytes' 4 bits, which this version does not split; cut the BF16 original",
     ),
+    (r"\.weight\._(?:data|scale|shift)$", "quanto, which this version does not split; cut the BF16 original"),
     (r"\.experts\.", "expert layers"),
 )
 _NEAR = re.compile(r"mlp|ffn|feed_?forward|mixer", re.IGNORECASE)

@@ -18,14 +18,26 @@ CONFIG = "config.json"
 PREFIX = "model."
 """The prefix of a checkpoint that is a language model and nothing else."""
 
+WRAPPED = (
+    "language_model.model.",  # Kimi K2.5, Mistral 3, LLaVA, InternVL, Llama 4
+    "model.language_model.",  # GLM-4.5V, Qwen3.5, Qwen3-VL, InternS1, whatever transformers 5 saves
+    "language_model.",  # MOSS
+    "language.model.",  # DeepSeek-VL2
+    "thinker.model.",  # Qwen2.5-Omni, Qwen3-Omni
+    "llm.model.",  # MiniCPM-V, Ovis
+    "model.text_model.",  # Idefics 3, SmolVLM
+)
+"""The prefixes of language models in wrappers, as published checkpoints have them."""
+
 _NUMBER = r"(0|[1-9][0-9]*)"
 _PREFIX = r"((?:[^.]+\.)*?)"
 _DENSE = re.compile(rf"{_PREFIX}layers\.{_NUMBER}\.mlp\.({'|'.join((*ROLES, GATE_UP))})\.([^.]+)")
 _LAYER = re.compile(rf"{_PREFIX}layers\.{_NUMBER}\.(.+)")
 _SHARD = re.compile(r"denseffn-rank-([0-9]{5})-of-([0-9]{5})\.safetensors")
 _BESIDE = re.compile(
-    r"(?:^|[._])(?:vision|visual|vit|image|video|audio|speech|talker|code2wav|token2wav|encoder|mtp|nextn|draft|eagle)"
-    r"(?:[._]|[0-9])"
+    r"(?:^|[._])(?:vision|visual|vit|image|video|audio|speech|talker|tts|code2wav|token2wav|code_predictor|"
+    r"depth_decoder|encoder|perceiver|resampler|projector|adapter|connector|q_?former|mtp|nextn|draft|assistant|"
+    r"speculator|eagle)(?:[._]|[0-9])"
 )
 
 

@@ -1,17 +1,18 @@
 """The DenseFFN that a config.json alone promises: layers, tensors, types and shapes, no file behind them."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from reshard.checkpoint import Checkpoint, Identity, Layer, Linear, Model, Tensor
 from reshard.describe import check_pair, of_activations
 from reshard.errors import LayersError, SchemeError, SourceError
-from reshard.modelconfig import known_dense_layers, read_model_config
-from reshard.naming import CONFIG, DOWN, GATE, ROLES, UP, mlp_name
-from reshard.prefix import published_prefix
+from reshard.modelconfig import known_dense_layers, language_levels, read_model_config
+from reshard.naming import CONFIG, DOWN, GATE, PREFIX, ROLES, UP, WRAPPED, mlp_name
+from reshard.prefix import is_known_wrapper, published_prefix
 from reshard.quantization import Accounts, check_transforms, list_accounts
+from reshard.quantization.explain import words
 from reshard.quantization.formats import as_kind
 from reshard.schemes import BLOCK, FLOAT, VARIANTS, Declared, Shape, TensorRule, Variant, check_kind, check_scheme
 from reshard.source.base import parse_json_object
@@ -47,7 +48,7 @@ def promised(config: Mapping[str, Any], name: str, scheme: str | None = None) ->
     sizes = (model.intermediate_size, model.hidden_size)
     prefix = published_prefix(config)
     check_transforms(Accounts(config), {index: mlp_name(prefix, index) for index in dense}, ())
-    own = _own_dtype(config)
+    own, doubts = _own_dtype(config)
     layers = []
     for index in sorted(dense):
         linears = {}
@@ -65,7 +66,12 @@ def promised(config: Mapping[str, Any], name: str, scheme: str | None = None) ->
         side_files={CONFIG: json.dumps(config).encode()},
         total_tensors=len(tensors),
         total_bytes=sum(tensor.nbytes for tensor in tensors),
-        warnings=(*model.doubts, *of_activations((layer for layer in layers if layer.activation), config=True)),
+        warnings=(
+            *model.doubts,
+            *doubts,
+            *_of_prefix(config, scheme),
+            *of_activations((layer for layer in layers if layer.activation), config=True),
+        ),
     )
 
 
@@ -77,8 +83,10 @@ def _declared(config: Mapping[str, Any]) -> Callable[[str], Declared]:
         said = [declared for account in accounts if (declared := account.declare(module)) is not None]
         for other in said[1:]:
             if (other.kind, other.block) != (said[0].kind, said[0].block):
+                first, second = words(said[0], other)
                 raise SchemeError(
-                    f"{module}: {said[0].said_by} says {said[0].kind}, {other.said_by} says {other.kind}; say --scheme"
+                    f"{module}: {said[0].said_by} says {first}, {other.said_by} says {second}: give the checkpoint, "
+                    "whose headers tell, or make both say what the weights are"
                 )
         return said[0] if said else Declared(FLOAT, None, f"{CONFIG} (no quantization_config)")
 
@@ -144,8 +152,25 @@ def _dtype(rule: TensorRule, kind: str, own: str) -> str:
     return "BF16" if kind in _BF16_SCALES else "F32"
 
 
-def _own_dtype(config: Mapping[str, Any]) -> str:
-    named = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    if not isinstance(named, str) or named not in _DTYPES:
-        raise SchemeError(f"{CONFIG}: dtype is {named!r}; a model of {', '.join(_DTYPES)} is split")
-    return _DTYPES[named]
+def _own_dtype(config: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """The top's, which is the one that engines load with, or else a nested one's; and a line where they differ."""
+    named: dict[str, Any] = {}
+    for place, level in language_levels(config):
+        value = level.get("dtype") or level.get("torch_dtype")
+        if value is not None and value not in named.values():
+            named[f"in {place}" if place else "at its top"] = value
+    dtype = next(iter(named.values()), "bfloat16")
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise SchemeError(f"{CONFIG}: dtype is {dtype!r}; a model of {', '.join(_DTYPES)} is split")
+    said = ", ".join(f"{value} {place}" for place, value in named.items())
+    lines = (f"{CONFIG} contradicts itself: dtype is {said}; taken as {dtype}",) if len(named) > 1 else ()
+    return _DTYPES[dtype], lines
+
+
+def _of_prefix(config: Mapping[str, Any], scheme: str | None) -> Iterator[str]:
+    """Where the names in an account of the quantization may be others than those that were asked for."""
+    if scheme is None and not is_known_wrapper(config) and list_accounts(Accounts(config)):
+        yield (
+            f"{CONFIG}: what precedes the layers' names in a {config.get('model_type')!r} is not known: its account of "
+            f"the quantization was asked for {', '.join((*WRAPPED, PREFIX))}; the checkpoint's names would tell"
+        )

@@ -283,6 +283,37 @@ def test_nested_and_at_the_top() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("key", "top", "nested"),
+    [
+        ("swiglu_limit", 7.0, 10.0),
+        ("swiglu_limits", [1.0, 2.0], [1.0, 3.0]),
+        ("dense_intermediate_size", 128, 256),
+        ("mlp_bias", True, False),
+        ("num_nextn_predict_layers", 1, 0),
+        ("first_k_dense_replace", 1, 2),
+        ("activation_function", "gelu", "silu"),
+        ("mlp_multipliers", [1.0], [0.5]),
+        ("some_clamp", 1, 2),
+        ("dense_layer_indices", [0], [1]),
+    ],
+)
+@pytest.mark.parametrize("second", ["llm_config", ""])
+def test_every_key_that_decides_is_compared(key: str, top: object, nested: object, second: str) -> None:
+    """At the top and in the nested config, or in two nested ones; what decides nothing may differ."""
+    text = SIZES | {"model_type": "glm5_next_text", "vocab_size": 1, key: nested}
+    other = SIZES | {"vocab_size": 2, key: top}
+    config = {"text_config": text, **({second: other} if second else other)}
+    with pytest.raises(SourceError) as caught:
+        language_config(config)
+    at = f"in {second}" if second else "at its top"
+    assert f"config.json contradicts itself: {key} is {top!r} {at} and {nested!r} in text_config" in str(caught.value)
+    found = language_config(
+        {"text_config": text, **({second: {**other, key: nested}} if second else other | {key: None})}
+    )
+    assert found[1][key] == nested
+
+
 def test_nested_under_a_key_that_is_not_known() -> None:
     with pytest.raises(SourceError, match="no num_hidden_layers at its top; it stands in brain_config, of which"):
         read_model_config({"brain_config": SIZES, "vision_config": {"num_hidden_layers": 2}})

@@ -1,14 +1,16 @@
 """Wrappers: the language model's layers are found under whatever prefix, and keep their names from file to file."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from reshard.errors import LayersError, SchemeError
 from reshard.foreign import what_is_there
-from reshard.naming import parse_dense
+from reshard.naming import ROLES, parse_dense
 from reshard.source.open import describe, open_source
 from tests.builders import Raw, Spec, config_of, random_raw, read_folder, tensors_of, write_safetensors
 from tests.running import Done, reshard
@@ -111,21 +113,112 @@ def test_of_two_unknown_modules_the_one_of_the_configs_sizes_is_taken(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("intermediate", "config", "why"),
+    ("config", "why"),
+    [(config_of(SPEC), "each has all that config.json says"), (None, "there is no config.json")],
+)
+def test_two_modules_that_both_may_be_it_are_refused(tmp_path: Path, config: dict[str, Any] | None, why: str) -> None:
+    source = write(tmp_path / "model", renamed("model.") | renamed("other."), config)
+    result = run("split", source, tmp_path / "out", "--tp", 2, code=1)
+    assert f"2 modules have layers, model.layers.0.* and other.layers.0.*, and {why}" in result.err
+    assert not (tmp_path / "out").exists()
+
+
+LM = "language_model.model."
+MOE = {**config_of(SPEC), "model_type": "a_model", "first_k_dense_replace": None}
+PLAIN = {**config_of(SPEC), "num_hidden_layers": 2, "model_type": "qwen3", "n_routed_experts": 0}
+
+
+def language(*rests: str, prefix: str = LM, layers: int = 2) -> dict[str, Raw]:
+    """A module's layers, by what is in each."""
+    raw = random_raw(np.random.default_rng(3), "BF16", (8, 8))
+    return {f"{prefix}layers.{layer}.{rest}": raw for layer in range(layers) for rest in rests}
+
+
+def prefix_of(tmp_path: Path, tensors: dict[str, Raw], config: dict[str, Any] | None) -> tuple[str, tuple[str, ...]]:
+    with open_source(str(write(tmp_path / "model", tensors, config))) as opened:
+        checkpoint = describe(opened)
+    return checkpoint.model.prefix, checkpoint.warnings
+
+
+BESIDE = mlp("some_module.", SPEC.hidden, SPEC.intermediate)
+PACKED = [f"mlp.{role}.{suffix}" for role in ROLES for suffix in ("qweight", "qzeros", "scales")]
+
+
+@pytest.mark.parametrize(
+    ("beside", "config"),
+    [(BESIDE, PLAIN), (BESIDE, None), (mlp("some.model.", SPEC.hidden, 128), PLAIN)],
+)
+def test_a_module_without_attention_or_of_other_sizes_is_not_it(
+    tmp_path: Path, beside: dict[str, Raw], config: dict[str, Any] | None
+) -> None:
+    own = mlp(LM, SPEC.hidden, SPEC.intermediate) | language("self_attn.o_proj.weight")
+    assert prefix_of(tmp_path, own | beside, config)[0] == LM
+
+
+@pytest.mark.parametrize("config", [MOE, None])
+@pytest.mark.parametrize("experts", ["mlp.experts.0.up_proj.weight", "block_sparse_moe.experts.0.w1.weight"])
+def test_a_language_model_of_experts_alone_has_no_dense_layer_whatever_stands_beside_it(
+    tmp_path: Path, experts: str, config: dict[str, Any] | None
+) -> None:
+    """A module beside it may have attention, too."""
+    own = language("self_attn.o_proj.weight", experts, layers=3)
+    beside = BESIDE | language("self_attn.o_proj.weight", prefix="some_module.")
+    with pytest.raises(LayersError) as caught:
+        prefix_of(tmp_path, own | beside, config)
+    assert f"the language model's layers are {LM}layers.*, and those of some_module. are another module's" in str(
+        caught.value
+    )
+
+
+def test_packed_weights_do_not_make_a_module_another_one(tmp_path: Path) -> None:
+    """The weights of the language model are AWQ's, those of the module beside it plain and of its sizes."""
+    own = language("self_attn.o_proj.weight", *PACKED)
+    with pytest.raises(SchemeError, match=re.escape(f"{LM}layers.0.mlp.gate_proj: its tensors (qweight")):
+        prefix_of(tmp_path, own | BESIDE, PLAIN)
+
+
+def test_a_module_that_does_not_reach_the_last_layer_is_not_it(tmp_path: Path) -> None:
+    layers = {**PLAIN, "num_hidden_layers": 3}
+    own = mlp(LM, SPEC.hidden, SPEC.intermediate, layers=3) | language("self_attn.o_proj.weight", layers=3)
+    beside = BESIDE | language("self_attn.o_proj.weight", prefix="some_module.")
+    assert prefix_of(tmp_path, own | beside, layers) == (LM, ())
+
+
+def test_signs_that_speak_against_each_other_are_refused(tmp_path: Path) -> None:
+    """The one that reaches the last layer has other sizes."""
+    own = mlp(LM, SPEC.hidden, SPEC.intermediate, layers=1) | language("self_attn.o_proj.weight", layers=1)
+    beside = mlp("some_module.", SPEC.hidden, 128)
+    with pytest.raises(LayersError) as caught:
+        prefix_of(tmp_path, own | beside, PLAIN)
+    assert f"2 modules have layers, {LM}layers.0.* and some_module.layers.0.*, and none has all" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "config", "warns"),
     [
-        (SPEC.intermediate, config_of(SPEC), "both of config.json's sizes"),
-        (SPEC.intermediate, None, "there is no config.json"),
+        ("model.", None, 0),
+        (LM, None, 1),
+        (LM, PLAIN, 0),
+        ("some.model.", PLAIN, 1),
+        (LM, {**MOE, "num_hidden_layers": 2}, 1),
     ],
 )
-def test_two_modules_that_both_may_be_it_are_refused(
-    tmp_path: Path, intermediate: int, config: dict[str, Any] | None, why: str
+def test_a_prefix_that_names_alone_tell_is_named(
+    tmp_path: Path, prefix: str, config: dict[str, Any] | None, warns: int
 ) -> None:
-    other = mlp("other.", SPEC.hidden, intermediate)
-    source = write(tmp_path / "model", renamed("model.") | other, config)
-    result = run("split", source, tmp_path / "out", "--tp", 2, code=1)
-    assert "two modules have dense layers, model.layers.0.mlp.* and other.layers.0.mlp.*" in result.err
-    assert why in result.err
-    assert not (tmp_path / "out").exists()
+    found, lines = prefix_of(tmp_path, mlp(prefix, SPEC.hidden, SPEC.intermediate), config)
+    assert found == prefix
+    assert [f"the language model is taken to be {prefix}layers.*" in line for line in lines].count(True) == warns
+
+
+@pytest.mark.parametrize(
+    "beside",
+    ["tts.model.", "assistant.model.", "speculator.", "model.perceiver.", "model.resampler.", "qformer.", "q_former."],
+)
+def test_other_modules_alone_are_no_language_model(tmp_path: Path, beside: str) -> None:
+    """Part of a download: the files of the language model are missing."""
+    with pytest.raises(LayersError, match="no dense layer: no tensor is named"):
+        prefix_of(tmp_path, mlp(beside, SPEC.hidden, SPEC.intermediate), PLAIN)
 
 
 @pytest.mark.parametrize(

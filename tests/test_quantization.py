@@ -145,6 +145,7 @@ def test_compressed_tensors(quantization: object, kind: str, block: tuple[int, i
         (group(type="float"), "weights float8 channel symmetric, activations int8 token dynamic=True"),
         (inputs(num_bits=4), "weights int8 channel symmetric, activations int4 token dynamic=True"),
         (inputs(strategy="tensor"), "weights int8 channel symmetric, activations int8 tensor dynamic=True"),
+        (inputs(symmetric=False), "weights int8 channel symmetric, activations int8 token asymmetric dynamic=True"),
         (inputs(dynamic="local"), "weights int8 channel symmetric, activations int8 token dynamic=local"),
     ],
 )
@@ -280,7 +281,60 @@ def test_methods_that_are_not_split_keep_their_names(method: str) -> None:
 
 @pytest.mark.parametrize("method", [None, ["fp8"]])
 def test_a_method_that_is_no_name_is_spelt_out(method: object) -> None:
-    assert declared({"quant_method": method})[0] == f"quant_method {method!r}"
+    assert declared({"quant_method": method, "bits": 8})[0] == f"quant_method {method!r}"
+
+
+@pytest.mark.parametrize(
+    ("quantization", "kind", "block"),
+    [
+        ({"quant_method": "w8a8_fp8"}, "fp8-channel", None),
+        ({"quant_method": "w4afp8"}, "fp8-block", (128, 128)),
+        ({"quant_method": "w4afp8", "weight_block_size": [64, 128]}, "fp8-block", (64, 128)),
+    ],
+)
+def test_sglang_s_methods(quantization: dict[str, Any], kind: str, block: tuple[int, int] | None) -> None:
+    said_by = f"config.json (quant_method {quantization['quant_method']})"
+    assert declared(quantization) == (kind, block, said_by)
+
+
+FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True}
+GROUPED = {**FLOAT8, "dynamic": True, "strategy": "group", "group_size": 128}
+
+
+def of_float8(weights: dict[str, Any], activations: dict[str, Any]) -> dict[str, Any]:
+    return group(**{**FLOAT8, **weights}) | {
+        "config_groups": {
+            "group_0": {"targets": ["Linear"], "weights": {**FLOAT8, **weights}, "input_activations": activations}
+        }
+    }
+
+
+@pytest.mark.parametrize("structure", [[128, 128], "128x128"])
+def test_float8_in_blocks(structure: object) -> None:
+    made = declared(of_float8({"strategy": "block", "block_structure": structure}, GROUPED))
+    assert made[:2] == ("fp8-block-compressed", (128, 128))
+
+
+BLOCKS = {"strategy": "block", "block_structure": [128, 128]}
+CHANNEL = {"strategy": "channel"}
+TOKEN = {**FLOAT8, "dynamic": True, "strategy": "token"}
+
+
+@pytest.mark.parametrize(
+    ("weights", "activations", "spelt"),
+    [
+        (BLOCKS, TOKEN, "float8 block symmetric, activations float8 token dynamic=True"),
+        (BLOCKS, GROUPED | {"group_size": 64}, "float8 block symmetric, activations float8 group of 64 dynamic=True"),
+        (BLOCKS, GROUPED | {"symmetric": False}, "activations float8 group of 128 asymmetric dynamic=True"),
+        (CHANNEL, TOKEN | {"strategy": "tensor"}, "float8 channel symmetric, activations float8 tensor dynamic=True"),
+        (CHANNEL, TOKEN | {"symmetric": False}, "activations float8 token asymmetric dynamic=True"),
+        (CHANNEL | {"dynamic": True}, TOKEN, "float8 channel symmetric, activations float8 token dynamic=True"),
+    ],
+)
+def test_float8_whose_activations_are_computed_otherwise(
+    weights: dict[str, Any], activations: dict[str, Any], spelt: str
+) -> None:
+    assert spelt in declared(of_float8(weights, activations))[0]
 
 
 # Whole checkpoints.

@@ -86,6 +86,55 @@ def test_the_places_in_a_config(levels: dict[str, Any]) -> None:
     assert list_accounts(Accounts(without_quantization(levels))) == ()
 
 
+SIZES = {"num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "path"),
+    [
+        ({**SIZES, "language_config": {**SIZES, "quantization_config": FP8}}, "language_config"),
+        ({**SIZES, "text_config": {"quantization_config": FP8}}, "text_config"),
+        ({"thinker_config": {"quantization_config": FP8, "text_config": SIZES}}, "thinker_config"),
+        ({"thinker_config": {"text_config": {**SIZES, "quantization_config": FP8}}}, "thinker_config.text_config"),
+    ],
+    ids=str,
+)
+def test_every_level_of_the_language_model_is_read(config: dict[str, Any], path: str) -> None:
+    (account,) = list_accounts(Accounts(config))
+    assert account.section is not None
+    assert account.section.path == f"{path}.quantization_config"
+    assert decided(BLOCKS, Accounts(config)) == ("fp8_block", (128, 128), [])
+
+
+@pytest.mark.parametrize("section", [{}, {"quant_method": None}, None])
+def test_a_section_that_says_nothing(section: object) -> None:
+    assert list_accounts(of(section)) == ()
+    assert decided(PLAIN, Accounts({"quantization_config": section})) == ("bf16", None, [])
+    both = Accounts({"quantization_config": section, "compression_config": FP8})
+    assert decided(BLOCKS, both) == ("fp8_block", (128, 128), [])
+
+
+def two_blocks(second: list[int]) -> dict[str, Any]:
+    return {"quantization_config": FP8, "text_config": {"quantization_config": FP8 | {"weight_block_size": second}}}
+
+
+def test_blocks_that_differ_are_a_contradiction() -> None:
+    scheme, block, (line,) = decided(BLOCKS, Accounts(two_blocks([128, 256])))
+    assert (scheme, block) == ("fp8_block", (128, 128))
+    assert (
+        "config.json (text_config: quant_method fp8) says fp8_block in blocks of 128 x 256, config.json (quant_method "
+        "fp8) says fp8_block in blocks of 128 x 128, which the tensors are"
+    ) in line
+
+
+@pytest.mark.parametrize("scheme", [None, "fp8_block"])
+def test_two_blocks_that_both_fit_are_refused(scheme: str | None) -> None:
+    small = {"weight": Found("F8_E4M3", (64, 64), "f"), "weight_scale_inv": Found("F32", (1, 1), "f")}
+    line = refused(small, Accounts(two_blocks([128, 256]), scheme=scheme))
+    assert "fit both: make the two say what the weights are" in line
+    assert "blocks of 128 x 256" in line
+
+
 def test_the_order_of_files() -> None:
     files = [account.file for account in list_accounts(of(FP8, description=SLIM, modelopt=NVFP4))]
     assert files == [DESCRIPTION, "config.json", "hf_quant_config.json"]
@@ -146,7 +195,11 @@ def test_a_second_that_cannot_be_read_is_no_obstacle() -> None:
     ("found", "accounts", "says"),
     [
         (BLOCKS, of(FP8, description=SLIM), (f"{DESCRIPTION} is not of these weights", "--scheme fp8_block")),
-        (FP4, of(FP8, modelopt=NVFP4), ("are NVFP4, as hf_quant_config.json says", "not split by this version")),
+        (
+            FP4,
+            of(FP8, modelopt=NVFP4),
+            ("are NVFP4, as hf_quant_config.json (quant_algo NVFP4) says", "not split by this version"),
+        ),
         (FP4, of(FP8), ("says fp8_block, and its tensors (", "are NVFP4, which this version does not split")),
         (PLAIN, of(FP8, modelopt={"quant_algo": None}), ("are plain BF16, as hf_quant_config.json", "--scheme bf16")),
         (CHANNEL, of(FP8), ("are fp8_channel", "config.json is not of these weights", "--scheme fp8_channel")),
@@ -154,6 +207,11 @@ def test_a_second_that_cannot_be_read_is_no_obstacle() -> None:
             BLOCKS,
             of(FP8 | {"ignored_layers": [MODULE]}),
             ("quantization_config.ignored_layers) says bf16", "fp8_block"),
+        ),
+        (
+            tensors(weight="BF16", weight_scale="BF16 out,1"),
+            of(INT8),
+            ("says w8a8_dynamic", "are fake-quantised (float weights beside their scales: not compressed yet)"),
         ),
         (OFFSETS, of(INT8), ("ModelSlim's", f"{DESCRIPTION} is missing", "--scheme w8a8_dynamic")),
         (STATIC, of(description=SLIM), ("says w8a8_dynamic", "are w8a8_static", "--scheme w8a8_static")),
@@ -173,6 +231,47 @@ def test_plain_weights_beside_a_quantised_config(quantization: dict[str, Any]) -
     scheme, _, (warning,) = decided(PLAIN, of(quantization, scheme="bf16"))
     assert scheme == "bf16"
     assert "which the tensors do not fit: taken as bf16, by --scheme" in warning
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "model.layers.1.mlp.experts.0.up_proj.weight_scale_inv",
+        "model.layers.1.mlp.gate_proj.weight_scale",
+        "model.layers.1.mlp.experts.gate_up_proj_blocks",
+        "model.layers.1.mlp.experts.0.up_proj.qweight",
+        "model.layers.1.mlp.experts.0.up_proj.weight_packed",
+        "model.layers.1.self_attn.q_proj.weight.absmax",
+        "model.layers.1.self_attn.q_proj.weight._data",
+    ],
+)
+def test_what_says_that_others_are_quantised_is_not_to_be_removed(rest: str) -> None:
+    for accounts, mend in (
+        (of(FP8), "name the dense layers in its list of exceptions"),
+        (of(description=SLIM), f"name the dense layers FLOAT in {DESCRIPTION}"),
+    ):
+        with pytest.raises(SchemeError) as caught:
+            Schemes(accounts, ("model.norm.weight", rest)).decide(MODULE, PLAIN)
+        line = str(caught.value)
+        assert f"while other tensors of the checkpoint are quantised: {mend}; or say --scheme bf16" in line
+        assert "remove" not in line
+        assert "move" not in line
+
+
+def test_a_description_of_weights_that_were_cast_is_kept_elsewhere() -> None:
+    assert f"move {DESCRIPTION} to another folder" in refused(PLAIN, of(description=SLIM))
+
+
+def test_fp8_by_channels_has_no_block_size_to_give() -> None:
+    without = {"quant_method": "fp8"}
+    assert refused(CHANNEL, of(without)).endswith("are fp8_channel; say --scheme fp8_channel")
+    assert "give its weight_block_size in config.json, or say --scheme fp8_block" in refused(BLOCKS, of(without))
+
+
+def test_modelopt_s_fp8_in_blocks() -> None:
+    line = refused(BLOCKS, of(modelopt={"quant_algo": "FP8_PB_WO"}))
+    assert "hf_quant_config.json (quant_algo FP8_PB_WO) says FP8_PB_WO" in line
+    assert "vLLM computes the two alike: say --scheme fp8_block" in line
 
 
 # No account.
@@ -201,6 +300,9 @@ STATIC_OF_BOTH = STATIC | tensors(weight_scale="F32 out,1", weight_offset="F32 o
         (FP4, ("are NVFP4, which this version does not split",)),
         (tensors(qweight="I32", qzeros="I32", scales="F16"), ("AWQ or GPTQ",)),
         (tensors(weight="I8"), ("of no format that is known",)),
+        (tensors(weight="F8_E4M3"), ("they are FP8 without scales",)),
+        (tensors(weight="U32", scales="BF16", biases="BF16"), ("they are MLX, which",)),
+        (tensors(compressed="I8", bitmask="U8", weight_scale="BF16 out,1"), ("sparse 2:4 of compressed-tensors",)),
     ],
 )
 def test_tensors_that_do_not_tell(found: dict[str, Found], says: tuple[str, ...]) -> None:

@@ -26,6 +26,15 @@ def key(method: str, module: str = GATE, wrapped: bool = False, **values: Any) -
     return declared.said_by.rpartition("quantization_config.")[2].rstrip(")")
 
 
+STACKING = [
+    ("fp8", "modules_to_not_convert"),
+    ("compressed-tensors", "ignore"),
+    ("modelopt", "exclude_modules"),
+    ("quark", "exclude"),
+    ("awq", "modules_to_not_convert"),
+]
+
+
 @pytest.mark.parametrize(
     ("method", "name", "entries"),
     [
@@ -57,6 +66,10 @@ def key(method: str, module: str = GATE, wrapped: bool = False, **values: Any) -
         ("gptq", "dynamic", {r"+:.*down_proj": {"bits": 8}, r"-:.*gate_proj": {}}),
         ("gptq", "modules_in_block_to_quantize", [["self_attn.k_proj"], ["mlp.down_proj"]]),
         ("gptq", "modules_in_block_to_quantize", ["self_attn.k_proj"]),
+        ("quark", "layer_quant_config", {"*gate_proj": {"weight": None}, "*": {"weight": {}}}),
+        ("quark", "layer_quant_config", {GATE: None}),
+        *((m, k, ["model.layers.0.mlp.gate_up_proj"]) for m, k in STACKING),
+        ("compressed-tensors", "ignore", [r"re:.*gate_up_proj$"]),
         ("auto-round", "extra_config", {GATE: {"bits": 16}}),
         ("auto-round", "extra_config", {r".*layers\.0\.mlp.*": {"bits": 16, "data_type": "float"}}),
         ("auto-round", "block_name_to_quantize", "model.layers.3,model.layers.4"),
@@ -141,3 +154,53 @@ MODULES = [GATE, DOWN, "model.layers.10.mlp.gate_proj", "model.layers.0.mlp.gate
 def test_as_transformers_matches(entry: str, module: str) -> None:
     should_convert = pytest.importorskip("transformers.quantizers.quantizers_utils").should_convert_module
     assert at_boundary(entry, module) == (not should_convert(module, [entry]))
+
+
+CT = {
+    "quant_algo": "FP8",
+    "config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int", "strategy": "channel"}}},
+}
+
+
+@pytest.mark.parametrize(("method", "name"), STACKING)
+def test_stacked_gate_and_up_are_left_alone_where_both_are(method: str, name: str) -> None:
+    stacked = "model.layers.0.mlp.gate_up_proj"
+    both = [GATE, GATE.replace("gate", "up")]
+    assert key(method, stacked, **CT, **{name: both}) == name
+    assert key(method, stacked, **CT, **{name: both[:1]}) is None
+    assert key(method, stacked, **CT, **{name: [stacked]}) == name
+    assert key(method, "model.layers.0.mlp.down_proj", **CT, **{name: [stacked, *both]}) is None
+
+
+@pytest.mark.parametrize("name", ["fqn_to_config", "module_fqn_to_config"])
+@pytest.mark.parametrize(
+    ("entries", "plain"),
+    [
+        ({GATE: None, "_default": {"_type": "Int4WeightOnlyConfig"}}, True),
+        ({r"re:model\.layers\.0\..*": None, "_default": {}}, True),
+        ({r"re:model\.layers\.0": None, "_default": {}}, False),
+        ({r"re:.*": {}, GATE: None}, True),
+        ({GATE: {}, "_default": None}, False),
+        ({"_default": None}, True),
+        ({DOWN: {}}, True),
+    ],
+    ids=str,
+)
+def test_torchao_by_names(name: str, entries: dict[str, Any], plain: bool) -> None:
+    quant_type = {"default": {"_type": "FqnToConfig", "_data": {name: entries}}}
+    assert key("torchao", quant_type=quant_type) == (f"quant_type.default._data.{name}" if plain else None)
+
+
+def test_mlx_names_modules_one_by_one() -> None:
+    config = {"quantization_config": {"group_size": 64, "bits": 4, GATE: False, DOWN: {"bits": 8}}}
+    (account,) = list_accounts(Accounts(config))
+    kinds = [declared.kind for module in (GATE, DOWN) if (declared := account.declare(module)) is not None]
+    assert kinds == ["FLOAT", "MLX"]
+
+
+@pytest.mark.parametrize("method", ["mxfp4", "gpt_oss_mxfp4"])
+def test_methods_of_experts_alone(method: str) -> None:
+    (account,) = list_accounts(Accounts({"quantization_config": {"quant_method": method}}))
+    declared = account.declare(GATE)
+    assert declared is not None
+    assert (declared.kind, declared.said_by) == ("FLOAT", f"config.json (quant_method {method}, of experts alone)")

@@ -133,6 +133,16 @@ def test_blocks_that_are_of_gate_and_up_are_refused(tmp_path: Path) -> None:
     assert "gate's 608 rows are no multiple of the 128-row scale block" in said
 
 
+def test_an_odd_number_of_blocks_is_of_gate_and_up(tmp_path: Path) -> None:
+    spec = Spec("fp8_block", intermediate=320)  # 640 rows: five blocks of 128
+    tensors = stacked(tensors_of(spec))
+    name = "model.layers.0.mlp.gate_up_proj.weight_scale_inv"
+    dtype, (_, width), data = tensors[name]
+    tensors[name] = (dtype, (5, width), data[: 5 * width * 4])
+    said = refusal(tmp_path, tensors, spec=spec)
+    assert f"{name}: shape [5, 2]: gate and up are stacked in 640 rows, and a block of scales is of both" in said
+
+
 def test_what_is_stacked_is_not_converted(tmp_path: Path) -> None:
     said = refusal(tmp_path, stacked(tensors_of(Spec("bf16"))), "--weights", "w8a8")
     assert "gate and up are stacked in the checkpoint" in said

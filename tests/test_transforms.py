@@ -182,3 +182,45 @@ def test_rotations_that_are_not_known() -> None:
     assert "optional.quarot.rotation_map.down_rotation" in refusal(Accounts({}, (DESCRIPTION, content)))
     content = {"metadata": {"quarot": {"block_rotation": {"layers": ["1"]}}}}
     assert "model.layers.1.mlp: " in refusal(Accounts({}, (DESCRIPTION, content)))
+
+
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        ({"metadata": {"quarot": {"online_rotation": True}}}, "metadata.quarot.online_rotation"),
+        ({"metadata": {"quarot": "online"}}, "metadata.quarot"),
+        ({"metadata": {"hadamard": {"size": 64}}}, "metadata.hadamard"),
+        ({"optional": {"quarot": {"online": True}}}, "optional.quarot.online"),
+        ({"optional": {"quarot": {"kronecker_rotation": {"layers": [0]}}}}, "optional.quarot.kronecker_rotation"),
+        ({"rotation": "hadamard_online"}, "rotation"),
+        ({"rotation_layers": [0]}, "rotation_layers"),
+    ],
+    ids=str,
+)
+def test_globals_that_speak_of_rotations_must_be_known(content: dict[str, Any], key: str) -> None:
+    line = refusal(Accounts({}, (DESCRIPTION, content)))
+    assert f"{DESCRIPTION}: {key} " in line
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"is_rot_used": True, "model_quant_type": "W8A8_DYNAMIC", "version": "1.0.0", "group_size": 0},
+        {"metadata": {"quarot": {"kronecker_rotation": {"layers": []}, "online_rotation": False}}},
+        {"metadata": {"quarot": {}, "flags": {"x": 1}}, "optional": {"quarot": {"rotation_map": {}}}},
+        {"optional": {"quarot": {"kronecker_rotation": {"layers": [3]}}}},
+        {"model.layers.0.self_attn.o_proj.heads_rotation": "FLOAT"},
+    ],
+    ids=str,
+)
+def test_globals_that_are_of_no_dense_layer(content: dict[str, Any]) -> None:
+    check_transforms(Accounts({}, (DESCRIPTION, content)), MLPS, WEIGHTS)
+
+
+@pytest.mark.parametrize("wrapper", ["language_config", "thinker_config"])
+def test_of_a_config_within(wrapper: str) -> None:
+    """At whatever level, and where the sizes stand at the top, too."""
+    quantization = config(place("input", r"re:.*down_proj$")).config
+    assert quantization is not None
+    line = refusal(Accounts({"num_hidden_layers": 2, wrapper: {"num_hidden_layers": 2, **quantization}}))
+    assert f"config.json: {wrapper}.quantization_config.transform_config has the transform R4 at its input" in line

@@ -1,10 +1,9 @@
 """config.json: a model's sizes, which of its layers are dense, and what those compute."""
 
-from reshard.modelconfig.experts import has_experts
 from reshard.modelconfig.mtp import is_mtp_layer
 from reshard.modelconfig.names import agree_on_dense
-from reshard.modelconfig.read import ModelConfig, known_dense_layers, read_model_config
-from reshard.modelconfig.wrapper import language_config
+from reshard.modelconfig.read import ModelConfig, has_experts, known_dense_layers, read_model_config
+from reshard.modelconfig.wrapper import language_config, language_levels
 
 __all__ = [
     "ModelConfig",
@@ -13,5 +12,6 @@ __all__ = [
     "is_mtp_layer",
     "known_dense_layers",
     "language_config",
+    "language_levels",
     "read_model_config",
 ]

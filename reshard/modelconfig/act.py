@@ -24,7 +24,7 @@ ALIASES = {
 }
 """transformers' names (its ACT2FN) of the functions that are computed; the tests compare each with its own."""
 
-_KEYS = ("hidden_act", "hidden_activation", "activation_function")
+ACT_KEYS = ("hidden_act", "hidden_activation", "activation_function")
 _SUSPICIOUS = re.compile(
     r"mlp|ffn|feed_?forward|(?:^|_)ff(?:_|$)|glu|silu|gelu|relu|swish|(?:^|_)act(?:_|$)|act_?fn|activation|nonlinear|"
     r"clip|clamp|softcap|sparsity|(?:^|_)limits?(?:_|$)",
@@ -65,7 +65,7 @@ def activations(language: Mapping[str, Any], layers: int) -> tuple[Activation | 
 
 
 def _name(language: Mapping[str, Any], family: Family | None) -> str | None:
-    keys = _KEYS if family is None else (family.act, family.act_elsewhere)
+    keys = ACT_KEYS if family is None else (family.act, family.act_elsewhere)
     names = {key: _alias(language[key], key) for key in keys if language.get(key) is not None}
     if family is not None and family.activation is not None:
         own = names.get(family.act, ALIASES[family.activation])
@@ -82,23 +82,21 @@ def _alias(value: object, key: str) -> str:
 
 
 def _unknown(language: Mapping[str, Any], family: Family | None) -> list[str]:
-    known = {*_KEYS, *(key for rule in RULES.values() for key in rule.keys)}
+    known = {*ACT_KEYS, *(key for rule in RULES.values() for key in rule.keys)}
     if family is not None:
         known |= {family.act, *family.ignored} | {key for key in (family.limit, family.limits) if key is not None}
-    return [
-        key
-        for key, value in language.items()
-        if _changes(value) and key not in known and _SUSPICIOUS.search(key) and not _is_harmless(key)
-    ]
+    return [key for key, value in language.items() if _changes(value) and key not in known and is_suspicious(key)]
+
+
+def is_suspicious(key: str) -> bool:
+    """Whether a key looks as if it changed what a dense layer computes."""
+    harmless = any(re.search(rf"(?:^|_)(?:{words})", key, re.IGNORECASE) for words in HARMLESS)
+    return _SUSPICIOUS.search(key) is not None and not harmless
 
 
 def _changes(value: object) -> bool:
     """Whether a value does anything: not null, false or 0, nor a list of such."""
     return any(_changes(item) for item in value) if isinstance(value, list) else bool(value)
-
-
-def _is_harmless(key: str) -> bool:
-    return any(re.search(rf"(?:^|_)(?:{words})", key, re.IGNORECASE) for words in HARMLESS)
 
 
 def _limits(language: Mapping[str, Any], family: Family | None, layers: int) -> list[float | None]:

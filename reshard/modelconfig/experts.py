@@ -1,23 +1,9 @@
-"""Whether a model has expert layers, by the keys that count them."""
+"""The keys that count a model's experts."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from reshard.modelconfig.families import family_of
 from reshard.modelconfig.rules import EXPERT_COUNTS
-from reshard.modelconfig.wrapper import language_config
-
-
-def has_experts(config: Mapping[str, Any]) -> bool:
-    """Whether a model has expert layers, by the keys that count them: an engine asks no more, and one counts.
-
-    config: the whole of config.json.
-    """
-    language = language_config(config)[1]
-    if counting_keys(language):
-        return experts_key(language) is not None
-    family = family_of(language)
-    return family is not None and bool(family.rules)
 
 
 def counting_keys(language: Mapping[str, Any]) -> list[str]:

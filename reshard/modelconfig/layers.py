@@ -125,8 +125,9 @@ def _unsaid(language: Mapping[str, Any], every: range) -> Account:
 def unknown_keys(language: Mapping[str, Any]) -> list[str]:
     """Keys that look as if they said which layers are dense and that no rule knows."""
     known = {key for rule in RULES.values() for key in rule.keys} | set(EXPERT_COUNTS)
-    return [
-        key
-        for key, value in language.items()
-        if value and key not in known and _LOOKS_LIKE_LAYERS.search(key) and not _OF_EXPERTS.search(key)
-    ]
+    return [key for key, value in language.items() if value and key not in known and looks_like_layers(key)]
+
+
+def looks_like_layers(key: str) -> bool:
+    """Whether a key may say which layers are dense."""
+    return _LOOKS_LIKE_LAYERS.search(key) is not None and _OF_EXPERTS.search(key) is None

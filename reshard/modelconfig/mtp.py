@@ -5,7 +5,7 @@ from typing import Any
 
 from reshard.modelconfig.values import number
 
-_COUNTS = (
+MTP_COUNTS = (
     "num_nextn_predict_layers",  # DeepSeek, GLM, Step
     "num_mtp_layers",  # openPangu, transformers' own name
     "mtp_num_layers",
@@ -18,7 +18,7 @@ _MARKS = frozenset({"eh_proj", "enorm", "hnorm", "shared_head", "embed_tokens"})
 
 def mtp_layers(language: Mapping[str, Any]) -> int:
     """How many stand behind the last layer, by the first key that counts them."""
-    key = next((key for key in _COUNTS if language.get(key) is not None), _COUNTS[0])
+    key = next((key for key in MTP_COUNTS if language.get(key) is not None), MTP_COUNTS[0])
     return number(language, key, default=0)
 
 

@@ -8,7 +8,9 @@ from typing import Any
 from reshard.activation import Activation
 from reshard.errors import LayersError, SourceError
 from reshard.modelconfig.act import activations
+from reshard.modelconfig.experts import counting_keys, experts_key
 from reshard.modelconfig.families import FAMILIES, family_of
+from reshard.modelconfig.keys import DENSE_SIZES
 from reshard.modelconfig.layers import Account, dense_layers, unknown_keys
 from reshard.modelconfig.mtp import mtp_layers
 from reshard.modelconfig.sizes import with_default_sizes
@@ -17,12 +19,6 @@ from reshard.modelconfig.wrapper import language_config
 from reshard.naming import CONFIG
 
 _MAX_LAYERS = 10_000
-# A dense layer's own intermediate size, where the key without a prefix is the experts'.
-_DENSE_SIZES = (
-    "dense_intermediate_size",  # MiniMax M3
-    "prefix_dense_intermediate_size",  # Cohere 2 MoE
-    "intermediate_size_mlp",  # Llama 4
-)
 # Other names of it: Phi-3-small, Falcon, LFM2, ChatGLM, T5.
 _WIDTH = re.compile(r"(?:^|_)(?:ff|ffn|inner|feed_?forward)(?:_hidden|_intermediate)?_(?:size|dim)$|^d_ff$|^n_inner$")
 
@@ -92,6 +88,18 @@ def read_model_config(config: Mapping[str, Any]) -> ModelConfig:
     )
 
 
+def has_experts(config: Mapping[str, Any]) -> bool:
+    """Whether a model has expert layers, by the keys that count them: an engine asks no more, and one counts.
+
+    config: the whole of config.json.
+    """
+    language = language_config(config)[1]
+    if counting_keys(language):
+        return experts_key(language) is not None
+    family = family_of(language)
+    return family is not None and bool(family.rules)
+
+
 def _layers_key(language: Mapping[str, Any]) -> str:
     """LongCat's and ChatGLM's config.json have another."""
     return "num_layers" if "num_layers" in language and "num_hidden_layers" not in language else "num_hidden_layers"
@@ -110,7 +118,7 @@ def known_dense_layers(model: ModelConfig) -> frozenset[int]:
 def _intermediate_size(language: Mapping[str, Any], *, needed: bool) -> int:
     """Of a dense layer: by a key of its own where there is one. 0 where no layer is dense and no key is there."""
     family = family_of(language)
-    for key in _DENSE_SIZES:
+    for key in DENSE_SIZES:
         value = language.get(key)
         if value is None and family is not None:
             value = family.defaults.get(key)

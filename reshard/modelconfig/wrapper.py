@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from reshard.errors import SourceError
-from reshard.modelconfig.rules import EXPERT_COUNTS, RULES
+from reshard.modelconfig.keys import decides
 from reshard.naming import CONFIG, stands_beside
 
 _LAYERS = "num_hidden_layers"
+_TOP = ""
 WRAPPERS: dict[tuple[str, ...], str] = {
     ("text_config",): "transformers' own: Kimi K2.5 and K3, GLM-4.5V, Qwen3.5, Llama 4, Mistral 3, Step 3, Gemma 3",
     ("language_config",): "DeepSeek-VL2, DeepSeek-OCR, Janus",
@@ -17,65 +18,74 @@ WRAPPERS: dict[tuple[str, ...], str] = {
 }
 """The path of the nested config, and who writes it so."""
 
-_DECIDE = frozenset(
-    {_LAYERS, "hidden_size", "intermediate_size", "hidden_act", "hidden_activation", *EXPERT_COUNTS}
-) | {key for rule in RULES.values() for key in rule.keys}
-"""The keys that may decide what is cut and computed."""
+
+def language_levels(config: Mapping[str, Any]) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+    """(key, config) of every level that may speak of the language model: the top, whose key is empty, and WRAPPERS'.
+
+    A nested key is spelt with dots: "thinker_config.text_config".
+    """
+    found: list[tuple[str, Mapping[str, Any]]] = [(_TOP, config)]
+    for path in WRAPPERS:
+        nested: Any = config
+        for key in path:
+            nested = nested.get(key) if isinstance(nested, Mapping) else None
+        if isinstance(nested, Mapping):
+            found.append((".".join(path), nested))
+    return tuple(found)
 
 
 def language_config(config: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
     """(the key under which the language model's config is nested, that config); (None, config) where it is not.
 
-    A nested key is spelt with dots: "thinker_config.text_config". Where its sizes stand at the top too (DeepSeek-OCR),
-    the two are one, and not nested. Raises SourceError where they contradict each other.
+    Where its sizes stand at the top too (DeepSeek-OCR), the two are one, and not nested. Raises SourceError where
+    levels that have sizes contradict each other.
     """
-    found = {".".join(path): nested for path in WRAPPERS if (nested := _at(config, path)) is not None}
-    for key, nested in found.items():
-        if nested.get(_LAYERS) is not None:
-            if config.get(_LAYERS) is None:
-                return key, dict(nested)
-            return None, _both(config, key, nested)
-    if config.get(_LAYERS) is None:
-        _refuse_two_stacks(config)
-        for key, nested in found.items():  # of a class whose defaults a config need not name
-            if isinstance(nested.get("model_type"), str):
-                return key, dict(nested)
-        others = [
-            key
-            for key, value in config.items()
-            if isinstance(value, Mapping) and _LAYERS in value and not stands_beside(f"{key}.")
-        ]
-        if others:
-            raise SourceError(
-                f"{CONFIG}: no {_LAYERS} at its top; it stands in {', '.join(others)}, of which none is known to be a "
-                f"language model's; known are {', '.join('.'.join(path) for path in WRAPPERS)}"
-            )
-    return None, dict(config)
+    sized = [(key, level) for key, level in language_levels(config) if level.get(_LAYERS) is not None]
+    nested = [(key, level) for key, level in sized if key != _TOP]
+    if not nested:
+        return _without_sizes(config) if not sized else (None, dict(config))
+    key, language = nested[0]
+    for other, level in sized:
+        _check_agree(other, level, key, language)
+    if sized == nested:
+        return key, dict(language)
+    given = {name: value for name, value in config.items() if value is not None}
+    # The top's model_type names the wrapper.
+    return None, {**language, **given, "model_type": language.get("model_type", config.get("model_type"))}
 
 
-def _at(config: Mapping[str, Any], path: tuple[str, ...]) -> Mapping[str, Any] | None:
-    nested: Any = config
-    for key in path:
-        nested = nested.get(key) if isinstance(nested, Mapping) else None
-    return nested if isinstance(nested, Mapping) else None
-
-
-def _refuse_two_stacks(config: Mapping[str, Any]) -> None:
+def _without_sizes(config: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """Of a class whose defaults a config need not name; or of a config that is no language model's."""
     if all(isinstance(config.get(key), Mapping) for key in ("encoder", "decoder")):
         raise SourceError(
             f"{CONFIG}: an encoder and a decoder (T5Gemma and its like): this version cuts models that are a decoder "
             "alone; serve this one without denseffn_tensor_parallel_size"
         )
+    for key, nested in language_levels(config):
+        if key != _TOP and isinstance(nested.get("model_type"), str):
+            return key, dict(nested)
+    others = [
+        key
+        for key, value in config.items()
+        if isinstance(value, Mapping) and _LAYERS in value and not stands_beside(f"{key}.")
+    ]
+    if others:
+        raise SourceError(
+            f"{CONFIG}: no {_LAYERS} at its top; it stands in {', '.join(others)}, of which none is known to be a "
+            f"language model's; known are {', '.join('.'.join(path) for path in WRAPPERS)}"
+        )
+    return None, dict(config)
 
 
-def _both(config: Mapping[str, Any], key: str, nested: Mapping[str, Any]) -> dict[str, Any]:
-    """The top with what only the nested config has. model_type is the nested one's: the top's names the wrapper."""
-    for name, value in nested.items():
-        top = config.get(name)
-        if name in _DECIDE and None not in (top, value) and top != value:
+def _check_agree(place: str, level: Mapping[str, Any], other_place: str, other: Mapping[str, Any]) -> None:
+    for name, value in level.items():
+        second = other.get(name)
+        if None not in (value, second) and value != second and decides(name):
             raise SourceError(
-                f"{CONFIG} contradicts itself: {name} is {top!r} at its top and {value!r} in {key}; make it the one of "
-                "the tensors in both"
+                f"{CONFIG} contradicts itself: {name} is {value!r} {_at(place)} and {second!r} {_at(other_place)}; "
+                "make it the one of the tensors in both"
             )
-    given = {name: value for name, value in config.items() if value is not None}
-    return {**nested, **given, "model_type": nested.get("model_type", config.get("model_type"))}
+
+
+def _at(place: str) -> str:
+    return f"in {place}" if place else "at its top"

@@ -1,7 +1,7 @@
 """Where it is said what the weights are: the accounts beside the files, the one that engines read first, first.
 
-ModelSlim's description (vllm-ascend), then config.json's quantization_config (every engine), at its top or in the
-language model's own config, or compression_config where there is none (vLLM); then ModelOpt's hf_quant_config.json,
+ModelSlim's description (vllm-ascend), then config.json's quantization_config (every engine), at its top or at any
+level of the language model's, or compression_config where there is none (vLLM); then ModelOpt's hf_quant_config.json,
 which vLLM reads where config.json says nothing and TensorRT-LLM before it.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reshard.errors import SourceError
-from reshard.modelconfig import language_config
+from reshard.modelconfig import language_levels
 from reshard.naming import CONFIG
 from reshard.quantization.description import read_description
 from reshard.quantization.methods import declared_by_method
@@ -79,18 +79,20 @@ def _account(section: Section) -> Account:
 
 
 def _of_config(config: Mapping[str, Any] | None) -> Iterator[Section]:
-    """One at each level; the same at both is one."""
-    if config is None:
-        return
-    wrapper, language = language_config(config)
-    seen = []
-    for level, place in ((config, ""), (language, f"{wrapper}.")) if wrapper else ((config, ""),):
-        key = next((key for key in _KEYS if level.get(key) is not None), None)
+    """One at each level; the same at two is one."""
+    seen: list[Any] = []
+    for place, level in language_levels(config or {}):
+        key = next((key for key in _KEYS if _says(level.get(key))), None)
         if key is None or level[key] in seen:
             continue
         seen.append(level[key])
-        values = _object(CONFIG, place + key, level[key])
-        yield Section(CONFIG, place + key, values)
+        path = f"{place}.{key}" if place else key
+        yield Section(CONFIG, path, _object(CONFIG, path, level[key]))
+
+
+def _says(section: object) -> bool:
+    """Whether a section says anything: exports of plain weights leave an empty one, or a method that is null."""
+    return any(value is not None for value in section.values()) if isinstance(section, dict) else section is not None
 
 
 def _of_modelopt(content: Mapping[str, Any] | None) -> Iterator[Section]:

@@ -71,7 +71,7 @@ def _made(section: Section, name: str, group: _Args) -> _Made:
     # Compared, not looked up: any JSON value may stand there, a list too.
     said = [_number(weights), weights.get("strategy"), inputs.get("dynamic")]
     rule = next((rule for key, rule in _KINDS.items() if list(key) == said), None)
-    alike = bool(weights.get("symmetric")) and _number(inputs) == _number(weights)
+    alike = weights.get("symmetric") and not weights.get("dynamic") and _number(inputs) == _number(weights)
     made = rule(section, name, weights, inputs) if rule is not None and alike and not outputs else None
     return made or (_spelt(weights, inputs, outputs), None)
 
@@ -80,17 +80,30 @@ def _number(arguments: _Args) -> str:
     return f"{arguments.get('type')}{arguments.get('num_bits')}"
 
 
-def _block(section: Section, name: str, weights: _Args, inputs: _Args) -> _Made:
+def _block(section: Section, name: str, weights: _Args, inputs: _Args) -> _Made | None:
     where = Section(section.file, section.at(f"config_groups.{name}.weights"), weights)
-    return "fp8-block-compressed", where.block("block_structure")
+    sizes = where.block("block_structure")
+    group = inputs.get("group_size")
+    # vLLM takes the weights' block for the group, whatever the group is.
+    alike = inputs.get("strategy") == "group" and group in (None, sizes[1]) and _symmetric(inputs)
+    return ("fp8-block-compressed", sizes) if alike else None
 
 
-def _fp8_channel(section: Section, name: str, weights: _Args, inputs: _Args) -> _Made:
-    return "fp8-channel", None
+def _fp8_channel(section: Section, name: str, weights: _Args, inputs: _Args) -> _Made | None:
+    return ("fp8-channel", None) if _by_token(inputs) else None
 
 
 def _int8_dynamic(section: Section, name: str, weights: _Args, inputs: _Args) -> _Made | None:
-    return ("int8-channel-dynamic", None) if inputs.get("strategy") == "token" else None
+    return ("int8-channel-dynamic", None) if _by_token(inputs) else None
+
+
+def _by_token(inputs: _Args) -> bool:
+    """One symmetric scale for each token: with zero points another sum is computed."""
+    return inputs.get("strategy") == "token" and _symmetric(inputs)
+
+
+def _symmetric(arguments: _Args) -> bool:
+    return arguments.get("symmetric", True) is True
 
 
 def _int8_static(section: Section, name: str, weights: _Args, inputs: _Args) -> _Made | None:
@@ -122,11 +135,17 @@ _NAMES: Mapping[tuple[str, Any, str | None], str] = {
 """What formats are called, by the weights' number and group, and the activations' number."""
 
 
+def _strategy(arguments: _Args) -> str:
+    size = arguments.get("group_size")
+    return f"{arguments.get('strategy')}{'' if size is None else f' of {size}'}"
+
+
 def _spelt(weights: _Args, inputs: _Args, outputs: _Args) -> str:
     number = _number(inputs) if inputs else None
     symmetric = "symmetric" if weights.get("symmetric") else "asymmetric"
     text = f"weights {_number(weights)} {weights.get('strategy')} {symmetric}, " + (
-        f"activations {number} {inputs.get('strategy')} dynamic={inputs.get('dynamic')}"
+        f"activations {number} {_strategy(inputs)}{'' if _symmetric(inputs) else ' asymmetric'} "
+        f"dynamic={inputs.get('dynamic')}"
         if inputs
         else "activations as they are"
     )

@@ -5,14 +5,21 @@ Where they do not fit it, nothing is cut unless `--scheme` says what they are. W
 scheme alone are taken for that, with a warning.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from reshard.dtypes import FLOATS
 from reshard.errors import LayersError, ReshardError, SchemeError
 from reshard.naming import CONFIG, MANIFEST
 from reshard.quantization.accounts import Account, Accounts, Recorded, list_accounts
-from reshard.quantization.explain import contradiction, no_account, not_told, unsaid
-from reshard.quantization.formats import as_kind, names_of_formats, tensors_text, types_text, variants_of
+from reshard.quantization.explain import contradiction, no_account, not_told, two_fit, unsaid, words
+from reshard.quantization.formats import (
+    as_kind,
+    is_quantised_name,
+    names_of_formats,
+    tensors_text,
+    types_text,
+    variants_of,
+)
 from reshard.schemes import (
     BLOCK,
     FLOAT,
@@ -32,13 +39,17 @@ _Tensors = Mapping[str, Found]
 
 
 class Schemes:
-    """Decides for one linear after the other. `warnings` are then of all of them."""
+    """Decides for one linear after the other. `warnings` are then of all of them.
 
-    def __init__(self, accounts: Accounts) -> None:
+    names: of all tensors of the checkpoint, which tell whether anything in it is quantised.
+    """
+
+    def __init__(self, accounts: Accounts, names: Collection[str] = ()) -> None:
         if accounts.scheme is not None:
             check_scheme(accounts.scheme)
         self._given = accounts
         self._accounts = list_accounts(accounts) if accounts.recorded is None else ()
+        self._names = names
         self._told = False
         self._lines: dict[str, list[str]] = {}
 
@@ -75,21 +86,27 @@ class Schemes:
         if declared is None:
             raise unsaid(module, first.file, found)
         if fitting_variant(declared, found) is None:
-            raise contradiction(module, found, [declared, *self._said(others, module)])
+            quantised = any(map(is_quantised_name, self._names))
+            raise contradiction(module, found, [declared, *self._said(others, module)], quantised)
         for other in self._said(others, module):
-            if _differ(other, declared):
-                self._warn(
-                    module,
-                    f"{other.said_by} says {scheme_of(other.kind)}, {declared.said_by} says "
-                    f"{scheme_of(declared.kind)}, which the tensors are: taken as {scheme_of(declared.kind)}",
-                )
+            if not _differ(other, declared):
+                continue
+            if fitting_variant(other, found) is not None:
+                raise two_fit(module, found, declared, other)
+            second, taken = words(other, declared)
+            self._warn(
+                module,
+                f"{other.said_by} says {second}, {declared.said_by} says {taken}, which the tensors are: taken as "
+                f"{taken}",
+            )
         return declared
 
     def _by_scheme(self, scheme: str, module: str, found: _Tensors) -> Declared:
         """`--scheme`, which an account that the tensors fit must not contradict."""
         said = list(self._said(self._accounts, module))
         blocks = [declared.block for declared in said if declared.block and scheme_of(declared.kind) == scheme]
-        wanted = [as_kind(v, (blocks or [BLOCK])[0], f"--scheme {scheme}") for v in VARIANTS if v.scheme == scheme]
+        variants = [variant for variant in VARIANTS if variant.scheme == scheme]
+        wanted = [as_kind(v, block, f"--scheme {scheme}") for block in blocks or [BLOCK] for v in variants]
         declared = next((one for one in wanted if fitting_variant(one, found) is not None), None)
         if declared is None:
             raise not_told(module, scheme, found)
@@ -98,14 +115,17 @@ class Schemes:
             if not _differ(other, declared):
                 continue
             if fitting_variant(other, found) is not None:
+                if scheme_of(other.kind) == scheme:
+                    raise two_fit(module, found, declared, other)
                 raise SchemeError(
                     f"{module}: {other.said_by} says {scheme_of(other.kind)}, which its tensors fit, and --scheme says "
                     f"{scheme}; leave the option out, or mend {other.said_by.partition(' ')[0]}"
                 )
+            second, taken = words(other, declared)
             self._warn(
                 module,
-                f"{other.said_by} says {scheme_of(other.kind)}, which the tensors do not fit: taken as {scheme}, by "
-                "--scheme; an engine goes by the file",
+                f"{other.said_by} says {second}, which the tensors do not fit: taken as {taken}, by --scheme; an "
+                "engine goes by the file",
             )
         return declared
 
@@ -142,7 +162,7 @@ class Schemes:
 
 
 def _differ(one: Declared, other: Declared) -> bool:
-    return scheme_of(one.kind) != scheme_of(other.kind)
+    return (scheme_of(one.kind), one.block) != (scheme_of(other.kind), other.block)
 
 
 def _recorded(module: str, recorded: Mapping[str, Recorded], found: _Tensors) -> Declared:

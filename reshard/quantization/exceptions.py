@@ -6,6 +6,7 @@ Whatever a whole checkpoint is quantised with, a dense layer that is left alone 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from reshard.naming import GATE, GATE_UP, UP
 from reshard.quantization.names import Match, at_boundary, component, contained, exact, mentions, names_of, wildcard
 from reshard.quantization.section import Section
 
@@ -36,7 +37,19 @@ LISTS: Mapping[str, _Lists] = {
 
 
 def exception(method: str, section: Section, module: str) -> str | None:
-    """The key by which the module is left alone, None where it is quantised."""
+    """The key by which the module is left alone, None where it is quantised.
+
+    Gate and up stacked are left alone where both are.
+    """
+    key = _exception(method, section, module)
+    parent, _, role = module.rpartition(".")
+    if key is None and role == GATE_UP:
+        keys = [_exception(method, section, f"{parent}.{half}") for half in (GATE, UP)]
+        return keys[0] if None not in keys else None
+    return key
+
+
+def _exception(method: str, section: Section, module: str) -> str | None:
     for key, match in LISTS.get(method, _EVERY):
         if mentions(match, section.names(key), module, section):
             return key
@@ -90,9 +103,47 @@ def _aqlm(section: Section, module: str) -> str | None:
     return key if mentions(exact, section.names(key), f"{module}.weight", section) else None
 
 
+def _quark(section: Section, module: str) -> str | None:
+    """`layer_quant_config`: the first pattern that fits goes before the global one; without a weight it is none."""
+    key = "layer_quant_config"
+    for entry, settings in section.objects(key).items():
+        if mentions(wildcard, [entry], module, section):
+            plain = settings is None or (isinstance(settings, dict) and settings.get("weight") is None)
+            return key if plain else None
+    return None
+
+
+def _torchao(section: Section, module: str) -> str | None:
+    """FqnToConfig, once ModuleFqnToConfig: names, or patterns of whole names, and null for what is left alone."""
+    default = section.objects("quant_type").get("default")
+    data = default.get("_data") if isinstance(default, dict) else None
+    for key in ("fqn_to_config", "module_fqn_to_config"):
+        entries = data.get(key) if isinstance(data, dict) else None
+        if not isinstance(entries, dict):
+            continue
+        named = [entry for entry in entries if mentions(exact, [_whole_pattern(entry)], module, section)]
+        for entry in (*sorted(named, key=lambda entry: entry.startswith("re:")), "_default"):
+            if entry in entries:
+                return f"quant_type.default._data.{key}" if entries[entry] is None else None
+        return f"quant_type.default._data.{key}"
+    return None
+
+
+def _mlx(section: Section, module: str) -> str | None:
+    """A module's own key, false for what is left alone."""
+    return next((name for name in names_of(module) if section.values.get(name) is False), None)
+
+
+def _whole_pattern(entry: str) -> str:
+    return "re:" + _whole(entry[3:]) if entry.startswith("re:") else entry
+
+
 _RULES: Mapping[str, Callable[[Section, str], str | None]] = {
     "gptq": _gptq,
     "auto-round": _auto_round,
     "intel/auto-round": _auto_round,
     "aqlm": _aqlm,
+    "quark": _quark,
+    "torchao": _torchao,
+    "MLX": _mlx,
 }

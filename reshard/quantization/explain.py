@@ -7,6 +7,7 @@ from reshard.naming import CONFIG
 from reshard.quantization.description import DESCRIPTION, is_description
 from reshard.quantization.formats import names_of_formats, tensors_text, types_text, variants_of
 from reshard.quantization.methods import NO_BLOCK_SIZE
+from reshard.quantization.modelopt import FP8_PB_WO
 from reshard.schemes import (
     FLOAT,
     SCHEMES,
@@ -31,8 +32,11 @@ _BLOCKS = {
 }
 
 
-def contradiction(module: str, found: _Tensors, said: Sequence[Declared]) -> SchemeError:
-    """For a linear whose tensors do not fit the first of what is said of it."""
+def contradiction(module: str, found: _Tensors, said: Sequence[Declared], quantised: bool = False) -> SchemeError:
+    """For a linear whose tensors do not fit the first of what is said of it.
+
+    quantised: whether anything in the checkpoint is, so that what says so must stay.
+    """
     first = said[0]
     right = next((other for other in said[1:] if _is(other, found) and _word(other) != _word(first)), None)
     if right is not None:
@@ -40,15 +44,23 @@ def contradiction(module: str, found: _Tensors, said: Sequence[Declared]) -> Sch
     if is_plain(found) and first.kind != FLOAT:
         return SchemeError(
             f"{module}: {first.said_by} says {_word(first)}, and {module}.weight in {found['weight'].file} is plain "
-            f"{found['weight'].dtype} with no scales: weights that were cast, beside the {_file(first)} of the "
-            f"original? {_mend_of_cast(first)}; or say --scheme bf16"
+            f"{found['weight'].dtype} with no scales{_mend_of_plain(first, quantised)}; or say --scheme bf16"
         )
-    if first.kind == NO_BLOCK_SIZE and variants_of(found):
+    if first.kind == NO_BLOCK_SIZE and (variants := variants_of(found)):
+        in_blocks = any(rule.in_blocks for rule in variants[0].tensors)
+        mend = f"give its weight_block_size in {_file(first)}{_told(found)}" if in_blocks else _told(found, "")
         return SchemeError(
             f"{module}: {first.said_by} says {first.kind}, and its tensors ({tensors_text(found)}) are "
-            f"{_are(found)}; give its weight_block_size in {_file(first)}{_told(found)}"
+            f"{_are(found)}; {mend}"
         )
-    if first.kind != FLOAT and (not is_split(first.kind) or _only_shapes_differ(first, found)):
+    if first.kind == FP8_PB_WO and variants_of(found):
+        return SchemeError(
+            f"{module}: {first.said_by} says {first.kind}, and its tensors ({tensors_text(found)}) are {_are(found)}; "
+            f"vLLM computes the two alike: {_told(found, '')}, unless the engine leaves activations as they are"
+        )
+    if first.kind != FLOAT and (
+        not is_split(first.kind) or _only_shapes_differ(first, found) or _only_lacks(first, found)
+    ):
         return _caught(module, first, found)
     if _MODELSLIM & found.keys() and not is_description(_file(first)):
         return SchemeError(
@@ -67,6 +79,23 @@ def contradiction(module: str, found: _Tensors, said: Sequence[Declared]) -> Sch
             f"{_are(found)}; {_stale(first)}{_told(found)}"
         )
     return _caught(module, first, found)
+
+
+def two_fit(module: str, found: _Tensors, one: Declared, other: Declared) -> SchemeError:
+    """For a linear of which two things are said, and whose tensors fit both."""
+    first, second = words(one, other)
+    option = f"; or say --scheme {first} or {second}" if _word(one) != _word(other) else ""
+    return SchemeError(
+        f"{module}: {one.said_by} says {first}, {other.said_by} says {second}, and its tensors "
+        f"({tensors_text(found)}) fit both: make the two say what the weights are{option}"
+    )
+
+
+def words(one: Declared, other: Declared) -> tuple[str, str]:
+    """What two accounts say of a linear, in words that differ where they do."""
+    if _word(one) == _word(other):
+        return _in_blocks(one), _in_blocks(other)
+    return _word(one), _word(other)
 
 
 def no_account(module: str, found: _Tensors, has_config: bool) -> SchemeError:
@@ -99,7 +128,7 @@ def unsaid(module: str, file: str, found: _Tensors) -> SchemeError:
             f"{module}.weight: {file} does not name it, and engines look it up there; is the file of this checkpoint? "
             f"give the one that was written with these weights{_told(found)}"
         )
-    option = _option(found)
+    option = _told(found, "")
     return SchemeError(
         f"{module}: {file} says MIXED_PRECISION, and not what this layer is; its tensors ({tensors_text(found)}) are "
         f"{_are(found)}{f': {option}' if option else f'; {WAY_OUT}'}"
@@ -115,13 +144,13 @@ def not_told(module: str, scheme: str, found: _Tensors) -> SchemeError:
 
 def _other_is_right(module: str, found: _Tensors, first: Declared, right: Declared) -> SchemeError:
     mend = (
-        f"{_stale(first)}, or say --scheme {_word(right)}"
+        f"{_stale(first, right)}, or say --scheme {_word(right)}"
         if is_split(right.kind)
         else f"{right.kind} is not split by this version; {WAY_OUT}"
     )
     return SchemeError(
         f"{module}: {first.said_by} says {_word(first)}, {right.said_by} says {_word(right)}, and its tensors "
-        f"({tensors_text(found)}) are {_are(found)}, as {_file(right)} says; {mend}"
+        f"({tensors_text(found)}) are {_are(found)}, as {right.said_by} says; {mend}"
     )
 
 
@@ -138,6 +167,15 @@ def _caught(module: str, declared: Declared, found: _Tensors) -> SchemeError:
 def _is(declared: Declared, found: _Tensors) -> bool:
     """Whether what is said is what the tensors are; of what is not split, by name."""
     return fitting_variant(declared, found) is not None or any(n in declared.kind for n in names_of_formats(found))
+
+
+def _only_lacks(declared: Declared, found: _Tensors) -> bool:
+    """Whether a weight of the kind's type is there alone: the rest is missing."""
+    variants = [variant for variant in VARIANTS if variant.kind == declared.kind and len(variant.tensors) > 1]
+    weights = {
+        dtype for variant in variants for rule in variant.tensors if rule.suffix == "weight" for dtype in rule.dtypes
+    }
+    return found.keys() == {"weight"} and found["weight"].dtype in weights
 
 
 def _only_shapes_differ(declared: Declared, found: _Tensors) -> bool:
@@ -162,23 +200,30 @@ def _file(declared: Declared) -> str:
     return declared.said_by.partition(" ")[0]
 
 
-def _stale(declared: Declared) -> str:
+def _in_blocks(declared: Declared) -> str:
+    sizes = declared.block
+    return f"{_word(declared)} in blocks of {sizes[0]} x {sizes[1]}" if sizes else _word(declared)
+
+
+def _stale(declared: Declared, right: Declared | None = None) -> str:
+    if right is not None and _file(right) == _file(declared):
+        return f"make both places in {_file(declared)} say that"
     return f"{_file(declared)} is not of these weights: give the one that was written with them"
 
 
-def _mend_of_cast(declared: Declared) -> str:
-    if _file(declared) == CONFIG:
-        return f"remove quantization_config from {CONFIG}, or name the dense layers in its list of exceptions"
-    return f"remove {_file(declared)}, or give the one that was written with these weights"
+def _mend_of_plain(declared: Declared, quantised: bool) -> str:
+    """Only where nothing is quantised, the whole checkpoint was cast; elsewhere what says so is needed."""
+    file = _file(declared)
+    if quantised:
+        where = "in its list of exceptions" if file == CONFIG else f"FLOAT in {file}"
+        return f", while other tensors of the checkpoint are quantised: name the dense layers {where}"
+    cast = f": weights that were cast, beside the {file} of the original (nothing else here is quantised)?"
+    if file == CONFIG:
+        return f"{cast} remove quantization_config from {CONFIG}"
+    return f"{cast} move {file} to another folder, or give the one that was written with these weights"
 
 
-def _told(found: _Tensors) -> str:
-    """The option as the second way out, if it is one."""
-    option = _option(found)
-    return f", or {option}" if option else ""
-
-
-def _option(found: _Tensors) -> str:
+def _told(found: _Tensors, before: str = ", or ") -> str:
     """How --scheme would help: the schemes that the tensors fit."""
     schemes = dict.fromkeys(variant.scheme for variant in variants_of(found))
-    return f"say --scheme {' or '.join(schemes)}" if schemes else ""
+    return f"{before}say --scheme {' or '.join(schemes)}" if schemes else ""

@@ -1,7 +1,9 @@
 """Formats by the tensors that a linear has: the schemes that are split, and those that are known and are not."""
 
+import re
 from collections.abc import Callable, Mapping
 
+from reshard.dtypes import FLOATS
 from reshard.schemes import BLOCK, VARIANTS, Declared, Found, Variant, fitting_variant, group_size, is_plain
 
 _U8, _F8 = frozenset({"U8", "I8"}), frozenset({"F8_E4M3"})
@@ -17,6 +19,14 @@ def _has(**dtypes: frozenset[str]) -> Callable[[_Tensors], bool]:
 
 def _one_scale(found: _Tensors) -> bool:
     return _has(weight=_F8, weight_scale=_ANY)(found) and found["weight_scale"].shape in {(), (1,), (1, 1)}
+
+
+def _fake(found: _Tensors) -> bool:
+    return _has(weight=FLOATS, weight_scale=_ANY)(found) and "weight_offset" not in found
+
+
+def _alone(found: _Tensors) -> bool:
+    return found.keys() == {"weight"} and found["weight"].dtype in _F8
 
 
 def _by_groups(found: _Tensors) -> bool:
@@ -39,13 +49,30 @@ _NOT_SPLIT: tuple[tuple[str, Callable[[_Tensors], bool]], ...] = (
     ("GPTQ", _has(qweight=_ANY, g_idx=_ANY)),
     ("AWQ or GPTQ", _has(qweight=_ANY, qzeros=_ANY)),
     ("W4A16 of compressed-tensors", _has(weight_packed=frozenset({"I32"}))),
+    ("fake-quantised (float weights beside their scales: not compressed yet)", _fake),  # compressed-tensors, frozen
+    ("sparse 2:4 of compressed-tensors", _has(compressed=_ANY, bitmask=_ANY)),
+    ("MLX", _has(weight=frozenset({"U32", "I32"}), scales=_ANY, biases=_ANY)),
+    ("torchao", _has(_weight_qdata=_ANY)),
     ("bitsandbytes int8", _has(weight=_ANY, SCB=_ANY)),
     ("HQQ", _has(W_q=_ANY)),
     ("FP8 E5M2", _has(weight=frozenset({"F8_E5M2"}))),
     ("FP8 with one scale per tensor", _one_scale),
+    ("FP8 without scales", _alone),
     ("int8 with scales by groups along in", _by_groups),
     ("W8A16", _weights_alone),  # ModelSlim's, of the very tensors of its W8A8_DYNAMIC
 )
+
+
+# Endings of the names of what tools store in a quantised weight's place, or beside it. One too many does no harm.
+_QUANTISED = re.compile(
+    r"[._](?:\w*scale\w*|qweight|qzeros|\w*packed|g_idx|SCB|absmax|\w*quant\w*|W_q|codebooks?|codes|trellis|\w*blocks|"
+    r"bitmask|\w*zero_point|\w*qdata|deq_scale|biases|centroids|_data)$"
+)
+
+
+def is_quantised_name(name: str) -> bool:
+    """Whether a tensor of such a name is part of a quantised weight."""
+    return _QUANTISED.search(name) is not None
 
 
 def variants_of(found: _Tensors) -> tuple[Variant, ...]:

@@ -8,7 +8,8 @@ from reshard.quantization.modelopt import declared_by_modelopt
 from reshard.quantization.section import Section
 from reshard.schemes import FLOAT, Declared
 
-_MODELOPT = "modelopt"
+_MODELOPT, _MLX = "modelopt", "MLX"
+_BLOCK_OF_W4AFP8 = (128, 128)
 
 NO_BLOCK_SIZE = "FP8 with one scale per tensor (no weight_block_size)"
 """The kind that vLLM reads where the key is missing."""
@@ -38,6 +39,8 @@ def method_of(section: Section) -> str:
             return _MODELOPT
         if "config_groups" in section.values:
             return METHOD
+        if {"bits", "group_size"} <= section.values.keys():  # mlx-lm writes no more
+            return _MLX
     if isinstance(method, str):
         return _MODELOPT if method.startswith(_MODELOPT) else method
     return f"quant_method {method!r}"
@@ -63,8 +66,24 @@ def _int8_block(section: Section, module: str) -> Declared:
 
 
 def _int8_channel(section: Section, module: str) -> Declared:
-    """SGLang's name for int8 with one scale per channel."""
+    """SGLang's name for int8 with one scale per channel and per token (its w8a8_int8.py)."""
     return Declared("int8-channel-dynamic", None, section.says("quant_method w8a8_int8"))
+
+
+def _fp8_channel(section: Section, module: str) -> Declared:
+    """The same of FP8 (SGLang's w8a8_fp8.py)."""
+    return Declared("fp8-channel", None, section.says("quant_method w8a8_fp8"))
+
+
+def _w4afp8(section: Section, module: str) -> Declared:
+    """SGLang's: experts of 4 bits, and linears that are FP8 in blocks of a fixed size (its w4afp8.py)."""
+    block = _BLOCK_OF_W4AFP8 if section.values.get(key := "weight_block_size") is None else section.block(key)
+    return Declared("fp8-block", block, section.says("quant_method w4afp8"))
+
+
+def _experts_alone(section: Section, module: str) -> Declared:
+    """gpt-oss': neither transformers nor vLLM (its mxfp4.py) quantises a linear."""
+    return Declared(FLOAT, None, section.says(f"quant_method {method_of(section)}, of experts alone"))
 
 
 _READERS: Mapping[str, Callable[[Section, str], Declared | None]] = {
@@ -72,6 +91,10 @@ _READERS: Mapping[str, Callable[[Section, str], Declared | None]] = {
     METHOD: declared_by_groups,
     "blockwise_int8": _int8_block,
     "w8a8_int8": _int8_channel,
+    "w8a8_fp8": _fp8_channel,
+    "w4afp8": _w4afp8,
+    "mxfp4": _experts_alone,
+    "gpt_oss_mxfp4": _experts_alone,
     _MODELOPT: declared_by_modelopt,
 }
 """The methods of which something is split."""

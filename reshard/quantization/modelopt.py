@@ -8,11 +8,14 @@ from reshard.schemes import FLOAT, Declared
 
 FILE = "hf_quant_config.json"
 
+FP8_PB_WO = "FP8_PB_WO (FP8 in blocks of 128 x 128)"
+"""Weights alone by its name; vLLM quantises the activations, too (its modelopt.py), as fp8_block does."""
+
 # By `quant_algo`, as ModelOpt names them and vLLM reads them.
 _KINDS = {
     "FP8_PER_CHANNEL_PER_TOKEN": "fp8-channel",
     "FP8": "FP8 with one scale per tensor",
-    "FP8_PB_WO": "FP8_PB_WO (FP8 in blocks, weights alone)",
+    "FP8_PB_WO": FP8_PB_WO,
 }
 _MIXED = "MIXED_PRECISION"
 

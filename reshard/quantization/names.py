@@ -9,14 +9,13 @@ from collections.abc import Callable
 from functools import cache
 
 from reshard.errors import SourceError
-from reshard.naming import PREFIX, parse_layer
+from reshard.naming import GATE, GATE_UP, PREFIX, UP, WRAPPED, parse_layer
 from reshard.quantization.section import Section
 
 Match = Callable[[str, str], bool]
 """(entry, module's name) -> whether the entry means the module"""
 
 _CLASS = "Linear"  # what every linear is an instance of
-_WRAPPED = (PREFIX, "language_model.model.", "model.language_model.", "language_model.")
 
 
 def names_of(module: str) -> tuple[str, ...]:
@@ -25,7 +24,13 @@ def names_of(module: str) -> tuple[str, ...]:
     if parsed is None or parsed[0] in {PREFIX, ""}:
         return (module,)
     prefix = parsed[0]
-    return tuple(dict.fromkeys((module, *(other + module.removeprefix(prefix) for other in _WRAPPED))))
+    return tuple(dict.fromkeys((module, *(other + module.removeprefix(prefix) for other in (PREFIX, *WRAPPED)))))
+
+
+def stacked_name(module: str) -> str | None:
+    """The name of what gate or up is stacked into, None for another module."""
+    parent, _, role = module.rpartition(".")
+    return f"{parent}.{GATE_UP}" if role in {GATE, UP} else None
 
 
 def exact(entry: str, module: str) -> bool:
@@ -54,11 +59,15 @@ def wildcard(entry: str, module: str) -> bool:
 
 
 def mentions(match: Match, entries: list[str], module: str, section: Section) -> bool:
-    """Whether one of the entries means the module. Raises SourceError for an entry that is no pattern."""
-    names = names_of(module)
+    """Whether one of the entries means the module. Raises SourceError for an entry that is no pattern.
+
+    An entry may name gate and up by what engines make of them, gate_up_proj (vLLM's is_layer_skipped).
+    """
+    names, stacked = names_of(module), stacked_name(module)
+    more = names_of(stacked) if stacked else ()
     for entry in entries:
         try:
-            if any(_means(match, entry, name) for name in names):
+            if any(_means(match, entry, name) for name in (*names, *(more if GATE_UP in entry else ()))):
                 return True
         except (re.error, OverflowError, RecursionError) as error:
             raise SourceError(f"{section.file}: {section.path}: {entry!r} is not a pattern: {error}") from error

@@ -1,10 +1,13 @@
 """A quantization_config as config.json has it: its values, and how to speak of them."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from reshard.errors import SourceError
+
+_SIZES = re.compile(r"[1-9][0-9]{0,5}x[1-9][0-9]{0,5}")
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,10 @@ class Section:
         return value
 
     def block(self, key: str) -> tuple[int, int]:
-        """Two block sizes. Raises SourceError for anything else."""
-        sizes = self.values.get(key)
+        """Two block sizes, a list or text such as 128x128 (compressed-tensors reads both). Raises SourceError."""
+        sizes = given = self.values.get(key)
+        if isinstance(given, str) and _SIZES.fullmatch(given):
+            sizes = [int(size) for size in given.split("x")]
         if not (isinstance(sizes, list) and len(sizes) == 2 and all(type(n) is int and n > 0 for n in sizes)):
-            raise self.error(key, f"is {sizes!r}, two block sizes are wanted")
+            raise self.error(key, f"is {given!r}, two block sizes are wanted")
         return sizes[0], sizes[1]

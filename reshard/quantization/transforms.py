@@ -9,7 +9,7 @@ a shared matrix is stored, under the first module that has it.
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from reshard.errors import SchemeError
@@ -44,9 +44,19 @@ _MODELSLIM = (
     (re.compile(r"\.mlp\.(?:.*\.)?(?:left_trans|right_trans)$"), "FlatQuant's online transform"),
     (re.compile(r"\.mlp\.(?:.*\.)?svd_lowrank_l[12]$"), "a low-rank branch beside the weight (SVD)"),
 )
+HARMLESS_GLOBALS: Mapping[str, str] = {
+    "is_rot_used": "rotations are fused into the weights; vllm-ascend rotates what a draft model is given",
+    "metadata.quarot.max_tp_size": "a limit of the rotation of heads",
+    "metadata.quarot.heads_rotation": "of attention's heads, in front of o_proj",
+    "optional.quarot.rotation_map.global_rotation": "fused into the weights; kept for draft models",
+}
+"""What ModelSlim's description says of rotations that no dense layer makes, and why (its docs, vllm-ascend's code)."""
+
+_CONTAINERS = frozenset(
+    {(), ("metadata",), ("optional",)}
+    | {("metadata", "quarot"), ("optional", "quarot"), ("optional", "quarot", "rotation_map")}
+)
 _MARKS = ("kronecker_rotation", ".div.", ".linear.", "_trans", "svd_lowrank", "_input.weight", "_output.weight")
-_QUAROT_KNOWN = frozenset({"max_tp_size", "heads_rotation"})  # rotations of attention's heads
-_ROTATION_MAP_KNOWN = frozenset({"global_rotation"})  # fused; kept for draft models
 
 
 def check_transforms(accounts: Accounts, mlps: Mapping[int, str], names: Iterable[str]) -> None:
@@ -119,23 +129,30 @@ def _may_be(entry: str, module: str) -> bool:
 
 
 def _check_description(file: str, content: Mapping[str, Any], mlps: Mapping[int, str]) -> None:
-    """ModelSlim's globals: metadata.quarot names the layers with online rotations, optional.quarot matrices on disk."""
-    quarot = _nested(content, "metadata", "quarot")
-    for key, value in quarot.items():
-        if key in _QUAROT_KNOWN or not isinstance(value, (dict, list)):
+    """ModelSlim's globals, which are no tensors' names: what says anything of a rotation must be known."""
+    for path, value in _globals(content):
+        key = ".".join(path)
+        if key in HARMLESS_GLOBALS or not _SMELLS.search(key) or not _says(value):
             continue
-        layers = value.get("layers") if isinstance(value, dict) else value
+        if not isinstance(value, list) and not (isinstance(value, dict) and "layers" in value):
+            raise SchemeError(f"{file}: {key} is a transform that is not known; {_WHY}")
+        layers = value["layers"] if isinstance(value, dict) else value
         hit = next((mlp for layer, mlp in mlps.items() if not isinstance(layers, list) or _names(layers, layer)), None)
         if hit is not None:
-            raise SchemeError(f"{hit}: {file}: metadata.quarot.{key} names its layer; {_WHY}")
-    for key in _nested(content, "optional", "quarot", "rotation_map").keys() - _ROTATION_MAP_KNOWN:
-        raise SchemeError(f"{file}: optional.quarot.rotation_map.{key} is a rotation that is not known; {_WHY}")
+            raise SchemeError(f"{hit}: {file}: {key} names its layer; {_WHY}")
 
 
-def _nested(content: Any, *path: str) -> Mapping[str, Any]:
-    for key in path:
-        content = content.get(key) if isinstance(content, dict) else None
-    return content if isinstance(content, dict) else {}
+def _globals(content: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, value in content.items():
+        if path in _CONTAINERS and (*path, key) in _CONTAINERS and isinstance(value, dict):
+            yield from _globals(value, (*path, key))
+        elif path or "." not in key:
+            yield (*path, key), value
+
+
+def _says(value: object) -> bool:
+    """Whether a value says anything: not null, false or 0, an empty list, nor an object of such."""
+    return any(map(_says, value.values())) if isinstance(value, dict) else bool(value)
 
 
 def _names(layers: list[Any], layer: int) -> bool:

@@ -79,10 +79,10 @@ def compare_computation(
     seed: int = 0,
     tick: Tick = lambda n: None,
 ) -> tuple[list[Finding], list[LayerResult]]:
-    """Findings, and a result for each layer that could be computed. checkpoint: `describe(source)`, unconverted.
+    """Findings, and a result for each layer that is computed; a warning for those whose activation is not known.
 
-    Layers whose activation is not known are not computed: a warning says so.
-    `tick` is called with half the bytes of each step in source and shards: all the shards' bytes in the end, about.
+    checkpoint: `describe(source)`, unconverted. `tick` is called with half the bytes of each step in source and shards:
+    all the shards' bytes in the end, about.
     """
     findings: list[Finding] = []
     results: list[LayerResult] = []

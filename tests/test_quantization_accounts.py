@@ -75,7 +75,7 @@ def of(quantization: object = None, key: str = "quantization_config", **more: An
         {"text_config": {"num_hidden_layers": 2, "quantization_config": FP8}},
         {"quantization_config": FP8, "text_config": {"num_hidden_layers": 2}},
         {"quantization_config": FP8, "text_config": {"num_hidden_layers": 2, "quantization_config": FP8}},
-        {"quantization_config": FP8, "compression_config": INT8},
+        {"quantization_config": FP8, "compression_config": FP8},
     ],
     ids=str,
 )
@@ -84,6 +84,13 @@ def test_the_places_in_a_config(levels: dict[str, Any]) -> None:
     assert account.file == "config.json"
     assert decided(BLOCKS, Accounts(levels)) == ("fp8_block", (128, 128), [])
     assert list_accounts(Accounts(without_quantization(levels))) == ()
+
+
+def test_a_compression_config_beside_it_comes_second() -> None:
+    both = Accounts({"compression_config": INT8, "quantization_config": FP8})
+    scheme, _, (line,) = decided(BLOCKS, both)
+    assert scheme == "fp8_block"
+    assert "says w8a8_dynamic, config.json (quant_method fp8) says fp8_block, which the tensors are" in line
 
 
 SIZES = {"num_hidden_layers": 2}

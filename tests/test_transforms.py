@@ -107,6 +107,76 @@ def test_a_key_that_sounds_like_one(key: str, value: object) -> None:
     assert f"quantization_config.{key} is a transform that is not known" in line
 
 
+GROUPS = {"config_groups": {"R4": {"apply": [place("input", r"re:.*down_proj$")]}}}
+NESTED = {"quantization_config": {"quant_method": "compressed-tensors", "transform_config": GROUPS}}
+
+
+@pytest.mark.parametrize(
+    ("config", "path"),
+    [
+        ({"transform_config": GROUPS}, "transform_config"),
+        ({"text_config": {"num_hidden_layers": 2, "transform_config": GROUPS}}, "text_config.transform_config"),
+        ({"online_hadamard": True}, "online_hadamard"),
+        ({"rotation_config": {"r4": True}}, "rotation_config"),
+        ({"language_model_config": NESTED}, "language_model_config.quantization_config.transform_config"),
+        ({"llm_config": {"text_config": NESTED}}, "llm_config.text_config.quantization_config.transform_config"),
+        (
+            {"quantization_config": {"config_groups": {"group_0": {"transform_config": GROUPS}}}},
+            "quantization_config.config_groups.group_0.transform_config",
+        ),
+        (
+            {"quantization_config": {"config_groups": {"group_0": {"input_activations": {"rotation": "hadamard"}}}}},
+            "quantization_config.config_groups.group_0.input_activations.rotation",
+        ),
+        (
+            {"quantization_config": {"export": {"pre_quant_opt": [{"name": "rotation"}]}}},
+            "quantization_config.export.pre_quant_opt",
+        ),
+        ({"stages": [{"quarot": {"online": True}}]}, "stages[0].quarot"),
+    ],
+    ids=str,
+)
+def test_a_key_that_sounds_like_one_at_any_level(config: dict[str, Any], path: str) -> None:
+    assert refusal(Accounts(config)).startswith(f"config.json: {path} is a transform that is not known; ")
+
+
+def test_of_a_compression_config_beside_a_quantization_config() -> None:
+    both = {"quantization_config": {"quant_method": "fp8"}, "compression_config": NESTED["quantization_config"]}
+    line = refusal(Accounts({"language_config": {"num_hidden_layers": 2, **both}}))
+    assert "config.json: language_config.compression_config.transform_config has the transform R4 at its input" in line
+
+
+@pytest.mark.parametrize(
+    ("content", "path"),
+    [
+        ({"quantization": {"quant_algo": None}, "transforms": {"rotate": True}}, "transforms"),
+        ({"quantization": {"quant_algo": "FP8", "rotate": {"enable": True}}}, "quantization.rotate"),
+    ],
+)
+def test_of_modelopt_s_file(content: dict[str, Any], path: str) -> None:
+    line = refusal(Accounts({}, modelopt=content))
+    assert line.startswith(f"hf_quant_config.json: {path} is a transform that is not known; ")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"transformers_version": "5.0.0", "transformer_layers": 2, "crq_transformer_config": {"layers": 2}},
+        {"rotary_dim": 64, "rope_scaling": {"rotation": "half"}, "text_config": {"partial_rotary_factor": 0.5}},
+        {"vision_config": {"rotation": True}, "audio_config": {"transform": "mel"}, "label2id": {"rotation": 3}},
+        {"online_hadamard": False, "rotation_config": {"r4": False}, "text_config": {"transform_config": None}},
+    ],
+    ids=str,
+)
+def test_keys_that_are_none(config: dict[str, Any]) -> None:
+    check_transforms(Accounts(config), MLPS, WEIGHTS)
+
+
+def test_a_transform_that_two_levels_have_is_read_once() -> None:
+    section = config(place("weight_input", "Linear")).config or {}
+    check_transforms(Accounts({**section, "text_config": {"num_hidden_layers": 2, **section}}), MLPS, WEIGHTS)
+
+
 def test_quark_s_other_algorithms_are_none() -> None:
     quantization = {"quant_method": "quark", "algo_config": [{"name": "awq"}, {"name": "smoothquant"}]}
     check_transforms(Accounts({"quantization_config": quantization}), MLPS, WEIGHTS)

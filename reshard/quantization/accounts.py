@@ -1,8 +1,8 @@
 """Where it is said what the weights are: the accounts beside the files, the one that engines read first, first.
 
 ModelSlim's description (vllm-ascend), then config.json's quantization_config (every engine), at its top or at any
-level of the language model's, or compression_config where there is none (vLLM); then ModelOpt's hf_quant_config.json,
-which vLLM reads where config.json says nothing and TensorRT-LLM before it.
+level of the language model's, and compression_config, which vLLM reads where a level has none of the former; then
+ModelOpt's hf_quant_config.json, which vLLM reads where config.json says nothing and TensorRT-LLM before it.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -79,15 +79,16 @@ def _account(section: Section) -> Account:
 
 
 def _of_config(config: Mapping[str, Any] | None) -> Iterator[Section]:
-    """One at each level; the same at two is one."""
+    """Those of each level, the one that engines read first, first; the same at two places is one."""
     seen: list[Any] = []
     for place, level in language_levels(config or {}):
-        key = next((key for key in _KEYS if _says(level.get(key))), None)
-        if key is None or level[key] in seen:
-            continue
-        seen.append(level[key])
-        path = f"{place}.{key}" if place else key
-        yield Section(CONFIG, path, _object(CONFIG, path, level[key]))
+        for key in _KEYS:
+            value = level.get(key)
+            if not _says(value) or value in seen:
+                continue
+            seen.append(value)
+            path = f"{place}.{key}" if place else key
+            yield Section(CONFIG, path, _object(CONFIG, path, value))
 
 
 def _says(section: object) -> bool:

@@ -4,17 +4,20 @@ A Hadamard or Kronecker rotation in front of down_proj mixes all I intermediate 
 none of them is recorded in a shard set. What is fused into the weights offline (compressed-tensors' weight_input and
 weight_output, SpinQuant's R1 and R2, ModelSlim's global rotation) is in the weights that are cut.
 
-Read from config.json, from ModelSlim's description and from tensors, which may stand under another module: one copy of
-a shared matrix is stored, under the first module that has it.
+Read from config.json and hf_quant_config.json, where a key at any level may speak of one, from ModelSlim's description
+and from tensors, which may stand under another module: one copy of a shared matrix is stored, under the first module
+that has it.
 """
 
 import re
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from reshard.errors import SchemeError
-from reshard.naming import GATE_UP, ROLES, parse_layer
+from reshard.naming import CONFIG, GATE_UP, ROLES, parse_layer, stands_beside
 from reshard.quantization.accounts import Accounts, list_accounts
+from reshard.quantization.modelopt import FILE
 from reshard.quantization.names import mentions
 from reshard.quantization.section import Section
 
@@ -30,8 +33,15 @@ _ONLINE = frozenset({"input", "output"})
 _ATTENTION = frozenset({"attn_q", "attn_k", "attn_v", "q_attn", "k_attn", "k_cache"})
 _LINEARS = (*ROLES, GATE_UP)
 _OTHER_CLASSES = re.compile(r"\w*(?:Embedding|Attention|Norm|DecoderLayer|Model|ForCausalLM|LMHead|Router)\w*")
-_SMELLS = re.compile(r"transform|rotat|quarot|hadamard|kronecker", re.IGNORECASE)
-_ALGORITHMS = "algo_config"  # Quark's list of what it did to a model
+_SMELLS = re.compile(
+    r"transform(?!er)|rotat|quarot|hadamard|kronecker|spinquant|flatquant|(?:^|_)had(?:_|$)", re.IGNORECASE
+)
+_ALGORITHMS = frozenset({"algo_config", "pre_quant_opt"})  # Quark's lists of what it did to a model
+HARMLESS_KEYS: Mapping[str, str] = {
+    r"(?:^|_)(?:rope|rotary)(?:_|$)": "the position embedding, of queries and keys (transformers' modeling_rope_utils)",
+    r"^label2id$": "a classifier's labels (transformers' PreTrainedConfig)",
+}
+"""Keys of config.json, as patterns, that no transform of a dense layer is under, and why."""
 
 # compressed-tensors keeps a transform's weight below the linear, as {group}_{location}.weight.
 _STORED = re.compile(
@@ -64,10 +74,13 @@ def check_transforms(accounts: Accounts, mlps: Mapping[int, str], names: Iterabl
 
     mlps: the dense layers' MLPs by layer. names: of all tensors.
     """
-    explained: set[str] = set()
-    for account in list_accounts(accounts):
-        if account.section is not None:
-            explained |= _check_section(account.section, mlps.values())
+    sections = [account.section for account in list_accounts(accounts) if account.section is not None]
+    explained = {name for section in sections for name in _check_section(section, mlps.values())}
+    read = [section.values.get(_CONFIG) for section in sections]
+    for file, content in ((CONFIG, accounts.config), (FILE, accounts.modelopt)):
+        for place, key, value in _smelling(content or {}):
+            if key != _CONFIG or value not in read:
+                raise SchemeError(f"{file}: {place} is a transform that is not known; {_WHY}")
     if accounts.description is not None:
         _check_description(*accounts.description, mlps)
     _check_names(names, mlps, explained)
@@ -75,9 +88,6 @@ def check_transforms(accounts: Accounts, mlps: Mapping[int, str], names: Iterabl
 
 def _check_section(section: Section, mlps: Collection[str]) -> set[str]:
     """The transforms that it explains."""
-    for key, value in section.values.items():
-        if value and key != _CONFIG and _SMELLS.search(key if key != _ALGORITHMS else str(value)):
-            raise SchemeError(f"{section.file}: {section.at(key)} is a transform that is not known; {_WHY}")
     groups = section.objects(_CONFIG).get("config_groups") or {}
     if not isinstance(groups, dict):
         raise section.error(f"{_CONFIG}.config_groups", "is not an object of groups")
@@ -88,6 +98,23 @@ def _check_section(section: Section, mlps: Collection[str]) -> set[str]:
         for one in applied:
             _check_place(section, name, Section(section.file, section.at(f"{_CONFIG}.config_groups.{name}"), one), mlps)
     return set(groups)
+
+
+def _smelling(content: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """(place, key, value) of whatever speaks of a transform, at any level but below those of towers and drafts."""
+    levels: deque[tuple[str, Any]] = deque([("", content)])
+    while levels:
+        path, level = levels.popleft()
+        if isinstance(level, list):
+            levels.extend((f"{path}[{index}]", value) for index, value in enumerate(level))
+        for key, value in level.items() if isinstance(level, dict) else ():
+            if stands_beside(f"{key}.") or any(re.search(pattern, key) for pattern in HARMLESS_KEYS):
+                continue
+            place = f"{path}.{key}" if path else key
+            if not _SMELLS.search(str(value) if key in _ALGORITHMS else key):
+                levels.append((place, value))
+            elif _says(value):
+                yield place, key, value
 
 
 def _check_place(section: Section, name: str, place: Section, mlps: Collection[str]) -> None:

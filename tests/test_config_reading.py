@@ -314,6 +314,60 @@ def test_every_key_that_decides_is_compared(key: str, top: object, nested: objec
     assert found[1][key] == nested
 
 
+BARE = {key: value for key, value in SIZES.items() if key != "hidden_act"}
+GLM5 = BARE | {"model_type": "glm5_next_text", "first_k_dense_replace": 1, "n_routed_experts": 8}
+FOO = BARE | {"model_type": "foo"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("swiglu_limit", 7.0, GLM5),
+        ("hidden_act", "gelu", BARE | {"model_type": "deepseek_v3"}),
+        ("hidden_act", "silu", FOO),
+        ("mlp_bias", True, BARE | {"model_type": "llama"}),
+        ("num_nextn_predict_layers", 1, GLM5),
+        ("some_clamp", 7.0, FOO),
+        ("first_k_dense_replace", 1, BARE | {"model_type": "deepseek_v3"}),
+        ("dense_layer_indices", [0], FOO),
+    ],
+)
+@pytest.mark.parametrize("level", ["", "thinker_config"])
+def test_a_key_that_decides_and_stands_elsewhere(key: str, value: object, text: dict[str, Any], level: str) -> None:
+    """Engines read the nested config alone, at whatever other level the key stands."""
+    name = "thinker_config.text_config" if level else "text_config"
+    nested = {"text_config": text, key: value}
+    with pytest.raises(SourceError) as caught:
+        read_model_config({level: nested} if level else nested)
+    at = f"in {level}" if level else "at its top"
+    assert f"config.json: {key} = {value!r} stands {at} and not in {name}, where engines read" in str(caught.value)
+    assert f"move it into {name}" in str(caught.value)
+
+
+def test_a_key_that_decides_and_differs_at_the_top_of_a_wrapper() -> None:
+    with pytest.raises(
+        SourceError, match=r"contradicts itself: swiglu_limit is 7\.0 at its top and 10\.0 in text_config"
+    ):
+        language_config({"swiglu_limit": 7.0, "text_config": GLM5 | {"swiglu_limit": 10.0}})
+
+
+@pytest.mark.parametrize(
+    ("top", "text"),
+    [
+        ({"swiglu_limit": 10.0, "hidden_act": "swish", "mlp_bias": False}, GLM5),
+        ({"swiglu_limit": 7.0}, GLM5 | {"swiglu_limit": 7.0}),
+        ({"hidden_act": "gelu"}, BARE | {"model_type": "gemma3_text"}),
+        ({"activation_sparsity": 0.9}, BARE | {"model_type": "gemma3n_text"}),
+        ({"hidden_size": 8, "intermediate_size": 16, "model_type": "kimi_k25", "dtype": "bfloat16"}, FOO),
+        ({"projector_hidden_act": "gelu", "mlp_connector_layers": 2, "vision_feature_layer": -2}, FOO),
+        ({"swiglu_limit": None, "some_clamp": 0, "timm_override_act_layers": [None, None], "num_mtp_layers": 0}, FOO),
+    ],
+    ids=str,
+)
+def test_keys_at_the_top_of_a_wrapper_that_change_nothing(top: dict[str, Any], text: dict[str, Any]) -> None:
+    assert language_config({**top, "text_config": text}) == ("text_config", text)
+
+
 def test_nested_under_a_key_that_is_not_known() -> None:
     with pytest.raises(SourceError, match="no num_hidden_layers at its top; it stands in brain_config, of which"):
         read_model_config({"brain_config": SIZES, "vision_config": {"num_hidden_layers": 2}})

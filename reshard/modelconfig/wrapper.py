@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from reshard.errors import SourceError
-from reshard.modelconfig.keys import decides
+from reshard.modelconfig.keys import decides, decides_alone, is_of_class
 from reshard.naming import CONFIG, stands_beside
 
 _LAYERS = "num_hidden_layers"
@@ -38,8 +38,17 @@ def language_config(config: Mapping[str, Any]) -> tuple[str | None, dict[str, An
     """(the key under which the language model's config is nested, that config); (None, config) where it is not.
 
     Where its sizes stand at the top too (DeepSeek-OCR), the two are one, and not nested. Raises SourceError where
-    levels that have sizes contradict each other.
+    levels contradict each other, or where a key that decides what is cut stands in another than the one that is read.
     """
+    key, language = _read(config)
+    if key is not None:
+        for place, level in language_levels(config):
+            if place != key:
+                _check_nothing_lost(place, level, key, language)
+    return key, language
+
+
+def _read(config: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
     sized = [(key, level) for key, level in language_levels(config) if level.get(_LAYERS) is not None]
     nested = [(key, level) for key, level in sized if key != _TOP]
     if not nested:
@@ -84,6 +93,17 @@ def _check_agree(place: str, level: Mapping[str, Any], other_place: str, other: 
             raise SourceError(
                 f"{CONFIG} contradicts itself: {name} is {value!r} {_at(place)} and {second!r} {_at(other_place)}; "
                 "make it the one of the tensors in both"
+            )
+
+
+def _check_nothing_lost(place: str, level: Mapping[str, Any], key: str, language: Mapping[str, Any]) -> None:
+    deciding = {name: value for name, value in level.items() if decides_alone(name)}
+    _check_agree(place, deciding, key, language)
+    for name, value in deciding.items():
+        if value is not None and language.get(name) is None and not is_of_class(language, name, value):
+            raise SourceError(
+                f"{CONFIG}: {name} = {value!r} stands {_at(place)} and not {_at(key)}, where engines read the language "
+                f"model's keys: move it into {key}, or take it out if the model was not trained with it"
             )
 
 

@@ -41,6 +41,10 @@ _BESIDE = re.compile(
 )
 
 
+_WITHIN = re.compile(r"(?:^|[._])(?:vision|visual|eagle)_(?:model\.)?language_model\.")
+"""A language model whose name, or that of what holds it, has a tower's word in it."""
+
+
 class DenseName(NamedTuple):
     """The parts of a DenseFFN tensor's name. `role` is gate_up_proj where a checkpoint stacks gate and up."""
 
@@ -76,7 +80,7 @@ def parse_layer(name: str) -> tuple[str, int, str] | None:
 
 def stands_beside(prefix: str) -> bool:
     """Whether a prefix is that of a tower, a draft or an MTP block, and not the language model's."""
-    return _BESIDE.search(prefix) is not None
+    return _BESIDE.search(prefix) is not None and _WITHIN.search(prefix) is None
 
 
 MAX_TP_SIZE = 99_999  # what a shard file's name has digits for

@@ -34,7 +34,7 @@ _PUBLISHED = {
 }
 """What precedes the layers' names in the published checkpoints of wrappers, by the wrapper's model_type."""
 
-_ATTENTION = re.compile(r"\w*(?:attn|attention|mamba|mixer)\.")
+_MLP_OR_NORM = re.compile(r"(?:mlp|\w*norm\w*)\.")
 _EXPERTS = re.compile(r"(?:\w+\.)?experts\.")
 _UNPACKED = FLOATS | {"F8_E4M3", "F8_E5M2"}
 """Types of weights whose shapes are those of config.json, however they are quantised."""
@@ -57,34 +57,39 @@ def is_known_wrapper(config: Mapping[str, Any]) -> bool:
 
 @dataclass
 class _Module:
-    """What names say of a module that has layers. dense: its layers that have DenseFFN tensors."""
+    """What names say of a module that has layers. dense: its layers that have DenseFFN tensors.
+
+    mixes: whether a layer has more than an MLP and norms: attention, by whatever name.
+    """
 
     layers: set[int] = field(default_factory=set)
     dense: set[int] = field(default_factory=set)
-    attends: bool = False
+    mixes: bool = False
     has_experts: bool = False
     shapes: set[tuple[int, ...]] = field(default_factory=set)
 
     def add(self, layer: int, rest: str) -> None:
         self.layers.add(layer)
-        self.attends = self.attends or _ATTENTION.match(rest) is not None
+        self.mixes = self.mixes or _MLP_OR_NORM.match(rest) is None
         self.has_experts = self.has_experts or _EXPERTS.match(rest) is not None
 
 
 def language_prefix(tensors: Mapping[str, Tensor], other_names: Collection[str], config: ModelConfig | None) -> str:
     """The prefix of the language model's layers, among all modules that have layers.
 
-    It reaches config.json's last layer, has attention and, where any has them, experts; its weights that are not packed
-    have config.json's sizes. Raises LayersError where no module or more than one has whatever some have of these, and
-    where the language model has no DenseFFN.
+    Its weights that are not packed have config.json's sizes, it has the dense layers that config.json names, attention
+    and, where any has them, experts, and reaches the last layer. Raises LayersError where no module or more than one
+    has whatever some have of these, and where the language model has no DenseFFN.
     """
     modules = _modules(tensors, other_names)
     dense = sorted(prefix for prefix, module in modules.items() if module.dense)
     if not dense:
         because = f" ({CONFIG}: {config.reason})" if config else ""
+        beside = next((name for name in sorted(other_names) if _stands_beside(name)), None)
+        there = f"; {beside} is another module's, by its name" if beside else what_is_there(other_names)
         raise LayersError(
-            "no dense layer: no tensor is named …layers.{i}.mlp.{gate,up,down}_proj.weight"
-            f"{because}{what_is_there(other_names)}"
+            "no dense layer: no tensor of a language model is named …layers.{i}.mlp.{gate,up,down}_proj.weight"
+            f"{because}{there}"
         )
     left = _fitting(modules, config)
     having = [prefix for prefix in left if modules[prefix].dense]
@@ -99,6 +104,12 @@ def language_prefix(tensors: Mapping[str, Tensor], other_names: Collection[str],
             f"another module's{there}"
         )
     return left[0]
+
+
+def _stands_beside(name: str) -> bool:
+    """Whether a name would be a DenseFFN tensor's, if its module were the language model."""
+    parsed = parse_layer(name)
+    return parsed is not None and stands_beside(parsed[0]) and parse_dense(name.removeprefix(parsed[0])) is not None
 
 
 def _modules(tensors: Mapping[str, Tensor], other_names: Iterable[str]) -> dict[str, _Module]:
@@ -118,16 +129,24 @@ def _modules(tensors: Mapping[str, Tensor], other_names: Iterable[str]) -> dict[
 
 
 def _fitting(modules: Mapping[str, _Module], config: ModelConfig | None) -> list[str]:
-    """The modules that have whatever some have of what a language model has."""
-    signs: list[Callable[[_Module], bool]] = [lambda module: module.attends, lambda module: module.has_experts]
+    """The modules that are left when those go that lack what another has of what config.json says of a language model.
+
+    In that order: of a download in parts only the dense layers may be there, beside a tower that is whole.
+    """
+    signs: list[Callable[[_Module], bool]] = []
     if config is not None:
-        last, sizes = config.num_hidden_layers - 1, (config.hidden_size, config.intermediate_size)
-        signs += [lambda module: max(module.layers) >= last, lambda module: module.shapes <= {sizes}]
+        sizes = (config.hidden_size, config.intermediate_size)
+        signs.append(lambda module: module.shapes <= {sizes})
         if config.dense_layers:
-            signs.append(lambda module: bool(module.dense))
+            dense = config.dense_layers
+            signs.append(lambda module: module.dense >= dense)
+    signs += [lambda module: module.mixes, lambda module: module.has_experts]
+    if config is not None:
+        last = config.num_hidden_layers - 1
+        signs.append(lambda module: max(module.layers) >= last)
     left = set(modules)
     for sign in signs:
-        left &= {prefix for prefix, module in modules.items() if sign(module)} or left
+        left = {prefix for prefix in left if sign(modules[prefix])} or left
     return sorted(left)
 
 

@@ -495,6 +495,15 @@ def test_sizes_by_layer() -> None:
         ({"hidden_act": None, "nonlinearity": "gelu"}, Activation("nonlinearity = gelu")),
         ({"activation_sparsity_ratio": 0.9}, Activation("silu and activation_sparsity_ratio = 0.9")),
         ({"swiglu_bias": 1.0}, Activation("silu and swiglu_bias = 1.0")),
+        *(
+            ({key: 7}, Activation(f"silu and {key} = 7"))
+            for key in (
+                *("swiglu_limit_per_token", "swiglu_limit_moe", "init_swiglu_limit", "act_limit_length", "gate_cap"),
+                *("hidden_act_kernel", "ffn_act_backend", "activation_token_scale", "ffn_project_multiplier"),
+                *("mlp_logit_scale", "mlp_quant_scale", "intermediate_clip_dim", "max_gate_value", "activation_ratio"),
+            )
+        ),
+        ({"moe_swiglu_limit": 7, "expert_swiglu_limit": 7, "ffn_dim": 8, "mlp_dropout": 0.1}, Activation("silu")),
         ({"mlp_bias": True, "mlp_ratio": 4, "use_gated_mlp": True, "mlp_expansion": 3}, Activation("silu")),
         ({"fuse_swiglu": True, "fused_mlp": True, "ffn_dim_multiplier": 1.3, "gated_mlp": True}, Activation("silu")),
         (

@@ -9,7 +9,7 @@ import pytest
 from reshard import __version__
 from reshard.activation import FORMULAS
 from reshard.cli.main import app
-from reshard.modelconfig.act import ALIASES, HARMLESS
+from reshard.modelconfig.act import ALIASES, HARMLESS, HARMLESS_ENDS
 from reshard.modelconfig.families import FAMILIES, Family
 from reshard.modelconfig.rules import RULES
 from reshard.modelconfig.wrapper import WRAPPERS
@@ -240,12 +240,16 @@ def test_the_serving_page_has_every_key_of_the_loader() -> None:
 
 def test_the_page_on_models_has_every_family_key_and_activation() -> None:
     wrappers = [f"| `{'.'.join(path)}` | {who} |" for path, who in WRAPPERS.items()]
-    harmless = [f"| `{pattern.replace('|', '`, `')}` | {why} |" for pattern, why in HARMLESS.items()]
+    harmless = [
+        f"| {how} | `{pattern.replace('|', '`, `')}` | {why} |"
+        for how, table in (("begins", HARMLESS), ("ends", HARMLESS_ENDS))
+        for pattern, why in table.items()
+    ]
     assert section("models.md", "families") == family_rows()
     assert section("models.md", "whole") == whole_rows()
     assert section("models.md", "wrappers") == ["| key | in |", "| --- | --- |", *wrappers]
     assert section("models.md", "activations") == activation_rows()
-    assert section("models.md", "harmless") == ["| a word begins with | it is |", "| --- | --- |", *harmless]
+    assert section("models.md", "harmless") == ["| the key | with | it is |", "| --- | --- | --- |", *harmless]
 
 
 def test_the_page_on_checks_has_every_check_rule_and_option() -> None:

@@ -101,8 +101,11 @@ def test_a_tower_of_the_same_sizes_is_never_the_language_model(tmp_path: Path, t
 def test_a_tower_alone_is_no_language_model(tmp_path: Path) -> None:
     source = write(tmp_path / "model", mlp(TOWER, SPEC.hidden, SPEC.intermediate), config_of(SPEC))
     result = run("split", source, tmp_path / "out", "--tp", 2, code=1)
-    assert "no dense layer: no tensor is named …layers.{i}.mlp.{gate,up,down}_proj.weight" in result.err
-    assert f"the nearest is {TOWER}layers.0.mlp.down_proj.weight" in result.err
+    assert (
+        "no dense layer: no tensor of a language model is named …layers.{i}.mlp.{gate,up,down}_proj.weight"
+        in result.err
+    )
+    assert f"{TOWER}layers.0.mlp.down_proj.weight is another module's, by its name" in result.err
 
 
 def test_of_two_unknown_modules_the_one_of_the_configs_sizes_is_taken(tmp_path: Path) -> None:
@@ -184,13 +187,30 @@ def test_a_module_that_does_not_reach_the_last_layer_is_not_it(tmp_path: Path) -
     assert prefix_of(tmp_path, own | beside, layers) == (LM, ())
 
 
-def test_signs_that_speak_against_each_other_are_refused(tmp_path: Path) -> None:
-    """The one that reaches the last layer has other sizes."""
+def test_sizes_go_before_the_number_of_layers(tmp_path: Path) -> None:
+    """The one that reaches the last layer has other sizes; that of the right ones lacks a dense layer."""
     own = mlp(LM, SPEC.hidden, SPEC.intermediate, layers=1) | language("self_attn.o_proj.weight", layers=1)
     beside = mlp("some_module.", SPEC.hidden, 128)
     with pytest.raises(LayersError) as caught:
         prefix_of(tmp_path, own | beside, PLAIN)
-    assert f"2 modules have layers, {LM}layers.0.* and some_module.layers.0.*, and none has all" in str(caught.value)
+    assert "gives 0-1, the names give 0 " in str(caught.value)
+
+
+def test_two_modules_with_attention_of_different_names_are_refused(tmp_path: Path) -> None:
+    own = mlp("lm.", SPEC.hidden, SPEC.intermediate) | language("temporal_block.linear_x.weight", prefix="lm.")
+    beside = mlp("sound_model.", SPEC.hidden, SPEC.intermediate) | language("self_attn.x.weight", prefix="sound_model.")
+    with pytest.raises(
+        LayersError, match=r"2 modules have layers, lm.layers.0.\* and sound_model.layers.0.\*, and each"
+    ):
+        prefix_of(tmp_path, own | beside, PLAIN)
+
+
+@pytest.mark.parametrize("prefix", [LM, "vision_language_model.model.", "backbone.eagle_model.language_model.model."])
+def test_dense_layers_alone_beside_a_whole_tower(tmp_path: Path, prefix: str) -> None:
+    """Part of a download: of the language model only the dense layers' files are there."""
+    tower = language("self_attn.o_proj.weight", "mlp.fc1.weight", prefix="sam.", layers=12)
+    own = mlp(prefix, SPEC.hidden, SPEC.intermediate)
+    assert prefix_of(tmp_path, own | tower, {**PLAIN, "num_hidden_layers": 2})[0] == prefix
 
 
 @pytest.mark.parametrize(
@@ -217,7 +237,7 @@ def test_a_prefix_that_names_alone_tell_is_named(
 )
 def test_other_modules_alone_are_no_language_model(tmp_path: Path, beside: str) -> None:
     """Part of a download: the files of the language model are missing."""
-    with pytest.raises(LayersError, match="no dense layer: no tensor is named"):
+    with pytest.raises(LayersError, match="no dense layer: no tensor of a language model is named"):
         prefix_of(tmp_path, mlp(beside, SPEC.hidden, SPEC.intermediate), PLAIN)
 
 

@@ -27,23 +27,31 @@ ALIASES = {
 ACT_KEYS = ("hidden_act", "hidden_activation", "activation_function")
 _SUSPICIOUS = re.compile(
     r"mlp|ffn|feed_?forward|(?:^|_)ff(?:_|$)|glu|silu|gelu|relu|swish|(?:^|_)act(?:_|$)|act_?fn|activation|nonlinear|"
-    r"clip|clamp|softcap|sparsity|(?:^|_)limits?(?:_|$)",
+    r"clip|clamp|softcap|sparsity|(?:^|_)limits?(?:_|$)|gate.*(?:cap|max|bound|multiplier)|(?:max|min)_gate",
     re.IGNORECASE,
 )
+_STRONG = re.compile(
+    r"limit|clamp|clip|cap(?:_|$|ping)|glu|silu|gelu|relu|(?:^|_)act(?:_|$)|act_?fn|activation|sparsity", re.IGNORECASE
+)
 HARMLESS = {
-    "dropout|checkpoint|offload|chunk|dtype|grad|init|loss": "of training and memory",
-    "fuse|kernel|backend|implementation": "the choice of a kernel, which computes the same (flash-linear-attention)",
-    "size|dim|mlp_ratio|expansion": "a size, which the tensors' shapes have",
+    "activation_dropout|activation_scheme|chunk_size|checkpoint|gradient|offload": "of training, memory, quantization",
+    "fuse|fused|use_fused": "the choice of a kernel, which computes the same (flash-linear-attention)",
     "mlp_bias|ffn_bias|ff_bias": "a bias, which is a tensor of its own and refused by its name",
-    "gated_mlp|is_gated_act": "a gate, which every layer that is cut has",
-    "router|score|expert|moe": "of the choice of experts, or of experts alone",
-    "attn|attention|qk|qkv|rope|logit|linear_silu|mamba|ssm|time_step|conv": "of attention, or of a layer in its place",
-    "project|mm|vision|audio|image|video|frame|clip_model|clip_vision": "of what stands beside the language model",
-    "pooler|classifier|summary|mtp|embed|token|length|context": "of other modules than the MLP, or of requests",
-    "quant|activation_scheme": "of the quantization",
-    "eps": "of a norm",
+    "gated_mlp|use_gated_mlp|is_gated_act|use_swiglu_ffn": "a gate, which every layer that is cut has",
+    "router|moe|expert|experts|use_mixed_mlp_moe": "of the choice of experts, or of experts alone",
+    "attn|attention|qk|qkv|clip_qkv|rope|final_logit|logit|lm_head": "of attention or the output head",
+    "linear|mamba|hidden_mamba|ssm|time_step|conv": "of a layer in attention's place",
+    "mm|tune_mm|vision|visual|audio|image|video|frames|clip_model|clip_vision": "of other modules than the decoder",
+    "projector|projection|adapter|perceiver|resampler": "of what stands between the two",
+    "pooler|classifier|summary|mtp|embed|token|max_length|context": "of other modules than the MLP, or of requests",
+    "encoder|speech_encoder|t2u": "of an encoder",
 }
-"""Keys that look as if they changed what a dense layer computes, and do not: how a word of theirs begins, and why."""
+"""Keys that look as if they changed what a dense layer computes, and do not: how they begin, and why."""
+HARMLESS_ENDS = {
+    "size|sizes|dim|dims|dim_multiplier|ratio|ratios|mult|multiple_of|expansion": "a size, as the tensors' shapes are",
+    "dropout|rate|dtype|loss|range|std|eps": "of training, or of a norm",
+}
+"""And how they end, where nothing in them names a function or a bound."""
 
 
 def activations(language: Mapping[str, Any], layers: int) -> tuple[Activation | None, ...]:
@@ -90,8 +98,12 @@ def _unknown(language: Mapping[str, Any], family: Family | None) -> list[str]:
 
 def is_suspicious(key: str) -> bool:
     """Whether a key looks as if it changed what a dense layer computes."""
-    harmless = any(re.search(rf"(?:^|_)(?:{words})", key, re.IGNORECASE) for words in HARMLESS)
-    return _SUSPICIOUS.search(key) is not None and not harmless
+    if _SUSPICIOUS.search(key) is None:
+        return False
+    if any(re.match(rf"(?:{words})(?:_|$)", key, re.IGNORECASE) for words in HARMLESS):
+        return False
+    ends = any(re.search(rf"_(?:{words})$", key, re.IGNORECASE) for words in HARMLESS_ENDS)
+    return _STRONG.search(key) is not None or not ends
 
 
 def _changes(value: object) -> bool:

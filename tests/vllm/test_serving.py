@@ -67,7 +67,8 @@ def _same_but_ties(before: list[Answer], after: list[Answer], gap: float) -> Non
         equal += not differing
         if differing:
             assert a.gaps[differing[0]] <= gap, (number, differing[0], a, b)
-    assert equal >= len(before) // 2
+    # How many depends on the processor's kernels: 7 of 16 with AMX, more without. A wrong layer leaves none.
+    assert equal >= len(before) // 4
 
 
 @pytest.fixture(scope="module")

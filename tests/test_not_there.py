@@ -128,7 +128,13 @@ def test_scales_in_a_missing_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "more"), [("ct_dynamic", "weight_offset"), ("modelslim_static", "weight_scale"), ("fp8_block", None)]
+    ("recipe", "more"),
+    [
+        ("ct_dynamic", "weight_offset"),
+        ("modelslim_static", "weight_scale"),
+        ("modelslim_dynamic", None),
+        ("fp8_block", None),
+    ],
 )
 def test_what_tools_write_for_some_may_be_in_the_missing_file(recipe: str, more: str | None, tmp_path: Path) -> None:
     """An offset that is lost is no error by the tensors alone, and the weights would be others."""

@@ -39,9 +39,10 @@ def describe_what_is_there(
         described = describe_layers(tensors, other_names, accounts)
     except ReshardError as error:
         raise type(error)(f"{lost}; {error}") from error
+    told = accounts.description is not None
     for layer in described[1]:
         for role, linear in layer.linears.items():
-            if more := _may_have(linear.variant):
+            if more := _may_have(linear.variant, told):
                 raise SourceError(f"{lost}: {layer.module}.{role} may have {', '.join(sorted(more))} there; {way}")
     return *described[:2], (*described[2], f"{lost}; every dense layer that {CONFIG} names is in the others")
 
@@ -79,9 +80,14 @@ def _doubt(tensors: Mapping[str, Tensor], model: ModelConfig | None) -> str | No
     )
 
 
-def _may_have(variant: Variant) -> frozenset[str]:
-    """What tools write for some linears of this kind and not for all: a linear without it is not known to be whole."""
-    alike = (other for other in VARIANTS if other.tensors[0].dtypes & variant.tensors[0].dtypes)
+def _may_have(variant: Variant, told: bool) -> frozenset[str]:
+    """What tools write for some linears of this kind and not for all: a linear without it is not known to be whole.
+
+    told: whether a description says what kind it is; else it may be of any with such a weight (ModelSlim's weights are
+    served with a config.json of compressed-tensors, too).
+    """
+    weights = variant.tensors[0].dtypes
+    alike = (v for v in VARIANTS if (v.kind == variant.kind if told else v.tensors[0].dtypes & weights))
     return frozenset().union(
         *(other.suffixes - variant.suffixes for other in alike if other.suffixes > variant.suffixes)
     )

@@ -62,9 +62,9 @@ def around(checkpoint: Path, folder: Path) -> Path:
     rest = {name: tensor for name, tensor in written.items() if name not in dense_only(written)}
     for path in folder.glob("model*"):
         path.unlink()
-    for path in checkpoint.glob("*.safetensors"):
+    for number, path in enumerate(sorted(checkpoint.glob("*.safetensors"))):
         if tensors := dense_only(read_safetensors(path)):
-            write_safetensors(folder / path.name, tensors)
+            write_safetensors(folder / f"dense{number}.safetensors", tensors)
     write_safetensors(folder / "rest.safetensors", rest)
     for path in checkpoint.glob("quant_model_description*.json"):
         types = json.loads(path.read_text())

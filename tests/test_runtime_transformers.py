@@ -25,6 +25,7 @@ from runtime import load_shard
 from runtime.serving.transformers import attach, load_model
 from tests.builders import dense_only, read_safetensors, write_safetensors
 from tests.distributed import Ranks
+from tests.records import Records
 from tests.running import reshard, split
 from tests.unsplit import error
 
@@ -223,17 +224,8 @@ def test_only_dense_layers_are_replaced(ranks: Start, models: Path, size: int, h
         assert same
 
 
-class _Records(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
-
-
 def _loaded(group: dist.ProcessGroup, model: Path, shards: Path, ids: list[torch.Tensor]) -> tuple[Any, list[str]]:
-    records = _Records()
+    records = Records()
     logging.getLogger("transformers").addHandler(records)
     try:
         return _logits(group, "load_model", model, shards, ids, {}), records.messages

@@ -19,6 +19,7 @@ from reshard.prepare import Cut
 from runtime.serving.transformers import attach, load_model
 from tests.builders import read_safetensors, write_safetensors
 from tests.distributed import Ranks
+from tests.records import Records
 from tests.running import split
 from tests.unsplit import error
 from tests.wrapped import CASES, HIDDEN, INTERMEDIATE, VOCABULARY, bitnet, llama4
@@ -62,20 +63,11 @@ def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.detach() for name, value in chain(model.named_parameters(), model.named_buffers())}
 
 
-class _Records(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
-
-
 def _run(
     group: dist.ProcessGroup, how: str, model: Path, shards: Path, ids: list[torch.Tensor]
 ) -> tuple[str, torch.Tensor, dict[str, torch.Tensor], list[str], list[str]]:
     """(the model's class, logits, tensors, what was replaced, what transformers said)."""
-    records = _Records()
+    records = Records()
     logging.getLogger("transformers").addHandler(records)
     try:
         ours = load_model(model, shards, group) if how == "load_model" else attach(_loaded(model), shards, group)

@@ -22,6 +22,7 @@ from typing import IO, Self, TypeVar
 import numpy as np
 
 from reshard.errors import SourceError, SpaceError
+from reshard.interruptible import interruptible
 from reshard.source.base import MISSING, Bytes, Cancelled, Origin, Range, merged
 from reshard.source.mapped import MappedFile
 from reshard.source.transport import Fault, Notify, Patience, Pauses, Remote
@@ -71,7 +72,7 @@ class StagedSource:
 
     @cached_property
     def _files(self) -> Mapping[str, int]:
-        return self._persist(self._remote.sizes, self.origin.name)
+        return self._waited(lambda: self._persist(self._remote.sizes, self.origin.name))
 
     def files(self) -> Mapping[str, int]:
         """Every file's name and size in bytes, listed once."""
@@ -99,7 +100,7 @@ class StagedSource:
             def put(at: int, chunk: bytes) -> None:
                 out[at - start : at - start + len(chunk)] = chunk
 
-            self._fetch(file, start, stop, put)
+            self._waited(lambda: self._fetch(file, start, stop, put))
             self._read[key] = bytes(out)
         return self._read[key]
 
@@ -108,6 +109,9 @@ class StagedSource:
         if start >= stop:
             return np.empty(0, np.uint8)
         self._check_within(file, stop)
+        return self._waited(lambda: self._view(file, start, stop))
+
+    def _view(self, file: str, start: int, stop: int) -> Bytes:
         staged, pieces = self._claim(file, start, stop)
         for piece in pieces:
             try:
@@ -125,9 +129,9 @@ class StagedSource:
         with self._lock:
             missing = sum(b - a for file, start, stop in wanted for a, b in self._gaps(file, start, stop))
         self._check_space(missing)
-        for file, start, stop in wanted:
+        for file, _, stop in wanted:
             self._check_within(file, stop)
-            self._claim(file, start, stop)
+        self._waited(lambda: [self._claim(*piece) for piece in wanted])
 
     def release(self, file: str) -> None:
         """Nothing is held of it but what was read."""
@@ -157,6 +161,12 @@ class StagedSource:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _waited(self, call: Callable[[], _T]) -> _T:
+        """Call what waits for the pool's threads or locks a lock of theirs: a Ctrl-C must not leave it locked."""
+        if threading.current_thread() is threading.main_thread():
+            return interruptible(call, self.cancel)
+        return call()
 
     def _claim(self, file: str, start: int, stop: int) -> tuple[_Staged, list[_Piece]]:
         """The pieces that cover a range; those that nobody asked for yet are begun."""

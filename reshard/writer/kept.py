@@ -4,10 +4,10 @@ import threading
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
+from reshard.interruptible import interruptible, raise_first
 from reshard.manifest import Record, Shard
 from reshard.prepare import Prepared, wanted
 from reshard.source.base import Cancelled
-from reshard.writer.apart import apart, raise_first
 from reshard.writer.records import Records
 from reshard.writer.team import Tick
 
@@ -30,7 +30,7 @@ class Keeping:
         source, plan = self._prepared.source, self._prepared.plan
         if found and source.origin.commit is None:
             source.prefetch(wanted(self._prepared, [plan.shards[rank] for rank in found]))
-        return apart(lambda: self._compare(found.values(), tick), self._cancel)
+        return interruptible(lambda: self._compare(found.values(), tick), self._cancel)
 
     def _compare(self, found: Collection[Record], tick: Tick) -> dict[int, Shard]:
         kept = {}

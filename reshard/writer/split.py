@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reshard.errors import OutputError
+from reshard.interruptible import interruptible, raise_first
 from reshard.manifest import Shard
 from reshard.naming import MANIFEST
 from reshard.plan import Plan, PlannedShard
 from reshard.prepare import Prepared, wanted
 from reshard.record import make_shard
 from reshard.source.base import Cancelled
-from reshard.writer.apart import apart, raise_first
 from reshard.writer.kept import Keeping
 from reshard.writer.open import open_target
 from reshard.writer.records import Records, other_size
@@ -149,7 +149,7 @@ class _Run:
             self._records.forget(todo)
         # Where files can wait unseen, a finished set stays whole until every new shard is durable.
         staged = replacing and self._target.stages
-        written, waiting = apart(lambda: self._write(todo, staged), self._cancel)
+        written, waiting = interruptible(lambda: self._write(todo, staged), self._cancel)
         self._prepared.source.check_unchanged()
         if staged:
             self._team.exchange(None)

@@ -1,14 +1,18 @@
 """Work with threads that a Ctrl-C does not leave waiting for each other."""
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from reshard.source.base import Cancelled
 
 T = TypeVar("T")
+
+# A signal that arrives just before the main thread begins to wait is not seen until the wait ends.
+_LOOK_SECONDS = 0.2
 
 
 def raise_first(futures: Iterable[Future[T]]) -> None:
@@ -18,7 +22,7 @@ def raise_first(futures: Iterable[Future[T]]) -> None:
             future.result()
 
 
-def apart(call: Callable[[], T], stop: Callable[[], None]) -> T:
+def interruptible(call: Callable[[], T], stop: Callable[[], None]) -> T:
     """Call it in a thread of its own. An interruption calls `stop`, waits for the call's end, and is raised then.
 
     Python raises what a signal's handler raises in the main thread, between any two of its steps: also within the code
@@ -39,10 +43,11 @@ def apart(call: Callable[[], T], stop: Callable[[], None]) -> T:
 
     def wait() -> None:
         while not results and not errors:
-            wake.get()
+            with contextlib.suppress(Empty):
+                wake.get(timeout=_LOOK_SECONDS)
 
     try:
-        threading.Thread(target=run, name="reshard-apart", daemon=True).start()
+        threading.Thread(target=run, name="reshard-work", daemon=True).start()
         wait()
     except BaseException:
         stop()

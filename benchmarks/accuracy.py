@@ -9,9 +9,9 @@ import argparse
 
 import torch
 
-from runtime import DenseFFN
-from tests.distributed import Ranks
-from tests.unsplit import error, part, split_outputs, unsplit_mlp
+from reshard_runtime import DenseFFN
+from tests.support.distributed import Ranks
+from tests.support.unsplit import error, part, split_outputs, unsplit_mlp
 
 HIDDEN, INTERMEDIATE, TOKENS = 1024, 4096, 256
 WAYS: dict[str, tuple[bool, torch.dtype]] = {

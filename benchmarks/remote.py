@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.measure import run, tool
-from tests.s3 import Server
+from tests.support.s3 import Server
 
 
 def main() -> None:

@@ -25,9 +25,9 @@ import torch.distributed as dist
 
 from benchmarks.measure import run, tool
 from benchmarks.split import cpu_name
-from runtime import DenseFFN, load_shard
-from runtime.kernels.cpu import CpuKernels
-from tests.distributed import Ranks
+from reshard_runtime import DenseFFN, load_shard
+from reshard_runtime.kernels.cpu import CpuKernels
+from tests.support.distributed import Ranks
 
 TOKENS = (1, 4, 8, 24, 64)
 SCHEMES = {"bf16": "bf16", "w8a8": "w8a8_dynamic"}

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from benchmarks.split import cpu_name
-from reshard.prepare import Cut
-from tests.distributed import Ranks
-from tests.running import split
+from reshard.plan.pipeline import Cut
+from tests.support.distributed import Ranks
+from tests.support.running import split
 from tests.vllm import inside
 from tests.vllm.conftest import W8A8  # noqa: F401 - sets what vLLM wants of the environment
 from tests.vllm.inside import Served

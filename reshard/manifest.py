@@ -1,7 +1,7 @@
 """manifest.json: what a shard set holds and where it came from, schema `denseffn-shards/2`.
 
 It is written last: a folder without it is incomplete. Unknown fields and unknown versions are errors. Of `reshard`,
-`runtime` imports only this, the errors, names and activations.
+`reshard_runtime` imports only this, the errors, names and activations.
 """
 
 import json
@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from reshard.activation import Activation
 from reshard.errors import ManifestError
-from reshard.naming import MANIFEST, MAX_TP_SIZE, shard_file
-from reshard.recognise import PREFIX_BYTES, recognised
+from reshard.model.activation import Activation
+from reshard.model.naming import MANIFEST, MAX_TP_SIZE, shard_file
+from reshard.source.recognise import PREFIX_BYTES, recognised
 
 SCHEMA = "denseffn-shards/2"
 _OLDER = ("denseffn-shards/1",)

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from reshard.dtypes import FLOATS
 from reshard.errors import SchemeError, UsageError
-from reshard.naming import DOWN
+from reshard.model.naming import DOWN
+from reshard.tensors.dtypes import FLOATS
 
 
 class Cut(Enum):

@@ -22,4 +22,4 @@ show reshard split demo/tp4 demo/tp2 --tp 2 --quiet
 show reshard verify demo/tp2 --source demo/model --quiet
 
 printf '\nThe runtime: four processes, each with its own shard, against the unsplit layers:\n'
-show torchrun --nproc-per-node 4 -m runtime.demo demo/tp4
+show torchrun --nproc-per-node 4 -m reshard_runtime.demo demo/tp4

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.builders import CHECKPOINTS
-from tests.distributed import Ranks
+from tests.support.builders import CHECKPOINTS
+from tests.support.distributed import Ranks
 
 REAL = sorted(path.name for path in CHECKPOINTS.iterdir() if path.is_dir())
 

@@ -10,7 +10,7 @@ from reshard.cli.output import Debug, Index, Output, Revision
 from reshard.cli.sizes import parse_sizes
 
 if TYPE_CHECKING:
-    from reshard.check.report import Report, Request, Serving
+    from reshard.checks.report import Report, Request, Serving
 
 _UNREADABLE, _FAILED = 1, 3
 
@@ -58,7 +58,7 @@ def check(
     """Check shapes, cuts, shard sets and serving setups from headers and arithmetic alone, for CI."""
     output = Output(form, quiet=True, debug=debug)
     with output.errors():
-        from reshard.check.report import Request
+        from reshard.checks.report import Request
         from reshard.errors import UsageError
 
         targets = [*((path, _is_config(path)) for path in paths or ()), *((file, True) for file in config or ())]
@@ -81,11 +81,11 @@ def _is_config(path: str) -> bool:
 
 def _report(output: Output, target: str, is_config: bool, request: "Request") -> "Report":
     """A target's report; what cannot be read is one too, so that the others are checked all the same."""
-    from reshard.address import shown
-    from reshard.check.report import Report
-    from reshard.check.run import check_config, check_source
+    from reshard.checks.finding import Finding
+    from reshard.checks.report import Report
+    from reshard.checks.run import check_config, check_source
     from reshard.errors import ReshardError, SourceError, UsageError
-    from reshard.finding import Finding
+    from reshard.source.address import shown
 
     try:
         report = check_config(target, request) if is_config else check_source(target, request, output.warn)
@@ -101,7 +101,7 @@ def _report(output: Output, target: str, is_config: bool, request: "Request") ->
 
 
 def _write(output: Output, form: str, reports: "list[Report]", strict: bool) -> None:
-    from reshard.check import forms
+    from reshard.checks import forms
 
     if form == "json":
         output.json(forms.document(reports, strict))
@@ -120,7 +120,7 @@ def _serving(additional: str | None, *sizes: int | None) -> "Serving | None":
 
     sizes: data-, tensor- and pipeline-parallel.
     """
-    from reshard.check.report import Serving
+    from reshard.checks.report import Serving
     from reshard.errors import SourceError, UsageError
     from reshard.source.base import parse_json_object
 

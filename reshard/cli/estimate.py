@@ -9,7 +9,7 @@ from reshard.cli.output import ADDRESS, Debug, Format, Index, Output, Revision
 from reshard.cli.sizes import parse_sizes
 
 if TYPE_CHECKING:
-    from reshard.checkpoint import Checkpoint
+    from reshard.checkpoint.description import Checkpoint
     from reshard.estimate.fixed import FixedRows
     from reshard.estimate.profile import Profile
     from reshard.estimate.recommend import Recommendation
@@ -66,8 +66,8 @@ def estimate(
     """Say what each group size saves, sends and takes on a device, and which to choose."""
     output = Output(form, quiet=True, debug=debug)
     with output.errors():
-        from reshard.address import parse_local_target
         from reshard.errors import UsageError
+        from reshard.source.address import parse_local_target
 
         if measure:
             if any(
@@ -129,9 +129,9 @@ def _measure(output: Output) -> None:
 
 def _of_config(output: Output, config: Path, schemes: list[str] | None) -> "dict[str, Checkpoint]":
     """The checkpoint that a config.json describes, by scheme."""
+    from reshard.checkpoint.config_only import promised, read_config
     from reshard.estimate.described import DEFAULT_SCHEMES, plain_scheme
-    from reshard.naming import CONFIG
-    from reshard.promised import promised, read_config
+    from reshard.model.naming import CONFIG
 
     parsed = read_config(config)
     model = config.resolve().parent.name if config.name == CONFIG else config.stem
@@ -148,7 +148,7 @@ def _of_source(
     """A checkpoint as it is and as it could be converted, by scheme."""
     from reshard.convert.rules import KEEP
     from reshard.estimate.described import in_scheme, plain_scheme
-    from reshard.record import scheme_name
+    from reshard.plan.manifest_builder import scheme_name
     from reshard.source.open import describe, open_source
 
     with open_source(path, revision, index=index, notify=output.warn) as source:

@@ -7,7 +7,7 @@ import typer
 from reshard.cli.output import ADDRESS, Debug, Format, Index, Output, Revision, Scheme, size_text
 
 if TYPE_CHECKING:
-    from reshard.checkpoint import Checkpoint, Linear, Tensor
+    from reshard.checkpoint.description import Checkpoint, Linear, Tensor
     from reshard.source.base import Source
 
 
@@ -52,8 +52,8 @@ def _shard_set(source: "Source") -> dict[str, Any]:
 
 
 def _document(checkpoint: "Checkpoint") -> dict[str, Any]:
-    from reshard.naming import ROLES
-    from reshard.record import scheme_name
+    from reshard.model.naming import ROLES
+    from reshard.plan.manifest_builder import scheme_name
 
     model, identity = checkpoint.model, checkpoint.identity
     return {
@@ -96,7 +96,7 @@ def _tensor(tensor: "Tensor") -> dict[str, Any]:
 
 
 def _activation(document: dict[str, Any] | None) -> str:
-    from reshard.activation import Activation
+    from reshard.model.activation import Activation
 
     return str(Activation(**document)) if document else "not known"
 

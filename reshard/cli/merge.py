@@ -17,12 +17,12 @@ def merge(
     """Put a shard set together again: Hugging Face names and shapes, bit for bit, with an index."""
     output = Output(form, quiet=quiet, debug=debug)
     with output.errors():
-        from reshard.address import parse_local_target
-        from reshard.merge import INDEX
-        from reshard.merge import merge as merge_set
-        from reshard.prepare import check_set_digests
+        from reshard.plan.pipeline import check_set_digests
+        from reshard.source.address import parse_local_target
         from reshard.source.open import open_source
         from reshard.source.shardset import read_shard_set, require_shard_set
+        from reshard.writer.merge import INDEX
+        from reshard.writer.merge import merge as merge_set
         from reshard.writer.split import DEFAULT_WORKERS
 
         folder = parse_local_target(out, "merge")

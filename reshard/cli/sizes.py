@@ -4,7 +4,7 @@
 def parse_sizes(text: str | None) -> tuple[int, ...]:
     """What `--tp 4,8` lists, each size once. Raises UsageError for anything else."""
     from reshard.errors import UsageError
-    from reshard.naming import MAX_TP_SIZE
+    from reshard.model.naming import MAX_TP_SIZE
 
     if text is None:
         return ()

@@ -11,7 +11,7 @@ import typer
 from reshard.cli.output import ADDRESS, Debug, Format, Index, Output, Quiet, Revision, Scheme, size_text
 
 if TYPE_CHECKING:
-    from reshard.prepare import Cut, Prepared
+    from reshard.plan.pipeline import Cut, Prepared
     from reshard.writer.split import SplitOptions, SplitResult
 
 _SHOWN_DIGEST = 16
@@ -45,7 +45,7 @@ def split(
     output = Output(form, quiet=quiet, debug=debug)
     with output.errors():
         from reshard.errors import OutputError, UsageError
-        from reshard.prepare import Cut, check_set_digests, prepare
+        from reshard.plan.pipeline import Cut, check_set_digests, prepare
         from reshard.source.open import open_source
         from reshard.writer.open import open_target, open_team
         from reshard.writer.split import DEFAULT_WORKERS, SplitOptions, write_shards
@@ -83,14 +83,14 @@ def split(
 
 def _same(source: str, out: str) -> bool:
     """Whether two addresses are one place."""
-    from reshard.address import parse_address, parse_target
+    from reshard.source.address import parse_address, parse_target
 
     one, other = parse_address(source), parse_target(out)
     if one.kind != other.kind:
         return False
     if one.kind == "folder":
         return Path(one.place).exists() and Path(other.place).exists() and Path(one.place).samefile(other.place)
-    from reshard.filesystems import same_place
+    from reshard.source.filesystems import same_place
 
     return same_place(one.place, other.place)
 
@@ -100,7 +100,7 @@ def _account(prepared: "Prepared", cut: "Cut", out: str, options: "SplitOptions"
     from blake3 import blake3
 
     from reshard import __version__
-    from reshard.record import fingerprint
+    from reshard.plan.manifest_builder import fingerprint
 
     identity = prepared.checkpoint.identity
     command = {**vars(cut), **vars(options), "dry_run": dry_run, "out": out}
@@ -135,8 +135,8 @@ def _parse_ranks(text: str | None, tp: int) -> tuple[int, ...] | None:
 
 def _report(output: Output, prepared: "Prepared", out: str, result: "SplitResult | None") -> None:
     """The closing table, or the document; without a result, what would be written."""
-    from reshard.naming import MANIFEST
-    from reshard.record import scheme_name
+    from reshard.model.naming import MANIFEST
+    from reshard.plan.manifest_builder import scheme_name
 
     plan = prepared.plan
     entries = {shard.tp_rank: shard for shard in (*result.written, *result.kept)} if result else {}

@@ -32,7 +32,7 @@ def synth(
     """Make a synthetic checkpoint of a model's shape: for tests, benchmarks and trying things out."""
     output = Output(form, quiet=quiet, debug=debug)
     with output.errors():
-        from reshard.address import parse_local_target
+        from reshard.source.address import parse_local_target
         from reshard.source.base import parse_json_object
         from reshard.synth.plan import SynthOptions, plan_checkpoint
         from reshard.synth.write import write_checkpoint

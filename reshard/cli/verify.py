@@ -7,7 +7,7 @@ import typer
 from reshard.cli.output import ADDRESS, Debug, Format, Index, Output, Quiet, Revision, Scheme, size_text
 
 if TYPE_CHECKING:
-    from reshard.verify.compute import LayerResult
+    from reshard.verification.compute import LayerResult
 
 _MISMATCH = 3
 
@@ -28,15 +28,15 @@ def verify(
     """Check a shard set against its manifest and, with --source, against what it was cut from."""
     output = Output(form, quiet=quiet, debug=debug)
     with output.errors():
-        from reshard.address import shown
-        from reshard.describe import of_activations
+        from reshard.checkpoint.describe import of_activations
         from reshard.errors import UsageError
-        from reshard.naming import CONFIG
+        from reshard.model.naming import CONFIG
+        from reshard.source.address import shown
         from reshard.source.open import describe, open_source
         from reshard.source.shardset import read_manifest_only, require_shard_set
-        from reshard.verify.compute import compare_computation
-        from reshard.verify.digests import verify_digests
-        from reshard.verify.source import compare_with_source
+        from reshard.verification.compute import compare_computation
+        from reshard.verification.digests import verify_digests
+        from reshard.verification.source import compare_with_source
         from reshard.writer.split import DEFAULT_WORKERS
 
         if revision is not None and source is None:

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from reshard.blocks import BlockReader, StoredReader
-from reshard.checkpoint import Checkpoint, Linear, Tensor
+from reshard.checkpoint.description import Checkpoint, Linear, Tensor
 from reshard.convert.rules import QUANTISE
 from reshard.errors import MissingDependencyError, SchemeError
-from reshard.naming import ROLES
+from reshard.model.naming import ROLES
 from reshard.source.base import Bytes, Range, Source
+from reshard.tensors.byte_grid import BlockReader, StoredReader
 
 try:
     import torch

@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from reshard.checkpoint import Checkpoint, Conversion, Layer, Linear, Tensor
+from reshard.checkpoint.description import Checkpoint, Conversion, Layer, Linear, Tensor
 from reshard.errors import SchemeError
-from reshard.naming import CONFIG, ROLES
+from reshard.model.naming import CONFIG, ROLES
 from reshard.quantization import without_quantization
 from reshard.quantization.description import DESCRIPTION
 from reshard.schemes import VARIANTS, Variant

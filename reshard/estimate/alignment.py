@@ -1,6 +1,6 @@
 """Whether a cut's local matrices are whole tiles of the device, and whole scale blocks.
 
-Tiles and limits: see `reshard.tiles`.
+Tiles and limits: see `reshard.tensors.tiles`.
 """
 
 from collections.abc import Iterable
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from reshard.estimate.profile import Alignment
 from reshard.estimate.step import Way
-from reshard.naming import DOWN, GATE_UP
-from reshard.tiles import limit_faults, tile_faults
+from reshard.model.naming import DOWN, GATE_UP
+from reshard.tensors.tiles import limit_faults, tile_faults
 
 SCALE_BLOCK = 128  # of FP8 and INT8 block checkpoints: DeepSeek-V3's `weight_block_size`
 

@@ -1,9 +1,9 @@
 """The scheme in which a checkpoint is estimated: its own, or one that it would be converted to."""
 
-from reshard.checkpoint import Checkpoint
+from reshard.checkpoint.description import Checkpoint
 from reshard.convert.rules import BF16, KEEP, W8A8, converted
 from reshard.errors import SchemeError
-from reshard.record import scheme_name
+from reshard.plan.manifest_builder import scheme_name
 
 DEFAULT_SCHEMES = ("bf16", "w8a8_dynamic")  # of a config.json, which names no scheme that a device would run
 _CONVERSIONS = {"bf16": BF16, "w8a8_dynamic": W8A8}

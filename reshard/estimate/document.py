@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
-from reshard.checkpoint import Checkpoint
+from reshard.checkpoint.description import Checkpoint
 from reshard.estimate.fixed import FixedRows, Pass
 from reshard.estimate.profile import Profile
 from reshard.estimate.recommend import Recommendation
 from reshard.estimate.sizes import Estimate, Gathered, Options, Size
 
-_RANKS_IN_OWN_TYPE = 8  # runtime.collectives: more ranks' partial sums travel in float32 where the collective adds
+_RANKS_IN_OWN_TYPE = (
+    8  # reshard_runtime.collectives: more ranks' partial sums travel in float32 where the collective adds
+)
 
 
 def document(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from reshard.checkpoint import Checkpoint
+from reshard.checkpoint.description import Checkpoint
 from reshard.estimate.profile import Profile
 from reshard.estimate.sizes import Estimate, Gathered, Options, Size, estimate
 

@@ -103,7 +103,7 @@ def _table(values: Mapping[str, Any], path: tuple[str, ...], lines: list[str]) -
 
 def _run() -> list[dict[str, float]]:
     # -P and the path: what this program imports from, not what lies in the current folder under the same name.
-    command = [sys.executable, "-P", "-m", "runtime.measure"]
+    command = [sys.executable, "-P", "-m", "reshard_runtime.measure"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     threads = str(max(1, _processors() // PROCESSES))
     with tempfile.TemporaryDirectory(prefix="reshard-measure-") as folder:

@@ -4,15 +4,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 
-from reshard.checkpoint import Checkpoint
-from reshard.dtypes import nbytes
+from reshard.checkpoint.description import Checkpoint
 from reshard.errors import AlignmentError, ProfileError, SchemeError, UsageError
 from reshard.estimate.alignment import Verdict, verdict
 from reshard.estimate.model import GIB, level_for
 from reshard.estimate.profile import Profile
 from reshard.estimate.step import Kind, Split, Way, Wire, layer_seconds, way_of, wire_of
-from reshard.naming import DOWN, GATE, GATE_UP
-from reshard.plan import Plan, make_plan
+from reshard.model.naming import DOWN, GATE, GATE_UP
+from reshard.plan.plan import Plan, make_plan
+from reshard.tensors.dtypes import nbytes
 
 _BF16_BYTES = 2
 

@@ -1,5 +1,5 @@
-"""One decode step through one dense layer on one rank: its kernels and collectives, as `runtime.ffn` issues them, and
-with fixed rows or beside tensor parallelism as `runtime.serving.vllm.split` does.
+"""One decode step through one dense layer on one rank: its kernels and collectives, as `reshard_runtime.ffn` issues
+them, and with fixed rows or beside tensor parallelism as `reshard_runtime.serving.vllm.split_mlp` does.
 
 T tokens that a rank brings, N rows that it sends, R tp_size, H hidden_size, L the rank's share of intermediate_size.
 """
@@ -24,7 +24,7 @@ Kind = Literal["matmul", "vector", "gather", "scatter"]
 KINDS: tuple[Kind, ...] = ("matmul", "vector", "gather", "scatter")
 
 _BF16, _INT32, _SCALE = 2, 4, 4  # bytes
-# Schemes as the runtime runs them; those of the first row become BF16 at load (runtime.dequantise).
+# Schemes as the runtime runs them; those of the first row become BF16 at load (reshard_runtime.dequantize).
 _WAYS: dict[str, Way] = {
     **dict.fromkeys(("bf16", "fp8_block", "fp8_channel", "int8_block"), "bf16"),
     "w8a8_dynamic": "dynamic",

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from reshard.errors import SourceError
-from reshard.modelconfig import language_levels
-from reshard.naming import CONFIG
+from reshard.model.config import language_levels
+from reshard.model.naming import CONFIG
 from reshard.quantization.description import read_description
 from reshard.quantization.methods import declared_by_method
 from reshard.quantization.modelopt import FILE

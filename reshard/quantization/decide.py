@@ -7,9 +7,8 @@ scheme alone are taken for that, with a warning.
 
 from collections.abc import Collection, Iterable, Mapping
 
-from reshard.dtypes import FLOATS
 from reshard.errors import LayersError, ReshardError, SchemeError
-from reshard.naming import CONFIG, MANIFEST
+from reshard.model.naming import CONFIG, MANIFEST
 from reshard.quantization.accounts import Account, Accounts, Recorded, list_accounts
 from reshard.quantization.explain import contradiction, no_account, not_told, two_fit, unsaid, words
 from reshard.quantization.formats import (
@@ -33,6 +32,7 @@ from reshard.schemes import (
     match_variant,
     scheme_of,
 )
+from reshard.tensors.dtypes import FLOATS
 
 _PLAIN = "bf16"
 _Tensors = Mapping[str, Found]

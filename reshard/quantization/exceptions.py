@@ -6,7 +6,7 @@ Whatever a whole checkpoint is quantised with, a dense layer that is left alone 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from reshard.naming import GATE, GATE_UP, UP
+from reshard.model.naming import GATE, GATE_UP, UP
 from reshard.quantization.names import Match, at_boundary, component, contained, exact, mentions, names_of, wildcard
 from reshard.quantization.section import Section
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from reshard.errors import SchemeError
-from reshard.naming import CONFIG
+from reshard.model.naming import CONFIG
 from reshard.quantization.description import DESCRIPTION, is_description
 from reshard.quantization.formats import names_of_formats, tensors_text, types_text, variants_of
 from reshard.quantization.methods import NO_BLOCK_SIZE

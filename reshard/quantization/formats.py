@@ -3,8 +3,8 @@
 import re
 from collections.abc import Callable, Mapping
 
-from reshard.dtypes import FLOATS
 from reshard.schemes import BLOCK, VARIANTS, Declared, Found, Variant, fitting_variant, group_size, is_plain
+from reshard.tensors.dtypes import FLOATS
 
 _U8, _F8 = frozenset({"U8", "I8"}), frozenset({"F8_E4M3"})
 _EXPONENTS = frozenset({"U8", "F8_E8M0"})  # shared scales of the OCP's MX formats

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import cache
 
 from reshard.errors import SourceError
-from reshard.naming import GATE, GATE_UP, PREFIX, UP, WRAPPED, parse_layer
+from reshard.model.naming import GATE, GATE_UP, PREFIX, UP, WRAPPED, parse_layer
 from reshard.quantization.section import Section
 
 Match = Callable[[str, str], bool]

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from reshard.errors import SchemeError
-from reshard.naming import CONFIG, GATE_UP, ROLES, parse_layer, stands_beside
+from reshard.model.naming import CONFIG, GATE_UP, ROLES, parse_layer, stands_beside
 from reshard.quantization.accounts import Accounts, list_accounts
 from reshard.quantization.modelopt import FILE
 from reshard.quantization.names import mentions

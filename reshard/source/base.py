@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from reshard.errors import HeaderError, SourceError
-from reshard.recognise import PREFIX_BYTES, recognised
-from reshard.source.header import (
+from reshard.source.recognise import PREFIX_BYTES, recognised
+from reshard.tensors.header import (
     LENGTH_BYTES,
     DuplicateKeyError,
     Header,

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from reshard.errors import SourceError
-from reshard.naming import CONFIG
-from reshard.recognise import UNFINISHED, UNFINISHED_FOLDER, rank_files
+from reshard.model.naming import CONFIG
 from reshard.source.base import Source, parse_json_object, read_file
 from reshard.source.numbered import missing_numbers
-from reshard.weights import INDEX_ENDING, SINGLE, SNAPSHOTS, TRANSFORMERS_KEY, WEIGHTS_ENDING, engines
+from reshard.source.recognise import UNFINISHED, UNFINISHED_FOLDER, rank_files
+from reshard.source.weights import INDEX_ENDING, SINGLE, SNAPSHOTS, TRANSFORMERS_KEY, WEIGHTS_ENDING, engines
 
 _SHOWN = 3
 _TELL = "say which is meant with"

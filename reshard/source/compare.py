@@ -4,13 +4,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from reshard.dtypes import FLOATS
 from reshard.errors import HeaderError, SourceError
-from reshard.recognise import unfinished
 from reshard.source.base import MISSING, Source
 from reshard.source.choice import Choice, named
-from reshard.source.header import Header
-from reshard.weights import SINGLE, engines
+from reshard.source.recognise import unfinished
+from reshard.source.weights import SINGLE, engines
+from reshard.tensors.dtypes import FLOATS
+from reshard.tensors.header import Header
 
 _SCALES = re.compile("scale|offset|zero_point")
 

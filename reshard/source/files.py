@@ -4,18 +4,18 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from reshard.checkpoint import Checkpoint, Identity, Part, SourceFile, Tensor
+from reshard.checkpoint.description import Checkpoint, Identity, Part, SourceFile, Tensor
 from reshard.errors import SourceError
-from reshard.modelconfig import read_model_config
-from reshard.naming import CONFIG, parse_dense
+from reshard.model.config import read_model_config
+from reshard.model.naming import CONFIG, parse_dense
 from reshard.quantization import Accounts
 from reshard.quantization.description import DESCRIPTION, is_description
 from reshard.quantization.modelopt import FILE as MODELOPT
 from reshard.source.base import Source, parse_json_object, read_file, try_headers
 from reshard.source.choice import choose
 from reshard.source.compare import compare
-from reshard.source.header import Header
 from reshard.source.partial import describe_what_is_there
+from reshard.tensors.header import Header
 
 
 def read_checkpoint(source: Source, scheme: str | None = None) -> Checkpoint:

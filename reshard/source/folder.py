@@ -12,10 +12,10 @@ from types import TracebackType
 from typing import Self
 
 from reshard.errors import SourceError
-from reshard.opened import Opened, reason, unfollowed
 from reshard.source.base import MISSING, Bytes, Origin, Range, merged
-from reshard.source.mapped import MappedFile
-from reshard.weights import SNAPSHOTS, WEIGHTS_ENDING
+from reshard.source.opened import Opened, reason, unfollowed
+from reshard.source.weights import SNAPSHOTS, WEIGHTS_ENDING
+from reshard.tensors.mapped import MappedFile
 
 _PLACES = ("*", f"{SNAPSHOTS}/*", f"models--*/{SNAPSHOTS}/*")
 _WAY_OUT = "see to its owner, its mode and its disk"

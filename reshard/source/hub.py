@@ -17,10 +17,10 @@ from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, get_session, httpx, parse_ratelimit_headers
 
 from reshard import __version__
-from reshard.address import redacted
 from reshard.errors import SourceError
+from reshard.source.address import redacted
 from reshard.source.base import Cancelled, Origin
-from reshard.source.transport import MAY_PASS, Fault
+from reshard.source.retry import MAY_PASS, Fault
 
 _LIBRARY = "reshard"
 _COMMIT = "X-Repo-Commit"

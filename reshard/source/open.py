@@ -5,15 +5,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from reshard.address import parse_address, redacted
-from reshard.checkpoint import Checkpoint
+from reshard.checkpoint.description import Checkpoint
 from reshard.errors import MissingDependencyError, SourceError, UsageError
-from reshard.naming import MANIFEST, parse_shard_file
+from reshard.model.naming import MANIFEST, parse_shard_file
+from reshard.source.address import parse_address, redacted
 from reshard.source.base import Source
 from reshard.source.files import read_checkpoint
 from reshard.source.folder import FolderSource
+from reshard.source.retry import Notify, Patience
 from reshard.source.shardset import read_shard_set, require_shard_set
-from reshard.source.transport import Notify, Patience
 
 if TYPE_CHECKING:
     from reshard.source.hub import HubFiles
@@ -31,7 +31,7 @@ def open_source(
     notify: Notify = lambda line: None,
     patience: Patience | None = None,
 ) -> Source:
-    """The source at an address (see reshard.address).
+    """The source at an address (see reshard.source.address).
 
     Raises SourceError if there is none, MissingDependencyError without the package that reads it.
 
@@ -42,7 +42,7 @@ def open_source(
     if found.kind == "folder":
         return FolderSource(Path(found.place), index)
     # Only here: huggingface_hub and fsspec take longer to import than a folder to open.
-    from reshard.source.staged import StagedSource
+    from reshard.source.range_cache import StagedSource
 
     if found.kind == "hub":
         _check_endpoint()

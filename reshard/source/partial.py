@@ -2,17 +2,17 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from reshard.checkpoint import Layer, Model, Tensor, numbers
-from reshard.describe import describe_layers
+from reshard.checkpoint.describe import describe_layers
+from reshard.checkpoint.description import Layer, Model, Tensor, numbers
 from reshard.errors import ReshardError, SourceError
-from reshard.modelconfig import ModelConfig, read_model_config
-from reshard.naming import CONFIG, DOWN, GATE_UP, ROLES, parse_dense
+from reshard.model.config import ModelConfig, read_model_config
+from reshard.model.naming import CONFIG, DOWN, GATE_UP, ROLES, parse_dense
 from reshard.quantization import Accounts
-from reshard.recognise import unfinished
 from reshard.schemes import VARIANTS, Variant
 from reshard.source.base import MISSING, Source
 from reshard.source.choice import named
-from reshard.weights import INDEX_ENDING
+from reshard.source.recognise import unfinished
+from reshard.source.weights import INDEX_ENDING
 
 _WHOLE = (set(ROLES), {GATE_UP, DOWN})
 

@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from reshard.address import redacted
 from reshard.errors import SourceError, UsageError
-from reshard.filesystems import missing_package
+from reshard.source.address import redacted
 from reshard.source.base import Cancelled, Origin
-from reshard.source.transport import MAY_PASS, Fault
+from reshard.source.filesystems import missing_package
+from reshard.source.retry import MAY_PASS, Fault
 
 _AT_ONCE = 16
 # What another try does not mend.

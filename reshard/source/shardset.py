@@ -6,16 +6,16 @@ from math import prod
 
 from blake3 import blake3
 
-from reshard.checkpoint import Checkpoint, Conversion, Identity, Layer, Model, Part, SourceFile, Tensor
-from reshard.describe import describe_layers
-from reshard.dtypes import itemsize
+from reshard.checkpoint.describe import describe_layers
+from reshard.checkpoint.description import Checkpoint, Conversion, Identity, Layer, Model, Part, SourceFile, Tensor
 from reshard.errors import ManifestError, SourceError
 from reshard.manifest import Manifest, ShardTensor, SideFile, Slice, parse_manifest
-from reshard.naming import CONFIG, DOWN, GATE, GATE_UP, MANIFEST, UP, mlp_name, parse_shard_file
+from reshard.model.naming import CONFIG, DOWN, GATE, GATE_UP, MANIFEST, UP, mlp_name, parse_shard_file
 from reshard.quantization import Recorded
 from reshard.source.base import MISSING, Source, read_file, read_headers
 from reshard.source.files import read_accounts
-from reshard.source.header import Header, TensorInfo
+from reshard.tensors.dtypes import itemsize
+from reshard.tensors.header import Header, TensorInfo
 
 
 def is_shard_set(source: Source) -> bool:

@@ -6,8 +6,8 @@ from math import floor
 from typing import Any
 
 from reshard.errors import SourceError, UsageError
-from reshard.modelconfig import read_model_config
-from reshard.naming import CONFIG
+from reshard.model.config import read_model_config
+from reshard.model.naming import CONFIG
 
 Config = Mapping[str, Any]
 

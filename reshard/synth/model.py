@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 from reshard.errors import SourceError
-from reshard.modelconfig import ModelConfig, known_dense_layers, read_model_config
-from reshard.naming import CONFIG, DOWN, GATE, PREFIX, UP, layer_name
+from reshard.model.config import ModelConfig, known_dense_layers, read_model_config
+from reshard.model.naming import CONFIG, DOWN, GATE, PREFIX, UP, layer_name
 from reshard.synth.config import Config, experts_key, size
 
 

@@ -7,13 +7,13 @@ from fractions import Fraction
 from typing import Any
 
 from reshard.errors import SourceError, UsageError
-from reshard.modelconfig import known_dense_layers, language_config, read_model_config
-from reshard.naming import CONFIG, parse_dense
-from reshard.prefix import published_prefix
-from reshard.source.header import encode_header
+from reshard.model.config import known_dense_layers, language_config, read_model_config
+from reshard.model.naming import CONFIG, parse_dense
+from reshard.model.prefix import published_prefix
 from reshard.synth.config import shrink
 from reshard.synth.model import Parameter, parameters
 from reshard.synth.schemes import TensorSpec, declare_in_config, description, recipe_for, tensors_of
+from reshard.tensors.header import encode_header
 
 _DESCRIPTION = "quant_model_description.json"
 _ALIGNMENT = 8

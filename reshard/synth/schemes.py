@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from reshard.dtypes import itemsize, nbytes
 from reshard.errors import SchemeError
 from reshard.schemes import Shape
 from reshard.synth.model import Kind, Parameter
+from reshard.tensors.dtypes import itemsize, nbytes
 
 _BLOCK = 128
 

@@ -11,9 +11,9 @@ from statistics import NormalDist
 import numpy as np
 from blake3 import blake3
 
-from reshard.naming import GATE, UP
-from reshard.numeric import F32, Array, f32_to_bf16, storage, to_f32
+from reshard.model.naming import GATE, UP
 from reshard.synth.schemes import Fill, TensorSpec
+from reshard.tensors.numeric import F32, Array, f32_to_bf16, storage, to_f32
 
 _BLOCK_ELEMENTS = 1 << 20
 _TABLE = 1 << 16  # entries: one for each value of 16 random bits

@@ -8,7 +8,7 @@ import fcntl
 import os
 from pathlib import Path
 
-from reshard.plan import ALIGNMENT
+from reshard.plan.plan import ALIGNMENT
 
 
 class DirectFile:

@@ -8,11 +8,11 @@ import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from reshard.digests import file_digest
 from reshard.errors import OutputError, SpaceError
 from reshard.manifest import Record
-from reshard.naming import MANIFEST
+from reshard.model.naming import MANIFEST
 from reshard.source.folder import FolderSource
+from reshard.tensors.digests import file_digest
 from reshard.writer.file import DirectFile, sync
 from reshard.writer.lock import Lock, locked
 from reshard.writer.target import LOCK_FILE, REPLACED, TEMPORARY, Contents, rank_of, sort_names

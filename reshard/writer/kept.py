@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from reshard.interruptible import interruptible, raise_first
 from reshard.manifest import Record, Shard
-from reshard.prepare import Prepared, wanted
+from reshard.plan.pipeline import Prepared, wanted
 from reshard.source.base import Cancelled
 from reshard.writer.records import Records
 from reshard.writer.team import Tick

@@ -3,7 +3,7 @@
 import contextlib
 from pathlib import Path
 
-from reshard.address import parse_target
+from reshard.source.address import parse_target
 from reshard.writer.folder import OutputFolder
 from reshard.writer.target import Target
 from reshard.writer.team import Alone, Place, Team

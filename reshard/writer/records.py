@@ -5,10 +5,10 @@ from collections.abc import Collection, Sequence
 
 from reshard.errors import ManifestError, OutputError
 from reshard.manifest import Manifest, Record, Shard, parse_manifest, parse_record
-from reshard.naming import MANIFEST, shard_file
-from reshard.plan import Plan, PlannedShard
-from reshard.prepare import Prepared
-from reshard.record import fingerprint, make_manifest, make_shard
+from reshard.model.naming import MANIFEST, shard_file
+from reshard.plan.manifest_builder import fingerprint, make_manifest, make_shard
+from reshard.plan.pipeline import Prepared
+from reshard.plan.plan import Plan, PlannedShard
 from reshard.writer.stream import first_difference
 from reshard.writer.target import Target, record_file
 from reshard.writer.team import Tick

@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 import fsspec
 from fsspec.spec import AbstractBufferedFile
 
-from reshard.address import redacted
 from reshard.errors import OutputError, UsageError
-from reshard.filesystems import missing_package
 from reshard.manifest import Record
-from reshard.naming import MANIFEST
+from reshard.model.naming import MANIFEST
+from reshard.source.address import redacted
+from reshard.source.filesystems import missing_package
 from reshard.writer.target import REPLACED, Contents, rank_of, sort_names
 
 T = TypeVar("T")

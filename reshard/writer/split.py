@@ -16,10 +16,10 @@ from pathlib import Path
 from reshard.errors import OutputError
 from reshard.interruptible import interruptible, raise_first
 from reshard.manifest import Shard
-from reshard.naming import MANIFEST
-from reshard.plan import Plan, PlannedShard
-from reshard.prepare import Prepared, wanted
-from reshard.record import make_shard
+from reshard.model.naming import MANIFEST
+from reshard.plan.manifest_builder import make_shard
+from reshard.plan.pipeline import Prepared, wanted
+from reshard.plan.plan import Plan, PlannedShard
 from reshard.source.base import Cancelled
 from reshard.writer.kept import Keeping
 from reshard.writer.open import open_target

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from blake3 import blake3
 
-from reshard.blocks import BlockReader
-from reshard.dtypes import itemsize
 from reshard.manifest import Shard
-from reshard.plan import PlannedShard, PlannedTensor
+from reshard.plan.plan import PlannedShard, PlannedTensor
+from reshard.tensors.byte_grid import BlockReader
+from reshard.tensors.dtypes import itemsize
 from reshard.writer.target import Sink
 
 STAGE_BYTES = 1 << 20

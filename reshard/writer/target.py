@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from reshard.manifest import Record
-from reshard.naming import MANIFEST, parse_shard_file
+from reshard.model.naming import MANIFEST, parse_shard_file
 from reshard.source.files import is_side_file
 
 LOCK_FILE = ".reshard.lock"

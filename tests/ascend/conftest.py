@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from reshard.prepare import Cut
+from reshard.plan.pipeline import Cut
 from tests.ascend import stand_ins
 from tests.ascend.models import Model, made_of
-from tests.distributed import Ranks
-from tests.running import split
+from tests.support.distributed import Ranks
+from tests.support.running import split
 from tests.vllm.models import write_model
 
 if importlib.util.find_spec("vllm_ascend") is None:

@@ -1,4 +1,4 @@
-"""The real vllm-ascend without a server: what runs in each process of a `tests.distributed.Ranks`.
+"""The real vllm-ascend without a server: what runs in each process of a `tests.support.distributed.Ranks`.
 
 Each function takes the group first, in a process that `stand_ins.put_in` has prepared. What NPUWorker and
 NPUModelRunner do before a model is loaded is done here in their order: they themselves cannot be imported without CANN.
@@ -196,7 +196,7 @@ def classes(group: dist.ProcessGroup, served: Served) -> dict[str, str]:
 
 def dense_linears(group: dist.ProcessGroup, served: Served) -> set[tuple[str, str, int, int]]:
     """(class, what moves its tokens, rank, size) of the dense layers' linears."""
-    from runtime.serving.vllm.structure import dense_mlps
+    from reshard_runtime.serving.vllm.model_layers import dense_mlps
 
     _, model = loaded(served)
     return {
@@ -249,7 +249,7 @@ def forward(group: dist.ProcessGroup, served: Served, counts: list[list[int]]) -
 
     A data-parallel rank's tokens are the same on all its tensor-parallel ranks.
     """
-    from runtime.serving.vllm.structure import dense_mlps
+    from reshard_runtime.serving.vllm.model_layers import dense_mlps
 
     results = []
     config, model = loaded(served)

@@ -1,19 +1,27 @@
-"""Whole models around the dense layers of checkpoints, real ones and those of `tests.builders`."""
+"""Whole models around the dense layers of checkpoints, real ones and those of `tests.support.builders`."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reshard.prepare import Cut
+from reshard.plan.pipeline import Cut
 from tests.ascend.inside import Served
-from tests.builders import CHECKPOINTS, Spec, build, dense_only, read_folder, read_safetensors, write_safetensors
-from tests.running import split
+from tests.support.builders import (
+    CHECKPOINTS,
+    Spec,
+    build,
+    dense_only,
+    read_folder,
+    read_safetensors,
+    write_safetensors,
+)
+from tests.support.running import split
 from tests.vllm.models import write_model
 
 _PLAIN = ["lm_head", "re:.*self_attn.*", "re:.*mlp[.]gate$", "re:.*experts.*"]
 
-# What no real file at hand has: a recipe of tests.builders for gate and up, and one for down.
+# What no real file at hand has: a recipe of tests.support.builders for gate and up, and one for down.
 MADE = {
     "static v1": ("modelslim_static", None),
     "static FP16": ("modelslim_fp16_static", None),
@@ -38,7 +46,7 @@ class Model:
 
 
 def made_of(name: str, folder: Path) -> Model:
-    """A checkpoint that lies in the repository, one of `MADE`, or a recipe of `tests.builders`, in `folder`."""
+    """A checkpoint that lies in the repository, one of `MADE`, or a recipe of `tests.support.builders`, in `folder`."""
     source = CHECKPOINTS / name
     if not source.exists():
         gate_up, down = MADE.get(name, (name, None))

@@ -34,7 +34,7 @@ def sizes(group: dist.ProcessGroup, served: Served) -> dict[str, Any]:
 @contextmanager
 def _sent() -> Iterator[list[tuple[int, int]]]:
     """(rows, bytes) of each tensor that is gathered."""
-    from runtime import collectives
+    from reshard_runtime import collectives
 
     sent, gather = [], collectives._all_gather
 
@@ -52,7 +52,7 @@ def _sent() -> Iterator[list[tuple[int, int]]]:
 @contextmanager
 def _met() -> Iterator[list[tuple[Any, ...]]]:
     """(collective, the tensors that it read and wrote): kept alive, so that no later one gets an address of theirs."""
-    from runtime.serving.vllm.groups import Group
+    from reshard_runtime.serving.vllm.groups import Group
 
     met, meet = [], Group.meet
 
@@ -70,8 +70,8 @@ def _met() -> Iterator[list[tuple[Any, ...]]]:
 def travel(group: dist.ProcessGroup, served: Served, counts: list[int]) -> dict[str, Any]:
     """Layer by layer: how tokens travelled, the bytes of a row, the result, and that of gathering them as they are."""
     config, model = inside.loaded(served)
-    from runtime.serving.vllm.structure import dense_mlps
-    from runtime.serving.vllm.travel import AsTheyAre
+    from reshard_runtime.serving.vllm.model_layers import dense_mlps
+    from reshard_runtime.serving.vllm.token_codec import AsTheyAre
 
     rank = inside.data_parallel_rank(config)
     x = tokens(rank, counts[rank], config.model_config.hf_config.hidden_size, config.model_config.dtype)
@@ -93,7 +93,7 @@ def decode(group: dist.ProcessGroup, served: Served, steps: int, most: int) -> d
     Results by bucket, all of a bucket's must be equal; the sizes of every gather; the addresses that collectives met.
     """
     config, model = inside.loaded(served)
-    from runtime.serving.vllm.structure import dense_mlps
+    from reshard_runtime.serving.vllm.model_layers import dense_mlps
 
     rank = inside.data_parallel_rank(config)
     hidden, dtype = config.model_config.hf_config.hidden_size, config.model_config.dtype
@@ -121,7 +121,7 @@ def load_each(group: dist.ProcessGroup, served: list[Served]) -> str:
 def rehearse(group: dist.ProcessGroup, served: Served, count: int) -> tuple[list[torch.Tensor], set[tuple[int, int]]]:
     """The dense MLPs' results of `count` tokens on every rank in a step without requests, and what was gathered."""
     config, model = inside.loaded(served)
-    from runtime.serving.vllm.structure import dense_mlps
+    from reshard_runtime.serving.vllm.model_layers import dense_mlps
 
     x = tokens(inside.data_parallel_rank(config), count, config.model_config.hf_config.hidden_size, torch.bfloat16)
     with _sent() as sent, inside.forward_context(config, model, [count] * 4, requests=False):
@@ -154,8 +154,8 @@ def on_meta(group: dist.ProcessGroup, served: Served, counts: list[int]) -> list
     of their shapes. What the forward says of each dense layer.
     """
     config, model = inside.loaded(served)
-    from runtime.serving.vllm import split
-    from runtime.serving.vllm.structure import dense_mlps
+    from reshard_runtime.serving.vllm import split
+    from reshard_runtime.serving.vllm.model_layers import dense_mlps
 
     class Collectives:
         in_float32 = False

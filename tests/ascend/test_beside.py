@@ -4,7 +4,7 @@ from importlib.metadata import version
 
 from packaging.version import Version
 
-from tests import beside
+from tests.support import beside
 
 # vllm-ascend and its vLLM are for an older torch, and vllm-ascend 0.18 for an older numpy.
 NOT_MET = {"torch", "numpy"}

@@ -9,7 +9,7 @@ from tests.ascend import inside, steps
 from tests.ascend.inside import DECODE_NODE, Served
 from tests.ascend.models import Model
 from tests.ascend.test_option import close
-from tests.distributed import RankFailure, Ranks
+from tests.support.distributed import RankFailure, Ranks
 from tests.vllm.models import HIDDEN
 
 MOST = 24  # max_num_seqs: without graphs, what a decode step may have

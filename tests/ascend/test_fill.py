@@ -15,7 +15,7 @@ import torch
 from tests.ascend import inside
 from tests.ascend.inside import DECODE_NODE, Tensors
 from tests.ascend.models import MADE, Model
-from tests.distributed import Ranks
+from tests.support.distributed import Ranks
 from tests.vllm.models import with_activation
 
 MLP, TENSOR = {"data": 2, "mlp": 2}, {"tensor": 2}

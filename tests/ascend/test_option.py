@@ -8,7 +8,7 @@ import torch
 
 from tests.ascend import inside, steps
 from tests.ascend.inside import Served
-from tests.distributed import Ranks
+from tests.support.distributed import Ranks
 from tests.vllm.models import HIDDEN
 
 COUNTS = [[5, 5], [5, 3], [1, 64], [0, 2]]
@@ -37,7 +37,7 @@ def test_only_the_dense_layers_change(two: Ranks, mixed: Path) -> None:
         assert {name: (kind, after[name]) for name, kind in before.items() if after[name] != kind} == {
             f"model.layers.{layer}.mlp": (
                 "vllm.model_executor.models.deepseek_v2.DeepseekV2MLP",
-                "runtime.serving.vllm.split.SplitMLP",
+                "reshard_runtime.serving.vllm.split_mlp.SplitMLP",
             )
             for layer in (0, 1)
         }

@@ -8,7 +8,7 @@ import torch
 from tests.ascend import inside, steps
 from tests.ascend.inside import DECODE_NODE
 from tests.ascend.models import Model
-from tests.distributed import Ranks
+from tests.support.distributed import Ranks
 
 OPTION = {"data": 2, "option": 2}
 COUNTS = [3, 17]

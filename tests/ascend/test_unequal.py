@@ -7,7 +7,7 @@ import pytest
 
 from tests.ascend import inside
 from tests.ascend.inside import Served
-from tests.distributed import RankFailure, Ranks
+from tests.support.distributed import RankFailure, Ranks
 
 
 def test_its_own_split_breaks_where_ranks_have_different_numbers_of_tokens(

@@ -7,16 +7,16 @@ import pytest
 import torch
 import torch_npu
 
-from reshard.activation import SILU, Activation
-from reshard.prepare import Cut
-from runtime import DenseFFN, load_shard
-from runtime.kernels.cpu import CpuKernels
-from runtime.kernels.npu import NpuKernels
-from tests.activations import CASES, LIMIT, Case
-from tests.builders import Spec, build
+from reshard.model.activation import SILU, Activation
+from reshard.plan.pipeline import Cut
+from reshard_runtime import DenseFFN, load_shard
+from reshard_runtime.kernels.cpu import CpuKernels
+from reshard_runtime.kernels.npu import NpuKernels
 from tests.npu.stand_ins import register
 from tests.npu.test_forward import BF16_BOUND, HIDDEN, INTERMEDIATE, Calls, _tokens
-from tests.running import split
+from tests.support.activations import CASES, LIMIT, Case
+from tests.support.builders import Spec, build
+from tests.support.running import split
 
 by_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from reshard.check import device
+from reshard.checks import device
 from reshard.schemes import SCHEMES
-from runtime.kernels import npu
-from runtime.kernels.npu import NpuKernels
-from tests.checking import failed, findings, of
-from tests.test_models import CONFIGS
+from reshard_runtime.kernels import npu
+from reshard_runtime.kernels.npu import NpuKernels
+from tests.model.test_models import CONFIGS
+from tests.support.checking import failed, findings, of
 
 R1 = CONFIGS / "deepseek-r1.json"
 

@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reshard.prepare import Cut
-from runtime import DenseFFN, load_shard
-from runtime.collectives import Collectives, PairwiseCollectives
-from runtime.kernels.npu import NpuKernels
-from tests.builders import Spec, build
-from tests.distributed import Ranks
+from reshard.plan.pipeline import Cut
+from reshard_runtime import DenseFFN, load_shard
+from reshard_runtime.collectives import Collectives, PairwiseCollectives
+from reshard_runtime.kernels.npu import NpuKernels
 from tests.npu.stand_ins import FRACTAL_NZ, register
-from tests.running import split
+from tests.support.builders import Spec, build
+from tests.support.distributed import Ranks
+from tests.support.running import split
 
 HIDDEN, INTERMEDIATE = 256, 1024
 COUNTS = {1: [6], 2: [5, 3], 4: [5, 0, 1, 7]}

@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch_npu
 
-from reshard.activation import SILU, Activation
 from reshard.errors import ShardError
-from runtime.kernels import device_of, kernels_for
-from runtime.kernels.npu import NpuKernels
-from runtime.partial import PartialFFN
-from runtime.shard import LayerShard, LinearShard
-from tests.activations import CASES, Case
+from reshard.model.activation import SILU, Activation
+from reshard_runtime.kernels import device_of, kernels_for
+from reshard_runtime.kernels.npu import NpuKernels
+from reshard_runtime.partial import PartialFFN
+from reshard_runtime.shard import LayerShard, LinearShard
+from tests.support.activations import CASES, Case
 
 H, I = 7168, 18432  # noqa: E741 - the field's name
 SCHEMES = {

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from reshard.prepare import Cut
-from tests.builders import CHECKPOINTS
-from tests.distributed import Ranks
-from tests.running import split
+from reshard.plan.pipeline import Cut
+from tests.support.builders import CHECKPOINTS
+from tests.support.distributed import Ranks
+from tests.support.running import split
 from tests.vllm.models import write_model
 
 vllm = importlib.util.find_spec("vllm")

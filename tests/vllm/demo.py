@@ -5,8 +5,8 @@ import shlex
 import shutil
 from pathlib import Path
 
-from reshard.prepare import Cut
-from tests.running import split
+from reshard.plan.pipeline import Cut
+from tests.support.running import split
 from tests.vllm.conftest import W8A8  # noqa: F401 - sets what vLLM wants of the environment
 from tests.vllm.models import write_model
 from tests.vllm.server import Answer, Server, serving, shard_options

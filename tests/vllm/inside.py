@@ -1,4 +1,4 @@
-"""vLLM's own loading and layers without its server: what runs in each process of a `tests.distributed.Ranks`.
+"""vLLM's own loading and layers without its server: what runs in each process of a `tests.support.distributed.Ranks`.
 
 The processes are one job to vLLM, as its workers are. Each function takes the group first.
 """
@@ -215,7 +215,7 @@ def w8a8_forward(group: dist.ProcessGroup, served: Served, counts: list[int]) ->
     """A W8A8 layer's result with tokens that travel quantised and as they are, and the bytes of a row."""
     from vllm.forward_context import set_forward_context
 
-    from runtime.serving.vllm.travel import AsTheyAre
+    from reshard_runtime.serving.vllm.token_codec import AsTheyAre
 
     with loaded(served) as (config, model), torch.inference_mode():
         mlp = model.model.layers[0].mlp

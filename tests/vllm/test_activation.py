@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed import Ranks
+from tests.support.distributed import Ranks
 from tests.vllm import inside
 from tests.vllm.inside import Served
 from tests.vllm.models import with_activation

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import beside
+from tests.support import beside
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed import Ranks
+from tests.support.distributed import Ranks
 from tests.vllm import inside
 from tests.vllm.inside import Served
 from tests.vllm.models import HIDDEN, INTERMEDIATE, parts
@@ -151,8 +151,8 @@ def test_counts_that_are_not_the_tokens_raise(two: Ranks, dense: Path) -> None:
 
 def test_full_weights_are_never_made(two: Ranks, tmp_path: Path) -> None:
     """A full gate would be the largest tensor by far."""
-    from reshard.prepare import Cut
-    from tests.running import split
+    from reshard.plan.pipeline import Cut
+    from tests.support.running import split
     from tests.vllm.models import write_model
 
     model = write_model(tmp_path / "model", layers=1, dense=1, intermediate=16384)
@@ -163,8 +163,8 @@ def test_full_weights_are_never_made(two: Ranks, tmp_path: Path) -> None:
 
 
 def test_a_size_of_one_splits_nothing(two: Ranks, dense: Path, tmp_path: Path) -> None:
-    from reshard.prepare import Cut
-    from tests.running import split
+    from reshard.plan.pipeline import Cut
+    from tests.support.running import split
 
     split(dense, tmp_path / "tp1", Cut(1))
     whole = two.run(inside.parameters, Served(dense, data=2))

@@ -9,7 +9,7 @@ import vllm.plugins
 vllm.plugins.load_general_plugins()
 from vllm.model_executor import model_loader
 first = model_loader._LOAD_FORMAT_TO_MODEL_LOADER["denseffn_shards"]
-from runtime.serving.vllm import register
+from reshard_runtime.serving.vllm import register
 register()
 vllm.plugins.plugins_loaded = False
 vllm.plugins.load_general_plugins()

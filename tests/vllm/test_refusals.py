@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from reshard.prepare import Cut
-from tests.distributed import Ranks
-from tests.running import reshard, split
+from reshard.plan.pipeline import Cut
+from tests.support.distributed import Ranks
+from tests.support.running import reshard, split
 from tests.vllm import inside
 from tests.vllm.inside import Served
 from tests.vllm.models import poisoned, write_llama, write_model

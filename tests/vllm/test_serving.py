@@ -18,8 +18,8 @@ import httpx
 import pytest
 from safetensors.torch import load_file
 
-from reshard.prepare import Cut
-from tests.running import split
+from reshard.plan.pipeline import Cut
+from tests.support.running import split
 from tests.vllm.models import HIDDEN, INTERMEDIATE, VOCABULARY, write_model
 from tests.vllm.server import END_SECONDS, REQUEST_SECONDS, Answer, Server, serving
 

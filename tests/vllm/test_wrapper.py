@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from reshard.prepare import Cut
-from tests.distributed import Ranks
-from tests.running import split
+from reshard.plan.pipeline import Cut
+from tests.support.distributed import Ranks
+from tests.support.running import split
 from tests.vllm import inside
 from tests.vllm.inside import Served
 from tests.vllm.models import parts, poisoned, write_kimi_k25

@@ -7,7 +7,7 @@ from typing import Any
 
 def register() -> None:
     """Called by vLLM in each of its processes."""
-    from runtime.serving.vllm.split import SplitMLP
+    from reshard_runtime.serving.vllm.split_mlp import SplitMLP
 
     real = SplitMLP.run
 

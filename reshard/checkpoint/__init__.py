@@ -1,0 +1,1 @@
+"""A checkpoint's dense layers, described."""

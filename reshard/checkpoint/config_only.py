@@ -1,0 +1,176 @@
+"""The DenseFFN that a config.json alone promises: layers, tensors, types and shapes, no file behind them."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from reshard.checkpoint.describe import check_pair, of_activations
+from reshard.checkpoint.description import Checkpoint, Identity, Layer, Linear, Model, Tensor
+from reshard.errors import LayersError, SchemeError, SourceError
+from reshard.model.config import known_dense_layers, language_levels, read_model_config
+from reshard.model.naming import CONFIG, DOWN, GATE, PREFIX, ROLES, UP, WRAPPED, mlp_name
+from reshard.model.prefix import is_known_wrapper, published_prefix
+from reshard.quantization import Accounts, check_transforms, list_accounts
+from reshard.quantization.explain import words
+from reshard.quantization.formats import as_kind
+from reshard.schemes import BLOCK, FLOAT, VARIANTS, Declared, Shape, TensorRule, Variant, check_kind, check_scheme
+from reshard.source.base import parse_json_object
+
+# llm-compressor writes scales in BF16, ModelSlim and DeepSeek in F32.
+_BF16_SCALES = frozenset(v.kind for v in VARIANTS if v.kind.startswith(("int8-channel", "fp8-channel", "fp8-block-c")))
+_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """A config.json. Raises SourceError where it cannot be read."""
+    try:
+        raw = Path(path).read_bytes()
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
+    return parse_json_object(raw, str(path))
+
+
+def promised(config: Mapping[str, Any], name: str, scheme: str | None = None) -> Checkpoint:
+    """The checkpoint, every tensor without parts.
+
+    scheme: one of reshard.schemes; None takes what the config's own quantization_config says (BF16 where it says
+    nothing: ModelSlim's description of a quantised checkpoint is another file). Raises LayersError where no layer is
+    dense, SourceError or SchemeError where the config says what is not understood, UsageError for an unknown scheme.
+    """
+    model = read_model_config(config)
+    dense = known_dense_layers(model)
+    if not dense:
+        raise LayersError(f"no dense layer: {CONFIG} ({model.reason}) gives none")
+    if model.bias is not None:
+        raise SchemeError(f"{CONFIG}: {model.bias} is set: dense layers with a bias are not cut by this version")
+    declare = _declared(config) if scheme is None else _named(config, scheme)
+    sizes = (model.intermediate_size, model.hidden_size)
+    prefix = published_prefix(config)
+    check_transforms(Accounts(config), {index: mlp_name(prefix, index) for index in dense}, ())
+    own, doubts = _own_dtype(config)
+    layers = []
+    for index in sorted(dense):
+        linears = {}
+        for role in ROLES:
+            module = f"{mlp_name(prefix, index)}.{role}"
+            declared = declare(module)
+            linears[role] = _linear(module, declared, sizes[::-1] if role == DOWN else sizes, own)
+        check_pair(mlp_name(prefix, index), linears[GATE], linears[UP])
+        layers.append(Layer(index, linears, prefix, model.activation(index)))
+    tensors = [tensor for layer in layers for tensor in layer.tensors()]
+    return Checkpoint(
+        identity=Identity("folder", name, None, ()),
+        model=Model(model.model_type, model.hidden_size, model.intermediate_size, model.num_hidden_layers, prefix),
+        layers=tuple(layers),
+        side_files={CONFIG: json.dumps(config).encode()},
+        total_tensors=len(tensors),
+        total_bytes=sum(tensor.nbytes for tensor in tensors),
+        warnings=(
+            *model.doubts,
+            *doubts,
+            *_of_prefix(config, scheme),
+            *of_activations((layer for layer in layers if layer.activation), config=True),
+        ),
+    )
+
+
+def _declared(config: Mapping[str, Any]) -> Callable[[str], Declared]:
+    """What the config's own accounts say. Where two differ, the tensors would have to say which is right."""
+    accounts = list_accounts(Accounts(config))
+
+    def declare(module: str) -> Declared:
+        said = [declared for account in accounts if (declared := account.declare(module)) is not None]
+        for other in said[1:]:
+            if (other.kind, other.block) != (said[0].kind, said[0].block):
+                first, second = words(said[0], other)
+                raise SchemeError(
+                    f"{module}: {said[0].said_by} says {first}, {other.said_by} says {second}: give the checkpoint, "
+                    "whose headers tell, or make both say what the weights are"
+                )
+        return said[0] if said else Declared(FLOAT, None, f"{CONFIG} (no quantization_config)")
+
+    return declare
+
+
+def _named(config: Mapping[str, Any], scheme: str) -> Callable[[str], Declared]:
+    """--scheme; its block is the config's own where one is said for that scheme."""
+    check_scheme(scheme)
+    variant = next(variant for variant in VARIANTS if variant.scheme == scheme)
+    own = _own_block(config)
+
+    return lambda module: as_kind(variant, own or BLOCK, "--scheme")
+
+
+def _own_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    for account in list_accounts(Accounts(config)):
+        sizes = account.section.values.get("weight_block_size") if account.section else None
+        if isinstance(sizes, list) and len(sizes) == 2 and all(type(size) is int and size > 0 for size in sizes):
+            return sizes[0], sizes[1]
+    return None
+
+
+def _linear(module: str, declared: Declared, weight: tuple[int, int], own: str) -> Linear:
+    """What the first variant of the declared kind has."""
+    check_kind(module, declared)
+    variant = next(variant for variant in VARIANTS if variant.kind == declared.kind)
+    tensors = {
+        rule.suffix: Tensor(
+            f"{module}.{rule.suffix}",
+            _dtype(rule, declared.kind, own),
+            _shape(module, rule, variant, declared, weight),
+            (),
+        )
+        for rule in variant.tensors
+    }
+    return Linear(variant, declared.block, tensors)
+
+
+def _shape(
+    module: str, rule: TensorRule, variant: Variant, declared: Declared, weight: tuple[int, int]
+) -> tuple[int, ...]:
+    out_features, in_features = weight
+    if rule.shape is Shape.BLOCKS:
+        if declared.block is None:
+            raise SchemeError(f"{module}.{rule.suffix}: {declared.said_by} gives no block size for {variant.scheme}")
+        return -(-out_features // declared.block[0]), -(-in_features // declared.block[1])
+    shapes: dict[Shape, tuple[int, ...]] = {
+        Shape.OUT_IN: weight,
+        Shape.CHANNEL: (out_features, 1),
+        Shape.OUT: (out_features,),
+        Shape.ONE: (1,),
+    }
+    return shapes[rule.shape]
+
+
+def _dtype(rule: TensorRule, kind: str, own: str) -> str:
+    """A weight that is not quantised has the model's own type; a scale that may have several has its tool's."""
+    if len(rule.dtypes) == 1:
+        return next(iter(rule.dtypes))
+    if rule.shape is Shape.OUT_IN:
+        return own
+    return "BF16" if kind in _BF16_SCALES else "F32"
+
+
+def _own_dtype(config: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """The top's, which is the one that engines load with, or else a nested one's; and a line where they differ."""
+    named: dict[str, Any] = {}
+    for place, level in language_levels(config):
+        value = level.get("dtype") or level.get("torch_dtype")
+        if value is not None and value not in named.values():
+            named[f"in {place}" if place else "at its top"] = value
+    dtype = next(iter(named.values()), "bfloat16")
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise SchemeError(f"{CONFIG}: dtype is {dtype!r}; a model of {', '.join(_DTYPES)} is split")
+    said = ", ".join(f"{value} {place}" for place, value in named.items())
+    lines = (f"{CONFIG} contradicts itself: dtype is {said}; taken as {dtype}",) if len(named) > 1 else ()
+    return _DTYPES[dtype], lines
+
+
+def _of_prefix(config: Mapping[str, Any], scheme: str | None) -> Iterator[str]:
+    """Where the names in an account of the quantization may be others than those that were asked for."""
+    if scheme is None and not is_known_wrapper(config) and list_accounts(Accounts(config)):
+        yield (
+            f"{CONFIG}: what precedes the layers' names in a {config.get('model_type')!r} is not known: its account of "
+            f"the quantization was asked for {', '.join((*WRAPPED, PREFIX))}; the checkpoint's names would tell"
+        )

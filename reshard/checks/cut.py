@@ -1,0 +1,43 @@
+"""A cut: whether the sizes allow it."""
+
+from reshard.checkpoint.description import Checkpoint
+from reshard.checks.finding import Finding
+from reshard.checks.report import not_checked
+from reshard.errors import AlignmentError
+from reshard.plan.plan import Plan, grid, make_plan
+
+_CHECKS = ("divides", "blocks")
+
+
+def check_cut(checkpoint: Checkpoint, tp_size: int, pad: bool) -> tuple[list[Finding], Plan | None]:
+    """Findings and, if the cut can be made, the plan of rank 0; every rank's shapes are the same."""
+    where = f"tp {tp_size}"
+    size, block = checkpoint.model.intermediate_size, grid(checkpoint.layers)
+    divides = 1 <= tp_size <= size and size % tp_size == 0
+    try:
+        plan = make_plan(checkpoint, tp_size, pad=pad, tp_ranks=(0,))
+    except AlignmentError as error:
+        if not divides:
+            return [Finding("divides", where, str(error)), *_skipped(where, "blocks", "see divides")], None
+        return [Finding("divides", where, _share(size, tp_size), "ok"), Finding("blocks", where, str(error))], None
+    if plan.padding:
+        padded = plan.padding.padded_intermediate_size
+        line = f"intermediate_size {size} padded to {padded}, {_share(padded, tp_size)}"
+        share = padded // tp_size
+    else:
+        line, share = _share(size, tp_size), size // tp_size
+    blocks = f"{share // block} blocks of {block} a rank" if block > 1 else "no scale blocks along intermediate_size"
+    return [Finding("divides", where, line, "ok"), Finding("blocks", where, blocks, "ok")], plan
+
+
+def no_cut(why: str) -> list[Finding]:
+    """Where there is no size to cut for, or nothing to cut."""
+    return list(not_checked(_CHECKS, why))
+
+
+def _share(size: int, tp_size: int) -> str:
+    return f"{size} / {tp_size} = {size // tp_size}"
+
+
+def _skipped(where: str, check: str, why: str) -> list[Finding]:
+    return [Finding(check, where, f"not checked: {why}", "skipped")]

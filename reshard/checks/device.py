@@ -1,0 +1,175 @@
+"""A cut on an Ascend NPU: tiles and limits by arithmetic, the forward pass by torch_npu where it is installed.
+
+L the rank's share of intermediate_size, H hidden_size; a rank's weights are [2L, H] and [H, L].
+"""
+
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from reshard.checkpoint.description import Checkpoint
+from reshard.checks.finding import Finding
+from reshard.model.activation import not_computed
+from reshard.model.naming import DOWN, GATE, GATE_UP
+from reshard.plan.plan import Plan, PlannedTensor
+from reshard.tensors.tiles import limit_faults, tile_faults
+
+LAST_DIM_LIMIT = 65_535
+"""Of npu_quant_matmul's operands; see reshard.tensors.tiles."""
+
+TILES = {"BF16": ("BF16", (16, 16)), "F16": ("FP16", (16, 16)), "I8": ("INT8", (16, 32))}
+"""FRACTAL_NZ's number and tile by the weight's type; see reshard.tensors.tiles."""
+
+AS_BF16 = frozenset({"fp8_block", "fp8_channel", "int8_block"})
+"""Schemes that Ascend has no kernel for: the runtime multiplies their scales out at load."""
+
+_TOKENS = (1, 24, 4096)
+
+
+@dataclass(frozen=True)
+class Module:
+    """One rank's part of a layer's gate_up_proj or down_proj, and the type that its weight has on the device."""
+
+    name: str
+    role: str
+    scheme: str
+    tensors: Mapping[str, PlannedTensor]
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """L and H."""
+        rows, columns = self.weight.shape
+        return (rows // 2, columns) if self.role == GATE_UP else (columns, rows)
+
+    @property
+    def weight(self) -> PlannedTensor:
+        """[2L, H] or [H, L]."""
+        return self.tensors["weight"]
+
+    @property
+    def dtype(self) -> str:
+        """As safetensors names it."""
+        return "BF16" if self.scheme in AS_BF16 else self.weight.dtype
+
+
+def check_npu(checkpoint: Checkpoint, plan: Plan) -> list[Finding]:
+    """Findings for rank 0 of a fused plan; every rank's shapes are the same."""
+    layers = [
+        (
+            _module(plan, f"{layer.module}.{GATE_UP}", GATE_UP, layer.linears[GATE].variant.scheme),
+            _module(plan, f"{layer.module}.{DOWN}", DOWN, layer.linears[DOWN].variant.scheme),
+        )
+        for layer in checkpoint.layers
+    ]
+    where = f"tp {plan.tp_size}"
+    return [
+        *_tiles(layers, where),
+        *_limits(layers, where),
+        _forward(checkpoint, plan, layers, where),
+    ]
+
+
+def _module(plan: Plan, name: str, role: str, scheme: str) -> Module:
+    start = f"{name}."
+    tensors = {t.name.removeprefix(start): t for t in plan.shards[0].tensors if t.name.startswith(start)}
+    return Module(start.rstrip("."), role, scheme, tensors)
+
+
+def _distinct(layers: list[tuple[Module, Module]]) -> list[Module]:
+    """A module of every shape and type."""
+    modules = [module for pair in layers for module in pair]
+    return list({(module.weight.shape, module.dtype): module for module in reversed(modules)}.values())[::-1]
+
+
+def check_kernels(checkpoint: Checkpoint) -> Finding:
+    """Whether the device multiplies the weights as they are stored."""
+    schemes = sorted({linear.variant.scheme for layer in checkpoint.layers for linear in layer.linears.values()})
+    lacking = [scheme for scheme in schemes if scheme in AS_BF16]
+    if not lacking:
+        return Finding("kernels", "", f"{', '.join(schemes)} as stored", "ok")
+    line = (
+        f"no NPU kernel multiplies {', '.join(lacking)}: the runtime makes it BF16 at load, vLLM on Ascend does not "
+        "serve it; cut with --weights w8a8 or --weights bf16"
+    )
+    return Finding("kernels", "", line, "warning")
+
+
+def _tiles(layers: list[tuple[Module, Module]], where: str) -> Iterator[Finding]:
+    """A matrix that is no whole tiles is padded on the device: right, and slower and larger than it looks."""
+    wrong: list[str] = []
+    right: dict[str, list[str]] = {}
+    for module in _distinct(layers):
+        if module.dtype not in TILES:
+            continue
+        number, tile = TILES[module.dtype]
+        shown = _shown(module.weight.shape)
+        right.setdefault(f"{number} tiles of {tile[0]} x {tile[1]}", []).append(shown)
+        faults = tile_faults(module.role, *module.sizes, tile, number)
+        wrong += [f"{module.name}.weight {shown}: {fault}" for fault in faults]
+    for line in wrong:
+        yield Finding("tiles", where, line, "warning")
+    if not wrong:
+        line = "; ".join(f"{name}: {', '.join(shapes)}" for name, shapes in right.items())
+        yield Finding("tiles", where, line or "no tiles for float32", "ok")
+
+
+def _limits(layers: list[tuple[Module, Module]], where: str) -> Iterator[Finding]:
+    quantised = [module for module in _distinct(layers) if module.dtype == "I8"]
+    wrong = [
+        f"{module.name}.weight {_shown(module.weight.shape)}: {fault}"
+        for module in quantised
+        for fault in limit_faults(module.role, *module.sizes, LAST_DIM_LIMIT)
+    ]
+    for line in wrong:
+        yield Finding("limits", where, line)
+    if not wrong:
+        widest = max((size for module in quantised for size in module.weight.shape), default=0)
+        line = f"the widest matrix is {widest}, npu_quant_matmul takes up to {LAST_DIM_LIMIT}"
+        yield Finding("limits", where, line if quantised else "no int8 matrix, so no npu_quant_matmul", "ok")
+
+
+def _forward(checkpoint: Checkpoint, plan: Plan, layers: list[tuple[Module, Module]], where: str) -> Finding:
+    """Every call of the forward pass on the meta device, by the runtime's own classes."""
+
+    def skipped(why: str) -> Finding:
+        return Finding("forward", where, f"not checked: {why}", "skipped")
+
+    if importlib.util.find_spec("torch_npu") is None:
+        return skipped("torch_npu is not installed here; check where it is: pip install 'reshard[npu]'")
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # torch_npu greets on stdout, which is ours
+            from reshard_runtime.kernels import device_of, kernels_for
+            from reshard_runtime.shape_check import Linear, forward_on_meta
+
+            kernels = kernels_for(device_of("npu"))
+    except Exception as error:  # whatever a torch_npu raises that lacks CANN, or is of another torch
+        reason = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
+        return skipped(f"torch_npu is installed and cannot be imported: {reason}")
+    checked = 0
+    seen = set()
+    for layer, (gate_up, down) in zip(checkpoint.layers, layers, strict=True):
+        activation = layer.activation
+        if activation is None or not activation.is_known:
+            return skipped(f"layer {layer.index}: {not_computed(activation)}")
+        first, second = (
+            Linear(module.name, module.scheme, {s: (t.dtype, t.shape) for s, t in module.tensors.items()})
+            for module in (gate_up, down)
+        )
+        key = activation, *((linear.scheme, tuple(sorted(linear.tensors.items()))) for linear in (first, second))
+        if key in seen:
+            continue
+        seen.add(key)
+        size, hidden = checkpoint.model.intermediate_size, checkpoint.model.hidden_size
+        refused = forward_on_meta(first, second, plan.tp_size, hidden, size, kernels, _TOKENS, activation)
+        if refused is not None:
+            return Finding("forward", where, f"{gate_up.name.rpartition('.')[0]}: {refused}")
+        checked += 1
+    tokens = ", ".join(map(str, _TOKENS))
+    kinds = "all layers alike" if checked == 1 else f"{checked} kinds of layers"
+    return Finding("forward", where, f"torch_npu accepts every call for {tokens} tokens a rank, {kinds}", "ok")
+
+
+def _shown(shape: tuple[int, ...]) -> str:
+    return str(list(shape))

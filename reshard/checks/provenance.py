@@ -1,0 +1,56 @@
+"""What a shard set says that it was cut from, against a source at hand: no tensor data, no digest of any."""
+
+from collections.abc import Iterator
+
+from reshard.checkpoint.description import Checkpoint
+from reshard.checks.finding import Finding
+from reshard.manifest import Manifest
+from reshard.model.naming import MANIFEST
+
+
+def compare_identity(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Finding]:
+    """The files that the set was cut from against those that the source has. A folder may be called otherwise.
+
+    Warnings: the same weights may lie in other files, which only their bytes tell.
+    """
+    cut = {file.name: (file.size, file.header_blake3) for file in manifest.source.files}
+    there = {file.name: (file.size, file.header_digest) for file in checkpoint.identity.files}
+    for name in sorted(cut.keys() | there.keys()):
+        if name not in there:
+            what = f"{MANIFEST} says that the set was cut from it; the source has no such weights"
+        elif name not in cut:
+            what = f"holds DenseFFN weights of the source; {MANIFEST} does not name it"
+        elif cut[name] != there[name]:
+            what = (
+                f"the set was cut from {cut[name][0]} bytes with header {cut[name][1]}, the source has "
+                f"{there[name][0]} bytes with header {there[name][1]}"
+            )
+        else:
+            continue
+        yield Finding("identity", name, what, "warning")
+
+
+def compare_model(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Sizes, layers, scheme."""
+    for key in ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "prefix"):
+        recorded, real = getattr(manifest.model, key), getattr(checkpoint.model, key)
+        if recorded != real:
+            yield Finding("model", MANIFEST, f"{key} is {recorded!r}, the source's is {real!r}")
+    recorded_layers = [layer.index for layer in manifest.layers]
+    layers = [layer.index for layer in checkpoint.layers]
+    if recorded_layers != layers:
+        yield Finding("model", MANIFEST, f"its dense layers are {recorded_layers}, the source's {layers}")
+    cut = {layer.index: layer.read_activation() for layer in manifest.layers}
+    for layer in checkpoint.layers:
+        if layer.index in cut and cut[layer.index] != layer.activation:
+            yield Finding(
+                "model",
+                layer.module,
+                f"{MANIFEST} says that its activation is {cut[layer.index]}, the source makes it {layer.activation}; "
+                "cut it again",
+            )
+    # Each layer's own is checked against the source, so this one is against those.
+    schemes = {scheme for layer in manifest.layers for scheme in (layer.gate_up_proj, layer.down_proj)} - {"bf16"}
+    scheme = "mixed" if len(schemes) > 1 else next(iter(schemes), "bf16")
+    if manifest.scheme != scheme:
+        yield Finding("model", MANIFEST, f"its scheme is {manifest.scheme}, its layers make it {scheme}")

@@ -1,0 +1,35 @@
+"""A serving setup: the option's rules, which the engine's hook says in the same words."""
+
+from collections.abc import Callable
+
+from reshard.checks.finding import Finding
+from reshard.checks.report import Serving
+from reshard.checks.serving_option import OPTION, RULES, Setup, broken_rules, option_of
+
+
+def option_size(serving: Serving | None) -> int | None:
+    """The group size that the option asks for, if it is one."""
+    size = option_of(serving.additional_config) if serving else None
+    return size if size is not None and size >= 1 else None
+
+
+def check_serving(
+    serving: Serving,
+    moe: bool | None,
+    shards_tp_size: int | None,
+    can_be_cut: Callable[[int], bool] = lambda size: True,
+) -> list[Finding]:
+    """A finding for every rule that is broken, or one for all. moe: whether the model has expert layers, if known.
+
+    can_be_cut: whether the layers can be cut for a size, where there are layers to cut; no other size is advised.
+    """
+    setup = Setup(serving.data_parallel_size, serving.tensor_parallel_size, moe, serving.pipeline_parallel_size)
+    broken = broken_rules(serving.additional_config, setup, shards_tp_size, can_be_cut)
+    if broken:
+        return [Finding(f"option-{rule.rule}", "", rule.message) for rule in broken]
+    size = serving.additional_config.get(OPTION)
+    set_for = f", shard set cut for {shards_tp_size}" if shards_tp_size is not None else ""
+    stages = f", pipeline-parallel size {setup.pipeline_parallel_size}" if setup.pipeline_parallel_size > 1 else ""
+    sizes = f"data-parallel size {setup.data_parallel_size}, tensor-parallel size {setup.tensor_parallel_size}{stages}"
+    what = f"{OPTION} {size}" if size is not None else f"no {OPTION}"
+    return [Finding("option", "", f"{what}, {sizes}{set_for}: {len(RULES)} rules kept", "ok")]

@@ -1,0 +1,1 @@
+"""The model: its config, the names of its layers, the activation."""

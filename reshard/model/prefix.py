@@ -1,0 +1,160 @@
+"""Which of the modules in a checkpoint is the language model: what precedes its layers' names."""
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from reshard.checkpoint.description import Tensor
+from reshard.errors import LayersError
+from reshard.model.config import ModelConfig, language_config
+from reshard.model.foreign import what_is_there
+from reshard.model.naming import CONFIG, DOWN, PREFIX, WRAPPED, layer_name, parse_dense, parse_layer, stands_beside
+from reshard.tensors.dtypes import FLOATS
+
+_PUBLISHED = {
+    "deepseek_vl_v2": "language.model.",
+    "gemma3": "language_model.model.",
+    "glm4v": "model.language_model.",
+    "glm4v_moe": "model.language_model.",
+    "internvl_chat": "language_model.model.",
+    "interns1": "model.language_model.",
+    "kimi_k25": "language_model.model.",
+    "kimi_k3": "language_model.model.",
+    "kimi_vl": "language_model.model.",
+    "llama4": "language_model.model.",
+    "llava": "language_model.model.",
+    "mistral3": "language_model.model.",
+    "qwen2_5_omni": "thinker.model.",
+    "qwen3_omni_moe": "thinker.model.",
+    "qwen3_5": "model.language_model.",
+    "qwen3_5_moe": "model.language_model.",
+    "qwen3_vl": "model.language_model.",
+    "qwen3_vl_moe": "model.language_model.",
+}
+"""What precedes the layers' names in the published checkpoints of wrappers, by the wrapper's model_type."""
+
+_MLP_OR_NORM = re.compile(r"(?:mlp|\w*norm\w*)\.")
+_EXPERTS = re.compile(r"(?:\w+\.)?experts\.")
+_UNPACKED = FLOATS | {"F8_E4M3", "F8_E5M2"}
+"""Types of weights whose shapes are those of config.json, however they are quantised."""
+
+
+def published_prefix(config: Mapping[str, Any]) -> str:
+    """The prefix that a config.json promises, where there are no names to take it from.
+
+    Of a wrapper that is not known (`is_known_wrapper`) one that is asked for under every other, too.
+    """
+    model_type = config.get("model_type")
+    unknown = PREFIX if language_config(config)[0] is None else WRAPPED[0]
+    return _PUBLISHED.get(model_type, unknown) if isinstance(model_type, str) else unknown
+
+
+def is_known_wrapper(config: Mapping[str, Any]) -> bool:
+    """Whether it is known what precedes the layers' names; it is of a config that is no wrapper's."""
+    return language_config(config)[0] is None or config.get("model_type") in _PUBLISHED
+
+
+@dataclass
+class _Module:
+    """What names say of a module that has layers. dense: its layers that have DenseFFN tensors.
+
+    mixes: whether a layer has more than an MLP and norms: attention, by whatever name.
+    """
+
+    layers: set[int] = field(default_factory=set)
+    dense: set[int] = field(default_factory=set)
+    mixes: bool = False
+    has_experts: bool = False
+    shapes: set[tuple[int, ...]] = field(default_factory=set)
+
+    def add(self, layer: int, rest: str) -> None:
+        self.layers.add(layer)
+        self.mixes = self.mixes or _MLP_OR_NORM.match(rest) is None
+        self.has_experts = self.has_experts or _EXPERTS.match(rest) is not None
+
+
+def language_prefix(tensors: Mapping[str, Tensor], other_names: Collection[str], config: ModelConfig | None) -> str:
+    """The prefix of the language model's layers, among all modules that have layers.
+
+    Its weights that are not packed have config.json's sizes, it has the dense layers that config.json names, attention
+    and, where any has them, experts, and reaches the last layer. Raises LayersError where no module or more than one
+    has whatever some have of these, and where the language model has no DenseFFN.
+    """
+    modules = _modules(tensors, other_names)
+    dense = sorted(prefix for prefix, module in modules.items() if module.dense)
+    if not dense:
+        because = f" ({CONFIG}: {config.reason})" if config else ""
+        beside = next((name for name in sorted(other_names) if _stands_beside(name)), None)
+        there = f"; {beside} is another module's, by its name" if beside else what_is_there(other_names)
+        raise LayersError(
+            "no dense layer: no tensor of a language model is named …layers.{i}.mlp.{gate,up,down}_proj.weight"
+            f"{because}{there}"
+        )
+    left = _fitting(modules, config)
+    having = [prefix for prefix in left if modules[prefix].dense]
+    if len(left) > 1 and len(having) == 1:
+        left = having
+    if len(left) != 1:
+        raise _not_told(modules, left, config)
+    if not having:
+        there = what_is_there(name for name in other_names if name.startswith(left[0]))
+        raise LayersError(
+            f"no dense layer: the language model's layers are {left[0]}layers.*, and those of {', '.join(dense)} are "
+            f"another module's{there}"
+        )
+    return left[0]
+
+
+def _stands_beside(name: str) -> bool:
+    """Whether a name would be a DenseFFN tensor's, if its module were the language model."""
+    parsed = parse_layer(name)
+    return parsed is not None and stands_beside(parsed[0]) and parse_dense(name.removeprefix(parsed[0])) is not None
+
+
+def _modules(tensors: Mapping[str, Tensor], other_names: Iterable[str]) -> dict[str, _Module]:
+    """By prefix, without those whose names say that they are none."""
+    found: dict[str, _Module] = {}
+    for name in (*tensors, *other_names):
+        parsed = parse_layer(name)
+        if parsed is not None:
+            found.setdefault(parsed[0], _Module()).add(parsed[1], parsed[2])
+    for name, tensor in tensors.items():
+        dense = parse_dense(name)
+        if dense is not None:
+            found[dense.prefix].dense.add(dense.layer)
+            if dense.role == DOWN and dense.suffix == "weight" and tensor.dtype in _UNPACKED:
+                found[dense.prefix].shapes.add(tensor.shape)
+    return {prefix: module for prefix, module in found.items() if not stands_beside(prefix)}
+
+
+def _fitting(modules: Mapping[str, _Module], config: ModelConfig | None) -> list[str]:
+    """The modules that are left when those go that lack what another has of what config.json says of a language model.
+
+    In that order: of a download in parts only the dense layers may be there, beside a tower that is whole.
+    """
+    signs: list[Callable[[_Module], bool]] = []
+    if config is not None:
+        sizes = (config.hidden_size, config.intermediate_size)
+        signs.append(lambda module: module.shapes <= {sizes})
+        if config.dense_layers:
+            dense = config.dense_layers
+            signs.append(lambda module: module.dense >= dense)
+    signs += [lambda module: module.mixes, lambda module: module.has_experts]
+    if config is not None:
+        last = config.num_hidden_layers - 1
+        signs.append(lambda module: max(module.layers) >= last)
+    left = set(modules)
+    for sign in signs:
+        left = {prefix for prefix in left if sign(modules[prefix])} or left
+    return sorted(left)
+
+
+def _not_told(modules: Mapping[str, _Module], left: Collection[str], config: ModelConfig | None) -> LayersError:
+    named = sorted(left or modules)
+    layers = [f"{layer_name(prefix, min(modules[prefix].layers))}.*" for prefix in named]
+    why = f"there is no {CONFIG}" if config is None else f"{'each' if left else 'none'} has all that {CONFIG} says"
+    return LayersError(
+        f"{len(named)} modules have layers, {' and '.join(layers)}, and {why}: which is the language model cannot be "
+        "told; give a checkpoint that holds one of them"
+    )

@@ -1,0 +1,1 @@
+"""Tensors as bytes: element types, headers, blocks, digests."""

@@ -1,0 +1,173 @@
+"""What every tensor of a shard must hold, from tp_size, layout, padding and tp_rank alone.
+
+These are verify's own rules. The plan, the split table and the slices that a manifest records take no part in them,
+so that a mistake there is a difference here.
+
+R tp_size, r tp_rank, I intermediate_size, H hidden_size, L = I/R the rank's share (of the padded I where the set is
+padded). A tensor is a grid: rows are dim 0, columns the elements of a row.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from reshard.checks.finding import Finding
+from reshard.errors import HeaderError, MismatchError, SchemeError
+from reshard.manifest import Manifest
+from reshard.model.naming import DOWN, GATE, GATE_UP, MANIFEST, UP
+from reshard.source.base import Source, read_header
+from reshard.tensors.header import Header
+from reshard.verification.reference import SCALES, Grid, LinearGrids
+
+_BY_CHANNEL = frozenset({"weight_scale", "weight_offset", "deq_scale"})
+_BY_INPUT = frozenset({"input_scale", "input_offset", "input_zero_point"})
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of a shard tensor, and where in the source tensor `grid` it is from: None for zeros."""
+
+    row: int
+    column: int
+    rows: int
+    columns: int
+    grid: Grid | None = None
+    from_row: int = 0
+    from_column: int = 0
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a shard must hold under a name: the pieces cover every element, some (held once for two) twice."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """One shard module of a layer: gate and up stacked, or one linear alone."""
+
+    module: str
+    roles: tuple[str, ...]
+
+    @property
+    def is_down(self) -> bool:
+        """Whether it is the row-parallel one."""
+        return self.roles == (DOWN,)
+
+
+def groups(layout: str) -> tuple[Group, ...]:
+    """The modules that a layer has in a shard."""
+    columns = (Group(GATE_UP, (GATE, UP)),) if layout == "fused" else (Group(GATE, (GATE,)), Group(UP, (UP,)))
+    return (*columns, Group(DOWN, (DOWN,)))
+
+
+def expect(
+    group: Group, module: str, linears: Sequence[LinearGrids], manifest: Manifest, tp_rank: int
+) -> list[Expected]:
+    """The tensors of a module in one rank's shard. linears: the source's gate and up, or one of the three.
+
+    Raises MismatchError where the manifest's sizes give the ranks no equal shares of whole blocks.
+    """
+    share = _share(manifest, linears[0], group.is_down)
+    found = []
+    for suffix, grid in linears[0].tensors.items():
+        grids = [linear.tensors[suffix] for linear in linears]
+        in_blocks = linears[0].block is not None and suffix in SCALES
+        if group.is_down:
+            shape, pieces = _down(grid, suffix, linears[0].block if in_blocks else None, share, tp_rank)
+        else:
+            shape, pieces = _gate_up(grids, suffix, linears[0].block if in_blocks else None, share, tp_rank)
+        found.append(Expected(f"{module}.{suffix}", grid.dtype, shape, tuple(pieces)))
+    return found
+
+
+def _share(manifest: Manifest, linear: LinearGrids, is_down: bool) -> int:
+    """L."""
+    size, tp_size = linear.tensors["weight"].shape[1 if is_down else 0], manifest.tp_size
+    padded = manifest.padding.padded_intermediate_size if manifest.padding else size
+    share, left = divmod(padded, tp_size)
+    if left or padded < size:
+        raise MismatchError(
+            f"{MANIFEST}: intermediate_size {size} (padded: {padded}) has no equal shares for tp {tp_size}"
+        )
+    if linear.block is not None and (tp_size > 1 or manifest.layout == "fused"):
+        multiple = linear.block[1 if is_down else 0]
+        if share % multiple:
+            raise MismatchError(
+                f"{MANIFEST}: a rank's share of {share} is not a multiple of the {multiple}-wide scale block"
+            )
+    return share
+
+
+def _gate_up(
+    grids: Sequence[Grid], suffix: str, block: tuple[int, int] | None, share: int, tp_rank: int
+) -> tuple[tuple[int, ...], list[Piece]]:
+    """How gate and up are cut: along their rows, then stacked: the rank's rows of gate, then the same rows of up."""
+    shape, columns = grids[0].shape, grids[0].columns
+    if suffix in _BY_INPUT:  # one value, that of gate and of up
+        return shape, [_whole(grid) for grid in grids]
+    if suffix not in {"weight", "quant_bias", *SCALES, *_BY_CHANNEL}:
+        raise SchemeError(f"{grids[0].name}: verify has no rule for a {suffix} of a column-parallel linear")
+    local = -(-share // block[0]) if block else share
+    pieces = []
+    for position, grid in enumerate(grids):
+        start = min(tp_rank * local, grid.rows)
+        rows = min(local, grid.rows - start)
+        pieces.append(Piece(position * local, 0, rows, columns, grid, start, 0))
+        pieces.append(Piece(position * local + rows, 0, local - rows, columns))
+    return (local * len(grids), *shape[1:]), pieces
+
+
+def _down(
+    grid: Grid, suffix: str, block: tuple[int, int] | None, share: int, tp_rank: int
+) -> tuple[tuple[int, ...], list[Piece]]:
+    """How down is cut: along its columns; what belongs to its rows, the output channels, every rank holds whole."""
+    if suffix == "quant_bias":
+        # The ranks' results are added, and a bias may be added only once.
+        return grid.shape, [_whole(grid) if tp_rank == 0 else Piece(0, 0, grid.rows, grid.columns)]
+    if suffix in _BY_INPUT or (suffix in _BY_CHANNEL and block is None):
+        return grid.shape, [_whole(grid)]
+    if suffix not in {"weight", *SCALES}:
+        raise SchemeError(f"{grid.name}: verify has no rule for a {suffix} of a row-parallel linear")
+    local = -(-share // block[1]) if block else share
+    start = min(tp_rank * local, grid.columns)
+    columns = min(local, grid.columns - start)
+    kept = Piece(0, 0, grid.rows, columns, grid, 0, start)
+    return (grid.rows, local), [kept, Piece(0, columns, grid.rows, local - columns)]
+
+
+def _whole(grid: Grid) -> Piece:
+    return Piece(0, 0, grid.rows, grid.columns, grid)
+
+
+def read_headers(shards: Source, manifest: Manifest) -> tuple[dict[int, Header], list[Finding]]:
+    """The shards' headers by rank, and a finding for each that cannot be had."""
+    headers, findings = {}, []
+    for shard in manifest.shards:
+        try:
+            if shard.file in shards.files():
+                headers[shard.tp_rank] = read_header(shards, shard.file)
+            else:
+                findings.append(Finding("file", shard.file, f"missing; {MANIFEST} names it"))
+        except HeaderError as error:
+            findings.append(Finding("header", shard.file, str(error)))
+    return headers, findings
+
+
+def misfits(
+    manifest: Manifest, headers: Mapping[int, Header], expected: Mapping[int, Sequence[Expected]]
+) -> Iterator[Finding]:
+    """Tensors that a shard lacks, or that are of another type or shape."""
+    for rank, tensors in expected.items():
+        for tensor in tensors:
+            where = f"{manifest.shards[rank].file}: {tensor.name}"
+            info = headers[rank].tensors.get(tensor.name)
+            if info is None:
+                yield Finding("names", where, f"missing; it must be {tensor.dtype} {list(tensor.shape)}")
+            elif info.dtype != tensor.dtype:
+                yield Finding("dtype", where, f"is {info.dtype}, must be {tensor.dtype}")
+            elif info.shape != tensor.shape:
+                yield Finding("shape", where, f"is {list(info.shape)}, must be {list(tensor.shape)}")

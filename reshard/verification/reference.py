@@ -1,0 +1,238 @@
+"""What a set's tensors are to be made of: the source's, converted where the set says so, as rows of bytes.
+
+Nothing here comes from the code that plans and writes shards. Files are read by this module's own account of `Part`,
+and converted values are computed in numpy, where the writer uses torch. float32 throughout, one rounding at the end.
+
+Shapes: [out, in] is a linear's weight, n rows of it are [n, in]; (b, k) is its scale block.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+
+import numpy as np
+
+from reshard.checkpoint.description import Linear, Tensor
+from reshard.convert.rules import CAST, DEQUANTISE, QUANTISE
+from reshard.errors import MismatchError, SourceError
+from reshard.manifest import Manifest
+from reshard.model.naming import MANIFEST
+from reshard.source.base import Bytes, Source
+from reshard.tensors.dtypes import itemsize
+from reshard.tensors.numeric import F32, Array, f32_to_bf16, storage, to_f32
+
+BLOCK_BYTES = 1 << 20
+BLOCK_ELEMENTS = 1 << 18  # of computed values: their float32 and float64 copies fit into a core's cache
+WORKERS = min(8, len(os.sched_getaffinity(0)))  # each at its own block: memory stays at WORKERS times a few MB
+
+SCALES = ("weight_scale_inv", "weight_scale")
+_INT8_MAX = np.float32(127)
+
+Values = Callable[[int, int], F32]
+"""(first row, row behind the last) -> [n, in] float32."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A tensor as rows of bytes: `fetch(top, bottom)` gives rows top..bottom of dim 0 as [bottom - top, row_bytes]."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    fetch: Callable[[int, int], Bytes]
+    made_by: str | None = None
+
+    @property
+    def rows(self) -> int:
+        """Dim 0, or 1 for a tensor of no dimensions."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def columns(self) -> int:
+        """Elements of a row."""
+        return prod(self.shape[1:])
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return self.columns * itemsize(self.dtype)
+
+    def values(self, top: int, bottom: int) -> F32:
+        """Rows top..bottom as float32 [bottom - top, columns]."""
+        return to_f32(self.fetch(top, bottom).view(storage(self.dtype)), self.dtype)
+
+    def all_values(self) -> F32:
+        """The whole of a small tensor, [rows, columns]."""
+        return self.values(0, self.rows)
+
+    def blocks(self, row_size: int, size: int) -> Iterator[tuple[int, int]]:
+        """Row ranges that together are the whole, each about `size` at `row_size` a row."""
+        height = max(1, size // max(1, row_size))
+        for top in range(0, self.rows, height):
+            yield top, min(top + height, self.rows)
+
+
+@dataclass(frozen=True)
+class LinearGrids:
+    """A linear's tensors by suffix. `scheme` says how to compute with them; with a `block`, scales are in blocks."""
+
+    scheme: str
+    block: tuple[int, int] | None
+    tensors: Mapping[str, Grid]
+
+
+def stored_grid(source: Source, tensor: Tensor) -> Grid:
+    """A tensor whose bytes lie in files."""
+    return Grid(tensor.name, tensor.dtype, tensor.shape, partial(_fetch, source, tensor))
+
+
+def _fetch(source: Source, tensor: Tensor, top: int, bottom: int) -> Bytes:
+    """Rows top..bottom: a view where one part holds them whole, else put together from several."""
+    out: Bytes | None = None
+    covered = 0
+    for part in tensor.parts:
+        first, last = max(top, part.row), min(bottom, part.row + part.rows)
+        if first >= last:
+            continue
+        start = part.offset + (first - part.row) * part.stride
+        span = source.view(part.file, start, start + (last - first - 1) * part.stride + part.width)
+        block = np.lib.stride_tricks.as_strided(span, (last - first, part.width), (part.stride, 1), writeable=False)
+        if block.shape == (bottom - top, tensor.row_bytes):
+            return block
+        if out is None:
+            out = np.empty((bottom - top, tensor.row_bytes), np.uint8)
+        out[first - top : last - top, part.column : part.column + part.width] = block
+        covered += block.size
+    if out is None or covered != out.size:
+        raise SourceError(f"{tensor.name}: no file holds all of rows {top} to {bottom}; the source is incomplete")
+    return out
+
+
+class Reference:
+    """A source's linears, as a manifest says that they were converted."""
+
+    def __init__(self, source: Source, manifest: Manifest) -> None:
+        self._source = source
+        self._rules: dict[str, set[str | None]] = {}
+        self._names = {tensor.name for shard in manifest.shards for tensor in shard.tensors}
+        for shard in manifest.shards:
+            for tensor in shard.tensors:
+                rule = tensor.conversion.rule if tensor.conversion else None
+                self._rules.setdefault(tensor.name.rpartition(".")[0], set()).add(rule)
+
+    def linear(self, linear: Linear, module: str) -> LinearGrids:
+        """What the linear is in the shards, where it goes into `module`.
+
+        Raises MismatchError where the conversion that the manifest names is none that the linear can undergo.
+        """
+        rules = self._rules.get(module, {None})
+        if len(rules) > 1:
+            both = " and ".join(sorted(str(rule) for rule in rules))
+            raise MismatchError(f"{MANIFEST} gives its tensors different conversions: {both}")
+        (rule,) = rules
+        stored = {suffix: stored_grid(self._source, tensor) for suffix, tensor in linear.tensors.items()}
+        before = linear.tensors["weight"].conversion
+        if rule is None or (before and before.rule == rule):  # a source that is a converted set itself
+            return LinearGrids(linear.variant.scheme, linear.block, stored)
+        scale = next((stored[suffix] for suffix in SCALES if suffix in stored), None)
+        _check_rule(rule, stored, linear.block)
+        values = scaled(stored["weight"], scale, linear.block)
+        if rule == QUANTISE:
+            with_offset = f"{module}.weight_offset" in self._names
+            return LinearGrids("w8a8_dynamic", None, _Quantised(stored["weight"], values, with_offset).grids())
+        weight = stored["weight"]
+        made = Grid(
+            weight.name, "BF16", weight.shape, lambda top, bottom: _bytes(f32_to_bf16(values(top, bottom))), rule
+        )
+        return LinearGrids("bf16", None, {"weight": made})
+
+
+def _check_rule(rule: str, stored: Mapping[str, Grid], block: tuple[int, int] | None) -> None:
+    """Whether the linear's values are weight * scale, in the form that the rule starts from."""
+    weight, others = stored["weight"], stored.keys() - {"weight"}
+    weight_only = others <= set(SCALES) and (weight.dtype != "I8" or block is not None)
+    fits = {
+        QUANTISE: weight_only,
+        DEQUANTISE: weight_only and bool(others),
+        CAST: not others and weight.dtype in {"F16", "F32"},
+    }
+    if not fits.get(rule, False):
+        having = ", ".join(f"{suffix} {grid.dtype}" for suffix, grid in stored.items())
+        raise MismatchError(f"{MANIFEST} says {rule}, which does not apply to the source's {weight.name} ({having})")
+
+
+def scaled(weight: Grid, scale: Grid | None, block: tuple[int, int] | None) -> Values:
+    """The values weight * scale, float32. scale: none, [out, 1] or [out], or with a block [ceil(out/b), ceil(in/k)]."""
+    if scale is None:
+        return weight.values
+    factors = scale.all_values()  # [out, 1], or one a block
+
+    def values(top: int, bottom: int) -> F32:
+        found = weight.values(top, bottom)
+        if block is None:
+            found *= factors[top:bottom]
+            return found
+        tall = factors[np.arange(top, bottom) // block[0]]
+        found *= np.repeat(tall, block[1], axis=1)[:, : weight.columns]
+        return found
+
+    return values
+
+
+class _Quantised:
+    """int8 with one scale per output channel: scale = max|w| / 127 over the row, q = round(w / scale), symmetric.
+
+    With an offset (ModelSlim's form) the scale is F32, without it BF16, and rounded to that before it divides.
+    """
+
+    def __init__(self, weight: Grid, values: Values, with_offset: bool) -> None:
+        self._weight, self._values = weight, values
+        self._form = "F32" if with_offset else "BF16"
+        self._scales: F32 = np.full((weight.rows, 1), np.nan, np.float32)  # NaN: not known yet
+
+    def grids(self) -> dict[str, Grid]:
+        """The tensors by suffix."""
+        name, (rows, _) = self._weight.name, self._weight.shape
+        module = name.rpartition(".")[0]
+        channel = (rows, 1)
+        grids = {
+            "weight": Grid(name, "I8", self._weight.shape, self._levels, QUANTISE),
+            "weight_scale": Grid(f"{module}.weight_scale", self._form, channel, self._scale, QUANTISE),
+        }
+        if self._form == "F32":
+            zeros = Grid(f"{module}.weight_offset", "F32", channel, _zeros, QUANTISE)
+            grids["weight_offset"] = zeros
+        return grids
+
+    def _levels(self, top: int, bottom: int) -> Bytes:
+        values = self._values(top, bottom)
+        # max|w| without a copy of |w|
+        largest = np.maximum(values.max(axis=1, keepdims=True), -values.min(axis=1, keepdims=True))
+        scales = largest / _INT8_MAX
+        if self._form == "BF16":
+            scales = to_f32(f32_to_bf16(scales), "BF16")
+        scales = np.where(scales == 0, np.float32(1), scales)
+        self._scales[top:bottom] = scales
+        values /= scales
+        np.rint(values, out=values)
+        np.clip(values, -_INT8_MAX, _INT8_MAX, out=values)
+        return _bytes(values.astype(np.int8))
+
+    def _scale(self, top: int, bottom: int) -> Bytes:
+        # Mostly known by now: the weight comes first.
+        for first, last in self._weight.blocks(self._weight.columns, BLOCK_ELEMENTS):
+            if first < bottom and last > top and np.isnan(self._scales[first:last]).any():
+                self._levels(first, last)
+        scales = self._scales[top:bottom]
+        return _bytes(scales if self._form == "F32" else f32_to_bf16(scales))
+
+
+def _zeros(top: int, bottom: int) -> Bytes:
+    return np.zeros((bottom - top, np.dtype(np.float32).itemsize), np.uint8)
+
+
+def _bytes(values: Array) -> Bytes:
+    """[n, columns] of any type as [n, row_bytes]."""
+    return np.ascontiguousarray(values).view(np.uint8)

@@ -1,0 +1,229 @@
+"""Every byte of a shard set against the source it was cut from.
+
+What each shard tensor must hold comes from reshard.verification.expect, what the source holds from
+reshard.verification.reference: nothing of the code that made the set is trusted, nor the slices that its manifest
+records.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from reshard.checkpoint.description import Checkpoint, Layer
+from reshard.checks.finding import Finding
+from reshard.checks.provenance import compare_identity, compare_model
+from reshard.errors import MismatchError
+from reshard.manifest import Manifest
+from reshard.model.naming import MANIFEST, mlp_name
+from reshard.source.base import Bytes, Source, threads
+from reshard.tensors.dtypes import itemsize
+from reshard.tensors.header import Header, TensorInfo
+from reshard.tensors.numeric import storage, to_f32
+from reshard.verification.expect import Expected, Group, Piece, expect, groups, misfits, read_headers
+from reshard.verification.reference import BLOCK_BYTES, BLOCK_ELEMENTS, WORKERS, Grid, LinearGrids, Reference
+
+Tick = Callable[[int], None]
+_Compared = tuple[list[Finding], int]
+"""What differs, and the shard bytes that were looked at."""
+_Step = Callable[[], _Compared]
+
+
+def compare_with_source(
+    shards: Source, manifest: Manifest, source: Source, checkpoint: Checkpoint, tick: Tick = lambda n: None
+) -> list[Finding]:
+    """What differs, at most one finding for each tensor of a shard. checkpoint: `describe(source)`, unconverted.
+
+    `tick` is called with the shard bytes of each step.
+    """
+    findings = [*compare_identity(manifest, checkpoint), *compare_model(manifest, checkpoint)]
+    headers, unreadable = read_headers(shards, manifest)
+    findings += unreadable
+    reference = Reference(source, manifest)
+    wanted: dict[int, set[str]] = {rank: set() for rank in headers}
+    for layer in checkpoint.layers:
+        _prefetch(shards, manifest, headers, source, layer)
+        for group in groups(manifest.layout):
+            module = f"{layer.module}.{group.module}"
+            try:
+                linears = [reference.linear(layer.linears[role], module) for role in group.roles]
+                expected = {rank: expect(group, module, linears, manifest, rank) for rank in headers}
+            except MismatchError as error:
+                findings.append(Finding("conversion", module, str(error)))
+                # Its tensors are not judged, so none of them is called superfluous.
+                for rank, header in headers.items():
+                    wanted[rank] |= {name for name in header.tensors if name.rpartition(".")[0] == module}
+                continue
+            findings += _check_scheme(manifest, layer.index, group, linears[0])
+            with threads(WORKERS, shards, source) as pool:
+                findings += _compare_group(pool, shards, manifest, headers, linears, expected, tick)
+            for rank, tensors in expected.items():
+                wanted[rank] |= {tensor.name for tensor in tensors}
+    for rank, header in headers.items():
+        for name in sorted(header.tensors.keys() - wanted[rank]):
+            where = f"{manifest.shards[rank].file}: {name}"
+            findings.append(Finding("names", where, "the source calls for no such tensor"))
+    return findings
+
+
+def _prefetch(shards: Source, manifest: Manifest, headers: Mapping[int, Header], source: Source, layer: Layer) -> None:
+    """Ask for a layer's bytes, of both sides."""
+    source.prefetch(
+        (part.file, part.offset, part.offset + (part.rows - 1) * part.stride + part.width)
+        for tensor in layer.tensors()
+        for part in tensor.parts
+    )
+    shards.prefetch(
+        (manifest.shards[rank].file, info.start, info.stop)
+        for rank, header in headers.items()
+        for name, info in header.tensors.items()
+        if name.startswith(f"{layer.module}.")
+    )
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A piece in the file that must hold it."""
+
+    file: str
+    name: str
+    info: TensorInfo
+    row_bytes: int
+    piece: Piece
+
+    @property
+    def where(self) -> str:
+        """For findings."""
+        return f"{self.file}: {self.name}"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return itemsize(self.info.dtype)
+
+    def fetch(self, shards: Source, top: int, bottom: int) -> Bytes:
+        """Rows top..bottom of the shard tensor, the piece's columns of them."""
+        start = self.info.start
+        rows = shards.view(self.file, start + top * self.row_bytes, start + bottom * self.row_bytes)
+        left = self.piece.column * self.itemsize
+        return rows.reshape(bottom - top, self.row_bytes)[:, left : left + self.piece.columns * self.itemsize]
+
+
+def _compare_group(
+    pool: ThreadPoolExecutor,
+    shards: Source,
+    manifest: Manifest,
+    headers: Mapping[int, Header],
+    linears: Sequence[LinearGrids],
+    expected: Mapping[int, Sequence[Expected]],
+    tick: Tick,
+) -> list[Finding]:
+    """A module's tensors in all shards: each row of the source is fetched once, and compared wherever it went."""
+    found = {finding.where: finding for finding in misfits(manifest, headers, expected)}
+    targets = []
+    for rank, tensors in expected.items():
+        file = manifest.shards[rank].file
+        for tensor in tensors:
+            if f"{file}: {tensor.name}" not in found:
+                info = headers[rank].tensors[tensor.name]
+                row_bytes = (info.stop - info.start) // (tensor.shape[0] if tensor.shape else 1)
+                targets += [_Target(file, tensor.name, info, row_bytes, piece) for piece in tensor.pieces]
+    steps = itertools.chain(
+        (partial(_compare, shards, targets, *step) for linear in linears for step in _steps(linear)),
+        (partial(_compare_zeros, shards, target) for target in targets if target.piece.grid is None),
+    )
+    for differences, nbytes in pool.map(_run, steps):
+        for difference in differences:  # in the order of the steps: a tensor's first one stays
+            found.setdefault(difference.where, difference)
+        tick(nbytes)
+    return list(found.values())
+
+
+def _run(step: _Step) -> _Compared:
+    """Take a step. A wrong source may hold what is no number: a finding, not a warning."""
+    with np.errstate(all="ignore"):
+        return step()
+
+
+def _steps(linear: LinearGrids) -> Iterator[tuple[Grid, int, int]]:
+    """Row ranges of a linear's tensors."""
+    for grid in linear.tensors.values():
+        size = (grid.columns, BLOCK_ELEMENTS) if grid.made_by else (grid.row_bytes, BLOCK_BYTES)
+        for top, bottom in grid.blocks(*size):
+            yield grid, top, bottom
+
+
+def _compare(shards: Source, targets: Sequence[_Target], grid: Grid, top: int, bottom: int) -> _Compared:
+    """Rows top..bottom of a source tensor, with each place that they or a part of them went to."""
+    rows = grid.fetch(top, bottom)
+    differences, nbytes = [], 0
+    for target in targets:
+        piece, size = target.piece, target.itemsize
+        first, last = max(top, piece.from_row), min(bottom, piece.from_row + piece.rows)
+        if piece.grid is not grid or first >= last or piece.columns == 0:
+            continue
+        row = piece.row + first - piece.from_row  # in the shard
+        got = target.fetch(shards, row, row + last - first)
+        left = piece.from_column * size
+        wanted = rows[first - top : last - top, left : left + piece.columns * size]
+        nbytes += got.size
+        if not np.array_equal(got, wanted):
+            at, column = _first_difference(got, wanted, size)
+            made = f", by {grid.made_by}" if grid.made_by else ""
+            message = (
+                f"row {row + at}, column {piece.column + column} is {_shown(got, at, column, target.info.dtype)}, must "
+                f"be {_shown(wanted, at, column, target.info.dtype)}: {grid.name} row {first + at}, column "
+                f"{piece.from_column + column}{made}"
+            )
+            differences.append(Finding("bytes", target.where, message))
+    return differences, nbytes
+
+
+def _compare_zeros(shards: Source, target: _Target) -> _Compared:
+    """A piece that no source tensor fills."""
+    piece = target.piece
+    nbytes = 0
+    if piece.columns == 0:
+        return [], 0
+    height = max(1, BLOCK_BYTES // target.row_bytes)
+    for row in range(piece.row, piece.row + piece.rows, height):
+        got = target.fetch(shards, row, min(row + height, piece.row + piece.rows))
+        nbytes += got.size
+        if got.any():
+            at, column = _first_difference(got, np.zeros_like(got), target.itemsize)
+            message = (
+                f"row {row + at}, column {piece.column + column} is {_shown(got, at, column, target.info.dtype)}, must "
+                "be 0: nothing of the source belongs there"
+            )
+            return [Finding("bytes", target.where, message)], nbytes
+    return [], nbytes
+
+
+def _first_difference(got: Bytes, wanted: Bytes, size: int) -> tuple[int, int]:
+    """Row and column of the first element that differs."""
+    at = int(np.argmax((got != wanted).reshape(-1)))
+    return at // got.shape[1], at % got.shape[1] // size
+
+
+def _shown(block: Bytes, row: int, column: int, dtype: str) -> str:
+    """An element, as a number and as its bits."""
+    bits = np.ascontiguousarray(block[row]).view(storage(dtype))[column : column + 1]
+    pattern = int.from_bytes(bits.tobytes(), "little")
+    value = str(int(bits[0])) if dtype in {"I8", "I32", "I64"} else f"{to_f32(bits, dtype)[0]:.9g}"
+    return f"{value} (0x{pattern:0{2 * bits.itemsize}x})"
+
+
+def _check_scheme(manifest: Manifest, index: int, group: Group, linear: LinearGrids) -> Iterator[Finding]:
+    for layer in manifest.layers:
+        recorded = layer.down_proj if group.is_down else layer.gate_up_proj
+        if layer.index == index and recorded != linear.scheme:
+            where = f"{mlp_name(manifest.model.prefix, index)}.{group.module}"
+            yield Finding("model", where, f"{MANIFEST} says that it is {recorded}, the source makes it {linear.scheme}")
+        block = layer.down_block if group.is_down else layer.gate_up_block
+        sizes = block and (block.rows, block.columns)
+        if layer.index == index and sizes != linear.block:
+            where = f"{mlp_name(manifest.model.prefix, index)}.{group.module}"
+            yield Finding("model", where, f"{MANIFEST} says that its block is {sizes}, the source's is {linear.block}")

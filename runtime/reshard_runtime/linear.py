@@ -1,0 +1,194 @@
+"""A rank's linears, one class for each way of multiplying, and how tokens travel to them.
+
+Shapes: T tokens, K in_features, N out_features of this rank's part.
+"""
+
+from typing import Literal
+
+import torch
+
+from reshard.errors import ShardError
+from reshard_runtime.kernels import Kernels
+from reshard_runtime.shard import LinearShard
+from reshard_runtime.tokens import pack, unpack
+
+Mix = Literal["dynamic", "static"]
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_STATIC_SLIM = {"input_scale", "input_offset", "quant_bias", "deq_scale"}
+_CHANNEL = {"weight_scale", "weight_offset"}
+_SUFFIXES = {
+    "bf16": ({"weight"},),
+    "w8a8_dynamic": ({"weight", "weight_scale"}, {"weight", *_CHANNEL}),
+    "w8a8_static": (
+        {"weight", *_STATIC_SLIM},
+        {"weight", *_STATIC_SLIM, *_CHANNEL},
+        {"weight", "weight_scale", "input_scale"},
+        {"weight", "weight_scale", "input_scale", "input_zero_point"},
+    ),
+    "w8a8_mix": ({"weight", *_STATIC_SLIM, *_CHANNEL},),
+}
+
+Tokens = tuple[torch.Tensor, ...]
+"""Tokens as a linear multiplies them: (x_TK,), (q_TK,) or (q_TK, scale_T)."""
+
+
+class Linear(torch.nn.Module):
+    """y_TN = x_TK @ weight_NK^T."""
+
+    def __init__(self, shard: LinearShard, kernels: Kernels) -> None:
+        super().__init__()
+        weight = shard.tensors["weight"]
+        self.kernels = kernels
+        self.shape = tuple(weight.shape)
+        self.weight = _constant(kernels.weight(f"{shard.name}.weight", weight))
+
+    def quantise(self, x_TK: torch.Tensor) -> Tokens:
+        """The tokens as this linear multiplies them."""
+        raise NotImplementedError
+
+    def pack(self, tokens: Tokens) -> torch.Tensor:
+        """[T, W], what travels."""
+        return tokens[0]
+
+    def unpack(self, rows_TW: torch.Tensor) -> Tokens:
+        """What `pack` packed."""
+        return (rows_TW,)
+
+    def multiply(self, tokens: Tokens, dtype: torch.dtype) -> torch.Tensor:
+        """[T, N] in `dtype`."""
+        raise NotImplementedError
+
+
+class FloatLinear(Linear):
+    """Not quantised; accumulated in float32, rounded to the weight's type."""
+
+    def quantise(self, x_TK: torch.Tensor) -> Tokens:
+        """As they are."""
+        return (x_TK,)
+
+    def multiply(self, tokens: Tokens, dtype: torch.dtype) -> torch.Tensor:
+        """[T, N]."""
+        return self.kernels.linear(tokens[0], self.weight).to(dtype)
+
+
+class DynamicLinear(Linear):
+    """int8 weights with a scale for each channel, int8 tokens with a scale for each token.
+
+    y = (q @ weight^T) * weight_scale * token_scale.
+    """
+
+    def __init__(self, shard: LinearShard, kernels: Kernels) -> None:
+        super().__init__(shard, kernels)
+        self.weight_scale = _constant(shard.tensors["weight_scale"].reshape(-1).float())
+
+    def quantise(self, x_TK: torch.Tensor) -> Tokens:
+        """(q_TK, scale_T)."""
+        return self.kernels.quantise_dynamic(x_TK)
+
+    def pack(self, tokens: Tokens) -> torch.Tensor:
+        """[T, K + 4] bytes."""
+        return pack(*tokens)
+
+    def unpack(self, rows_TW: torch.Tensor) -> Tokens:
+        """(q_TK, scale_T)."""
+        return unpack(rows_TW)
+
+    def multiply(self, tokens: Tokens, dtype: torch.dtype) -> torch.Tensor:
+        """[T, N]."""
+        q_TK, scale_T = tokens
+        return self.kernels.int8_linear(q_TK, self.weight, self.weight_scale, scale_T, None, dtype)
+
+
+class StaticLinear(Linear):
+    """int8 weights, int8 tokens with one scale and offset for all, fixed by calibration.
+
+    q = clamp(round(x / input_scale + input_offset)); y = (q @ weight^T + quant_bias) * deq_scale, where
+    quant_bias = -round(sum over in_features of weight * input_offset), deq_scale = input_scale * weight_scale.
+    ModelSlim stores both; its quant_bias is over all in_features, and the shard of rank 0 alone holds down's. From
+    compressed-tensors' input_zero_point it is made here, over this rank's columns, which adds up to the same.
+    """
+
+    def __init__(self, shard: LinearShard, kernels: Kernels, dtype: torch.dtype) -> None:
+        super().__init__(shard, kernels)
+        tensors, weight = shard.tensors, shard.tensors["weight"]
+        input_scale = tensors["input_scale"].float()
+        offset = tensors.get("input_offset", tensors.get("input_zero_point", torch.zeros_like(input_scale))).float()
+        if not input_scale.is_meta and not bool((input_scale > 0).all()):
+            raise ShardError(f"{shard.name}.input_scale is {input_scale.tolist()}; a scale must be above 0")
+        if "deq_scale" in tensors:
+            deq_scale = _deq_scale(tensors["deq_scale"])
+            bias: torch.Tensor | None = tensors["quant_bias"].clone()
+        else:
+            deq_scale = input_scale * tensors["weight_scale"].reshape(-1).float()
+            bias = None
+            if _has_values(offset):
+                bias = -weight.sum(dim=1, dtype=torch.int32) * offset.to(torch.int32)
+        self.reciprocal = _constant(1.0 / input_scale)
+        self.offset = _constant(offset)
+        self.scale = _constant(kernels.output_scale(deq_scale, dtype))
+        self.bias = None if bias is None else _constant(bias)
+
+    def quantise(self, x_TK: torch.Tensor) -> Tokens:
+        """(q_TK,)."""
+        return (self.kernels.quantise_static(x_TK, self.reciprocal, self.offset),)
+
+    def multiply(self, tokens: Tokens, dtype: torch.dtype) -> torch.Tensor:
+        """[T, N]."""
+        return self.kernels.int8_linear(tokens[0], self.weight, self.scale, None, self.bias, dtype)
+
+
+def make_linear(shard: LinearShard, kernels: Kernels, mix: Mix, dtype: torch.dtype) -> Linear:
+    """The linear of a shard in its scheme; `mix` says which of W8A8_MIX's two sets is run.
+
+    Raises ShardError for a scheme without a kernel, tensors that the scheme does not have, an asymmetric weight.
+    """
+    scheme, tensors = shard.scheme, shard.tensors
+    if scheme not in _SUFFIXES or not kernels.has(scheme):
+        raise ShardError(f"{shard.name}: {kernels.name} has no kernel for {scheme}; load it with load_shard")
+    if tensors.keys() not in _SUFFIXES[scheme]:
+        raise ShardError(
+            f"{shard.name}: {scheme} with {', '.join(sorted(tensors))}; wanted are "
+            + " or ".join(", ".join(sorted(names)) for names in _SUFFIXES[scheme])
+        )
+    _check_types(shard)
+    if scheme == "bf16":
+        return FloatLinear(shard, kernels)
+    if scheme == "w8a8_static" or (scheme == "w8a8_mix" and mix == "static"):
+        return StaticLinear(shard, kernels, dtype)
+    return DynamicLinear(shard, kernels)
+
+
+def _check_types(shard: LinearShard) -> None:
+    weight = shard.tensors["weight"]
+    wanted = FLOATS if shard.scheme == "bf16" else (torch.int8,)
+    if weight.dtype not in wanted:
+        names = ", ".join(str(dtype) for dtype in wanted)
+        raise ShardError(f"{shard.name}.weight is {weight.dtype}, {shard.scheme} has {names}")
+    for suffix, tensor in shard.tensors.items():
+        sizes = {"weight": weight.numel(), "input_scale": 1, "input_offset": 1, "input_zero_point": 1}
+        if tensor.numel() != sizes.get(suffix, weight.shape[0]):
+            raise ShardError(
+                f"{shard.name}.{suffix} is {list(tensor.shape)}, the weight {list(weight.shape)} wants "
+                f"{sizes.get(suffix, weight.shape[0])} of them; cut the set again"
+            )
+    offset = shard.tensors.get("weight_offset")
+    if offset is not None and _has_values(offset):
+        raise ShardError(
+            f"{shard.name}.weight_offset is not zero (the largest is {offset.abs().max().item():g}); weights with an "
+            "offset are not supported: quantise them symmetrically"
+        )
+
+
+def _deq_scale(stored_N: torch.Tensor) -> torch.Tensor:
+    """float32; where it is stored as I64, its low 32 bits are those of the float32."""
+    return stored_N.to(torch.int32).view(torch.float32) if stored_N.dtype == torch.int64 else stored_N.float()
+
+
+def _has_values(tensor: torch.Tensor) -> bool:
+    """Whether any is not 0; on the meta device there are none."""
+    return not tensor.is_meta and bool(tensor.any())
+
+
+def _constant(value: torch.Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(value, requires_grad=False)

@@ -1,0 +1,253 @@
+"""Loading one rank's shard: its own file and the manifest, nothing else.
+
+What is loaded is what the manifest says: version, sizes, names, shapes and types are compared with the file's header
+before any tensor is read, and nothing is narrowed, padded or cast to fit.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from blake3 import blake3
+from safetensors import SafetensorError, safe_open
+
+from reshard.errors import ManifestError, ShardError
+from reshard.manifest import Manifest, ShardTensor, parse_manifest
+from reshard.manifest import Shard as ShardEntry
+from reshard.model.naming import DOWN, GATE, GATE_UP, MANIFEST, UP, mlp_name, parse_dense
+from reshard.source.opened import Opened, reason, unfollowed
+from reshard.source.recognise import PREFIX_BYTES, recognised
+from reshard_runtime.dequantize import dequantised
+from reshard_runtime.kernels import device_of, kernels_for
+from reshard_runtime.linears import linears_of
+from reshard_runtime.shard import LayerShard, Shard
+
+Verify = Literal["header", "digest"]
+
+_LENGTH_BYTES = 8
+
+
+def load_shard(
+    folder: str | Path,
+    tp_rank: int,
+    device: str | torch.device = "cpu",
+    *,
+    tp_size: int | None = None,
+    layers: Iterable[int] | None = None,
+    verify: Verify = "header",
+    dequantise: bool = True,
+) -> Shard:
+    """A rank's tensors on `device`, ready for `DenseFFN`.
+
+    Reads manifest.json and this rank's file. `tp_size`: the group's size, where it is known already. `layers`: only
+    these dense layers (each pipeline stage has its own), else all. `verify="digest"` compares the BLAKE3 digest of
+    every tensor that is loaded: it alone tells shards of one shape apart, say two fine-tunes' of one model.
+
+    FP8 and block-INT8 weights are dequantised to BF16 where the device's backend has no kernel for them; one line of
+    the log says so, and what it costs. `dequantise=False` leaves them as they are, for kernels of an engine's own.
+
+    On the CPU, tensors are maps of the file: pages come in as they are used, and shared with other processes. The
+    writer replaces files by renaming, so a set that is written again does not change what is loaded.
+
+    Raises ManifestError (no manifest, an unknown version or field), ShardError (a rank, file, tensor, shape, type or
+    digest that is not what the manifest says).
+    """
+    if verify not in ("header", "digest"):
+        raise ShardError(f"verify is {verify!r}; it may be 'header' or 'digest'")
+    folder, device = Path(folder), device_of(device)
+    kernels = kernels_for(device)
+    manifest, set_digest = read_manifest(folder)
+    entry = _entry(manifest, folder, tp_rank, tp_size)
+    wanted = _wanted_layers(manifest, folder, layers)
+    tensors = _read(folder / entry.file, entry, manifest, device, wanted, verify)
+    share = share_of(manifest)
+    found = {
+        layer.index: LayerShard(
+            layer.index,
+            entry.tp_rank,
+            manifest.tp_size,
+            manifest.model.hidden_size,
+            manifest.model.intermediate_size,
+            share,
+            set_digest,
+            *linears_of(mlp_name(manifest.model.prefix, layer.index), layer, tensors, entry.file),
+            layer.read_activation(),
+        )
+        for layer in manifest.layers
+        if layer.index in wanted
+    }
+    return Shard(
+        entry.file,
+        entry.size,
+        entry.tp_rank,
+        manifest.tp_size,
+        manifest.model.model_type,
+        manifest.model.hidden_size,
+        manifest.model.intermediate_size,
+        set_digest,
+        dequantised(found, kernels) if dequantise else found,
+    )
+
+
+def read_manifest(folder: Path) -> tuple[Manifest, str]:
+    """The manifest of a shard set and the BLAKE3 digest of its bytes. Raises ManifestError if there is none."""
+    path = folder / MANIFEST
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError as error:
+        if path.is_symlink():
+            raise ManifestError(f"{path}: is {unfollowed(path, error)}") from None
+        what = "the shard set is incomplete: finish it with reshard split --resume" if folder.is_dir() else "no folder"
+        raise ManifestError(f"{folder}: no {MANIFEST} ({what})") from None
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be read: {error.strerror}") from error
+    return parse_manifest(raw, str(path)), blake3(raw).hexdigest()
+
+
+def _entry(manifest: Manifest, folder: Path, tp_rank: int, tp_size: int | None) -> ShardEntry:
+    if tp_size is not None and tp_size != manifest.tp_size:
+        raise ShardError(
+            f"{folder}: cut for tp_size {manifest.tp_size}, the group's size is {tp_size}; cut it again with "
+            f"reshard split {folder} OUT --tp {tp_size}"
+        )
+    if not isinstance(tp_rank, int) or isinstance(tp_rank, bool) or not 0 <= tp_rank < manifest.tp_size:
+        raise ShardError(f"{folder}: tp_rank is {tp_rank!r}; the set has ranks 0 to {manifest.tp_size - 1}")
+    return manifest.shards[tp_rank]
+
+
+def _wanted_layers(manifest: Manifest, folder: Path, layers: Iterable[int] | None) -> frozenset[int]:
+    held = [layer.index for layer in manifest.layers]
+    wanted = frozenset(held if layers is None else layers)
+    if not wanted <= set(held):
+        missing = ", ".join(map(str, sorted(wanted - set(held))))
+        raise ShardError(f"{folder}: it has no layer {missing}, its dense layers are {', '.join(map(str, held))}")
+    return wanted
+
+
+def share_of(manifest: Manifest) -> int:
+    """A rank's share L of intermediate_size, with its padding, if any. Raises ManifestError if there are none equal."""
+    padded = manifest.padding.padded_intermediate_size if manifest.padding else manifest.model.intermediate_size
+    if padded < manifest.model.intermediate_size or padded % manifest.tp_size:
+        raise ManifestError(
+            f"{MANIFEST}: intermediate_size {manifest.model.intermediate_size}, padded {padded}, gives "
+            f"{manifest.tp_size} ranks no equal shares; cut the set again"
+        )
+    return padded // manifest.tp_size
+
+
+def _read(
+    path: Path,
+    entry: ShardEntry,
+    manifest: Manifest,
+    device: torch.device,
+    layers: frozenset[int],
+    verify: Verify,
+) -> dict[str, torch.Tensor]:
+    """The tensors of `layers`, after the header was compared with the manifest."""
+    try:
+        opened = Opened(path)
+    except OSError as error:
+        what = f"cannot be read: {reason(error)}; copy the shard again"
+        raise ShardError(f"{path}: {f'is {unfollowed(path, error)}' if path.is_symlink() else what}") from error
+    with opened:
+        tensors = _tensors(opened, entry, manifest, device, layers, verify)
+        if difference := opened.difference():
+            raise ShardError(f"{path}: {difference}; load it again when nothing writes there any more")
+    return tensors
+
+
+def _tensors(
+    opened: Opened,
+    entry: ShardEntry,
+    manifest: Manifest,
+    device: torch.device,
+    layers: frozenset[int],
+    verify: Verify,
+) -> dict[str, torch.Tensor]:
+    path = opened.path
+    if opened.size != entry.size:
+        raise ShardError(f"{path}: {opened.size} bytes, {MANIFEST} says {entry.size}; copy the shard again")
+    metadata, header = _header(opened)
+    own = {"denseffn": "shard", "tp_rank": str(entry.tp_rank), "tp_size": str(manifest.tp_size)}
+    for key, value in own.items():
+        if metadata.get(key) != value:
+            raise ShardError(f"{path}: its header says {key} {metadata.get(key)!r}, wanted is {value!r}")
+    _compare(path, header, entry.tensors)
+    _check_shapes(path, entry, manifest)
+    first = torch.device("cpu") if verify == "digest" else device
+    tensors: dict[str, torch.Tensor] = {}
+    try:
+        with safe_open(opened.same_file, framework="pt", device=str(first)) as file:
+            for tensor in entry.tensors:
+                parsed = parse_dense(tensor.name)
+                if parsed is not None and parsed.layer in layers:
+                    tensors[tensor.name] = _value(path, file.get_tensor(tensor.name), tensor, device, verify)
+    except (SafetensorError, OSError) as error:
+        raise ShardError(f"{path}: cannot be read: {error}; copy the shard again") from error
+    return tensors
+
+
+def _header(opened: Opened) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(`__metadata__`, entries) of a safetensors header; safe_open checks the rest of it when it opens the file."""
+    path = opened.path
+    try:
+        length = int.from_bytes(opened.read(0, _LENGTH_BYTES), "little")
+        raw = opened.read(_LENGTH_BYTES, _LENGTH_BYTES + length) if length <= opened.size else b""
+        start = opened.read(0, PREFIX_BYTES)
+    except OSError as error:
+        raise ShardError(f"{path}: cannot be read: {reason(error)}; copy the shard again") from error
+    try:
+        header = json.loads(raw)
+        metadata = header.pop("__metadata__", {})
+        {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()}
+        metadata.get("denseffn")
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
+        what = recognised(start, str(path), opened.size)
+        raise ShardError(
+            what or f"{path}: no safetensors header of {length} bytes in it; copy the shard again"
+        ) from None
+    return metadata, header
+
+
+def _compare(path: Path, header: Mapping[str, Any], tensors: Iterable[ShardTensor]) -> None:
+    expected = {tensor.name: tensor for tensor in tensors}
+    for name in sorted(expected.keys() ^ header.keys()):
+        there, where = (MANIFEST, "the file") if name in expected else ("the file", MANIFEST)
+        raise ShardError(f"{path}: {name} is in {there} and not in {where}; copy the shard again")
+    for name, tensor in expected.items():
+        found, wanted = (header[name]["dtype"], list(header[name]["shape"])), (tensor.dtype, list(tensor.shape))
+        if found != wanted:
+            raise ShardError(
+                f"{path}: {name} is {found[0]} {found[1]}, {MANIFEST} says {wanted[0]} {wanted[1]}; "
+                "copy the shard again"
+            )
+
+
+def _check_shapes(path: Path, entry: ShardEntry, manifest: Manifest) -> None:
+    """The weights against the model's sizes: [L or 2L, H] and [H, L]."""
+    share, hidden = share_of(manifest), manifest.model.hidden_size
+    expected = {GATE_UP: [2 * share, hidden], DOWN: [hidden, share], **{key: [share, hidden] for key in (GATE, UP)}}
+    found = {tensor.name: tensor.shape for tensor in entry.tensors}
+    for layer in manifest.layers:
+        for module in (*((GATE_UP,) if manifest.layout == "fused" else (GATE, UP)), DOWN):
+            name = f"{mlp_name(manifest.model.prefix, layer.index)}.{module}.weight"
+            if name not in found:
+                raise ShardError(f"{path}: {name} is missing, layer {layer.index} is dense; cut the set again")
+            if found[name] != expected[module]:
+                raise ShardError(
+                    f"{path}: {name} is {found[name]}, {expected[module]} is rank {entry.tp_rank}'s share of "
+                    f"hidden_size {hidden} and intermediate_size {manifest.model.intermediate_size}; cut the set again"
+                )
+
+
+def _value(path: Path, value: torch.Tensor, tensor: ShardTensor, device: torch.device, verify: Verify) -> torch.Tensor:
+    if verify == "digest":
+        found = blake3(value.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+        if found != tensor.blake3:
+            raise ShardError(
+                f"{path}: {tensor.name} has BLAKE3 {found[:16]}…, {MANIFEST} says {tensor.blake3[:16]}…; copy the "
+                "shard again"
+            )
+    return value.to(device)

@@ -1,0 +1,128 @@
+"""How fast this machine runs the runtime's kernels and gloo: a rank of a group of processes that all measure at once.
+
+`python -m reshard_runtime.measure RANK SIZE THREADS FILE` (FILE: where the ranks meet) prints a JSON object: seconds,
+and bytes or operations a second, each from the shortest of several runs, which other work on the machine disturbed
+least. The ranks work at the same time, as they do when they serve, so that what they share (memory, caches) is shared
+here too.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from reshard.model.activation import SILU, Activation
+from reshard_runtime.kernels.cpu import CpuKernels
+
+# A quarter of DeepSeek-R1's gate_up_proj: 264 MB as float32, 66 MB as int8, more than a share of any cache.
+_ROWS, _COLUMNS = 9216, 7168
+# Between the two, a product's time grows by a line (1 to 256 tokens, AVX-512): so much for the weights, which a thread
+# reads and multiplies one after another, and so much for each token.
+_FEW_TOKENS, _MANY_TOKENS = 8, 128
+_STREAM_ELEMENTS = 1 << 26
+_MESSAGE_BYTES = 1 << 22
+_ROUNDS, _CALLS, _EXCHANGES = 12, 200, 200
+_TIMEOUT = timedelta(seconds=120)
+
+
+def measure(group: dist.ProcessGroup) -> dict[str, float]:
+    """The figures of this rank; every rank of the group calls it."""
+    with torch.inference_mode():
+        return {**_memory(group), **_products(group), **_kernel_costs(group), **_collectives(group)}
+
+
+def _memory(group: dist.ProcessGroup) -> dict[str, float]:
+    """Bytes a second of a sum over float32, which reads each of them once."""
+    values = torch.ones(_STREAM_ELEMENTS)
+    return {"memory_bytes_s": values.nbytes / _shortest(group, values.sum)}
+
+
+def _products(group: dist.ProcessGroup) -> dict[str, float]:
+    """Weight bytes a second without tokens, operations a second without weights: the line through two counts."""
+    kernels, found = CpuKernels(), {}
+    weights = {
+        "bf16": torch.ones(_ROWS, _COLUMNS, dtype=torch.bfloat16),
+        "int8": torch.ones(_ROWS, _COLUMNS, dtype=torch.int8),
+    }
+    for name, weight in weights.items():
+        multiply = kernels.linear if name == "bf16" else kernels.int8_matmul
+        few, many = (
+            _shortest(group, partial(multiply, torch.ones(tokens, _COLUMNS, dtype=weight.dtype), weight))
+            for tokens in (_FEW_TOKENS, _MANY_TOKENS)
+        )
+        token = (many - few) / (_MANY_TOKENS - _FEW_TOKENS)
+        found[f"{name}_weight_bytes_s"] = weight.nbytes / max(few - _FEW_TOKENS * token, few / _FEW_TOKENS)
+        found[f"{name}_operations_s"] = 2 * weight.numel() / max(token, many / _MANY_TOKENS / 2)
+    return found
+
+
+def _kernel_costs(group: dist.ProcessGroup) -> dict[str, float]:
+    """Seconds of a call with next to nothing to do."""
+    kernels, small = CpuKernels(), torch.ones(1, 32, dtype=torch.bfloat16)
+    weight, gated = torch.ones(32, 32, dtype=torch.bfloat16), kernels.gated(Activation(SILU))
+    return {
+        "matmul_s": _shortest(group, _times(_CALLS, lambda: kernels.linear(small, weight))) / _CALLS,
+        "vector_s": _shortest(group, _times(_CALLS, lambda: gated(small))) / _CALLS,
+    }
+
+
+def _collectives(group: dist.ProcessGroup) -> dict[str, float]:
+    """Half a round trip of a byte between ranks 0 and 1; a gather of a byte; bytes a second of a large gather."""
+    gather = CpuKernels().collectives(group).gather
+    byte, message = torch.zeros(1, 1, dtype=torch.int8), torch.zeros(1, _MESSAGE_BYTES, dtype=torch.int8)
+    smallest = _shortest(group, _times(_EXCHANGES, lambda: gather(byte))) / _EXCHANGES
+    largest = _shortest(group, lambda: gather(message))
+    received = (group.size() - 1) * _MESSAGE_BYTES
+    return {
+        "latency_s": _shortest(group, _times(_EXCHANGES, lambda: _round_trip(group, byte))) / (2 * _EXCHANGES),
+        "gather_s": smallest,
+        "link_bytes_s": received / max(largest - smallest, 1e-9),
+    }
+
+
+def _round_trip(group: dist.ProcessGroup, byte: torch.Tensor) -> None:
+    if group.rank() == 0:
+        dist.send(byte, 1, group=group)
+        dist.recv(byte, 1, group=group)
+    elif group.rank() == 1:
+        dist.recv(byte, 0, group=group)
+        dist.send(byte, 0, group=group)
+
+
+def _times(count: int, call: Callable[[], object]) -> Callable[[], object]:
+    def repeated() -> None:
+        for _ in range(count):
+            call()
+
+    return repeated
+
+
+def _shortest(group: dist.ProcessGroup, call: Callable[[], object]) -> float:
+    """Seconds, all ranks at once; the first call does not count."""
+    took = []
+    for _ in range(_ROUNDS + 1):
+        dist.barrier(group)
+        start = time.perf_counter()
+        call()
+        took.append(time.perf_counter() - start)
+    return min(took[1:])
+
+
+def main() -> None:
+    """Meet the others, measure, print."""
+    rank, size, threads = (int(argument) for argument in sys.argv[1:4])
+    meeting = sys.argv[4]
+    torch.set_num_threads(threads)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=_TIMEOUT)
+    found = measure(dist.group.WORLD)
+    dist.destroy_process_group()
+    print(json.dumps(found))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

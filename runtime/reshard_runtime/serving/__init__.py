@@ -1,0 +1,1 @@
+"""Hooks for what serves a model. Nothing here is imported by `reshard_runtime` itself."""

@@ -1,0 +1,45 @@
+"""What a serving setup may not have, told before a model is built."""
+
+from typing import Any
+
+from reshard.checks.serving_option import OPTION, Setup, broken_rules, option_of
+from reshard.errors import UsageError
+
+
+def refuse(config: Any, additional: dict[str, Any], moe: bool, shards_tp_size: int) -> None:
+    """Raise UsageError for what the option, or a layer split over data-parallel ranks, does not go with.
+
+    config: vLLM's VllmConfig. additional: its additional_config.
+    """
+    parallel = config.parallel_config
+    setup = Setup(parallel.data_parallel_size, parallel.tensor_parallel_size, moe, parallel.pipeline_parallel_size)
+    messages = [rule.message for rule in broken_rules(additional, setup, shards_tp_size)]
+    if split_size(additional, parallel.tensor_parallel_size) is not None:
+        xlite = additional.get("xlite_graph_config") or {}
+        without = {
+            "LoRA": config.lora_config is not None,
+            "dual batch overlap (enable_dbo, ubatch_size)": parallel.use_ubatching,
+            "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
+            "sequence parallelism (pass_config.enable_sp)": parallel.tensor_parallel_size > 1
+            and bool(getattr(config.compilation_config.pass_config, "enable_sp", False)),
+            "vllm-ascend's xlite_graph_config, which runs the layers itself": bool(xlite.get("enabled")),
+        }
+        messages += [
+            f"{OPTION} does not go with {name}; leave one of the two out" for name, on in without.items() if on
+        ]
+    if messages:
+        raise UsageError("; ".join(messages))
+
+
+def split_size(additional: dict[str, Any], tensor_parallel_size: int) -> int | None:
+    """The option, where it asks for more than what the engine's own tensor parallelism cuts."""
+    size = option_of(additional)
+    return None if size == tensor_parallel_size else size
+
+
+def refuse_elastic(config: Any) -> None:
+    """Raise UsageError where ranks may join later: theirs would load alone, and nothing may be exchanged before."""
+    if config.parallel_config.enable_elastic_ep:
+        raise UsageError(
+            "denseffn_shards does not go with elastic expert parallelism (enable_elastic_ep); leave one of the two out"
+        )

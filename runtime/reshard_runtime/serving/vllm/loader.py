@@ -1,0 +1,276 @@
+"""The load format `denseffn_shards`: the dense layers from shards, everything else as vLLM's default loader has it.
+
+With the option (`reshard.checks.serving_option`), `create_model` builds the dense layers with one rank's sizes and
+splits them over a group. Without it, the engine's own partition is filled: plain tensor parallelism, or vllm-ascend's
+MLP group. Either way `load_weights` asks the built layers for their rank and size.
+
+vLLM's loaders have `create_model` since 0.30; where they have not, it takes the place of the function that they call.
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import ModelConfig, VllmConfig
+from vllm.config.load import LoadConfig
+from vllm.distributed.parallel_state import get_dp_group, get_pp_group, get_tp_group
+from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader import base_loader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
+from vllm.model_executor.model_loader.utils import initialize_model
+
+from reshard.checks.serving_option import OPTION, option_of
+from reshard.errors import ShardError, UsageError
+from reshard.manifest import Manifest
+from reshard_runtime.group import agree
+from reshard_runtime.loader import load_shard, read_manifest, share_of
+from reshard_runtime.serving.vllm.activation import compare_activations
+from reshard_runtime.serving.vllm.ascend import fixed_rows, is_rehearsal
+from reshard_runtime.serving.vllm.compat import refuse, refuse_elastic, split_size
+from reshard_runtime.serving.vllm.copy_params import fill
+from reshard_runtime.serving.vllm.groups import Group, make_group
+from reshard_runtime.serving.vllm.model_layers import (
+    compare_built,
+    compare_found,
+    compare_model,
+    dense_mlps,
+    intermediate_size,
+)
+from reshard_runtime.serving.vllm.other_weights import check_same, read_others
+from reshard_runtime.serving.vllm.rows import Counted, Fixed, Rows
+from reshard_runtime.serving.vllm.serving_options import parse
+
+_log = init_logger("vllm.denseffn_shards")
+_MIB = 1 << 20
+_LAZY = (None, "lazy")
+
+
+class DenseFFNShardsLoader(DefaultModelLoader):
+    """Raises what `reshard.errors` has: on every rank of the group, with the message of the one that failed."""
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        self.options, engines = parse(load_config.model_loader_extra_config)
+        strategy = load_config.safetensors_load_strategy
+        if strategy not in _LAZY:
+            raise UsageError(
+                f"safetensors_load_strategy {strategy!r} reads whole files, and denseffn_shards reads only what the "
+                "shards do not hold; leave it out, or 'lazy'"
+            )
+        own = dataclasses.replace(load_config, load_format="safetensors", model_loader_extra_config=engines)
+        super().__init__(own)
+        self._manifest: Manifest | None = None  # while a model is loaded whose dense layers come from it
+
+    def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
+        """As the engine does it, with a say in what is built."""
+        if hasattr(DefaultModelLoader, "create_model"):
+            return super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        with _in_place_of(base_loader, "initialize_model", self.create_model):
+            return super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+
+    def create_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
+        """The model, its dense layers with one rank's sizes where the option is set."""
+        build = getattr(super(), "create_model", initialize_model)
+        if _is_draft(model_config):
+            return build(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        refuse_elastic(vllm_config)
+        additional, tensor = _additional(vllm_config), get_tp_group()
+        size = split_size(additional, tensor.world_size)
+        folder, config = self.options.shards, model_config.hf_text_config
+        problem: Exception | None = None
+        digest, share, fixed = "", 0, None
+        try:
+            manifest, digest = read_manifest(folder)
+            refuse(vllm_config, additional, model_config.is_moe, manifest.tp_size)
+            compare_model(config, manifest, str(folder))
+            share = share_of(manifest)
+            fixed = fixed_rows(vllm_config, size is not None, self.options.max_tokens)
+        except Exception as error:  # whatever it is, the others must not wait for this rank
+            problem = error
+        settings = {
+            "shard set": digest,
+            OPTION: option_of(additional),
+            "reduce_dtype": self.options.reduce_dtype,
+            "max_tokens": fixed,
+        }
+        _agree(settings, problem)
+        if size is None:
+            return build(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        data = get_dp_group()
+        group = make_group(data.ranks, data.device_group, tensor.device_group, size)
+        rows: Rows = Counted(group, _token_counts) if fixed is None else Fixed(group, fixed, is_rehearsal)
+        with intermediate_size(config, share * tensor.world_size):
+            model = build(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        # Not at the top: it imports the engine's model, and `register` must not.
+        from reshard_runtime.serving.vllm.split_mlp import split
+
+        for mlp in dense_mlps(model).values():
+            made = split(mlp, group, rows, self.options.reduce_dtype)
+            vllm_config.compilation_config.static_forward_context[made.layer_name] = made
+        return model
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        """The dense layers from this rank's shard, then the rest from the model's files."""
+        if _is_draft(model_config):
+            super().load_weights(model, model_config)
+            return
+        mlps = dense_mlps(model)
+        problem: Exception | None = None
+        digest = ""
+        try:
+            digest = self._fill(model_config, mlps)
+        except Exception as error:  # whatever it is, the others must not wait for this rank
+            problem = error
+        _agree({"shard set": digest}, problem)
+        try:
+            with _counted_as_loaded(model, mlps):
+                super().load_weights(model, model_config)
+        finally:
+            self._manifest = None
+
+    def get_all_weights(
+        self, model_config: ModelConfig, model: nn.Module
+    ) -> Generator[tuple[str, torch.Tensor], None, None]:
+        """The model's own weights, while it is loaded. Raises UsageError to an engine that loads them again."""
+        if self._manifest is None and not _is_draft(model_config):
+            raise UsageError("denseffn_shards fills a model once, at start, and does not reload it; start it again")
+        return super().get_all_weights(model_config, model)
+
+    def _fill(self, model_config: ModelConfig, mlps: dict[int, Any]) -> str:
+        """Fill the dense layers; the shard set's digest."""
+        start, folder = time.perf_counter(), self.options.shards
+        self._manifest, digest = read_manifest(folder)
+        compare_model(model_config.hf_text_config, self._manifest, str(folder))
+        compare_found(mlps, model_config.hf_text_config, str(folder))
+        if not mlps:  # a pipeline stage without any
+            return digest
+        rank, size = _place(mlps, self._manifest, folder)
+        compare_built(mlps, share_of(self._manifest), str(folder))
+        shard = load_shard(folder, rank, tp_size=size, layers=mlps, verify=self.options.verify, dequantise=False)
+        casts: set[str] = set()
+        for index, mlp in mlps.items():
+            layer = shard.layer(index)
+            casts |= fill(mlp.gate_up_proj, layer.gate_up) | fill(mlp.down_proj, layer.down)
+        compare_activations(mlps, self._manifest, model_config.dtype, str(folder))
+        if casts:
+            _log.warning("denseffn_shards: the engine's dtype is not the shards': cast %s", ", ".join(sorted(casts)))
+        held = sum(parameter.nbytes for mlp in mlps.values() for parameter in mlp.parameters())
+        _log.info(
+            "denseffn_shards: rank %d of %d holds dense layers %s, %d bytes (%.3f MiB), from %s in %.2f s",
+            rank,
+            size,
+            ", ".join(map(str, mlps)),
+            held,
+            held / _MIB,
+            shard.file,
+            time.perf_counter() - start,
+        )
+        return digest
+
+    def _get_weights_iterator(
+        self, source: DefaultModelLoader.Source
+    ) -> Generator[tuple[str, torch.Tensor], None, None]:
+        if self._manifest is None:
+            yield from super()._get_weights_iterator(source)
+            return
+        self.counter_before_loading_weights = time.perf_counter()  # the engine logs the time since then
+        folder, files, *_ = self._prepare_weights(
+            source.model_or_path,
+            source.subfolder,
+            source.revision,
+            source.fall_back_to_pt,
+            source.allow_patterns_overrides,
+        )
+        same = self.options.source == "same"
+        if same:
+            check_same(Path(folder), files, self._manifest)
+
+        def passed_over(name: str) -> bool:
+            return should_skip_weight(name, self.local_expert_ids)
+
+        for name, tensor in read_others(files, self._manifest, passed_over, same=same):
+            yield source.prefix + name, tensor
+
+
+def _additional(vllm_config: VllmConfig) -> dict[str, Any]:
+    """The additional config; a platform's own kind of it has no option of ours."""
+    return vllm_config.additional_config if isinstance(vllm_config.additional_config, dict) else {}
+
+
+def _token_counts() -> torch.Tensor | None:
+    """Of every data-parallel rank in this step, as the engine has exchanged them."""
+    metadata = get_forward_context().dp_metadata
+    return None if metadata is None else metadata.num_tokens_across_dp_cpu
+
+
+def _is_draft(model_config: ModelConfig) -> bool:
+    """A speculative model beside the served one: the shards are not its."""
+    return bool(model_config.runner_type == "draft")
+
+
+def _agree(own: dict[str, Any], problem: Exception | None) -> None:
+    """With all ranks that load the set together. Raises what any of them raises, on each of them."""
+    for group in (get_dp_group(), get_tp_group(), get_pp_group()):
+        try:
+            agree(group.cpu_group, own, problem)
+        except Exception as error:
+            problem = error
+    if problem is not None:
+        raise problem
+
+
+@contextlib.contextmanager
+def _counted_as_loaded(model: nn.Module, mlps: dict[int, Any]) -> Iterator[None]:
+    """While the engine loads the rest: its check that nothing is missing does not know of the shards."""
+    held = {id(parameter) for mlp in mlps.values() for parameter in mlp.parameters()}
+    filled = {name for name, parameter in model.named_parameters() if id(parameter) in held}
+    load = model.load_weights
+
+    def load_and_count(*args: Any, **kw: Any) -> set[str] | None:
+        loaded: set[str] | None = load(*args, **kw)
+        return None if loaded is None else loaded | filled
+
+    with _in_place_of(model, "load_weights", load_and_count):
+        yield
+
+
+@contextlib.contextmanager
+def _in_place_of(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """`value` as the attribute `name`, for a time."""
+    is_own, before = name in vars(owner), getattr(owner, name)  # else its class's
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if is_own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+
+def _place(mlps: dict[int, Any], manifest: Manifest, folder: Path) -> tuple[int, int]:
+    """(tp_rank, tp_size) of the layers, from the layers themselves."""
+    places = set()
+    for mlp in mlps.values():
+        group: Group | None = getattr(
+            mlp, "group", None
+        )  # of an MLP that is split (`reshard_runtime.serving.vllm.split_mlp`)
+        if group is not None:
+            places.add((group.rank, group.size))
+        else:
+            places |= {(linear.tp_rank, linear.tp_size) for linear in (mlp.gate_up_proj, mlp.down_proj)}
+    if len(places) != 1:
+        raise ShardError(f"the engine's dense layers are cut in different ways (rank, size): {sorted(places)}")
+    rank, size = places.pop()
+    if size != manifest.tp_size:
+        raise ShardError(
+            f"{folder}: cut for {manifest.tp_size}, the engine's dense layers are for {size}; cut it with reshard "
+            f"split --tp {size}"
+        )
+    return rank, size

@@ -1,0 +1,128 @@
+"""What is read of the model's own files: everything but the tensors that the shards replace."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+from safetensors import safe_open
+
+from reshard.errors import ShardError
+from reshard.manifest import Manifest, SourceFile
+from reshard.model.naming import DOWN, GATE_UP, parse_dense
+from reshard.source.opened import Opened
+
+_LENGTH_BYTES = 8
+
+
+def replaced(manifest: Manifest) -> frozenset[str]:
+    """The source tensors that the set holds: those it is made of, and those of the same value held once."""
+    return frozenset(
+        name
+        for shard in manifest.shards
+        for tensor in shard.tensors
+        for name in (
+            *(piece.tensor for piece in tensor.slices),
+            *tensor.same_as,
+            *(tensor.conversion.inputs if tensor.conversion else ()),
+        )
+    )
+
+
+def read_others(
+    files: Iterable[str], manifest: Manifest, passed_over: Callable[[str], bool], *, same: bool = False
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of every tensor that is not in the set. Of the others only the names are read.
+
+    `passed_over`: whether the engine has no use for a tensor (another rank's experts). `same`: the files must be those
+    that the set was cut from. Raises ShardError for a tensor of a dense layer that the set was not cut from, maybe
+    under another prefix: it can neither be used nor left out; and for a file that changed while it was read.
+    """
+    held = replaced(manifest)
+    cut_from = {file.name: file for file in manifest.source.files}
+    for file in sorted(files, key=_natural):
+        entry = cut_from.get(Path(file).name)
+        with Opened(Path(file)) as opened, safe_open(opened.same_file, framework="pt") as tensors:
+            if same and entry is not None:
+                _compare(opened, entry, _way_out(Path(file).parent, manifest))
+            for name in tensors.keys():  # noqa: SIM118 - no mapping
+                if same and entry is None and name in held:
+                    raise ShardError(
+                        f"{file}: holds {name}, which the shard set was cut from {', '.join(cut_from)}: the engine "
+                        "reads both; move the one that is not this model's (a draft, an earlier save) elsewhere"
+                    )
+                if name in held or passed_over(name):
+                    continue
+                if _is_dense(name, tensors, manifest):
+                    raise ShardError(
+                        f"{file}: {name} is a DenseFFN tensor that the shard set was not cut from (its layers are "
+                        f"{manifest.model.prefix}layers.*); cut the shards from the very model that is served"
+                    )
+                yield name, tensors.get_tensor(name)
+            if difference := opened.difference():
+                raise ShardError(f"{file}: {difference}; start again when nothing writes there any more")
+
+
+def _is_dense(name: str, tensors: Any, manifest: Manifest) -> bool:
+    """Whether a tensor is of the set's dense layers: by its name, or by its size where the prefix is another.
+
+    A tower's MLP may have such a name too, and is of another size, or the checkpoint could not have been cut.
+    """
+    parsed = parse_dense(name)
+    if parsed is None or parsed.layer not in {layer.index for layer in manifest.layers}:
+        return False
+    hidden, intermediate = manifest.model.hidden_size, manifest.model.intermediate_size
+    full = {GATE_UP: [2 * intermediate, hidden], DOWN: [hidden, intermediate]}
+    same_size = tensors.get_slice(name).get_shape() == full.get(parsed.role, [intermediate, hidden])
+    return parsed.prefix == manifest.model.prefix or same_size
+
+
+def check_same(folder: Path, files: Iterable[str], manifest: Manifest) -> None:
+    """Whether the files that the engine reads are those that the set was cut from: by name, size, digest of the header.
+
+    Raises ShardError, naming the first that differs.
+    """
+    read = {Path(file).name for file in files}
+    way = _way_out(folder, manifest)
+    for file in manifest.source.files:
+        path = folder / file.name
+        try:
+            with Opened(path) as opened:
+                _compare(opened, file, way)
+        except OSError as error:
+            raise ShardError(
+                f"{path}: {error.strerror}; the shard set was cut from a file of that name; {way}"
+            ) from None
+        if file.name not in read:
+            raise ShardError(
+                f"{path}: the shard set was cut from it, and the engine reads {', '.join(sorted(read))} instead; "
+                f"attention would be of one account of the weights, the dense layers of the other; {way}"
+            )
+
+
+def _way_out(folder: Path, manifest: Manifest) -> str:
+    return (
+        f'serve {manifest.source.name}, cut the shards from {folder}, or set "source": "any" in '
+        "model_loader_extra_config to take the shards as they are"
+    )
+
+
+def _compare(opened: Opened, file: SourceFile, way: str) -> None:
+    if opened.size != file.size:
+        raise ShardError(f"{opened.path}: {opened.size} bytes, the shard set was cut from {file.size}; {way}")
+    raw = opened.read(0, _LENGTH_BYTES)
+    digest = blake3(
+        raw + opened.read(_LENGTH_BYTES, min(_LENGTH_BYTES + int.from_bytes(raw, "little"), file.size))
+    ).hexdigest()
+    if digest != file.header_blake3:
+        raise ShardError(
+            f"{opened.path}: its header has BLAKE3 {digest[:16]}…, the shard set was cut from "
+            f"{file.header_blake3[:16]}…; {way}"
+        )
+
+
+def _natural(file: str) -> list[object]:
+    """model-2 before model-10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", file)]

@@ -1,0 +1,109 @@
+"""How many rows each rank brings to the collectives of a split layer, and the tensors in which they stand.
+
+Counted: the engine has told every rank how many tokens each has. Fixed: it has not, so every rank brings the same
+number whatever it has: none can wait for one that is in another graph bucket, and graphs replay.
+
+Shapes: T this rank's tokens, P the rows that each rank brings, D the data-parallel ranks that share the layer, W what a
+row is.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from reshard.errors import GroupError, TokensError
+from reshard_runtime.serving.vllm.groups import Group
+from reshard_runtime.tokens import Dealt, deal, pad
+
+
+class Rows(Protocol):
+    """`parts`: of how many ranks' rows a tensor is made, 1 or D."""
+
+    def deal(self, own: int, layer_name: str) -> Dealt:
+        """What each rank brings, of `own` tokens here. Raises GroupError without counts, TokensError if none fit."""
+
+    def place(self, name: str, rows: torch.Tensor, dealt: Dealt, parts: int) -> torch.Tensor:
+        """[at most parts * P, W] -> [parts * P, W], zeros below, for a collective to read."""
+
+    def result(
+        self, name: str, dealt: Dealt, parts: int, like: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        """[parts * P, W] for a collective to write; None leaves it to the collective."""
+
+
+class Counted:
+    """As many rows as the largest of the engine's counts: `counts()`, one for each data-parallel rank, on the host."""
+
+    def __init__(self, group: Group, counts: Callable[[], torch.Tensor | None]) -> None:
+        self._group, self._counts = group, counts
+
+    def deal(self, own: int, layer_name: str) -> Dealt:
+        """By this step's counts."""
+        everyones = self._counts()
+        first, place, size = self._group.first, self._group.data.rank(), self._group.data.size()
+        if everyones is None:
+            raise GroupError(
+                f"{layer_name}: the engine gave no token counts of the data-parallel ranks; the layer is split over "
+                f"{size} of them and cannot run without (is data_parallel_size above 1 on every rank?)"
+            )
+        counts = everyones[first : first + size].tolist()
+        if own != counts[place]:
+            message = f"{layer_name}, rank {place}: x has {own} tokens, the engine said {counts[place]}"
+            self._group.tell(message)
+            raise TokensError(message)
+        return deal(own, size, counts, None)
+
+    def place(self, name: str, rows: torch.Tensor, dealt: Dealt, parts: int) -> torch.Tensor:
+        """Itself where it is long enough."""
+        return pad(rows, parts * dealt.rows)
+
+    def result(
+        self, name: str, dealt: Dealt, parts: int, like: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        """The collective's own."""
+        return None
+
+
+class Fixed:
+    """P rows, in tensors that are kept: whichever bucket's graph a rank replays, it meets the others at the addresses
+    at which all of them captured. The layers of a model share them: they run one after another.
+
+    is_rehearsal: whether the engine runs no requests (`ascend.is_rehearsal`).
+    """
+
+    def __init__(self, group: Group, rows: int, is_rehearsal: Callable[[], bool]) -> None:
+        self._group, self._rows, self._is_rehearsal = group, rows, is_rehearsal
+        self._kept: dict[tuple[str, int, torch.dtype], torch.Tensor] = {}
+
+    def deal(self, own: int, layer_name: str) -> Dealt:
+        """P; in a rehearsal every rank has as many as this one, be it more than P."""
+        rows, size = self._rows, self._group.data.size()
+        if own > rows:
+            if not self._is_rehearsal():
+                message = (
+                    f"{layer_name}: x has {own} tokens, and every rank sends {rows} rows; set max_tokens in "
+                    f"model_loader_extra_config to {own} or more on every rank"
+                )
+                self._group.tell(message)
+                raise TokensError(message)
+            rows = own
+        return deal(own, size, None, rows)
+
+    def place(self, name: str, rows: torch.Tensor, dealt: Dealt, parts: int) -> torch.Tensor:
+        """A copy in the tensor that is kept under `name`."""
+        kept = self.result(name, dealt, parts, rows, rows.dtype)
+        if kept is None:
+            return rows  # as many as there can be
+        kept[: len(rows)] = rows
+        kept[len(rows) :] = 0
+        return kept
+
+    def result(
+        self, name: str, dealt: Dealt, parts: int, like: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        """The tensor that is kept under `name`, made when it is first asked for: before any graph is captured."""
+        key = (name, like.shape[1], dtype)
+        if key not in self._kept:
+            self._kept[key] = like.new_zeros(parts * self._rows, like.shape[1], dtype=dtype)
+        return self._kept[key] if dealt.rows == self._rows else None

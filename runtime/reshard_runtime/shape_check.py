@@ -1,0 +1,78 @@
+"""A layer's forward pass on the meta device: which of a backend's kernels refuses which shapes, with no tensor at hand.
+
+Shapes: T tokens, H hidden_size, L the rank's share of intermediate_size, R tp_size.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from reshard.errors import ReshardError
+from reshard.model.activation import Activation
+from reshard_runtime.kernels import Kernels
+from reshard_runtime.partial import PartialFFN
+from reshard_runtime.shard import LayerShard, LinearShard
+
+_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One rank's part of a linear: dtype (as safetensors names it) and shape by suffix."""
+
+    name: str
+    scheme: str
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+
+
+def forward_on_meta(
+    gate_up: Linear,
+    down: Linear,
+    tp_size: int,
+    hidden_size: int,
+    intermediate_size: int,
+    kernels: Kernels,
+    tokens: Iterable[int],
+    activation: Activation,
+) -> str | None:
+    """What refuses the forward of T tokens a rank, in one line; None where nothing does.
+
+    gate_up: weight [2L, H]; down: weight [H, L]. A scheme that `kernels` lacks is run as BF16, as the loader leaves it.
+    """
+    try:
+        stacked, last = (_shard(linear, kernels) for linear in (gate_up, down))
+        share = down.tensors["weight"][1][1]
+        layer = LayerShard(0, 0, tp_size, hidden_size, intermediate_size, share, "", stacked, last, activation)
+        ffn = PartialFFN(layer, kernels, _dtype(down), "dynamic")
+        for count in tokens:
+            rows_TW = ffn.pack(torch.empty(count, hidden_size, dtype=ffn.dtype, device="meta"))
+            result = ffn.of_packed(rows_TW.repeat(tp_size, 1), ffn.dtype)
+            if tuple(result.shape) != (count * tp_size, hidden_size):
+                return f"{count} tokens of {tp_size} ranks give {list(result.shape)}, not [.., {hidden_size}]"
+    except (RuntimeError, ValueError, TypeError, ReshardError) as error:  # as shape functions raise
+        return str(error).splitlines()[0]
+    return None
+
+
+def _shard(linear: Linear, kernels: Kernels) -> LinearShard:
+    described = {suffix: (_DTYPES[dtype], shape) for suffix, (dtype, shape) in linear.tensors.items()}
+    scheme = linear.scheme
+    if not kernels.has(scheme):
+        scheme, described = "bf16", {"weight": (torch.bfloat16, linear.tensors["weight"][1])}
+    tensors = {suffix: torch.empty(shape, dtype=dtype, device="meta") for suffix, (dtype, shape) in described.items()}
+    return LinearShard(linear.name, scheme, None, tensors)
+
+
+def _dtype(linear: Linear) -> torch.dtype | None:
+    """deq_scale is stored as I64 for FP16 models; else the weights say it, or it is BF16."""
+    stored = linear.tensors.get("deq_scale")
+    return torch.float16 if stored is not None and stored[0] == "I64" else None

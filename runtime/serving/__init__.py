@@ -1,1 +1,0 @@
-"""Hooks for what serves a model. Nothing here is imported by `runtime` itself."""

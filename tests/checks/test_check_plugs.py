@@ -1,0 +1,259 @@
+"""What people plug `reshard check` in with: the GitHub Action, the pre-commit hooks, the pytest fixture.
+
+Their services are not here. The commands in their files are run for real; the files are held against the schemas that
+GitHub and pre-commit themselves go by.
+"""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from reshard.checks.report import Report
+from reshard.errors import UsageError
+from reshard.plan.pipeline import Cut
+from tests.model.test_models import CONFIGS
+from tests.support.builders import Spec, build
+from tests.support.paths import ROOT
+from tests.support.running import TIMEOUT_SECONDS, split
+
+pytest_plugins = ["pytester"]
+
+BIN = Path(sys.executable).parent
+R1 = CONFIGS / "deepseek-r1.json"
+
+
+def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+# The GitHub Action.
+
+
+@pytest.fixture(scope="module")
+def action() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((ROOT / "action.yml").read_text())
+    return loaded
+
+
+def test_the_action_is_one_by_github_s_schema() -> None:
+    done = run(BIN / "check-jsonschema", "--builtin-schema", "vendor.github-actions", ROOT / "action.yml")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_input_is_used_and_every_use_is_an_input(action: dict[str, Any]) -> None:
+    steps = action["runs"]["steps"]
+    said = {value for step in steps for value in step["env"].values()}
+    used = {value[len("${{ inputs.") : -len(" }}")] for value in said if value.startswith("${{ inputs.")}
+    assert used == set(action["inputs"])
+    assert all("${{" not in step["run"] for step in steps), "an input in a script would be run as a command"
+
+
+def step(action: dict[str, Any], **inputs: str) -> subprocess.CompletedProcess[str]:
+    """The action's last step, as a runner starts it: bash, and the inputs or their defaults in the environment."""
+    last = action["runs"]["steps"][-1]
+    assert not inputs.keys() - {key.replace("-", "_") for key in action["inputs"]}
+    environment = {"RESHARD": str(BIN / "reshard")}
+    for variable, value in last["env"].items():
+        name = value[len("${{ inputs.") : -len(" }}")]
+        if name in action["inputs"]:
+            environment[variable] = inputs.get(name.replace("-", "_"), action["inputs"][name].get("default", ""))
+    return run("bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", last["run"], **environment)
+
+
+def test_the_action_passes_and_fails_as_the_command(action: dict[str, Any]) -> None:
+    right = step(action, paths=str(R1), tp="8,16")
+    assert (right.returncode, right.stdout) == (0, "7 checks: 7 ok\n")
+    wrong = step(action, paths=f"{R1}\n{CONFIGS / 'llama-3.1-8b.json'}\n", tp="5")
+    assert wrong.returncode == 3
+    assert wrong.stdout.count("::error file=") == 2
+    assert step(action, paths="/none").returncode == 1
+    assert step(action, paths="\n").returncode == 2
+
+
+def test_the_action_hands_every_input_on(action: dict[str, Any], tmp_path: Path) -> None:
+    option = json.dumps({"denseffn_tensor_parallel_size": 32})
+    sizes = {"data_parallel_size": "64", "tensor_parallel_size": "1"}
+    given = {"paths": str(R1), "tp": "32", "additional_config": option, "pad": "true", **sizes}
+    assert step(action, **given).returncode == 0
+    assert step(action, **{**given, "pad": "false"}).returncode == 3
+    assert step(action, **{**given, "pad": "false", "weights": "w8a8"}).returncode == 0
+    assert step(action, **{**given, "tensor_parallel_size": "3"}).returncode == 3
+    assert step(action, **{**given, "data_parallel_size": "8"}).returncode == 3
+    ascends = {"paths": str(R1), "additional_config": '{"finegrained_tp_config": {"mlp_tensor_parallel_size": 1}}'}
+    assert step(action, **ascends, pipeline_parallel_size="2").returncode == 0
+    ascends["additional_config"] = ascends["additional_config"].replace("1", "2")
+    assert step(action, **ascends, data_parallel_size="2").returncode == 0
+    assert step(action, **ascends, data_parallel_size="2", pipeline_parallel_size="2").returncode == 3
+    assert step(action, paths=str(R1), scheme="bf16", tp="32").returncode == 0
+    assert step(action, paths=str(R1), tp="8", device="npu").returncode == 0
+    assert step(action, paths=str(R1), tp="8", device="npu", strict="true").returncode == 3
+    build(tmp_path / "model", Spec())
+    split(tmp_path / "model", tmp_path / "a set", Cut(2))
+    assert step(action, paths=str(tmp_path / "a set"), against=str(tmp_path / "model")).returncode == 0
+    assert step(action, paths=str(tmp_path / "a set"), against=str(tmp_path / "none")).returncode == 1
+
+
+def test_the_action_writes_junit_as_well(action: dict[str, Any], tmp_path: Path) -> None:
+    done = step(action, paths=str(R1), tp="5", junit=str(tmp_path / "out.xml"))
+    assert done.returncode == 3
+    assert '<failure type="divides"' in (tmp_path / "out.xml").read_text()
+    assert "::error " in done.stdout
+
+
+def test_an_input_is_never_a_command_or_an_option(action: dict[str, Any], tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    for paths in (f"$(touch {mark})", f"; touch {mark}", f"`touch {mark}`", "--version"):
+        done = step(action, paths=paths, tp="8")
+        assert done.returncode == 1, done.stdout
+        assert "no such folder" in done.stderr
+    assert not mark.exists()
+
+
+# The pre-commit hooks.
+
+
+@pytest.fixture(scope="module")
+def hooks() -> dict[str, dict[str, Any]]:
+    return {hook["id"]: hook for hook in yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())}
+
+
+def test_the_hooks_are_some_by_pre_commit_itself() -> None:
+    done = run(BIN / "pre-commit", "validate-manifest", ROOT / ".pre-commit-hooks.yaml")
+    assert done.returncode == 0, done.stdout
+
+
+def hook(entry: dict[str, Any], arguments: list[str], files: list[Path]) -> int:
+    """As pre-commit starts a hook: its entry's words, the user's args, then the files, if it passes any."""
+    program, *rest = shlex.split(entry["entry"])
+    named = files if entry.get("pass_filenames", True) else []
+    return run(BIN / program, *rest, *arguments, *named).returncode
+
+
+def test_the_config_hook_takes_any_number_of_files(hooks: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    files = []
+    for name in ("deepseek-r1", "glm-4.5", "kimi-k2"):
+        files.append(tmp_path / name / "config.json")
+        files[-1].parent.mkdir()
+        files[-1].write_text((CONFIGS / f"{name}.json").read_text())
+    assert hook(hooks["reshard-check-config"], ["--tp", "8,16"], files) == 0
+    assert hook(hooks["reshard-check-config"], ["--tp", "5"], files) == 3
+
+
+def test_the_other_hook_takes_what_args_give(hooks: dict[str, dict[str, Any]]) -> None:
+    assert hook(hooks["reshard-check"], [str(R1), "--tp", "8"], [Path("ignored.json")]) == 0
+    assert hook(hooks["reshard-check"], [str(R1), "--tp", "32"], [Path("ignored.json")]) == 3
+
+
+def test_the_config_hook_is_for_config_json(hooks: dict[str, dict[str, Any]]) -> None:
+    wanted = re.compile(hooks["reshard-check-config"]["files"])
+    assert all(wanted.search(path) for path in ("config.json", "models/r1/config.json"))
+    assert not any(wanted.search(path) for path in ("generation_config.json", "tokenizer.json", "config.jsonl"))
+
+
+# The pytest fixture.
+
+
+def test_the_fixture_passes_fails_and_says_why(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        f"""
+        R1 = {str(R1)!r}
+
+        def test_right(reshard_check):
+            report = reshard_check(config=R1, tp=(8, 16))
+            assert (report.kind, len(report.of("ok"))) == ("config", 7)
+
+        def test_wrong(reshard_check):
+            reshard_check(config=R1, tp=32)
+
+        def test_warned(reshard_check):
+            reshard_check(config=R1, tp=8, device="npu")
+
+        def test_strict(reshard_check):
+            reshard_check(config=R1, tp=8, device="npu", strict=True)
+
+        def test_setup(reshard_check):
+            reshard_check(config=R1, additional_config={{"denseffn_tensor_parallel_size": 3}}, data_parallel_size=16)
+
+        def test_unreadable(reshard_check):
+            reshard_check("nowhere")
+        """
+    )
+    result = pytester.runpytest_subprocess("-p", "no:cacheprovider")
+    result.assert_outcomes(passed=2, failed=4)
+    result.stdout.fnmatch_lines(
+        [
+            "reshard check *deepseek-r1.json:",
+            "blocks: tp 32: *576 rows, not a multiple of the 128-row scale block*",
+            "kernels: no NPU kernel multiplies fp8_block*",
+            "option-size: denseffn_tensor_parallel_size is 3; with data-parallel size 16 it may be 1, 2, 4, 8 or 16",
+            "*SourceError: nowhere: no such folder*",
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"tp": 0}, "tp 0: a group size is a whole number from 1 to 99999"),
+        ({"tp": "8,16"}, "tp '8': a group size is a whole number"),
+        ({"tp": 8, "device": "gpu"}, "device 'gpu': there are cpu, npu"),
+        ({"tp": 8, "weights": "int8"}, "weights 'int8': there are keep, bf16, w8a8"),
+        ({"data_parallel_size": 0}, "data-parallel size 0: a whole number from 1 to 99999 is wanted"),
+        ({"tensor_parallel_size": "2"}, "tensor-parallel size '2': a whole number"),
+        ({"pipeline_parallel_size": True}, "pipeline-parallel size True: a whole number"),
+        ({"additional_config": "{}"}, "additional config '{}': a mapping of options is wanted"),
+    ],
+)
+def test_a_value_that_is_none_is_refused(
+    reshard_check: Callable[..., Report], arguments: dict[str, Any], says: str
+) -> None:
+    """A slip that were taken for a default would be a check that was never made."""
+    with pytest.raises(UsageError, match=re.escape(says)):
+        reshard_check(config=R1, **arguments)
+
+
+def test_a_set_in_the_fixture(pytester: pytest.Pytester, tmp_path: Path) -> None:
+    build(tmp_path / "model", Spec())
+    split(tmp_path / "model", tmp_path / "set", Cut(2))
+    pytester.makepyfile(
+        f"""
+        from pathlib import Path
+
+        def test_set(reshard_check):
+            folder = Path({str(tmp_path)!r})
+            assert reshard_check(folder / "set", tp=2, against=folder / "model").kind == "shard set"
+        """
+    )
+    pytester.runpytest_subprocess("-p", "no:cacheprovider").assert_outcomes(passed=1)
+
+
+def test_the_plugin_costs_nothing_where_it_is_not_used(pytester: pytest.Pytester) -> None:
+    """pytest loads it in every project of the environment: beyond its own two modules nothing may come with it."""
+    pytester.makepyfile(
+        """
+        import sys
+
+        def test_nothing(request):
+            assert request.config.pluginmanager.has_plugin("reshard")
+            ours = {name for name in sys.modules if name.split(".")[0] in ("reshard", "reshard_runtime")}
+            assert ours == {"reshard", "reshard.checks.pytest_plugin"}
+            assert not {"torch", "numpy", "pydantic", "typer", "blake3"} & set(sys.modules)
+        """
+    )
+    pytester.runpytest_subprocess("-p", "no:cacheprovider", "-p", "no:hypothesispytest").assert_outcomes(passed=1)

@@ -1,0 +1,185 @@
+"""Every bad input ends in one clear line: what is wrong, both sides of it, the way out. Nothing is written."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from reshard.checkpoint.description import Checkpoint
+from reshard.errors import ReshardError, SourceError
+from reshard.plan.pipeline import Cut, check_set_digests, prepare
+from reshard.source.open import open_source
+from reshard.writer.split import SplitOptions, write_shards
+from tests.support import cases_contents, cases_files, cases_sets
+from tests.support.builders import Spec, build, read_safetensors
+from tests.support.corrupt import FIRST, Case
+from tests.support.paths import ROOT
+
+CASES = [*cases_files.CASES, *cases_contents.CASES, *cases_sets.CASES]
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
+
+
+def split(source: Path, out: Path, cut: Cut) -> Checkpoint:
+    """What `reshard split` does."""
+    with open_source(str(source)) as opened:
+        prepared = prepare(opened, cut)
+        check_set_digests(opened, workers=2)
+        write_shards(prepared, out, SplitOptions(workers=2))
+        return prepared.checkpoint
+
+
+def bad_source(case: Case, folder: Path) -> Path:
+    """The case's checkpoint or shard set, damaged."""
+    source = folder / "model"
+    build(source, case.spec)
+    if case.cut:
+        split(source, folder / "set", Cut(2))
+        source = folder / "set"
+    case.damage(source)
+    return source
+
+
+def check_message(case: Case, message: str) -> None:
+    """It is one line of text, names what the case calls for, and offers a way out."""
+    assert message.isprintable(), message
+    assert [part for part in case.says if part not in message] == [], message
+    assert any(phrase in message for phrase in case.way_out.split("|")), f"no {case.way_out!r} in: {message}"
+
+
+def listing(folder: Path) -> dict[Path, int]:
+    """Every path in a folder with its size."""
+    return {path: path.lstat().st_size for path in folder.rglob("*")}
+
+
+@each_case
+def test_function_refuses(case: Case, tmp_path: Path) -> None:
+    source = bad_source(case, tmp_path)
+    before = listing(tmp_path)
+    with pytest.raises(ReshardError) as caught:
+        split(source, tmp_path / "new" / "out", Cut(case.tp_size))
+    check_message(case, str(caught.value))
+    assert type(caught.value) is case.error
+    assert caught.value.exit_code == 1
+    assert listing(tmp_path) == before
+
+
+@each_case
+def test_command_refuses(case: Case, tmp_path: Path) -> None:
+    from reshard.cli.main import app
+
+    source = bad_source(case, tmp_path)
+    before = listing(tmp_path)
+    out = tmp_path / "new" / "out"
+    result = CliRunner().invoke(app, ["split", str(source), str(out), "--tp", str(case.tp_size)])
+    check_output(case, result.exit_code, result.stdout, result.stderr)
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["header not JSON", "share off the block grid", "set with a changed shard"])
+def test_program_refuses(name: str, tmp_path: Path) -> None:
+    (case,) = (case for case in CASES if case.name == name)
+    source, out = bad_source(case, tmp_path), tmp_path / "new" / "out"
+    done = subprocess.run(
+        [sys.executable, "-m", "reshard", "split", str(source), str(out), "--tp", str(case.tp_size)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    check_output(case, done.returncode, done.stdout, done.stderr)
+    assert not out.parent.exists()
+
+
+def check_output(case: Case, exit_code: int, stdout: str, stderr: str) -> None:
+    """Exit code 1, nothing on stdout, one line `error: …` on stderr."""
+    assert "Traceback" not in stderr
+    assert exit_code == 1, stderr
+    assert stdout == ""
+    (line,) = stderr.splitlines()
+    assert line.startswith("error: ")
+    check_message(case, line.removeprefix("error: "))
+
+
+def test_names_are_unique() -> None:
+    assert len({case.name for case in CASES}) == len(CASES)
+
+
+@pytest.mark.parametrize("file", [FIRST, "config.json"])
+def test_unreadable_file(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulated: a test run by root can read whatever its mode is."""
+    build(tmp_path / "model", Spec())
+    opened = os.open
+
+    def refuse(path: object, *args: int, **kwargs: int) -> int:
+        if str(path).endswith(f"/model/{file}"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *args, **kwargs)  # type: ignore[call-overload,no-any-return]
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(SourceError, match=rf"{file}: cannot be read: Permission denied; ."):
+        split(tmp_path / "model", tmp_path / "out", Cut(2))
+    assert not (tmp_path / "out").exists()
+
+
+def test_hub_cache_links_are_followed(tmp_path: Path) -> None:
+    """models--org--name/snapshots/<revision>/<file> -> ../../blobs/<hash>."""
+    repository = tmp_path / "models--org--name"
+    snapshot = repository / "snapshots" / "0123abc"
+    build(snapshot, Spec())
+    (repository / "blobs").mkdir()
+    for number, path in enumerate(sorted(snapshot.iterdir())):
+        path.rename(repository / "blobs" / str(number))
+        path.symlink_to(Path("../../blobs") / str(number))
+    split(snapshot, tmp_path / "linked", Cut(2))
+
+    build(tmp_path / "plain" / "0123abc", Spec())
+    split(tmp_path / "plain" / "0123abc", tmp_path / "out", Cut(2))
+    written = {path.name: path.read_bytes() for path in (tmp_path / "linked").iterdir()}
+    assert written == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+
+def test_file_that_the_index_leaves_out_is_ignored(tmp_path: Path) -> None:
+    """As every engine does: the index says what belongs to the checkpoint."""
+    build(tmp_path / "model", Spec())
+    shutil.copy(tmp_path / "model" / FIRST, tmp_path / "model" / "consolidated.safetensors")
+    checkpoint = split(tmp_path / "model", tmp_path / "out", Cut(2))
+    assert "consolidated.safetensors" not in {file.name for file in checkpoint.identity.files}
+
+
+# The ways out that the messages offer do work.
+
+
+def test_separate_layout_keeps_both_input_scales(tmp_path: Path) -> None:
+    build(tmp_path / "model", Spec("modelslim_static"))
+    cases_sets.unequal_scales(tmp_path / "model")
+    split(tmp_path / "model", tmp_path / "out", Cut(2, layout="separate"))
+    for shard in (tmp_path / "out").glob("*.safetensors"):
+        held = read_safetensors(shard)
+        assert held["model.layers.0.mlp.gate_proj.input_scale"] == ("BF16", (1,), b"\x00\x40")
+        assert held["model.layers.0.mlp.up_proj.input_scale"] == ("BF16", (1,), b"\x40\x40")
+
+
+@pytest.mark.parametrize("cut", [Cut(1), Cut(3), Cut(9), Cut(2, pad=True)], ids=str)
+def test_other_sizes_and_padding_suit_the_block_grid(cut: Cut, tmp_path: Path) -> None:
+    build(tmp_path / "model", Spec("fp8_block", intermediate=1152))
+    split(tmp_path / "model", tmp_path / "out", cut)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == cut.tp_size
+
+
+def test_bf16_weights_need_no_block_grid(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    build(tmp_path / "model", Spec("fp8_block", intermediate=1152))
+    split(tmp_path / "model", tmp_path / "out", Cut(2, weights="bf16"))
+    held = read_safetensors(next(iter((tmp_path / "out").glob("*.safetensors"))))
+    assert held["model.layers.0.mlp.down_proj.weight"][:2] == ("BF16", (256, 576))
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4, 8, 16, 256, 512])
+def test_sizes_that_divide(tp_size: int, tmp_path: Path) -> None:
+    build(tmp_path / "model", Spec())
+    with open_source(str(tmp_path / "model")) as source:
+        assert len(prepare(source, Cut(tp_size)).plan.shards) == tp_size

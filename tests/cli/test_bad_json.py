@@ -1,0 +1,105 @@
+"""Whatever stands in the JSON files beside the weights, a cut is made or refused in one line; nothing else happens."""
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from reshard.errors import ReshardError
+from reshard.plan.pipeline import Cut, prepare
+from reshard.source.open import open_source
+from reshard.writer.split import SplitOptions, write_shards
+from tests.support.builders import RECIPES, Spec, build
+
+ODD: list[Any] = [None, True, False, 0, 1, -1, 2, 129, 1_000_000, 0.5, -0.0, "", "x", "FLOAT", "fp8", "../x", "\ud800"]
+ODD += ["a\nb", "re:(", "re:.*", [], {}, [1], ["dense"], [[]], {"a": 1}, [1, 1], ["re:.*"], {"group_0": {}}]
+KEYS = ["", "x", "a\nb", "__metadata__", "weight_block_size", "mlp_layer_types", "moe_layer_freq", "num_experts"]
+USED = ["bf16", "modelslim_static", "mindie", "fp8_block", "int8_block", "ct_static_asymmetric", "ct_fp8_block"]
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path to everything in a JSON value."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from places(inner, (*path, key))
+
+
+@st.composite
+def changed(draw: st.DrawFn, value: Any) -> Any:
+    """A JSON value with one or two things in it replaced, removed or renamed."""
+    value = copy.deepcopy(value)
+    for _ in range(draw(st.integers(1, 2))):
+        *path, last = draw(st.sampled_from([place for place in places(value) if place] or [(None,)]))
+        if last is None:
+            return draw(st.sampled_from(ODD))
+        holder = value
+        for key in path:
+            holder = holder[key]
+        action = draw(st.sampled_from(["replace", "replace", "replace", "remove", "rename"]))
+        if action == "remove":
+            del holder[last]
+        elif action == "rename" and isinstance(holder, dict):
+            holder[draw(st.sampled_from(KEYS))] = holder.pop(last)
+        else:
+            holder[last] = copy.deepcopy(draw(st.sampled_from(ODD)))
+    return value
+
+
+@pytest.fixture(scope="module", params=USED)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small checkpoint."""
+    folder: Path = tmp_path_factory.mktemp("json") / "model"
+    build(folder, Spec(request.param, hidden=128, intermediate=256, dense=1))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shard_set(checkpoint: Path) -> Path:
+    """The same, cut."""
+    with open_source(str(checkpoint)) as source:
+        write_shards(prepare(source, Cut(2)), checkpoint.parent / "set", SplitOptions())
+    return checkpoint.parent / "set"
+
+
+def check(folder: Path, data: st.DataObject) -> None:
+    """Change one JSON file of a folder, cut, and put the file back."""
+    path = folder / data.draw(st.sampled_from(sorted(path.name for path in folder.glob("*.json"))))
+    raw = path.read_bytes()
+    path.write_text(json.dumps(data.draw(changed(json.loads(raw)))))
+    message = ""
+    try:
+        with open_source(str(folder)) as source:
+            prepare(source, Cut(2))
+    except ReshardError as error:
+        message = str(error)
+    finally:
+        path.write_bytes(raw)
+    assert message.isprintable()
+
+
+quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@quick
+@given(st.data())
+def test_checkpoints(checkpoint: Path, data: st.DataObject) -> None:
+    check(checkpoint, data)
+
+
+@quick
+@given(st.data())
+def test_shard_sets(shard_set: Path, data: st.DataObject) -> None:
+    check(shard_set, data)
+
+
+def test_the_unchanged_checkpoint_is_cut(shard_set: Path) -> None:
+    """Without it the tests above could pass on refusals alone."""
+    with open_source(str(shard_set)) as source:
+        assert len(prepare(source, Cut(1)).plan.shards) == 1
+    assert set(USED) < set(RECIPES)

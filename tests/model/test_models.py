@@ -1,0 +1,89 @@
+"""Which tensors are split, model by model: frozen, so that no change can put another tensor into a shard unseen.
+
+A full-size checkpoint of every model in `configs/` is made (headers only) and described; the tensors that a split
+would take are compared with `data/split_tensors.json`. A change to that file is a decision: only the DenseFFN may be
+in it. The layer numbers stand here too, written by hand.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from reshard.model.naming import parse_dense
+from reshard.source.open import describe, open_source
+from reshard.synth.plan import SynthOptions
+from reshard.synth.write import synthesise
+from tests.support.paths import CONFIGS, DATA
+
+FROZEN: dict[str, dict[str, list[str]]] = json.loads((DATA / "split_tensors.json").read_text())
+SCHEMES = ("bf16", "fp8_block")
+MODELS = sorted(path.stem for path in CONFIGS.glob("*.json"))
+
+DENSE_LAYERS = {
+    "deepseek-r1": [0, 1, 2],
+    "deepseek-v2-lite": [0],
+    "deepseek-v3": [0, 1, 2],
+    "glm-4.5": [0, 1, 2],
+    "glm-4.5v": [0],
+    "kimi-k2": [0],
+    "kimi-k2.5": [0],
+    "llama-3.1-8b": [
+        *(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+        *(16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31),
+    ],
+}
+PREDICTION_BLOCK = {"deepseek-r1": 61, "deepseek-v3": 61, "glm-4.5": 92}
+PREFIXES = {"glm-4.5v": "model.language_model.", "kimi-k2.5": "language_model.model."}
+TENSORS_PER_LAYER = {"bf16": 3, "fp8_block": 6}
+
+
+@pytest.fixture(scope="module", params=[(model, scheme) for model in MODELS for scheme in SCHEMES], ids="-".join)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str, Path]]:
+    """A model, a scheme, and the folder of its full-size checkpoint."""
+    model, scheme = request.param
+    folder = tmp_path_factory.mktemp("model") / model
+    config = json.loads((CONFIGS / f"{model}.json").read_text())
+    synthesise(config, folder, SynthOptions(scheme, sparse=True))
+    yield model, scheme, folder
+    shutil.rmtree(folder)  # terabytes, if something copied it
+
+
+def test_every_model_is_frozen() -> None:
+    assert sorted(FROZEN) == sorted(DENSE_LAYERS) == MODELS
+    assert all(tuple(sorted(schemes)) == SCHEMES for schemes in FROZEN.values())
+
+
+def test_split_tensors(case: tuple[str, str, Path]) -> None:
+    model, scheme, folder = case
+    with open_source(str(folder)) as source:
+        checkpoint = describe(source)
+    names = [tensor.name for tensor in checkpoint.tensors()]
+    assert sorted(names) == FROZEN[model][scheme]
+    assert [layer.index for layer in checkpoint.layers] == DENSE_LAYERS[model]
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(names) < set(index)
+    # What is left out is no DenseFFN: by another rule than the one that chose.
+    for name in set(index) - set(names):
+        if re.search(r"(gate|up|down)_proj", name):
+            assert re.search(r"\.(experts\.[0-9]+|shared_experts)\.(gate|up|down)_proj\.", name), name
+    block = PREDICTION_BLOCK.get(model)
+    if block is not None:
+        assert f"model.layers.{block}.eh_proj.weight" in index
+        assert not [name for name in names if name.startswith(f"model.layers.{block}.")]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("model", MODELS)
+def test_frozen_names_are_the_dense_ffn_alone(model: str, scheme: str) -> None:
+    names = FROZEN[model][scheme]
+    assert len(set(names)) == len(names) == len(DENSE_LAYERS[model]) * TENSORS_PER_LAYER[scheme]
+    for name in names:
+        assert "experts" not in name
+        assert parse_dense(name) is not None, name
+    prefix = PREFIXES.get(model, "model.")
+    assert all(name.startswith(f"{prefix}layers.") for name in names)
+    assert sorted({int(name.removeprefix(prefix).split(".")[1]) for name in names}) == DENSE_LAYERS[model]

@@ -1,0 +1,121 @@
+"""manifest.json: its schema, its strictness, what it says of a set."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from blake3 import blake3
+
+import reshard
+from reshard.errors import ManifestError
+from reshard.manifest import json_schema, parse_manifest
+from reshard.plan.pipeline import Cut
+from tests.support.builders import RECIPES, Spec, build, read_safetensors
+from tests.support.running import reshard as run
+from tests.support.running import split
+
+COMMITTED = Path(reshard.__file__).parent / "denseffn-shards-2.schema.json"
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    build(tmp_path / "model", Spec("modelslim_static"))
+    split(tmp_path / "model", tmp_path / "shards", Cut(2))
+    return tmp_path / "shards"
+
+
+def load(shards: Path) -> dict[str, Any]:
+    manifest = json.loads((shards / "manifest.json").read_text())
+    assert isinstance(manifest, dict)
+    return manifest
+
+
+def test_the_committed_schema_is_the_codes() -> None:
+    assert COMMITTED.read_text() == json_schema()
+
+
+def test_the_command_prints_it() -> None:
+    done = run("schema")
+    assert done.code == 0
+    assert done.out == json_schema()
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+def test_manifests_are_valid_by_the_schema(tmp_path: Path, recipe: str) -> None:
+    build(tmp_path / "model", Spec(recipe))
+    split(tmp_path / "model", tmp_path / "shards", Cut(2))
+    jsonschema.Draft202012Validator(json.loads(COMMITTED.read_text())).validate(load(tmp_path / "shards"))
+
+
+def test_digests_sizes_and_shapes_are_those_of_the_files(shards: Path) -> None:
+    manifest = load(shards)
+    assert [shard["tp_rank"] for shard in manifest["shards"]] == [0, 1]
+    for shard in manifest["shards"]:
+        path = shards / shard["file"]
+        assert shard["size"] == path.stat().st_size
+        assert shard["blake3"] == blake3(path.read_bytes()).hexdigest()
+        tensors = read_safetensors(path)
+        assert [tensor["name"] for tensor in shard["tensors"]] == list(tensors)
+        for tensor in shard["tensors"]:
+            dtype, shape, data = tensors[tensor["name"]]
+            assert (tensor["dtype"], tuple(tensor["shape"])) == (dtype, shape)
+            assert tensor["blake3"] == blake3(data).hexdigest()
+
+
+def test_the_sources_identity_is_its_files(shards: Path) -> None:
+    source = load(shards)["source"]
+    assert (source["kind"], source["name"], source["commit"]) == ("folder", "model", None)
+    for file in source["files"]:
+        raw = (shards.parent / "model" / file["name"]).read_bytes()
+        length = int.from_bytes(raw[:8], "little")
+        assert file["size"] == len(raw)
+        assert file["header_blake3"] == blake3(raw[: 8 + length]).hexdigest()
+
+
+def test_slices_say_where_each_tensor_comes_from(shards: Path) -> None:
+    tensors = {tensor["name"]: tensor for tensor in load(shards)["shards"][1]["tensors"]}
+    prefix = "model.layers.0.mlp"
+    assert tensors[f"{prefix}.gate_up_proj.weight"]["slices"] == [
+        {"tensor": f"{prefix}.gate_proj.weight", "shape": [512, 256], "dim": 0, "start": 256, "stop": 512, "at": 0},
+        {"tensor": f"{prefix}.up_proj.weight", "shape": [512, 256], "dim": 0, "start": 256, "stop": 512, "at": 256},
+    ]
+    assert tensors[f"{prefix}.down_proj.weight"]["slices"] == [
+        {"tensor": f"{prefix}.down_proj.weight", "shape": [256, 512], "dim": 1, "start": 256, "stop": 512, "at": 0}
+    ]
+    assert tensors[f"{prefix}.down_proj.quant_bias"]["slices"] == []
+    assert tensors[f"{prefix}.gate_up_proj.input_scale"]["same_as"] == [f"{prefix}.up_proj.input_scale"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(schema="denseffn-shards/3"), "'denseffn-shards/3'"),
+        (lambda m: m.update(schema="denseffn-shards/1"), "cut the set again with this version"),
+        (lambda m: m.pop("schema"), "None"),
+        (lambda m: m.update(more=1), "more"),
+        (lambda m: m["shards"][0].update(more=1), "shards.0.more"),
+        (lambda m: m["shards"][0]["tensors"][0].update(more=1), "shards.0.tensors.0.more"),
+        (lambda m: m["shards"].pop(), "ranks [0]"),
+        (lambda m: m["shards"].reverse(), "ranks [1, 0]"),
+        (lambda m: m["shards"][0].update(file="../rank"), "shards.0.file"),
+        (lambda m: m["shards"][0].update(file="rank"), "its name must be"),
+        (lambda m: m["shards"][0].update(blake3="00"), "shards.0.blake3"),
+        (lambda m: m.update(tp_size="2"), "tp_size"),
+        (lambda m: m.update(tp_size=0), "tp_size"),
+        (lambda m: m.update(layout="other"), "layout"),
+    ],
+)
+def test_what_is_unknown_or_wrong_is_refused(shards: Path, change: Any, message: str) -> None:
+    manifest = load(shards)
+    change(manifest)
+    with pytest.raises(ManifestError) as caught:
+        parse_manifest(json.dumps(manifest).encode())
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_manifest_that_is_no_json_is_refused() -> None:
+    with pytest.raises(ManifestError, match="not valid JSON"):
+        parse_manifest(b"{")

@@ -1,0 +1,70 @@
+"""config.json's transformers_weights: what transformers takes, whatever else the folder has."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.support.builders import Spec, build, read_safetensors, write_safetensors
+from tests.support.corrupt import INDEX
+from tests.support.refusals import refusal, warnings_of
+from tests.support.running import reshard
+
+SINGLE = "model.safetensors"
+
+
+def told(model: Path, value: object) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "transformers_weights": value}))
+
+
+def test_transformers_weights_that_is_the_account(tmp_path: Path) -> None:
+    build(tmp_path / "model", Spec())
+    for same in (INDEX, f"./{INDEX}", None):
+        told(tmp_path / "model", same)
+        assert warnings_of(tmp_path / "model") == ()
+
+
+@pytest.mark.parametrize("command", ["check", "split"])
+def test_transformers_weights_that_is_another_account(command: str, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    build(model, Spec())
+    other = {name: raw for path in model.glob("*.safetensors") for name, raw in read_safetensors(path).items()}
+    write_safetensors(model / "tuned.safetensors", other)
+    told(model, "tuned.safetensors")
+    said = refusal(model, command)
+    for text in (
+        f"config.json: transformers_weights names tuned.safetensors: another account of the weights than {INDEX}",
+        f"transformers takes tuned.safetensors, vLLM takes what {INDEX} names",
+        f"--index tuned.safetensors or --index {INDEX}",
+    ):
+        assert text in said
+    for index in ("tuned.safetensors", INDEX):
+        assert reshard("check", model, "--tp", 2, "--index", index).code == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "indexed", "says"),
+    [
+        ("old.safetensors", True, f"which this folder does not have: another account of the weights than {INDEX}"),
+        ("old.safetensors", False, "another account of the weights than the other files"),
+        (5, True, "transformers_weights names 5, which"),
+    ],
+)
+def test_transformers_weights_that_is_not_there(value: object, indexed: bool, says: str, tmp_path: Path) -> None:
+    build(tmp_path / "model", Spec(index=indexed))
+    told(tmp_path / "model", value)
+    said = refusal(tmp_path / "model")
+    assert says in said
+    assert f"say which is meant with --index {INDEX}" in said if indexed else "take it out of config.json" in said
+    assert "--index old" not in said
+
+
+def test_two_accounts_and_what_transformers_is_told(tmp_path: Path) -> None:
+    """Beside an index that does not name it, transformers would take the single file: it is told another."""
+    model = tmp_path / "model"
+    build(model, Spec())
+    shutil.copy(next(model.glob("*.safetensors")), model / SINGLE)
+    told(model, INDEX)
+    assert f"two accounts of the weights (transformers and vLLM both take what {INDEX} names)" in refusal(model)

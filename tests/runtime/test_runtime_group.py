@@ -1,0 +1,233 @@
+"""What ranks must agree in, and what a rank does with arguments that are wrong: nobody is left waiting."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reshard.errors import GroupError, ReshardError, TokensError
+from reshard.plan.pipeline import Cut
+from reshard_runtime import DenseFFN, load_shard
+from reshard_runtime.collectives import PairwiseCollectives, TensorCollectives
+from reshard_runtime.tokens import deal, pad
+from tests.runtime.test_runtime_ffn import CountingKernels
+from tests.support.builders import Spec, build
+from tests.support.distributed import Ranks
+from tests.support.running import split
+
+HIDDEN = 256
+Said = tuple[str, str] | None
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sets `tp2`, `tp4` of one model, and `other2` of another with the same shapes."""
+    folder = tmp_path_factory.mktemp("sets")
+    for name, seed in (("model", 0), ("another", 1)):
+        build(folder / name, Spec("modelslim_dynamic", HIDDEN, 512, computable=True, seed=seed))
+    for name, source, size in (("tp2", "model", 2), ("tp4", "model", 4), ("other2", "another", 2)):
+        split(folder / source, folder / name, Cut(size))
+    return folder
+
+
+def _error(call: Callable[[], Any]) -> Said:
+    """(type, message) of what it raises."""
+    try:
+        call()
+    except ReshardError as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+def _tokens(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, HIDDEN, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+# What rank 1 alone does otherwise, and what both ranks say of it.
+DISAGREEMENTS: dict[str, tuple[dict[str, Any], str]] = {
+    "set": ({"folder": "other2"}, "shard set is '"),
+    "layer": ({"index": 1}, "layer is 0 on rank 0 of the group and 1 on rank 1"),
+    "max_tokens": ({"max_tokens": 8}, "max_tokens is None on rank 0 of the group and 8 on rank 1"),
+    "reduce_dtype": ({"reduce_dtype": torch.float32}, "reduce_dtype is None on rank 0 of the group and torch.float32"),
+    "tokens": ({"tokens": "replicated"}, "tokens is 'scattered' on rank 0 of the group and 'replicated' on rank 1"),
+    "mix": ({"mix": "static"}, "mix is 'dynamic' on rank 0 of the group and 'static' on rank 1"),
+    "offset": ({"offset": True}, "down_proj.weight_offset is not zero (the largest is 3)"),
+    "rank": ({"rank": 0}, "layer 0: rank 0's shard, and this is rank 1 of the group"),
+    "size": ({"folder": "tp4"}, "layer 0: its shard is one of 4, and a group of 2 was given"),
+    "option": ({"max_tokens": 0}, "max_tokens is 0; it must be at least 1"),
+    "dtype": ({"reduce_dtype": torch.int8}, "reduce_dtype is torch.int8; it may be"),
+}
+
+
+def _disagree(group: dist.ProcessGroup, folder: Path, other: dict[str, Any]) -> Said:
+    options = dict(other) if group.rank() == 1 else {}
+    shard = load_shard(folder / options.pop("folder", "tp2"), options.pop("rank", group.rank()))
+    layer = shard.layer(options.pop("index", 0))
+    if options.pop("offset", False):
+        offset = torch.full_like(layer.down.tensors["weight_offset"], 3)
+        layer = replace(layer, down=replace(layer.down, tensors={**layer.down.tensors, "weight_offset": offset}))
+    return _error(lambda: DenseFFN(layer, group, **options))
+
+
+@pytest.mark.parametrize("case", DISAGREEMENTS)
+def test_a_difference_on_one_rank_is_an_error_on_all(ranks: Callable[[int], Ranks], shards: Path, case: str) -> None:
+    other, message = DISAGREEMENTS[case]
+    said = ranks(2).run(_disagree, shards, other)
+    for one in said:
+        assert one is not None
+        assert message in one[1]
+    assert said[0][0] == "GroupError"
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_without_a_group_a_part_is_refused(shards: Path, size: int) -> None:
+    with pytest.raises(GroupError, match=f"its shard is one of {size}, and no group was given; pass the group"):
+        DenseFFN(load_shard(shards / f"tp{size}", 0).layer(0))
+
+
+def _wrong(group: dist.ProcessGroup, folder: Path, case: str) -> tuple[Said, torch.Tensor | None, torch.Tensor]:
+    """Rank 1's tokens are wrong; then all are right. (error, result, the result with zeros instead)."""
+    wrong: dict[str, tuple[torch.Tensor, dict[str, Any], int | None]] = {
+        "hidden size": (torch.zeros(3, HIDDEN + 1).bfloat16(), {}, None),
+        "type": (_tokens(3).float(), {}, None),
+        "count": (_tokens(2), {"tokens_per_rank": [4, 3]}, None),
+        "no tokens": (_tokens(0), {"tokens_per_rank": [4, 3]}, None),
+        "more than the buffer": (_tokens(9), {}, 8),
+        "device": (torch.zeros(3, HIDDEN, dtype=torch.bfloat16, device="meta"), {}, None),
+    }
+    bad, arguments, max_tokens = wrong[case]
+    rank, listed = group.rank(), "tokens_per_rank" in arguments
+    ffn = DenseFFN(load_shard(folder / "tp2", rank).layer(0), group, max_tokens=max_tokens)
+    own = _tokens(4 if listed else 3, seed=7)
+    results: list[torch.Tensor] = []
+    error = _error(lambda: results.append(ffn(own if rank == 0 else bad, **arguments)))
+    right = ffn(own if rank == 0 else torch.zeros(3, HIDDEN).bfloat16(), **arguments)
+    return error, results[0] if results else None, right
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("hidden size", "x is [3, 257], its last dim must be hidden_size 256"),
+        ("type", "x is torch.float32, the layer was made for torch.bfloat16"),
+        ("count", "x has 2 tokens, tokens_per_rank[1] is 3"),
+        ("no tokens", "x has 0 tokens, tokens_per_rank[1] is 3"),
+        ("more than the buffer", "x has 9 tokens, the buffers are fixed for max_tokens=8"),
+        ("device", "x is on meta, the layer on cpu"),
+    ],
+)
+def test_a_rank_with_wrong_tokens_takes_part_and_then_raises(
+    ranks: Callable[[int], Ranks], shards: Path, case: str, message: str
+) -> None:
+    (no_error, result, right), (error, nothing, _) = ranks(2).run(_wrong, shards, case)
+    assert error == ("TokensError", f"layer 0, rank 1: {message}")
+    assert (no_error, nothing) == (None, None)
+    assert torch.equal(result, right)
+
+
+BAD_LISTS: dict[str, tuple[Any, int | None, str]] = {
+    "short": ([3], None, "tokens_per_rank has 1 counts, the group has 2 ranks"),
+    "long": ([3, 3, 0], None, "tokens_per_rank has 3 counts, the group has 2 ranks"),
+    "negative": ([3, -1], None, "tokens_per_rank[1] is -1; a count is an integer of at least 0"),
+    "float": ([3.0, 3], None, "tokens_per_rank[0] is 3.0; a count"),
+    "tensor": (torch.tensor([3, 3]), None, "tokens_per_rank[0] is tensor(3); a count"),
+    "bool": ([True, 3], None, "tokens_per_rank[0] is True; a count"),
+    "above the buffer": ([3, 9], 8, "tokens_per_rank[1] is 9, the buffers are fixed for max_tokens=8"),
+}
+
+
+def _listed(group: dist.ProcessGroup, folder: Path, counts: list[Any], max_tokens: int | None) -> tuple[Said, int]:
+    kernels = CountingKernels()
+    ffn = DenseFFN(load_shard(folder / "tp2", group.rank()).layer(0), group, max_tokens=max_tokens, kernels=kernels)
+    return _error(lambda: ffn(_tokens(3), tokens_per_rank=counts)), len(kernels.calls)
+
+
+@pytest.mark.parametrize("case", BAD_LISTS)
+def test_a_wrong_list_is_an_error_everywhere_before_any_collective(
+    ranks: Callable[[int], Ranks], shards: Path, case: str
+) -> None:
+    counts, max_tokens, message = BAD_LISTS[case]
+    for error, calls in ranks(2).run(_listed, shards, counts, max_tokens):
+        assert error is not None
+        assert error[0] == "TokensError"
+        assert error[1].startswith(message)
+        assert calls == 0
+
+
+def _groups(world: dist.ProcessGroup, folder: Path) -> tuple[torch.Tensor, int]:
+    """Ranks 0, 1 and 2, 3 of the world are a group each, with another set each."""
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    group = pairs[world.rank() // 2]
+    kernels = CountingKernels()
+    name = "tp2" if world.rank() < 2 else "other2"
+    ffn = DenseFFN(load_shard(folder / name, group.rank()).layer(0), group, kernels=kernels)
+    # Only the second group calls a second time: the first must not be needed for it.
+    y_TH = ffn(_tokens(4, seed=world.rank()))
+    return (ffn(_tokens(2, seed=world.rank())) if world.rank() >= 2 else y_TH), len(kernels.calls)
+
+
+def _pair(group: dist.ProcessGroup, folder: Path, name: str, first: int, count: int) -> torch.Tensor:
+    return DenseFFN(load_shard(folder / name, group.rank()).layer(0), group)(_tokens(count, seed=first + group.rank()))
+
+
+def test_groups_that_are_parts_of_the_world(ranks: Callable[[int], Ranks], shards: Path) -> None:
+    found = ranks(4).run(_groups, shards)
+    wanted = [*ranks(2).run(_pair, shards, "tp2", 0, 4), *ranks(2).run(_pair, shards, "other2", 2, 2)]
+    for (y_TH, calls), same, number in zip(found, wanted, (2, 2, 4, 4), strict=True):
+        assert torch.equal(y_TH, same)
+        assert calls == number
+
+
+def _summed(group: dist.ProcessGroup, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
+    rows = torch.randn(group.size() * 3, 5, generator=torch.Generator().manual_seed(group.rank())).to(dtype)
+    made = (PairwiseCollectives(group), TensorCollectives(group))
+    return [(c.gather(rows), c.reduce_scatter(rows.clone()), c.all_reduce(rows.clone())) for c in made]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [2, 4])
+def test_collectives(ranks: Callable[[int], Ranks], size: int, dtype: torch.dtype) -> None:
+    rows = [torch.randn(size * 3, 5, generator=torch.Generator().manual_seed(r)).to(dtype) for r in range(size)]
+    total = rows[0].float()
+    for other in rows[1:]:
+        total = total + other.float()
+    allowed = size * (2.0**-8 if dtype == torch.bfloat16 else 2.0**-23) * torch.stack(rows).abs().sum(0).max()
+    for rank, (pairwise, tensor) in enumerate(ranks(size).run(_summed, dtype)):
+        own = slice(3 * rank, 3 * rank + 3)
+        for gathered, scattered, reduced in (pairwise, tensor):
+            assert torch.equal(gathered, torch.cat(rows))
+            assert (scattered - total[own]).abs().max() <= allowed
+            assert (reduced - total).abs().max() <= allowed
+        assert pairwise[1].dtype == pairwise[2].dtype == torch.float32
+        assert torch.equal(pairwise[1], total[own])  # by rank, in float32: to the bit
+        assert torch.equal(pairwise[2], total)
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=9), st.integers(1, 4))
+def test_padding_comes_and_goes(counts: list[int], width: int) -> None:
+    dealt = deal(counts[0], len(counts), counts, None)
+    rows_TW = torch.arange(float(sum(counts) * width)).reshape(-1, width) + 1
+    assert (dealt.rows, dealt.total) == (max(counts), sum(counts))
+    padded = dealt.restore_padding(rows_TW)
+    assert padded.shape == (len(counts) * max(counts), width)
+    assert torch.equal(dealt.drop_padding(padded), rows_TW)
+    for rank, (part, own) in enumerate(zip(rows_TW.split(counts), padded.split(max(counts) or 1), strict=False)):
+        assert torch.equal(own, pad(part, max(counts))), rank
+
+
+@given(st.integers(0, 6), st.integers(1, 9), st.integers(6, 9))
+def test_fixed_rows_do_not_depend_on_counts(own: int, size: int, max_tokens: int) -> None:
+    fixed = deal(own, size, None, max_tokens)
+    assert fixed == deal(0, size, [own] * size, max_tokens)
+    assert (fixed.rows, fixed.total, fixed.dense) == (max_tokens, size * max_tokens, True)
+
+
+def test_counts_above_the_buffer_are_refused() -> None:
+    with pytest.raises(TokensError, match=r"tokens_per_rank\[1\] is 7, .* max_tokens=6"):
+        deal(1, 2, [1, 7], 6)

@@ -1,0 +1,289 @@
+"""The parts of the vLLM hook that need no vLLM: groups, what is read of the model, options, refusals."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from reshard.checks.serving_option import OPTION
+from reshard.errors import GroupError, ReshardError, ShardError, UsageError
+from reshard.manifest import Manifest, parse_manifest
+from reshard.plan.pipeline import Cut
+from reshard_runtime.serving.vllm.compat import refuse, refuse_elastic
+from reshard_runtime.serving.vllm.groups import chunks
+from reshard_runtime.serving.vllm.other_weights import check_same, read_others, replaced
+from reshard_runtime.serving.vllm.serving_options import Options, parse
+from tests.support.builders import Raw, Spec, build, random_raw, read_safetensors, write_safetensors
+from tests.support.running import split
+
+
+def test_groups_are_consecutive_data_parallel_ranks() -> None:
+    """16 processes: data-parallel size 8 over two pipeline stages; what each process knows is its own group."""
+    stages = [[0, 2, 4, 6, 8, 10, 12, 14], [1, 3, 5, 7, 9, 11, 13, 15]]
+    told = [stages[rank % 2] for rank in range(16)]
+    assert chunks(told, 4) == [[0, 2, 4, 6], [8, 10, 12, 14], [1, 3, 5, 7], [9, 11, 13, 15]]
+    assert chunks(told, 8) == stages
+    assert chunks(reversed(told), 4) == chunks(told, 4)
+
+
+@pytest.mark.parametrize(
+    ("groups", "said"),
+    [([[0, 1, 2]], "has 3 ranks, which 2 does not divide"), ([[0, 1], [1, 2]], "overlap")],
+)
+def test_groups_that_cannot_be_cut(groups: list[list[int]], said: str) -> None:
+    with pytest.raises(GroupError, match=said):
+        chunks(groups, 2)
+
+
+@pytest.fixture
+def cut(tmp_path: Path) -> tuple[Path, Manifest]:
+    """(a model, its set's manifest)."""
+    build(tmp_path / "model", Spec("fp8_block"))
+    split(tmp_path / "model", tmp_path / "tp2", Cut(2))
+    return tmp_path / "model", parse_manifest((tmp_path / "tp2" / "manifest.json").read_bytes())
+
+
+def _files(model: Path) -> list[str]:
+    return [str(path) for path in sorted(model.glob("*.safetensors"))]
+
+
+def _kept(name: str) -> bool:
+    return False
+
+
+def test_everything_is_read_but_what_the_set_holds(cut: tuple[Path, Manifest]) -> None:
+    model, manifest = cut
+    whole = {name: raw for file in _files(model) for name, raw in read_safetensors(Path(file)).items()}
+    read = dict(read_others(_files(model), manifest, _kept))
+    held = replaced(manifest)
+    assert {name for name in held if name.startswith("model.layers.0.mlp.gate_proj")} == {
+        "model.layers.0.mlp.gate_proj.weight",
+        "model.layers.0.mlp.gate_proj.weight_scale_inv",
+    }
+    assert held < whole.keys()
+    assert read.keys() == whole.keys() - held
+    for name, value in read.items():
+        assert bytes(value.reshape(-1).view(torch.uint8).numpy()) == whole[name][2], name
+
+
+def test_tensors_that_the_engine_has_no_use_for_are_not_read(cut: tuple[Path, Manifest]) -> None:
+    model, manifest = cut
+    read = dict(read_others(_files(model), manifest, lambda name: "norm" in name))
+    assert read
+    assert not any("norm" in name for name in read)
+
+
+def test_a_dense_tensor_that_the_set_was_not_cut_from(cut: tuple[Path, Manifest]) -> None:
+    model, manifest = cut
+    extra = "model.layers.0.mlp.down_proj.input_scale"
+    write_safetensors(model / "more.safetensors", {extra: ("F32", (1,), bytes(4))})
+    with pytest.raises(ShardError, match=f"more.safetensors: {extra} is a DenseFFN tensor that the shard set was not"):
+        dict(read_others(_files(model), manifest, _kept))
+
+
+PREFIX = "language_model.model."
+HIDDEN, INTERMEDIATE = 64, 256
+
+
+def _mlp(module: str, hidden: int, intermediate: int, stacked: bool = False) -> dict[str, Raw]:
+    shapes = {"down_proj": (hidden, intermediate)}
+    shapes |= {"gate_up_proj": (2 * intermediate, hidden)} if stacked else {}
+    shapes |= {} if stacked else dict.fromkeys(("gate_proj", "up_proj"), (intermediate, hidden))
+    rng = np.random.default_rng(0)
+    return {f"{module}.mlp.{role}.weight": random_raw(rng, "BF16", shape) for role, shape in shapes.items()}
+
+
+def _wrapper(folder: Path, prefix: str, stacked: bool, beside: dict[str, Raw]) -> Path:
+    folder.mkdir()
+    dense = _mlp(f"{prefix}layers.0", HIDDEN, INTERMEDIATE, stacked)
+    write_safetensors(folder / "model.safetensors", dense | beside, {"format": "pt"})
+    text = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": 1, "hidden_act": "silu"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "a_wrapper", "text_config": text}))
+    return folder
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_what_stands_beside_a_language_model_is_the_engines(tmp_path: Path, stacked: bool) -> None:
+    """A tower and an MTP block of the very sizes, and another module with layers of its own."""
+    beside = _mlp("vision_tower.encoder.layers.0", HIDDEN, INTERMEDIATE) | _mlp("mtp.layers.0", HIDDEN, INTERMEDIATE)
+    beside |= _mlp("other.layers.0", 32, 64) | _mlp(f"{PREFIX}layers.1", HIDDEN, INTERMEDIATE, stacked)
+    model = _wrapper(tmp_path / "model", PREFIX, stacked, beside)
+    config = json.loads((model / "config.json").read_text())
+    config["text_config"]["num_nextn_predict_layers"] = 1
+    (model / "config.json").write_text(json.dumps(config))
+    split(model, tmp_path / "tp2", Cut(2))
+    manifest = parse_manifest((tmp_path / "tp2" / "manifest.json").read_bytes())
+    assert replaced(manifest) == _mlp(f"{PREFIX}layers.0", HIDDEN, INTERMEDIATE, stacked).keys()
+    read = dict(read_others(_files(model), manifest, _kept))
+    assert read.keys() == beside.keys()
+
+
+@pytest.mark.parametrize(("prefix", "stacked"), [(PREFIX, True), ("model.", False), ("model.language_model.", True)])
+def test_the_same_layers_in_another_form_or_under_another_prefix(tmp_path: Path, prefix: str, stacked: bool) -> None:
+    """Neither may reach the engine: it would take the place of what the shards have filled."""
+    split(_wrapper(tmp_path / "model", PREFIX, False, {}), tmp_path / "tp2", Cut(2))
+    manifest = parse_manifest((tmp_path / "tp2" / "manifest.json").read_bytes())
+    other = _wrapper(tmp_path / "other", prefix, stacked, {})
+    said = rf"{prefix}layers\.0\.mlp\..* not cut from \(its layers are language_model\.model\.layers\.\*\)"
+    if stacked:
+        with pytest.raises(ShardError, match="gate_up_proj"):
+            dict(read_others(_files(other), manifest, lambda name: "down_proj" in name))
+    with pytest.raises(ShardError, match=said):
+        dict(read_others(_files(other), manifest, _kept))
+
+
+def test_the_same_files_are_the_same(cut: tuple[Path, Manifest]) -> None:
+    model, manifest = cut
+    check_same(model, _files(model), manifest)
+
+
+def _shorter(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def _renamed_tensor(path: Path) -> None:
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(b"mlp.gate_proj", b"mlp.gate_PROJ", 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_shorter, "bytes, the shard set was cut from"),
+        (_renamed_tensor, "its header has BLAKE3"),
+        (Path.unlink, "No such"),
+    ],
+)
+def test_other_files_are_named(cut: tuple[Path, Manifest], change: Any, said: str) -> None:
+    model, manifest = cut
+    path = model / manifest.source.files[0].name
+    change(path)
+    with pytest.raises(ShardError, match=said) as caught:
+        check_same(model, _files(model), manifest)
+    assert str(path) in str(caught.value)
+    assert '"source": "any"' in str(caught.value)
+
+
+def test_the_engine_must_read_what_the_set_was_cut_from(cut: tuple[Path, Manifest]) -> None:
+    """A single file beside an index: the set was cut from one account, the engine reads the other."""
+    model, manifest = cut
+    single = model / "model.safetensors"
+    write_safetensors(single, {"lm_head.weight": ("BF16", (1,), bytes(2))})
+    with pytest.raises(ShardError) as caught:
+        check_same(model, [str(single)], manifest)
+    for text in ("the set was cut from it", "the engine reads model.safetensors instead", '"source": "any"'):
+        assert text.replace("the set", "the shard set") in str(caught.value)
+
+
+def test_a_draft_that_the_engine_reads_beside_it(cut: tuple[Path, Manifest]) -> None:
+    """Without an index vLLM reads every file: the draft's other tensors would take the place of the model's."""
+    model, manifest = cut
+    held = "model.layers.0.mlp.down_proj.weight"
+    write_safetensors(model / "draft.safetensors", {held: ("BF16", (1,), bytes(2))})
+    with pytest.raises(ShardError, match=f"draft.safetensors: holds {held}, which the shard set was cut from model-.*"):
+        list(read_others(_files(model), manifest, _kept, same=True))
+    assert held not in dict(read_others(_files(model), manifest, _kept))
+
+
+def test_options() -> None:
+    assert parse({"shards": "tp8"}) == (Options(Path("tp8")), {})
+    told = {
+        "shards": "tp8",
+        "reduce_dtype": "float32",
+        "max_tokens": 64,
+        "verify": "digest",
+        "source": "any",
+        "enable_weights_track": True,
+    }
+    assert parse(json.loads(json.dumps(told))) == (
+        Options(Path("tp8"), torch.float32, 64, "digest", "any"),
+        {"enable_weights_track": True},
+    )
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ({}, "shards is None; it must be the folder that reshard split wrote"),
+        (
+            {"shards": "x", "shard": "y"},
+            "has 'shard'; denseffn_shards takes enable_weights_track, max_tokens, reduce_dtype, ",
+        ),
+        ({"shards": "s3://b/tp8"}, "shards is 's3://b/tp8'; a set is served from a folder"),
+        ({"shards": "x", "num_threads": 8}, "has 'num_threads'"),
+        ({"shards": "x", "verify": "no"}, "verify is 'no'; it may be 'header', 'digest'"),
+        ({"shards": "x", "source": 1}, "source is 1; it may be 'same', 'any'"),
+        ({"shards": "x", "max_tokens": 0}, "max_tokens is 0; it must be a number of tokens, 1 or more"),
+        ({"shards": "x", "max_tokens": True}, "max_tokens is True"),
+        ({"shards": "x", "max_tokens": "64"}, "max_tokens is '64'"),
+        ({"shards": "x", "reduce_dtype": "float64"}, "it may be 'bfloat16', 'float16', 'float32'"),
+    ],
+)
+def test_options_that_are_none(extra: dict[str, object], said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse(extra)
+    assert said in str(caught.value)
+    assert isinstance(caught.value, ReshardError)
+
+
+def _setup(**changed: Any) -> SimpleNamespace:
+    """What is asked of vLLM's config: data-parallel size 16."""
+    parallel = {
+        "data_parallel_size": 16,
+        "tensor_parallel_size": 1,
+        "pipeline_parallel_size": 1,
+        "use_ubatching": False,
+        "prefill_context_parallel_size": 1,
+        "enable_elastic_ep": False,
+    }
+    parallel |= {key: value for key, value in changed.items() if key in parallel}
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(**parallel),
+        lora_config=changed.get("lora_config"),
+        compilation_config=SimpleNamespace(pass_config=SimpleNamespace(enable_sp=changed.get("enable_sp", False))),
+    )
+
+
+_XLITE = {"xlite_graph_config": {"enabled": True}}
+
+
+@pytest.mark.parametrize(
+    ("changed", "additional", "said"),
+    [
+        ({"lora_config": object()}, {}, "does not go with LoRA;"),
+        ({"use_ubatching": True}, {}, "does not go with dual batch overlap (enable_dbo, ubatch_size);"),
+        ({"prefill_context_parallel_size": 2}, {}, "does not go with prefill context parallelism;"),
+        ({"tensor_parallel_size": 4, "enable_sp": True}, {}, "does not go with sequence parallelism"),
+        ({}, _XLITE, "does not go with vllm-ascend's xlite_graph_config"),
+        ({"tensor_parallel_size": 3}, {}, "is 8; with data-parallel size 16 and tensor-parallel size 3 it may be 3, "),
+    ],
+)
+def test_what_the_option_does_not_go_with(changed: dict[str, Any], additional: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        refuse(_setup(**changed), {OPTION: 8, **additional}, True, 8)
+    assert str(caught.value).startswith(OPTION)
+    assert said in str(caught.value)
+
+
+def test_setups_that_are_served() -> None:
+    refuse(_setup(), {OPTION: 8}, True, 8)
+    refuse(_setup(tensor_parallel_size=4), {OPTION: 8}, True, 8)
+    refuse(_setup(enable_sp=True), {OPTION: 8}, True, 8)  # nothing to it at tensor-parallel size 1
+
+
+@pytest.mark.parametrize("additional", [{}, {OPTION: 8}, _XLITE])
+def test_what_the_engine_itself_has_cut_is_its_own_affair(additional: dict[str, Any]) -> None:
+    """Its layers are filled, whatever runs over them. The option says no more there than tensor parallelism does."""
+    refuse(
+        _setup(tensor_parallel_size=8, lora_config=object(), use_ubatching=True, enable_sp=True), additional, True, 8
+    )
+
+
+def test_ranks_that_join_later() -> None:
+    refuse_elastic(_setup())
+    with pytest.raises(UsageError, match="elastic expert parallelism"):
+        refuse_elastic(_setup(enable_elastic_ep=True))

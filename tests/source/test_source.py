@@ -1,0 +1,186 @@
+"""A folder as a source: what is read of it, and what happens when it cannot be."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from reshard.errors import SourceError
+from reshard.plan.pipeline import Cut, prepare
+from reshard.source.base import Bytes, Source
+from reshard.source.folder import FolderSource
+from reshard.writer.split import SplitOptions, write_shards
+from tests.support.builders import RECIPES, Spec, build, dense_only, read_folder
+from tests.support.paths import CONFIGS
+from tests.support.running import reshard, reshard_process, split
+
+
+class Watched(FolderSource):
+    """Remembers every byte range that is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.taken: list[tuple[str, int, int]] = []
+
+    def read(self, file: str, start: int, stop: int) -> bytes:
+        self.taken.append((file, start, stop))
+        return super().read(file, start, stop)
+
+    def view(self, file: str, start: int, stop: int) -> Bytes:
+        self.taken.append((file, start, stop))
+        return super().view(file, start, stop)
+
+    def prefetch(self, ranges: Iterable[tuple[str, int, int]]) -> None:
+        self.taken += ranges
+
+
+def allowed_bytes(folder: Path) -> dict[str, np.ndarray[tuple[int], np.dtype[np.bool_]]]:
+    """For each file, which bytes are its header's or a DenseFFN tensor's; of others, all."""
+    allowed = {}
+    for path in folder.iterdir():
+        raw = path.read_bytes()
+        mask = np.ones(len(raw), np.bool_)
+        if path.suffix == ".safetensors":
+            start = 8 + int.from_bytes(raw[:8], "little")
+            mask[start:] = False
+            header = json.loads(raw[8:start])
+            header.pop("__metadata__", None)
+            for name in dense_only(header):
+                first, last = header[name]["data_offsets"]
+                mask[start + first : start + last] = True
+        allowed[path.name] = mask
+    return allowed
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+def test_no_byte_of_another_tensor_is_asked_for(tmp_path: Path, recipe: str) -> None:
+    build(tmp_path / "model", Spec(recipe))
+    with Watched(tmp_path / "model") as source:
+        write_shards(prepare(source, Cut(4)), tmp_path / "out", SplitOptions())
+        allowed = allowed_bytes(tmp_path / "model")
+        for file, start, stop in source.taken:
+            assert allowed[file][start:stop].all(), (file, start, stop)
+        covered = {file: np.zeros(len(mask), np.bool_) for file, mask in allowed.items()}
+        for file, start, stop in source.taken:
+            covered[file][start:stop] = True
+        for file, mask in allowed.items():
+            if file.endswith(".safetensors"):
+                assert (covered[file] == mask).all(), f"{file}: not all of the DenseFFN was read"
+
+
+def test_other_tensors_may_be_unreadable(tmp_path: Path) -> None:
+    """Everything else turned into a hole: the shards are the same."""
+    tensors = build(tmp_path / "model", Spec("fp8_block", files=1))
+    split(tmp_path / "model", tmp_path / "right", Cut(2))
+    (path,) = (tmp_path / "model").glob("*.safetensors")
+    raw = np.frombuffer(path.read_bytes(), np.uint8).copy()
+    raw[~allowed_bytes(tmp_path / "model")[path.name]] = 0xA5
+    path.write_bytes(raw.tobytes())
+    assert dense_only(read_folder(tmp_path / "model")) == dense_only(tensors)
+    split(tmp_path / "model", tmp_path / "out", Cut(2))
+    assert read_folder(tmp_path / "out") == read_folder(tmp_path / "right")
+
+
+def test_a_file_cut_short_meanwhile_is_an_error_and_no_crash(tmp_path: Path) -> None:
+    """What the kernel answers with SIGBUS at a first use."""
+    path = tmp_path / "data"
+    path.write_bytes(bytes(100_000))
+    with FolderSource(tmp_path) as source:
+        assert not source.view("data", 0, 5000).any()
+        os.truncate(path, 8192)
+        with pytest.raises(SourceError, match=r"data: 8192 bytes, 60000 are wanted; it was cut short"):
+            source.view("data", 40_000, 60_000)
+
+
+def test_a_file_that_shrank_since_it_was_listed(tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    path.write_bytes(bytes(1000))
+    with FolderSource(tmp_path) as source:
+        assert source.files()["data"] == 1000
+        os.truncate(path, 10)
+        with pytest.raises(SourceError, match="ends at byte 10, 1000 are wanted"):
+            source.read("data", 0, 1000)
+        with pytest.raises(SourceError, match="10 bytes, 1000 are wanted; it was cut short"):
+            source.view("data", 0, 1000)
+
+
+def test_views_are_the_files_bytes(tmp_path: Path) -> None:
+    data = os.urandom(70_000)
+    (tmp_path / "data").write_bytes(data)
+    with FolderSource(tmp_path) as source:
+        for start, stop in ((0, 1), (4095, 4097), (8192, 12288), (3, 69_999), (69_999, 70_000), (0, 70_000)):
+            assert source.view("data", start, stop).tobytes() == data[start:stop]
+            assert source.read("data", start, stop) == data[start:stop]
+
+
+def test_any_source_will_do(tmp_path: Path) -> None:
+    """The plan and the writer know a source by its protocol alone."""
+
+    class InMemory:
+        def __init__(self, folder: Path) -> None:
+            self._held = {path.name: path.read_bytes() for path in folder.iterdir()}
+            self.origin = FolderSource(folder).origin
+            self.index = None
+
+        def folders(self) -> tuple[str, ...]:
+            return ()
+
+        def broken_links(self) -> tuple[str, ...]:
+            return ()
+
+        def absent(self, file: str) -> str:
+            return "missing"
+
+        def release(self, file: str) -> None: ...
+
+        def check_unchanged(self) -> None: ...
+
+        def files(self) -> dict[str, int]:
+            return {name: len(data) for name, data in self._held.items()}
+
+        def read(self, file: str, start: int, stop: int) -> bytes:
+            return self._held[file][start:stop]
+
+        def view(self, file: str, start: int, stop: int) -> Bytes:
+            return np.frombuffer(self._held[file], np.uint8)[start:stop]
+
+        def prefetch(self, ranges: Iterable[tuple[str, int, int]]) -> None: ...
+
+        def cancel(self) -> None: ...
+
+        def close(self) -> None: ...
+
+        def __enter__(self) -> "InMemory":
+            return self
+
+        def __exit__(self, *error: object) -> None: ...
+
+    build(tmp_path / "model", Spec())
+    source: Source = InMemory(tmp_path / "model")
+    write_shards(prepare(source, Cut(2)), tmp_path / "out", SplitOptions())
+    split(tmp_path / "model", tmp_path / "right", Cut(2))
+    for path in (tmp_path / "right").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_sparse_r1_is_inspected_from_its_headers(tmp_path: Path) -> None:
+    """163 files, 91,991 tensors, 688 GB of holes: what is read is the headers."""
+    config = CONFIGS / "deepseek-r1.json"
+    made = reshard("synth", config, tmp_path / "r1", "--scheme", "fp8_block", "--sparse", "--quiet")
+    assert made.code == 0
+    files = list((tmp_path / "r1").glob("*.safetensors"))
+    assert len(files) == 163
+    assert sum(path.stat().st_size for path in files) > 688e9
+    assert sum(path.stat().st_blocks for path in files) * 512 < 100e6
+    done = reshard_process("inspect", tmp_path / "r1", "--format", "json")
+    assert done.code == 0
+    document = done.document
+    assert (document["total_tensors"], document["scheme"]) == (91_991, "fp8_block")
+    assert [layer["index"] for layer in document["layers"]] == [0, 1, 2]
+    assert document["dense_bytes"] == 3 * 3 * (18432 * 7168 + 144 * 56 * 4)
+    refused = reshard("split", tmp_path / "r1", tmp_path / "out", "--tp", 32)
+    assert refused.code == 1
+    assert "576 rows" in refused.err

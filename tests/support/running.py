@@ -1,0 +1,95 @@
+"""Running the command line, in this process or in one of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from typer.testing import CliRunner
+
+from reshard.cli.main import app
+from reshard.plan.pipeline import Cut, prepare
+from reshard.source.open import open_source
+from reshard.writer.split import SplitOptions, SplitResult, write_shards
+
+TIMEOUT_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> Any:
+        """Stdout as JSON."""
+        return json.loads(self.out)
+
+
+def reshard(*arguments: object) -> Done:
+    """The command line in this process."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Done(result.exit_code, result.stdout, result.stderr)
+
+
+def reshard_process(*arguments: object, before: str = "", **environment: str) -> Done:
+    """The command line in a process of its own; `before` is Python that runs first in it."""
+    code = f"{before}\nfrom reshard.cli.main import main\nmain()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *(str(argument) for argument in arguments)],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+        env={**os.environ, **environment},
+        check=False,
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def interrupted(once: threading.Event, *arguments: object, **environment: str) -> Done:
+    """The command line in a process of its own, which gets a Ctrl-C once the event is set."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from reshard.cli.main import main; main()", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    try:
+        assert once.wait(TIMEOUT_SECONDS), f"it has not come so far within {TIMEOUT_SECONDS} s"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=TIMEOUT_SECONDS)
+    finally:
+        process.kill()
+    return Done(process.returncode, out, err)
+
+
+def split(source: Path, out: Path, cut: Cut, options: SplitOptions | None = None) -> SplitResult:
+    """What the split command does, without the command line."""
+    with open_source(str(source)) as opened:
+        return write_shards(prepare(opened, cut), out, options or SplitOptions())
+
+
+def same_but_for_the_origin(origin: dict[str, str], out: Path, right: Path) -> None:
+    """That two sets are the same bytes, and that the manifest of `out` has `origin` in the place of the other's."""
+    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in right.iterdir())
+    for path in right.iterdir():
+        got, wanted = (out / path.name).read_bytes(), path.read_bytes()
+        if path.name == "manifest.json":
+            ours, theirs = json.loads(got), json.loads(wanted)
+            assert {key: ours["source"].pop(key) for key in origin} == origin
+            for key in origin:
+                del theirs["source"][key]
+            assert ours == theirs
+        else:
+            assert got == wanted, path.name

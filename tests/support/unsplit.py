@@ -1,0 +1,68 @@
+"""Hugging Face transformers' own unsplit layer, and its parts cut by hand: what split results are compared with."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from reshard.model.activation import SILU, Activation
+from reshard_runtime import DenseFFN, LayerShard
+from reshard_runtime.collectives import Collectives, TensorCollectives
+from reshard_runtime.kernels.cpu import CpuKernels
+from reshard_runtime.shard import LinearShard
+
+
+class TensorCpuKernels(CpuKernels):
+    """The CPU backend, partial sums added by the collective."""
+
+    def collectives(self, group: dist.ProcessGroup) -> Collectives:
+        """Gloo's own."""
+        return TensorCollectives(group)
+
+
+def unsplit_mlp(hidden: int, intermediate: int, dtype: torch.dtype, seed: int = 0) -> Any:
+    """Transformers' DeepseekV3MLP with weights of 1 / sqrt(in_features)."""
+    from transformers import DeepseekV3Config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MLP
+
+    torch.manual_seed(seed)
+    mlp = DeepseekV3MLP(DeepseekV3Config(hidden_size=hidden, intermediate_size=intermediate))
+    for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+        torch.nn.init.normal_(linear.weight, std=linear.weight.shape[1] ** -0.5)
+    return mlp.to(dtype).requires_grad_(False)
+
+
+def part(mlp: Any, tp_rank: int, tp_size: int) -> LayerShard:
+    """One rank's part of it, cut here by hand."""
+    gate, up, down = (getattr(mlp, f"{role}_proj").weight for role in ("gate", "up", "down"))
+    rows = slice(tp_rank * len(gate) // tp_size, (tp_rank + 1) * len(gate) // tp_size)
+    share = len(gate) // tp_size
+    return LayerShard(
+        0, tp_rank, tp_size, gate.shape[1], len(gate), share, "",
+        LinearShard("gate_up_proj", "bf16", None, {"weight": torch.cat([gate[rows], up[rows]])}),
+        LinearShard("down_proj", "bf16", None, {"weight": down[:, rows].contiguous()}),
+        Activation(SILU),
+    )  # fmt: skip
+
+
+def split_outputs(
+    group: dist.ProcessGroup, mlp: Any, x_TH: torch.Tensor, ways: dict[str, tuple[bool, torch.dtype]]
+) -> dict[str, torch.Tensor]:
+    """The rank's outputs for its share of the tokens, by way: (pairwise or by the collective, type of the sums)."""
+    layer = part(mlp, group.rank(), group.size())
+    own = x_TH.chunk(group.size())[group.rank()]
+    return {
+        name: DenseFFN(layer, group, reduce_dtype=dtype, kernels=CpuKernels() if pairwise else TensorCpuKernels())(own)
+        for name, (pairwise, dtype) in ways.items()
+    }
+
+
+def relative(outputs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Errors in float64, each relative to the root mean square of its token's outputs; of tokens that are not zero."""
+    size = reference.pow(2).mean(-1, keepdim=True).sqrt()
+    return ((outputs.double() - reference) / size)[size[:, 0] > 0]
+
+
+def error(outputs: torch.Tensor, reference: torch.Tensor) -> float:
+    """The root mean square of `relative`."""
+    return float(relative(outputs, reference).pow(2).mean().sqrt())

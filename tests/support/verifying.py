@@ -1,0 +1,102 @@
+"""Shard sets, made and damaged, and what verify finds in them."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reshard.checks.finding import Finding
+from reshard.manifest import parse_manifest
+from reshard.model.naming import MANIFEST, shard_file
+from reshard.plan.pipeline import Cut, prepare
+from reshard.source.base import read_header
+from reshard.source.open import describe, open_source
+from reshard.verification.compute import LayerResult, compare_computation
+from reshard.verification.source import compare_with_source
+from reshard.writer.split import SplitOptions, write_shards
+from tests.support.builders import Raw, Spec, build, read_safetensors, write_safetensors
+
+MLP = "model.layers.{}.mlp.{}"
+GATE_UP, DOWN = MLP.format(0, "gate_up_proj.{}"), MLP.format(0, "down_proj.{}")
+
+
+def split(source: Path, out: Path, cut: Cut) -> Path:
+    with open_source(str(source)) as opened:
+        write_shards(prepare(opened, cut), out, SplitOptions(workers=2))
+    return out
+
+
+@dataclass
+class Verdict:
+    findings: list[Finding]
+    computed: list[Finding]
+    layers: list[LayerResult]
+    all_layers: list[int]
+
+    def clean(self) -> bool:
+        within = all(layer.difference <= layer.bound for layer in self.layers)
+        all_computed = [layer.layer for layer in self.layers] == self.all_layers
+        return not self.findings and not self.computed and within and all_computed
+
+    def where(self, check: str) -> list[str]:
+        return [finding.where for finding in self.findings if finding.check == check]
+
+
+def verify(shards: Path, source: Path) -> Verdict:
+    ticks: list[int] = []
+    with open_source(str(shards)) as cut, open_source(str(source)) as original:
+        manifest = parse_manifest((shards / MANIFEST).read_bytes())
+        checkpoint = describe(original)
+        findings = compare_with_source(cut, manifest, original, checkpoint, ticks.append)
+        computed, layers = compare_computation(cut, manifest, original, checkpoint)
+        if not findings:  # fused input_* are compared twice
+            stored = sum(
+                read_header(cut, s.file).file_size - read_header(cut, s.file).data_start for s in manifest.shards
+            )
+            assert stored <= sum(ticks) < stored + 100 * len(manifest.shards)
+    return Verdict(findings, computed, layers, [layer.index for layer in checkpoint.layers])
+
+
+def made(tmp_path: Path, spec: Spec, cut: Cut) -> tuple[Path, Path]:
+    build(tmp_path / "source", spec)
+    return tmp_path / "source", split(tmp_path / "source", tmp_path / "shards", cut)
+
+
+def patch(shards: Path, tp_rank: int, tp_size: int, name: str, change: Callable[[bytes], bytes]) -> None:
+    """Other bytes for a tensor, in its place."""
+    path = shards / shard_file(tp_rank, tp_size)
+    with open_source(str(shards)) as opened:
+        info = read_header(opened, path.name).tensors[name]
+    raw = bytearray(path.read_bytes())
+    raw[info.start : info.stop] = change(bytes(raw[info.start : info.stop]))
+    path.write_bytes(raw)
+
+
+def rewrite(shards: Path, tp_rank: int, tp_size: int, change: Callable[[dict[str, Raw]], object]) -> None:
+    """Other tensors for a shard."""
+    path = shards / shard_file(tp_rank, tp_size)
+    tensors = read_safetensors(path)
+    change(tensors)
+    write_safetensors(path, tensors, {"format": "pt"})
+
+
+def exchange(shards: Path) -> None:
+    """Put rank 0's file in rank 1's place and the reverse."""
+    one, other = (shards / shard_file(rank, 2) for rank in (0, 1))
+    first, second = one.read_bytes(), other.read_bytes()
+    one.write_bytes(second)
+    other.write_bytes(first)
+
+
+def read_all(folder: Path) -> dict[str, Raw]:
+    found: dict[str, Raw] = {}
+    for path in folder.glob("*.safetensors"):
+        found |= read_safetensors(path)
+    return found
+
+
+def edit_manifest(shards: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    manifest = json.loads((shards / MANIFEST).read_bytes())
+    change(manifest)
+    (shards / MANIFEST).write_text(json.dumps(manifest))

@@ -1,0 +1,417 @@
+"""Safe writing: what is refused, what is kept, who may write where, and in which order bytes become durable.
+
+What is left when a run dies or the disk refuses: tests/writer/test_writer_faults.py.
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reshard.errors import OutputError, SourceError, SpaceError
+from reshard.plan.pipeline import Cut, prepare
+from reshard.source.folder import FolderSource
+from reshard.source.open import open_source
+from reshard.writer.split import SplitOptions, SplitResult, write_shards
+from tests.support.builders import Spec, build
+from tests.support.faults import ROOT, TIMEOUT, Steps
+from tests.support.forks import reshard as reshard_process
+from tests.writer.test_split_bytes import no_fsync, snapshot  # noqa: F401
+
+SPEC = Spec("modelslim_v0_static")
+LOCK = ".reshard.lock"
+
+
+def split(source: Path, out: Path, tp: int = 4, **options: Any) -> SplitResult:
+    cut = options.pop("cut", Cut(tp))
+    with open_source(str(source)) as opened:
+        return write_shards(prepare(opened, cut), out, SplitOptions(**{"workers": 2, **options}))
+
+
+def shard(rank: int, tp: int = 4) -> str:
+    return f"denseffn-rank-{rank:05d}-of-{tp:05d}.safetensors"
+
+
+def record(rank: int, tp: int = 4) -> str:
+    return shard(rank, tp).replace(".safetensors", ".record.json")
+
+
+def identity(folder: Path) -> dict[str, tuple[int, int]]:
+    """Which file stands under each name, and when it was written."""
+    return {path.name: ((stat := path.stat()).st_ino, stat.st_mtime_ns) for path in folder.iterdir()}
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def ranks_of(shards: tuple[Any, ...]) -> list[int]:
+    return [entry.tp_rank for entry in shards]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    build(tmp_path / "source", SPEC)
+    return tmp_path / "source"
+
+
+@pytest.fixture
+def wanted(tmp_path: Path, source: Path) -> dict[str, bytes]:
+    """The finished set of four."""
+    split(source, tmp_path / "wanted")
+    return snapshot(tmp_path / "wanted")
+
+
+# --- what stands in the folder already ---
+
+
+def test_a_finished_set_is_not_touched_unasked(tmp_path: Path, source: Path, wanted: dict[str, bytes]) -> None:
+    for options in ({}, {"ranks": (0,)}, {"ranks": (0,), "overwrite": True}):
+        with pytest.raises(OutputError, match="holds a finished"):
+            split(source, tmp_path / "wanted", **options)
+    with pytest.raises(OutputError, match="shards of tp 4, this split is for tp 2"):
+        split(source, tmp_path / "wanted", tp=2, resume=True)
+    assert snapshot(tmp_path / "wanted") == wanted
+
+
+def test_an_unfinished_set_is_not_touched_unasked(tmp_path: Path, source: Path) -> None:
+    out = tmp_path / "out"
+    split(source, out, ranks=(1,))
+    before = snapshot(out)
+    assert before.keys() == {shard(1), record(1)}
+    with pytest.raises(OutputError, match=r"rank 1's shard of an unfinished set; go on with --resume"):
+        split(source, out)
+    assert snapshot(out) == before
+
+
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}, {"ranks": (0,)}], ids=str)
+@pytest.mark.parametrize(
+    "name", ["notes.txt", "model.safetensors", "config.json", "denseffn.safetensors", "manifest.json"]
+)
+def test_a_foreign_file_is_refused_and_untouched(tmp_path: Path, source: Path, name: str, options: Any) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text('{"name": "a web app"}')
+    with pytest.raises(OutputError) as caught:
+        split(source, out, **options)
+    assert name in str(caught.value)
+    assert snapshot(out) == {name: b'{"name": "a web app"}'}
+
+
+def test_a_foreign_file_beside_a_set(tmp_path: Path, source: Path, wanted: dict[str, bytes]) -> None:
+    (tmp_path / "wanted" / "notes.txt").write_text("mine")
+    for options in ({"overwrite": True}, {"resume": True}):
+        with pytest.raises(OutputError, match=r"holds notes\.txt, which is no part of a shard set"):
+            split(source, tmp_path / "wanted", **options)
+    assert snapshot(tmp_path / "wanted") == {**wanted, "notes.txt": b"mine"}
+
+
+def test_the_output_is_a_file(tmp_path: Path, source: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(OutputError, match="give a folder"):
+        split(source, tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "spelling"),
+    [(kind, option, "same") for kind in ("checkpoint", "set") for option in ("--quiet", "--overwrite", "--resume")]
+    + [("set", "--overwrite", "dots"), ("set", "--overwrite", "link")],
+)
+def test_out_equal_to_src(tmp_path: Path, source: Path, kind: str, option: str, spelling: str) -> None:
+    """By the command, since the writer knows no paths of its source."""
+    if kind == "set":
+        split(source, tmp_path / "set")
+        source = tmp_path / "set"
+    before = snapshot(source)
+    (tmp_path / "link").symlink_to(source)
+    out = {"same": source, "dots": f"{source}/../{source.name}", "link": tmp_path / "link"}[spelling]
+    arguments = [sys.executable, "-m", "reshard", "split", str(source), str(out), "--tp", "2", option]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode in (1, 2), done.stdout + done.stderr
+    assert done.stderr.startswith("error: ")
+    assert snapshot(source) == before
+
+
+def test_overwriting_leaves_nothing_of_the_old(tmp_path: Path, source: Path, wanted: dict[str, bytes]) -> None:
+    build(tmp_path / "other", Spec("bf16", intermediate=640))
+    split(tmp_path / "other", tmp_path / "out", tp=2)
+    split(source, tmp_path / "out", overwrite=True)
+    assert snapshot(tmp_path / "out") == wanted
+
+
+def test_overwriting_an_unfinished_set_of_another_size(tmp_path: Path, source: Path, wanted: dict[str, bytes]) -> None:
+    split(source, tmp_path / "out", tp=8, ranks=(0, 5))
+    split(source, tmp_path / "out", overwrite=True)
+    assert snapshot(tmp_path / "out") == wanted
+
+
+# --- space ---
+
+
+def test_too_little_space_is_found_first(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 100_000))
+    with pytest.raises(SpaceError, match=r"bytes are to be written, 100,000 are free") as caught:
+        split(source, tmp_path / "deep" / "out")
+    assert caught.value.exit_code == 1
+    assert not (tmp_path / "deep").exists()
+
+
+def test_too_little_space_leaves_the_old_set(
+    tmp_path: Path, source: Path, wanted: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 100_000))
+    with pytest.raises(SpaceError):
+        split(source, tmp_path / "wanted", tp=2, overwrite=True)
+    assert snapshot(tmp_path / "wanted") == wanted
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 512 KiB, where one may be mounted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)]
+    try:
+        mounted = subprocess.run(mount, capture_output=True, text=True, timeout=TIMEOUT)
+    except OSError as error:
+        pytest.skip(f"no mount: {error}")
+    if mounted.returncode != 0:
+        pytest.skip(f"mount is refused: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True, timeout=TIMEOUT)
+
+
+def test_a_disk_that_is_really_full(
+    small_disk: Path, source: Path, wanted: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two shards of 210 KB fit, the third does not; with room made, the command goes on."""
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 10**9))
+    with pytest.raises(SpaceError, match="the disk is full") as caught:
+        split(source, small_disk / "out", workers=1)
+    assert caught.value.exit_code == 1
+    there = snapshot(small_disk / "out")
+    assert [name for name in there if name.startswith(".")] == []
+    assert all(there[name] == wanted[name] for name in there if name.endswith(".safetensors"))
+    recorded = [rank for rank in range(4) if record(rank) in there]
+    assert recorded in ([], [0], [0, 1])  # the record of a shard may itself find the disk full
+    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True, timeout=TIMEOUT)
+    result = split(source, small_disk / "out", resume=True)
+    assert ranks_of(result.kept) == recorded
+    assert snapshot(small_disk / "out") == wanted
+
+
+# --- a source that fails ---
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("calls", [1, 5, 30, 60])
+def test_a_source_that_fails_midway(
+    tmp_path: Path, source: Path, wanted: dict[str, bytes], workers: int, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(tmp_path / "old-source", replace(SPEC, seed=9))
+    split(tmp_path / "old-source", tmp_path / "old")
+    old = snapshot(tmp_path / "old")
+    view, seen = FolderSource.view, []
+
+    def failing(self: FolderSource, file: str, start: int, stop: int) -> Any:
+        seen.append(file)
+        if len(seen) > calls:
+            raise SourceError(f"{file}: the disk is failing")
+        return view(self, file, start, stop)
+
+    for out, options in ((tmp_path / "old", {"overwrite": True}), (tmp_path / "new", {})):
+        with open_source(str(source)) as opened:
+            prepared = prepare(opened, Cut(4))
+            seen.clear()
+            with monkeypatch.context() as patch:
+                patch.setattr(FolderSource, "view", failing)
+                with pytest.raises(SourceError, match="the disk is failing"):
+                    write_shards(prepared, out, SplitOptions(workers=workers, **options))
+    assert snapshot(tmp_path / "old") == old
+    if (tmp_path / "new").exists():
+        there = snapshot(tmp_path / "new")
+        assert all(there[name] == wanted[name] for name in there if name.endswith(".safetensors"))
+        assert [name for name in there if name.startswith(".")] == []
+    split(source, tmp_path / "new", resume=True)
+    assert snapshot(tmp_path / "new") == wanted
+
+
+@pytest.mark.parametrize("number", [2, 3, 4])
+def test_interrupted_while_the_work_is_dealt_out(
+    tmp_path: Path, source: Path, wanted: dict[str, bytes], number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some workers are at it when Ctrl-C comes before the last has its shard."""
+    real, dealt = ThreadPoolExecutor.submit, []
+
+    def submit(self: ThreadPoolExecutor, *work: Any) -> Any:
+        dealt.append(work)
+        if len(dealt) == number:
+            raise KeyboardInterrupt
+        return real(self, *work)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ThreadPoolExecutor, "submit", submit)
+        with pytest.raises(KeyboardInterrupt):
+            split(source, tmp_path / "out")
+    assert len(dealt) == number
+    there = snapshot(tmp_path / "out") if (tmp_path / "out").exists() else {}
+    assert [name for name in there if name.startswith(".")] == []
+    split(source, tmp_path / "out", resume=True)
+    assert snapshot(tmp_path / "out") == wanted
+
+
+def test_interrupted_within_a_lock(tmp_path: Path, source: Path, wanted: dict[str, bytes]) -> None:
+    """Ctrl-C may come between any two steps, so also when a Condition has just been locked: no thread waits for it."""
+    interrupt = """
+import threading
+import reshard.writer.split as split
+real, real_write = threading.Condition.__enter__, split._Run.write
+entered = []
+def enter(condition):
+    result = real(condition)
+    if entered and threading.get_ident() == threading.main_thread().ident:
+        entered.append(condition)
+        if len(entered) == {number} + 2:
+            raise KeyboardInterrupt
+    return result
+def write(*arguments):
+    entered.append(None)
+    return real_write(*arguments)
+threading.Condition.__enter__, split._Run.write = enter, write
+"""
+    for number in range(10):
+        out = tmp_path / str(number)
+        done = reshard_process("split", source, out, "--tp", 4, before=interrupt.format(number=number))
+        if done.code == 0:
+            break
+        assert done.code == 130, done
+        assert [name for name in (snapshot(out) if out.exists() else {}) if name.startswith(".")] == []
+    assert done.code == 0
+    assert number > 0
+    assert snapshot(out) == wanted
+
+
+# --- direct writes ---
+
+
+def test_a_disk_without_direct_writes(
+    tmp_path: Path, source: Path, wanted: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, refused = os.open, []
+
+    def without_direct(path: Any, flags: int, *rest: Any, **options: Any) -> int:
+        if flags & os.O_DIRECT:
+            refused.append(path)
+            os.close(real(path, flags & ~os.O_DIRECT, *rest, **options))  # some create it and refuse then
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(path))
+        return real(path, flags, *rest, **options)
+
+    monkeypatch.setattr(os, "open", without_direct)
+    split(source, tmp_path / "out")
+    assert len(refused) == 4
+    assert snapshot(tmp_path / "out") == wanted
+
+
+def test_a_disk_that_refuses_direct_writes_late(
+    tmp_path: Path, source: Path, wanted: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, refused = os.pwrite, []
+
+    def refusing(descriptor: int, data: Any, at: int) -> int:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            refused.append(descriptor)
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(descriptor, data, at)
+
+    monkeypatch.setattr(os, "pwrite", refusing)
+    monkeypatch.setattr("reshard.writer.stream.STAGE_BYTES", 65536)
+    split(source, tmp_path / "out")
+    assert len(refused) == 4
+    assert snapshot(tmp_path / "out") == wanted
+
+
+@pytest.mark.parametrize("most", [1, 4096, 5000])
+def test_a_disk_that_takes_less_than_it_is_given(
+    tmp_path: Path, source: Path, wanted: dict[str, bytes], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.pwrite
+    limit = {1: 50_000}.get(most, most)  # any number, a page, more than one
+    monkeypatch.setattr(os, "pwrite", lambda descriptor, data, at: real(descriptor, data[:limit], at))
+    split(source, tmp_path / "out")
+    assert snapshot(tmp_path / "out") == wanted
+
+
+# --- the order in which things become durable ---
+
+
+def recorded(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[str]:
+    steps = Steps(out)
+    with monkeypatch.context() as patch:
+        steps.install(patch.setattr)
+        split(source, out, tp=2, workers=1, **options)
+    return steps.labels
+
+
+def check_order(labels: list[str], *wanted: str) -> None:
+    """The wanted steps come in this order, whatever else comes between."""
+    at = -1
+    for label in wanted:
+        later = [place for place, found in enumerate(labels) if place > at and found.startswith(label)]
+        assert later, f"{label} does not come after {labels[at] if at >= 0 else 'the start'}; the steps: {labels}"
+        at = later[0]
+
+
+def test_data_before_its_name_and_the_manifest_last(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = recorded(source, tmp_path / "out", monkeypatch)
+    for rank in range(2):
+        name, noted = shard(rank, 2), record(rank, 2)
+        check_order(labels, f"create {name}~", f"pwrite {name}~", f"fsync {name}~", f"replace {name}", "fsync .")
+        check_order(labels, f"replace {name}", "fsync .", f"fsync {noted}~", f"replace {noted}", "fsync .")
+        check_order(labels, f"replace {noted}", "fsync .", "fsync manifest.json~", "replace manifest.json", "fsync .")
+        writes = [place for place, label in enumerate(labels) if label.startswith(f"pwrite {name}~")]
+        assert max(writes) < labels.index(f"fsync {name}~ #1"), "written to after its fsync"
+    renames = [label.split()[1] for label in labels if label.startswith("replace")]
+    assert renames[-1] == "manifest.json"
+    sides = ["config.json", "quant_model_description.json"]
+    assert sorted(renames[:-1]) == sorted([shard(0, 2), shard(1, 2), record(0, 2), record(1, 2), *sides])
+    for name in renames:
+        check_order(labels, f"fsync {name}~", f"replace {name} ", "fsync .")
+    # Records stay until the manifest that takes them over is durable.
+    check_order(labels, "replace manifest.json", "fsync .", f"unlink {record(0, 2)}", "fsync .", f"unlink {LOCK}")
+
+
+def test_a_new_folder_is_made_durable_in_its_parent(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = recorded(source, tmp_path / "out", monkeypatch)
+    check_order(labels, "fsync ..", "replace manifest.json")
+
+
+def test_an_old_manifest_goes_before_the_first_new_shard(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split(source, tmp_path / "out", tp=2)
+    labels = recorded(source, tmp_path / "out", monkeypatch, overwrite=True)
+    first = min(place for place, label in enumerate(labels) if label.startswith("replace denseffn"))
+    for name in (shard(0, 2), shard(1, 2)):
+        assert labels.index(f"fsync {name}~ #1") < labels.index("replace .manifest.json.replaced #1")
+    check_order(labels[: first + 1], "replace .manifest.json.replaced", "fsync .", "replace denseffn")
+    check_order(labels[first:], "replace manifest.json", "fsync .")

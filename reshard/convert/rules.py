@@ -25,7 +25,7 @@ from reshard.source.base import parse_json_object
 KEEP, BF16, W8A8 = "keep", "bf16", "w8a8"
 MODELSLIM, COMPRESSED_TENSORS = "modelslim", "compressed-tensors"
 
-DEQUANTIZE, CAST, QUANTIZE = "dequantize_to_bf16", "cast_to_bf16", "quantize_to_int8_per_channel"
+DEQUANTIZE, CAST, QUANTIZE = "dequantise_to_bf16", "cast_to_bf16", "quantise_to_int8_per_channel"
 
 # Schemes whose values are weight * scale, with no quantized activations to go with them.
 _WEIGHT_ONLY = frozenset({"bf16", "fp8_block", "fp8_channel", "int8_block"})

@@ -1,18 +1,19 @@
 """The scheme in which a checkpoint is estimated: its own, or one that it would be converted to."""
 
 from reshard.checkpoint.description import Checkpoint
-from reshard.convert.rules import BF16, KEEP, W8A8, converted
+from reshard.convert.rules import KEEP, converted
 from reshard.errors import SchemeError
 from reshard.plan.manifest_builder import scheme_name
+from reshard.schemes import SCHEMES
 
-DEFAULT_SCHEMES = ("bf16", "w8a8_dynamic")  # of a config.json, which names no scheme that a device would run
-_CONVERSIONS = {"bf16": BF16, "w8a8_dynamic": W8A8}
-_ALIASES = {"w8a8": "w8a8_dynamic"}
+_OPTIONS = {scheme.name: scheme.option for scheme in SCHEMES.values() if scheme.option}
+
+DEFAULT_SCHEMES = tuple(_OPTIONS)  # of a config.json, which names no scheme that a device would run
 
 
 def plain_scheme(scheme: str) -> str:
-    """The scheme that a word of the command line means."""
-    return _ALIASES.get(scheme, scheme)
+    """The scheme that a word of the command line means: its name, or what `--weights` calls it."""
+    return next((name for name, option in _OPTIONS.items() if option == scheme), scheme)
 
 
 def in_scheme(checkpoint: Checkpoint, scheme: str) -> Checkpoint:
@@ -23,9 +24,9 @@ def in_scheme(checkpoint: Checkpoint, scheme: str) -> Checkpoint:
     own = scheme_name(checkpoint.layers)
     if scheme in (KEEP, own):
         return checkpoint
-    if scheme not in _CONVERSIONS:
+    if scheme not in _OPTIONS:
         raise SchemeError(
-            f"scheme {scheme}: the checkpoint is {own}, and --weights makes {' and '.join(_CONVERSIONS)} only; give "
-            f"keep, {', '.join(_CONVERSIONS)}, or a config.json with --config"
+            f"scheme {scheme}: the checkpoint is {own}, and --weights makes {' and '.join(_OPTIONS)} only; give "
+            f"keep, {', '.join(_OPTIONS)}, or a config.json with --config"
         )
-    return converted(checkpoint, _CONVERSIONS[scheme])
+    return converted(checkpoint, _OPTIONS[scheme])

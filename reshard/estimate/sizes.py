@@ -12,6 +12,7 @@ from reshard.estimate.profile import Profile
 from reshard.estimate.step import Kind, Split, Way, Wire, layer_seconds, way_of, wire_of
 from reshard.model.naming import DOWN, GATE, GATE_UP
 from reshard.plan.plan import Plan, make_plan
+from reshard.schemes import SCHEMES
 from reshard.tensors.dtypes import nbytes
 
 _BF16_BYTES = 2
@@ -123,7 +124,7 @@ def estimate(
             continue
         sizes.append(_size(checkpoint, plan, profile, options, unsplit.held))
     schemes = {linear.variant.scheme for layer in checkpoint.layers for linear in layer.linears.values()}
-    as_bf16 = any(scheme != "bf16" and way_of(scheme) == "bf16" for scheme in schemes)
+    as_bf16 = any(not SCHEMES[scheme].is_float and way_of(scheme) == "bf16" for scheme in schemes)
     return Estimate(scheme, unsplit, tuple(sizes), tuple(refused), as_bf16)
 
 

@@ -22,6 +22,7 @@ from reshard.quantization.formats import (
 from reshard.schemes import (
     BLOCK,
     FLOAT,
+    SCHEMES,
     VARIANTS,
     QuantSpec,
     StoredTensor,
@@ -34,7 +35,6 @@ from reshard.schemes import (
 )
 from reshard.tensors.dtypes import FLOATS
 
-_PLAIN = "bf16"
 _Tensors = Mapping[str, StoredTensor]
 
 
@@ -61,13 +61,14 @@ class Schemes:
         """
         if self._given.recorded is not None:
             declared = _recorded(module, self._given.recorded, found)
-        elif self._given.scheme is not None and (not is_plain(found) or self._given.scheme == _PLAIN):
+        elif self._given.scheme is not None and (not is_plain(found) or SCHEMES[self._given.scheme].is_float):
             declared = self._by_scheme(self._given.scheme, module, found)
         elif self._accounts:
             declared = self._by_accounts(module, found)
         else:
             declared = self._by_tensors(module, found)
-        return match_variant(module, declared, found), declared.block
+        variant = match_variant(module, declared, found)
+        return variant, variant.block or declared.block
 
     def warnings(self) -> Iterable[str]:
         """What was taken though something speaks against it. Raises SchemeError where `--scheme` was of no linear."""
@@ -134,7 +135,7 @@ class Schemes:
         if found.keys() >= {"weight"} and found["weight"].dtype in FLOATS:
             return QuantSpec(FLOAT, None, f"no quantization_config in {CONFIG}")
         variants = variants_of(found)
-        if len(names_of_formats(found)) != 1 or not variants or any(r.in_blocks for r in variants[0].tensors):
+        if len(names_of_formats(found)) != 1 or not variants or variants[0].in_blocks:
             raise no_account(module, found, self._given.config is not None)
         scheme = variants[0].scheme
         self._warn(

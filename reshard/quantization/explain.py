@@ -47,7 +47,7 @@ def contradiction(module: str, found: _Tensors, said: Sequence[QuantSpec], quant
             f"{found['weight'].dtype} with no scales{_mend_of_plain(first, quantized)}; or say --scheme bf16"
         )
     if first.kind == NO_BLOCK_SIZE and (variants := variants_of(found)):
-        in_blocks = any(rule.in_blocks for rule in variants[0].tensors)
+        in_blocks = variants[0].in_blocks
         mend = f"give its weight_block_size in {_file(first)}{_told(found)}" if in_blocks else _told(found, "")
         return SchemeError(
             f"{module}: {first.said_by} says {first.kind}, and its tensors ({tensors_text(found)}) are "
@@ -108,7 +108,7 @@ def no_account(module: str, found: _Tensors, has_config: bool) -> SchemeError:
             f"{text} and no {DESCRIPTION}, which ModelSlim writes and vllm-ascend needs: put it beside the files"
             f"{_told(found)}"
         )
-    if variants and any(rule.in_blocks for rule in variants[0].tensors):
+    if variants and variants[0].in_blocks:
         key = _BLOCKS[found["weight"].dtype]
         back = f"put it back: {key}" if has_config else f"put the model's own beside the files, with {key}"
         return SchemeError(

@@ -82,7 +82,7 @@ def variants_of(found: _Tensors) -> tuple[Variant, ...]:
 
 def as_kind(variant: Variant, block: tuple[int, int] = BLOCK, said_by: str = "") -> QuantSpec:
     """What is declared of a linear that is said to be of a variant."""
-    return QuantSpec(variant.kind, block if any(rule.in_blocks for rule in variant.tensors) else None, said_by)
+    return QuantSpec(variant.kind, block if variant.in_blocks else None, said_by)
 
 
 def names_of_formats(found: _Tensors) -> tuple[str, ...]:

@@ -30,6 +30,19 @@ BITS = {
 
 FLOATS = frozenset({"BF16", "F16", "F32"})
 
+TORCH = {
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F32": "float32",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E8M0": "float8_e8m0fnu",
+    "U8": "uint8",
+    "I8": "int8",
+    "I32": "int32",
+    "I64": "int64",
+}
+"""torch's names of the types in the table of schemes."""
+
 
 def itemsize(dtype: str) -> int:
     """Bytes of one element of a type that fills whole bytes (every type in the split table does)."""

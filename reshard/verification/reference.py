@@ -9,7 +9,7 @@ Shapes: [out, in] is a linear's weight, n rows of it are [n, in]; (b, k) is its 
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from math import prod
 
 import numpy as np
@@ -19,6 +19,7 @@ from reshard.convert.rules import CAST, DEQUANTIZE, QUANTIZE
 from reshard.errors import MismatchError, SourceError
 from reshard.manifest import Manifest
 from reshard.model.naming import MANIFEST
+from reshard.schemes import FLOAT, SCHEMES, Arithmetic, Part, Variant, scheme_by_option, variant_with
 from reshard.source.base import Bytes, Source
 from reshard.tensors.dtypes import itemsize
 from reshard.tensors.numeric import F32, Array, f32_to_bf16, storage, to_f32
@@ -27,7 +28,6 @@ BLOCK_BYTES = 1 << 20
 BLOCK_ELEMENTS = 1 << 18  # of computed values: their float32 and float64 copies fit into a core's cache
 WORKERS = min(8, len(os.sched_getaffinity(0)))  # each at its own block: memory stays at WORKERS times a few MB
 
-SCALES = ("weight_scale_inv", "weight_scale")
 _INT8_MAX = np.float32(127)
 
 Values = Callable[[int, int], F32]
@@ -81,6 +81,16 @@ class LinearGrids:
     scheme: str
     block: tuple[int, int] | None
     tensors: Mapping[str, Grid]
+
+    @cached_property
+    def variant(self) -> Variant:
+        """The row of the table that its tensors are."""
+        return variant_with(self.scheme, self.tensors.keys(), self.tensors["weight"].name)
+
+    def part(self, part: Part) -> Grid | None:
+        """The tensor that is that part of the arithmetic."""
+        suffix = self.variant.suffix(part)
+        return None if suffix is None else self.tensors[suffix]
 
 
 def stored_grid(source: Source, tensor: Tensor) -> Grid:

@@ -14,7 +14,7 @@ from reshard.model.prefix import is_known_wrapper, published_prefix
 from reshard.quantization import Accounts, check_transforms, list_accounts
 from reshard.quantization.explain import words
 from reshard.quantization.formats import as_kind
-from reshard.schemes import BLOCK, FLOAT, VARIANTS, Part, QuantSpec, check_kind, check_scheme
+from reshard.schemes import BLOCK, FLOAT, VARIANTS, Operand, QuantSpec, check_kind, check_scheme
 from reshard.source.base import parse_json_object
 from reshard.tensors.dtypes import TORCH
 
@@ -119,7 +119,7 @@ def _linear(module: str, declared: QuantSpec, weight: tuple[int, int], own: str)
     tensors = {
         rule.suffix: Tensor(
             f"{module}.{rule.suffix}",
-            own if own in rule.dtypes and rule.part is Part.WEIGHT else rule.dtypes[0],
+            own if own in rule.dtypes and rule.operand is Operand.WEIGHT else rule.dtypes[0],
             rule.shape.sizes(weight, block)[0],
             (),
         )

@@ -85,10 +85,8 @@ def check_kernels(checkpoint: Checkpoint) -> Finding:
     served = all(VLLM_ASCEND in SCHEMES[scheme].native for scheme in lacking)
     engine = f"{VLLM_ASCEND} {'serves it' if served else 'does not serve it'}"
     options = " or ".join(f"--weights {SCHEMES[name].option}" for name in reversed(SCHEMES[lacking[0]].becomes))
-    line = (
-        f"no NPU kernel multiplies {', '.join(lacking)}: the runtime makes it BF16 at load, {engine}; cut with {options}"
-    )
-    return Finding("kernels", "", line, "warning")
+    line = f"no NPU kernel multiplies {', '.join(lacking)}: the runtime makes it BF16 at load, {engine}"
+    return Finding("kernels", "", f"{line}; cut with {options}", "warning")
 
 
 def _tiles(layers: list[tuple[Module, Module]], where: str) -> Iterator[Finding]:

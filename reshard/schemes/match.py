@@ -1,4 +1,4 @@
-"""A linear's tensors, as files have them, against the table: which variant they are, and what keeps them from being one."""
+"""A linear's tensors, as files have them, against the table: which variant they are, or what speaks against it."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -151,5 +151,3 @@ def group_size(scales: tuple[int, ...], weight: tuple[int, ...]) -> int | None:
     if len(scales) != 2 or len(weight) != 2 or scales[0] != weight[0] or scales[1] < 2 or weight[1] % scales[1]:
         return None
     return weight[1] // scales[1]
-
-

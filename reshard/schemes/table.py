@@ -41,11 +41,10 @@ class Shape(Enum):
     BLOCKS = "[ceil(out/b), ceil(in/k)]"
 
     def sizes(self, weight: tuple[int, ...], block: tuple[int, int] | None) -> tuple[tuple[int, ...], ...]:
-        """The shapes that it may be for a weight [out, in], the one that tools write first."""
+        """The shapes that it may be for a weight [out, in], first the one that tools write; none of an unknown block."""
         out_features, in_features = weight
         if self is Shape.BLOCKS:
-            assert block is not None
-            return ((-(-out_features // block[0]), -(-in_features // block[1])),)
+            return ((-(-out_features // block[0]), -(-in_features // block[1])),) if block else ()
         options: dict[Shape, tuple[tuple[int, ...], ...]] = {
             Shape.OUT_IN: (weight,),
             Shape.CHANNEL: ((out_features, 1), (out_features,)),
@@ -55,7 +54,7 @@ class Shape(Enum):
         return options[self]
 
 
-class Part(Enum):
+class Operand(Enum):
     """What a tensor is to the arithmetic of its linear."""
 
     WEIGHT = "weight"
@@ -81,7 +80,7 @@ class TensorRule:
     """A suffix, what it is, its shape and types (the one that the tool writes first), its placements."""
 
     suffix: str
-    part: Part
+    operand: Operand
     shape: Shape
     dtypes: tuple[str, ...]
     column: Placement
@@ -144,9 +143,9 @@ class Variant:
         """Whether its scales stand for blocks of the weight."""
         return any(rule.in_blocks for rule in self.tensors)
 
-    def suffix(self, part: Part) -> str | None:
-        """The tensor that is that part."""
-        return next((rule.suffix for rule in self.tensors if rule.part is part), None)
+    def suffix(self, operand: Operand) -> str | None:
+        """The tensor that is that operand."""
+        return next((rule.suffix for rule in self.tensors if rule.operand is operand), None)
 
 
 BACKENDS = ("cpu", "cuda", "npu")
@@ -176,31 +175,31 @@ _F32, _BF16 = ("F32", "BF16", "F16"), ("BF16", "F32", "F16")
 
 
 def _weight(*dtypes: str) -> TensorRule:
-    return TensorRule("weight", Part.WEIGHT, Shape.OUT_IN, dtypes, _ROWS, _COLUMNS)
+    return TensorRule("weight", Operand.WEIGHT, Shape.OUT_IN, dtypes, _ROWS, _COLUMNS)
 
 
 def _channel(dtypes: tuple[str, ...]) -> TensorRule:
-    return TensorRule("weight_scale", Part.SCALE, Shape.CHANNEL, dtypes, _ROWS, _ALL)
+    return TensorRule("weight_scale", Operand.SCALE, Shape.CHANNEL, dtypes, _ROWS, _ALL)
 
 
 def _blocks(suffix: str, *dtypes: str) -> TensorRule:
-    return TensorRule(suffix, Part.SCALE, Shape.BLOCKS, dtypes, _ROWS, _COLUMNS)
+    return TensorRule(suffix, Operand.SCALE, Shape.BLOCKS, dtypes, _ROWS, _COLUMNS)
 
 
-def _of_input(suffix: str, part: Part, *dtypes: str) -> TensorRule:
-    return TensorRule(suffix, part, Shape.ONE, dtypes, _ALL, _ALL)
+def _of_input(suffix: str, operand: Operand, *dtypes: str) -> TensorRule:
+    return TensorRule(suffix, operand, Shape.ONE, dtypes, _ALL, _ALL)
 
 
-_OFFSET = TensorRule("weight_offset", Part.OFFSET, Shape.CHANNEL, _F32, _ROWS, _ALL)
+_OFFSET = TensorRule("weight_offset", Operand.OFFSET, Shape.CHANNEL, _F32, _ROWS, _ALL)
 _STATIC = (
     _weight("I8"),
-    _of_input("input_scale", Part.INPUT_SCALE, *_F32),
-    _of_input("input_offset", Part.INPUT_OFFSET, *_F32, "I8", "I32"),
-    TensorRule("quant_bias", Part.BIAS, Shape.OUT, ("I32",), _ROWS, _RANK_0),
-    TensorRule("deq_scale", Part.OUTPUT_SCALE, Shape.OUT, ("F32", "I64"), _ROWS, _ALL),
+    _of_input("input_scale", Operand.INPUT_SCALE, *_F32),
+    _of_input("input_offset", Operand.INPUT_OFFSET, *_F32, "I8", "I32"),
+    TensorRule("quant_bias", Operand.BIAS, Shape.OUT, ("I32",), _ROWS, _RANK_0),
+    TensorRule("deq_scale", Operand.OUTPUT_SCALE, Shape.OUT, ("F32", "I64"), _ROWS, _ALL),
 )
 _DYNAMIC_SLIM = (_channel(_F32), _OFFSET)
-_STATIC_COMPRESSED = (_weight("I8"), _channel(_BF16), _of_input("input_scale", Part.INPUT_SCALE, *_BF16))
+_STATIC_COMPRESSED = (_weight("I8"), _channel(_BF16), _of_input("input_scale", Operand.INPUT_SCALE, *_BF16))
 
 VARIANTS = (
     Variant("bf16", "bf16", "FLOAT", (_weight("BF16", "F16", "F32"),)),
@@ -226,7 +225,7 @@ VARIANTS = (
         "w8a8_static_asymmetric",
         "w8a8_static",
         "int8-channel-static-asymmetric",
-        (*_STATIC_COMPRESSED, _of_input("input_zero_point", Part.INPUT_OFFSET, "I8")),
+        (*_STATIC_COMPRESSED, _of_input("input_zero_point", Operand.INPUT_OFFSET, "I8")),
         ("compressed-tensors int8 channel static asymmetric",),
     ),
     Variant(
@@ -264,6 +263,9 @@ BLOCK = (128, 128)
 
 FLOAT = "FLOAT"
 """The kind of a linear that is not quantized."""
+
+UNQUANTIZED = "bf16"
+"""The scheme of weights that are not quantized, or no longer."""
 
 WAY_OUT = (
     f"it splits {', '.join(SCHEMES)}: cut the BF16 or FP8 original, or a checkpoint whose dense layers are left "
@@ -303,4 +305,3 @@ def summary(schemes: Collection[str]) -> str:
     """One word for all linears: the scheme of those that are quantized, `mixed` if there are several."""
     quantized = {scheme for scheme in schemes if not scheme_named(scheme, "").is_float}
     return "mixed" if len(quantized) > 1 else next(iter(quantized or schemes))
-

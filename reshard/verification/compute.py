@@ -23,7 +23,7 @@ from reshard.errors import MismatchError
 from reshard.manifest import Manifest
 from reshard.model.activation import Activation, not_computed
 from reshard.model.naming import CONFIG, DOWN, GATE, GATE_UP, UP
-from reshard.schemes import SCHEMES, Arithmetic, Part
+from reshard.schemes import Arithmetic, Operand
 from reshard.source.base import Source
 from reshard.tensors.header import Header, TensorInfo
 from reshard.verification.expect import expect, groups, misfits, read_headers
@@ -164,7 +164,7 @@ def _rank_linears(
             file = manifest.shards[rank].file
             infos = [(tensor.name, headers[rank].tensors[tensor.name]) for tensor in tensors]
             grids = {name.rpartition(".")[2]: _shard_grid(shards, file, name, info) for name, info in infos}
-            ranks[rank][group.module] = LinearGrids(like.scheme, like.block, grids)
+            ranks[rank][group.module] = LinearGrids(like.variant, like.block, grids)
     return ranks
 
 
@@ -195,14 +195,14 @@ def _rank_output(linears: Mapping[str, LinearGrids], activation: Activation, x_H
 
 def _apply(linear: LinearGrids, x: _Sum, tick: Tick, is_down: bool = False, with_terms: bool = True) -> _Sum:
     """W x for x [in, T], as the linear's scheme computes it."""
-    arithmetic = SCHEMES[linear.scheme].arithmetics[0]
+    arithmetic = linear.scheme.arithmetics[0]
     if arithmetic is Arithmetic.STATIC:
         return _apply_static(linear, x, tick, with_terms)
     if arithmetic is Arithmetic.DYNAMIC:
         return _apply_dynamic(linear, x, tick, is_down, with_terms)
     # Weights alone are quantized: engines that round activations too do so to each slice on its own.
     weight = linear.tensors["weight"]
-    return _product(weight, scaled(weight, linear.part(Part.SCALE), linear.block), x, tick, with_terms)
+    return _product(weight, scaled(weight, linear.operand(Operand.SCALE), linear.block), x, tick, with_terms)
 
 
 def _apply_dynamic(linear: LinearGrids, x: _Sum, tick: Tick, is_down: bool, with_terms: bool) -> _Sum:
@@ -228,7 +228,7 @@ def _apply_dynamic(linear: LinearGrids, x: _Sum, tick: Tick, is_down: bool, with
 def _apply_static(linear: LinearGrids, x: _Sum, tick: Tick, with_terms: bool) -> _Sum:
     """int8 weights and activations, one scale and zero point for all of x: ModelSlim's or compressed-tensors'."""
     tensors = linear.tensors
-    zero_point = linear.part(Part.INPUT_OFFSET)
+    zero_point = linear.operand(Operand.INPUT_OFFSET)
     offset = float(zero_point.all_values()[0, 0]) if zero_point else 0.0
     input_scale = float(tensors["input_scale"].all_values()[0, 0])
     # Where gate and up are floats, split and unsplit may differ in x's last bits: that they then round to different

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 from reshard.errors import ShardError
+from reshard.schemes import scheme_named
 from reshard_runtime.kernels.torch_ops import gated
 from reshard_runtime.shard import LayerShard, LinearShard
 
@@ -70,7 +71,11 @@ def _rows(linear: LinearShard) -> Iterator[torch.Tensor]:
     weight = linear.tensors["weight"]
     for top in range(0, len(weight), _ROW_BLOCK):
         rows = weight[top : top + _ROW_BLOCK].double()
-        yield rows if linear.scheme == "bf16" else rows * _scale(linear)[top : top + _ROW_BLOCK, None]
+        yield (
+            rows
+            if scheme_named(linear.scheme, linear.name).is_float
+            else rows * _scale(linear)[top : top + _ROW_BLOCK, None]
+        )
 
 
 def _scale(linear: LinearShard) -> torch.Tensor:

@@ -244,7 +244,7 @@ def test_a_set_in_the_fixture(pytester: pytest.Pytester, tmp_path: Path) -> None
 
 
 def test_the_plugin_costs_nothing_where_it_is_not_used(pytester: pytest.Pytester) -> None:
-    """pytest loads it in every project of the environment: beyond itself nothing may come with it."""
+    """pytest loads it in every project of the environment: beyond its own module nothing may come with it."""
     pytester.makepyfile(
         """
         import sys

@@ -50,7 +50,7 @@ def test_a_torch_npu_without_the_clipped_kernel(monkeypatch: pytest.MonkeyPatch)
 
 
 @by_case
-def test_only_plain_silu_is_fused_with_the_quantisation(case: Case) -> None:
+def test_only_plain_silu_is_fused_with_the_quantization(case: Case) -> None:
     """npu_dequant_swiglu_quant's own limit goes with gate and up from odd and even columns."""
     assert (NpuKernels().gated_int8(case.activation) is not None) == (case.activation == PLAIN)
 
@@ -81,7 +81,7 @@ def test_a_layer(tmp_path: Path, case: Case, recipe: str) -> None:
     with Calls() as calls:
         found = ffn(x_TH)
     wanted = DenseFFN(layer)(x_TH)
-    # Of W8A8 dynamic, all but plain silu rounds gate and up to BF16 before h is quantised: some h are a step away.
+    # Of W8A8 dynamic, all but plain silu rounds gate and up to BF16 before h is quantized: some h are a step away.
     bound = 0.02 if recipe == "modelslim_dynamic" and case.activation != PLAIN else BF16_BOUND
     assert (found.double() - wanted.double()).norm() <= bound * wanted.double().norm()
     assert [name.removeprefix("npu::") for name in calls.names] == _wanted_calls(case.activation, recipe)

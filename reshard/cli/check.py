@@ -116,14 +116,12 @@ def _serving(additional: str | None, *sizes: int | None) -> "Serving | None":
 
     sizes: data-, tensor- and pipeline-parallel.
     """
-    from reshard.checks.report import Serving
+    from reshard import api
     from reshard.errors import SourceError, UsageError
     from reshard.source.base import parse_json_object
 
-    if all(given is None for given in (additional, *sizes)):
-        return None
     try:
-        config = parse_json_object((additional or "{}").encode(), "--additional-config")
+        config = None if additional is None else parse_json_object((additional or "{}").encode(), "--additional-config")
     except SourceError as error:
         raise UsageError(str(error).removesuffix("; copy or download it again")) from error
-    return Serving(config, *(1 if size is None else size for size in sizes))
+    return api.serving(config, *sizes)

@@ -35,13 +35,13 @@ class Shape(Enum):
     """A tensor's shape in terms of its linear's."""
 
     OUT_IN = "[out, in]"
-    CHANNEL = "[out, 1] or [out]"
+    CHANNEL = "[out] or [out, 1]"
     OUT = "[out]"
     ONE = "[1]"
     BLOCKS = "[ceil(out/b), ceil(in/k)]"
 
     def sizes(self, weight: tuple[int, ...], block: tuple[int, int] | None) -> tuple[tuple[int, ...], ...]:
-        """The shapes that it may be for a weight [out, in], first the one that tools write; none of an unknown block."""
+        """The shapes that it may be for a weight [out, in], first what tools write; none of an unknown block."""
         out_features, in_features = weight
         if self is Shape.BLOCKS:
             return ((-(-out_features // block[0]), -(-in_features // block[1])),) if block else ()

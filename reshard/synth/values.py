@@ -38,6 +38,8 @@ def blocks(tensor: TensorSpec, seed: int) -> Iterator[Array]:
             yield from _from_table(
                 tensor.name, from_f32(1 + _normal() * _NORM_DEVIATION, tensor.dtype), tensor.shape, seed
             )
+        case Operand.SCALE if tensor.shape == (1,):
+            yield from _from_table(f"{_input_of(module)}.weight_scale", _scales(tensor.dtype), tensor.shape, seed)
         case Operand.SCALE | Fill.FREQUENCIES:
             yield from _from_table(tensor.name, _scales(tensor.dtype), tensor.shape, seed)
         case Operand.OFFSET:
@@ -86,7 +88,7 @@ def _from_table(name: str, table: Array, shape: tuple[int, ...], seed: int) -> I
 
 
 def _input_of(module: str) -> str:
-    """The module whose name stands for the input: gate's and up's is the same."""
+    """The module whose name stands for what gate and up share."""
     parent, _, role = module.rpartition(".")
     return f"{parent}.{GATE}" if role == UP else module
 

@@ -47,11 +47,13 @@ def f32_to_bf16(values: F32) -> Array:
 @cache
 def _values_of_bytes(dtype: str) -> F32:
     """The 256 values of a type of one byte: looking them up is faster than ml_dtypes' conversion."""
-    return np.arange(256, dtype=np.uint8).view(_TYPES[dtype]).astype(np.float32)
+    values: F32 = np.arange(256, dtype=np.uint8).view(_TYPES[dtype]).astype(np.float32)
+    return values
 
 
 def to_f32(bits: Array, dtype: str) -> F32:
     """Values of a stored array as float32: exact for all but I32 and I64."""
     if bits.dtype == np.uint8:
         return _values_of_bytes(dtype).take(bits)
-    return bits.view(_TYPES[dtype]).astype(np.float32)
+    values: F32 = bits.view(_TYPES[dtype]).astype(np.float32)
+    return values

@@ -17,11 +17,14 @@ HEAVY = ("torch", "numpy", "pydantic", "blake3", "safetensors", "huggingface_hub
 VOCABULARY = (
     "manifest",
     "errors",
+    "fit",
     "model.activation",
     "model.naming",
     "source.opened",
     "source.recognise",
     "source.weights",
+    "tensors.dtypes",
+    "tensors.header",
 )
 NO_TORCH = "import sys; sys.modules['torch'] = None"  # `import torch` raises ImportError
 

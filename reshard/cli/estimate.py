@@ -221,7 +221,7 @@ def _show(
     show_chart(found, {one.scheme: one.tp_size for one in chosen})
     output.text()
     output.text(
-        "sent: bytes a token and layer; messages: a layer, whatever the batch; as int8: tokens quantised before the "
+        "sent: bytes a token and layer; messages: a layer, whatever the batch; as int8: tokens quantized before the "
         "gather"
     )
     output.text("tiles: whole tiles of the device; blocks: I/R a multiple of 128, as block-scaled checkpoints need")

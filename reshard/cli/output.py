@@ -30,7 +30,7 @@ Index = Annotated[
 Scheme = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME", help="What the quantised weights are, where nothing beside the files says it: w8a8_dynamic, …"
+        metavar="NAME", help="What the quantized weights are, where nothing beside the files says it: w8a8_dynamic, …"
     ),
 ]
 

@@ -15,7 +15,7 @@ def synth(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A Hugging Face config.json.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="The checkpoint's folder: new or empty.")],
     scheme: Annotated[
-        str, typer.Option(help="How its linears are quantised; an unknown one lists those there are.")
+        str, typer.Option(help="How its linears are quantized; an unknown one lists those there are.")
     ] = "bf16",
     scale: Annotated[str, typer.Option(help="Shrink the model's sizes, such as 1/16.")] = "1",
     layers: Annotated[int | None, typer.Option(min=1, help="Keep only the first N layers.")] = None,

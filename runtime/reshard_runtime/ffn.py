@@ -1,7 +1,7 @@
 """DenseFFN: a dense layer split over the ranks of a group.
 
     x_TH  own tokens                     [T, H]
-      quantise, all_gather               [R*P, H] or, W8A8, [R*P, H + 4] bytes
+      quantize, all_gather               [R*P, H] or, W8A8, [R*P, H + 4] bytes
       gate_up, this rank's rows          [R*P, 2L]
       act(gate) * up                     [R*P, L]
       down, this rank's columns          [R*P, H], a partial sum
@@ -42,7 +42,7 @@ class DenseFFN(PartialFFN):
             whatever the counts, and computes R * max_tokens rows.
         reduce_dtype: the type in which partial sums travel. None: the tokens' own, but float32 for more than 8 ranks
             whose collective adds in the type that travels (nccl, hccl; gloo's are added here, in float32).
-        dtype: the type of the tokens and of the result. None: the unquantised weights' own, else BF16.
+        dtype: the type of the tokens and of the result. None: the unquantized weights' own, else BF16.
         mix: which of W8A8_MIX's two sets is run.
         kernels: the backend; None: the one of the device that the shard is on.
 

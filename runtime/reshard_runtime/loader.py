@@ -19,7 +19,7 @@ from reshard.manifest import Shard as ShardEntry
 from reshard.model.naming import DOWN, GATE, GATE_UP, MANIFEST, UP, mlp_name, parse_dense
 from reshard.source.opened import Opened, reason, unfollowed
 from reshard.tensors.header import read_header
-from reshard_runtime.dequantize import dequantised
+from reshard_runtime.dequantize import dequantized
 from reshard_runtime.kernels import device_of, kernels_for
 from reshard_runtime.linears import linears_of
 from reshard_runtime.shard import LayerShard, Shard
@@ -35,7 +35,7 @@ def load_shard(
     tp_size: int | None = None,
     layers: Iterable[int] | None = None,
     verify: Verify = "header",
-    dequantise: bool = True,
+    dequantize: bool = True,
 ) -> Shard:
     """A rank's tensors on `device`, ready for `DenseFFN`.
 
@@ -43,8 +43,8 @@ def load_shard(
     these dense layers (each pipeline stage has its own), else all. `verify="digest"` compares the BLAKE3 digest of
     every tensor that is loaded: it alone tells shards of one shape apart, say two fine-tunes' of one model.
 
-    FP8 and block-INT8 weights are dequantised to BF16 where the device's backend has no kernel for them; one line of
-    the log says so, and what it costs. `dequantise=False` leaves them as they are, for kernels of an engine's own.
+    FP8 and block-INT8 weights are dequantized to BF16 where the device's backend has no kernel for them; one line of
+    the log says so, and what it costs. `dequantize=False` leaves them as they are, for kernels of an engine's own.
 
     On the CPU, tensors are maps of the file: pages come in as they are used, and shared with other processes. The
     writer replaces files by renaming, so a set that is written again does not change what is loaded.
@@ -85,7 +85,7 @@ def load_shard(
         manifest.model.hidden_size,
         manifest.model.intermediate_size,
         set_digest,
-        dequantised(found, kernels) if dequantise else found,
+        dequantized(found, kernels) if dequantize else found,
     )
 
 

@@ -1,6 +1,6 @@
 """How many tokens each rank brings, and the rows they take on the way.
 
-A row is a token, or a quantised one's integers and its scale, so that one collective takes both.
+A row is a token, or a quantized one's integers and its scale, so that one collective takes both.
 
 Collectives want the same number of rows P from every rank: the largest count, or a fixed one for graph capture. All of
 this is integers of the host, the same on every rank: nothing here waits for a device.

@@ -1,4 +1,4 @@
-"""How tokens travel to vllm-ascend's linears: quantised by its own operators, and its own result all the same."""
+"""How tokens travel to vllm-ascend's linears: quantized by its own operators, and its own result all the same."""
 
 from collections.abc import Callable
 

@@ -95,7 +95,7 @@ def test_w8a8_runs_in_either_type(scheme: str, mix: str, dtype: torch.dtype) -> 
     assert ffn.of(torch.empty(5, H, dtype=dtype, device="meta"), dtype).shape == (5, H)
 
 
-def test_quantised_gate_and_up_with_a_plain_down() -> None:
+def test_quantized_gate_and_up_with_a_plain_down() -> None:
     ffn = PartialFFN(_layer("w8a8_dynamic", 8, down="bf16"), NpuKernels(), None, "dynamic")
     assert ffn.of(torch.empty(5, H, dtype=torch.bfloat16, device="meta"), torch.bfloat16).shape == (5, H)
 

@@ -23,7 +23,7 @@ from tests.support.builders import RECIPES, Raw, Spec, build, read_safetensors, 
 from tests.support.running import split
 
 HIDDEN, INTERMEDIATE = 256, 512
-DEQUANTISED = {"fp8_block", "ct_fp8_block", "ct_fp8_channel", "int8_block"}
+DEQUANTIZED = {"fp8_block", "ct_fp8_block", "ct_fp8_channel", "int8_block"}
 _STORAGE = {"I8": np.int8, "F8_E4M3": np.uint8, "BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, "I32": np.int32}
 
 
@@ -54,7 +54,7 @@ def _wanted(tensors: dict[str, Raw], layer: int, module: str, suffix: str, rank:
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("layout", ["fused", "separate"])
-@pytest.mark.parametrize("recipe", sorted(RECIPES.keys() - DEQUANTISED))
+@pytest.mark.parametrize("recipe", sorted(RECIPES.keys() - DEQUANTIZED))
 def test_every_bit_is_the_source_s(tmp_path: Path, recipe: str, layout: str, size: int) -> None:
     tensors = build(tmp_path / "model", Spec(recipe, HIDDEN, INTERMEDIATE))
     split(tmp_path / "model", tmp_path / "shards", Cut(size, layout=layout))
@@ -91,7 +91,7 @@ def _to_bf16(values: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("layout", ["fused", "separate"])
-@pytest.mark.parametrize("recipe", sorted(DEQUANTISED))
+@pytest.mark.parametrize("recipe", sorted(DEQUANTIZED))
 def test_weights_without_a_kernel_become_bf16(
     tmp_path: Path, recipe: str, layout: str, size: int, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -307,7 +307,7 @@ def test_a_separate_layout_whose_gate_and_up_share_no_scale_is_refused(tmp_path:
     tensors[name] = ("BF16", (1,), b"\x00\x40")
     write_safetensors(tmp_path / "model" / "model-00001-of-00001.safetensors", tensors, {"format": "pt"})
     split(tmp_path / "model", tmp_path / "shards", Cut(2, layout="separate"))
-    with pytest.raises(ShardError, match=r"input_scale: gate's is \[.*\], up's \[2.0\]; tokens are quantised once"):
+    with pytest.raises(ShardError, match=r"input_scale: gate's is \[.*\], up's \[2.0\]; tokens are quantized once"):
         load_shard(tmp_path / "shards", 0)
 
 

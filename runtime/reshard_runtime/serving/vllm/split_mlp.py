@@ -1,7 +1,7 @@
 """A dense layer's MLP whose linears hold one rank's part, run over a group of data-parallel ranks.
 
     x_TH  own tokens              [T, H]
-      all_gather                  [D * P, H], or int8 with what the engine quantises tokens to
+      all_gather                  [D * P, H], or int8 with what the engine quantizes tokens to
       the engine's gate_up, SwiGLU, down: a partial sum
       reduce_scatter              [T, H], which tensor-parallel ranks, if there are any, add up
 
@@ -29,7 +29,7 @@ _log = init_logger("vllm.denseffn_shards")
 
 
 class SplitMLP(DeepseekV2MLP):
-    """The engine's MLP after `split`; its linears are the engine's own, with their quantisation and kernels."""
+    """The engine's MLP after `split`; its linears are the engine's own, with their quantization and kernels."""
 
     layer_name: str
     group: Group

@@ -37,9 +37,12 @@ def test_version() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str) -> None:
+    """Its first line stands whole in the program's own help, too."""
     done = reshard(command, "--help")
     assert done.code == 0
-    assert "Usage: " in done.out
+    usage, _, summary, *_ = done.out.splitlines()
+    assert usage.startswith("Usage: ")
+    assert f"  {command:<8}  {summary.strip()}\n" in reshard("--help").out
 
 
 def test_the_module_runs_too() -> None:

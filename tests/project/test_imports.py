@@ -95,6 +95,8 @@ def test_there_is_no_import_cycle() -> None:
         name: {m for i in _imports(path) for m in (i, f"{i}.__init__") if m in modules}
         for name, path in modules.items()
     }
+    # `import reshard` names its library for type checkers, and imports it when it is asked for.
+    graph.get("reshard.__init__", set()).difference_update({"reshard.api", "reshard.manifest"})
     done: set[str] = set()
 
     def visit(name: str, above: tuple[str, ...]) -> None:

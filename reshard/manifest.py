@@ -66,7 +66,7 @@ class LayerActivation(_Strict):
 
 
 class LayerSchemes(_Strict):
-    """A dense layer: what its linears are quantised as, a block where scales stand for blocks, its activation."""
+    """A dense layer: what its linears are quantized as, a block where scales stand for blocks, its activation."""
 
     index: Count
     activation: Annotated[
@@ -190,7 +190,7 @@ class Manifest(_Strict):
     schema_: Annotated[Literal["denseffn-shards/2"], Field(alias="schema")]
     generator: Generator
     model: ModelDims
-    scheme: Annotated[str, Field(description="the quantised linears' scheme; bf16 if none is, mixed if they differ")]
+    scheme: Annotated[str, Field(description="the quantized linears' scheme; bf16 if none is, mixed if they differ")]
     tp_size: Annotated[int, Field(ge=1, le=MAX_TP_SIZE)]
     layout: Literal["fused", "separate"]
     padding: Padding | None

@@ -60,7 +60,7 @@ class TensorRule:
 
 
 @dataclass(frozen=True)
-class Declared:
+class QuantSpec:
     """What a description or config says of one linear: a kind of `VARIANTS`, its scale block, who says it."""
 
     kind: str
@@ -130,16 +130,16 @@ BLOCK = (128, 128)
 """The scale block of every published block-scaled checkpoint: DeepSeek-V3's `weight_block_size`."""
 
 FLOAT = "FLOAT"
-"""The kind of a linear that is not quantised."""
+"""The kind of a linear that is not quantized."""
 
 WAY_OUT = (
     f"it splits {', '.join(SCHEMES)}: cut the BF16 or FP8 original, or a checkpoint whose dense layers are left "
-    "unquantised"
+    "unquantized"
 )
 
 
 @dataclass(frozen=True)
-class Found:
+class StoredTensor:
     """A tensor as a file has it."""
 
     dtype: str
@@ -153,7 +153,7 @@ def check_scheme(scheme: str) -> None:
         raise UsageError(f"--scheme {scheme}: there are {', '.join(SCHEMES)}")
 
 
-def check_kind(module: str, declared: Declared, tensors: str = "") -> None:
+def check_kind(module: str, declared: QuantSpec, tensors: str = "") -> None:
     """Raises SchemeError, by the name it is given, for a kind that no variant is of. tensors: in words, or nothing."""
     if not is_split(declared.kind):
         said = f"{declared.kind} ({tensors})" if tensors else declared.kind
@@ -170,12 +170,12 @@ def scheme_of(kind: str) -> str:
     return next((variant.scheme for variant in VARIANTS if variant.kind == kind), kind)
 
 
-def is_plain(found: Mapping[str, Found]) -> bool:
+def is_plain(found: Mapping[str, StoredTensor]) -> bool:
     """Whether a linear is a float weight and nothing else."""
     return found.keys() == {"weight"} and found["weight"].dtype in FLOATS
 
 
-def match_variant(module: str, declared: Declared, found: Mapping[str, Found]) -> Variant:
+def match_variant(module: str, declared: QuantSpec, found: Mapping[str, StoredTensor]) -> Variant:
     """The variant of a known kind that a linear's tensors, by suffix, are.
 
     Raises SchemeError naming the tensor where one is unknown, missing, of another type, or of another shape than
@@ -188,7 +188,7 @@ def match_variant(module: str, declared: Declared, found: Mapping[str, Found]) -
     return variant
 
 
-def fitting_variant(declared: Declared, found: Mapping[str, Found]) -> Variant | None:
+def fitting_variant(declared: QuantSpec, found: Mapping[str, StoredTensor]) -> Variant | None:
     """The variant that a linear's tensors are, if what is declared of it fits them."""
     if not is_split(declared.kind):
         return None
@@ -196,12 +196,12 @@ def fitting_variant(declared: Declared, found: Mapping[str, Found]) -> Variant |
     return variant if _mismatch("", variant, declared, found) is None else None
 
 
-def _closest(declared: Declared, found: Mapping[str, Found]) -> Variant:
+def _closest(declared: QuantSpec, found: Mapping[str, StoredTensor]) -> Variant:
     candidates = [variant for variant in VARIANTS if variant.kind == declared.kind]
     return min(candidates, key=lambda candidate: len(candidate.suffixes ^ found.keys()))
 
 
-def _mismatch(module: str, variant: Variant, declared: Declared, found: Mapping[str, Found]) -> str | None:
+def _mismatch(module: str, variant: Variant, declared: QuantSpec, found: Mapping[str, StoredTensor]) -> str | None:
     """The first tensor that keeps a linear from being the variant."""
     for suffix in sorted(found.keys() - variant.suffixes):
         return (
@@ -227,7 +227,9 @@ def _mismatch(module: str, variant: Variant, declared: Declared, found: Mapping[
     return next((problem for problem in problems if problem is not None), None)
 
 
-def _misshapen(module: str, rule: TensorRule, found: Found, weight: tuple[int, ...], declared: Declared) -> str | None:
+def _misshapen(
+    module: str, rule: TensorRule, found: StoredTensor, weight: tuple[int, ...], declared: QuantSpec
+) -> str | None:
     out_features, in_features = weight
     allowed: list[tuple[int, ...]]
     if rule.shape is Shape.BLOCKS:
@@ -251,7 +253,7 @@ def _misshapen(module: str, rule: TensorRule, found: Found, weight: tuple[int, .
     if group is not None:
         return (
             f"{problem}: scales by groups of {group} along in; {declared.said_by} is split with one scale per row, "
-            f"{wanted}; quantise per channel (group_size 0), or cut the BF16 or FP8 original"
+            f"{wanted}; quantize per channel (group_size 0), or cut the BF16 or FP8 original"
         )
     blocks = f" (blocks of {declared.block[0]} x {declared.block[1]})" if declared.block else ""
     return (

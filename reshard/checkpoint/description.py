@@ -83,7 +83,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Linear:
-    """One of a layer's three linears: what it is quantised as, its scale block, its tensors by suffix."""
+    """One of a layer's three linears: what it is quantized as, its scale block, its tensors by suffix."""
 
     variant: Variant
     block: tuple[int, int] | None

@@ -116,18 +116,18 @@ def _tiles(layers: list[tuple[Module, Module]], where: str) -> Iterator[Finding]
 
 
 def _limits(layers: list[tuple[Module, Module]], where: str) -> Iterator[Finding]:
-    quantised = [module for module in _distinct(layers) if module.dtype == "I8"]
+    quantized = [module for module in _distinct(layers) if module.dtype == "I8"]
     wrong = [
         f"{module.name}.weight {_shown(module.weight.shape)}: {fault}"
-        for module in quantised
+        for module in quantized
         for fault in limit_faults(module.role, *module.sizes, LAST_DIM_LIMIT)
     ]
     for line in wrong:
         yield Finding("limits", where, line)
     if not wrong:
-        widest = max((size for module in quantised for size in module.weight.shape), default=0)
+        widest = max((size for module in quantized for size in module.weight.shape), default=0)
         line = f"the widest matrix is {widest}, npu_quant_matmul takes up to {LAST_DIM_LIMIT}"
-        yield Finding("limits", where, line if quantised else "no int8 matrix, so no npu_quant_matmul", "ok")
+        yield Finding("limits", where, line if quantized else "no int8 matrix, so no npu_quant_matmul", "ok")
 
 
 def _forward(checkpoint: Checkpoint, plan: Plan, layers: list[tuple[Module, Module]], where: str) -> Finding:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from reshard.checkpoint.description import Checkpoint, Linear, Tensor
-from reshard.convert.rules import QUANTISE
+from reshard.convert.rules import QUANTIZE
 from reshard.errors import MissingDependencyError, SchemeError
 from reshard.model.naming import ROLES
 from reshard.source.base import Bytes, Range, Source
@@ -47,7 +47,7 @@ def computed_readers(source: Source, stored: Checkpoint, checkpoint: Checkpoint)
             for suffix, tensor in made.items():
                 rule = tensor.conversion.rule if tensor.conversion else ""
                 compute = _values_of(tensor, suffix, rule, values, scales)
-                readers[tensor.name] = _Computed(tensor, compute, values, by_rows=rule == QUANTISE)
+                readers[tensor.name] = _Computed(tensor, compute, values, by_rows=rule == QUANTIZE)
     return readers
 
 
@@ -60,14 +60,14 @@ def _values_of(tensor: Tensor, suffix: str, rule: str, values: "_Values", scales
         return lambda top, bottom, left, right: torch.zeros((bottom - top, right - left), dtype=_TORCH[tensor.dtype])
     if suffix == "weight_scale":
         return lambda top, bottom, left, right: scales.get()[top:bottom].to(_TORCH[tensor.dtype])
-    if rule != QUANTISE:
+    if rule != QUANTIZE:
         return lambda *block: _rounded(values.get(*block), _TORCH[tensor.dtype])
 
-    def quantise(top: int, bottom: int, left: int, right: int) -> "torch.Tensor":
+    def quantize(top: int, bottom: int, left: int, right: int) -> "torch.Tensor":
         scaled = values.get(top, bottom, left, right) / scales.get()[top:bottom]
         return scaled.round().clamp(-_INT8_MAX, _INT8_MAX).to(torch.int8)
 
-    return quantise
+    return quantize
 
 
 def _rounded(values: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
@@ -167,7 +167,7 @@ class _RowScales:
         if len(bad):
             raise SchemeError(
                 f"{self._values.weight.name}: row {int(bad[0, 0])} holds {float(largest[bad[0, 0], 0])}; a weight that "
-                "is no number cannot be quantised"
+                "is no number cannot be quantized"
             )
         scales = (largest / _INT8_MAX).to(self._dtype).to(torch.float32)
         return torch.where(scales == 0, 1.0, scales)  # a row of zeros, or as good as: any scale will do

@@ -25,9 +25,9 @@ from reshard.source.base import parse_json_object
 KEEP, BF16, W8A8 = "keep", "bf16", "w8a8"
 MODELSLIM, COMPRESSED_TENSORS = "modelslim", "compressed-tensors"
 
-DEQUANTISE, CAST, QUANTISE = "dequantise_to_bf16", "cast_to_bf16", "quantise_to_int8_per_channel"
+DEQUANTIZE, CAST, QUANTIZE = "dequantize_to_bf16", "cast_to_bf16", "quantize_to_int8_per_channel"
 
-# Schemes whose values are weight * scale, with no quantised activations to go with them.
+# Schemes whose values are weight * scale, with no quantized activations to go with them.
 _WEIGHT_ONLY = frozenset({"bf16", "fp8_block", "fp8_channel", "int8_block"})
 
 
@@ -71,7 +71,7 @@ def _linear(linear: Linear, module: str, target: Variant) -> Linear:
             f"{module}: is {linear.variant.kind} ({scheme}), which does not become {target.kind}; --weights converts "
             f"{', '.join(sorted(_WEIGHT_ONLY))}: leave it at --weights keep"
         )
-    rule = QUANTISE if not is_float else CAST if scheme == "bf16" else DEQUANTISE
+    rule = QUANTIZE if not is_float else CAST if scheme == "bf16" else DEQUANTIZE
     inputs = tuple(linear.tensors[tensor.suffix].name for tensor in linear.variant.tensors)
     conversion = Conversion(rule, inputs)
     out_features = weight.shape[0]

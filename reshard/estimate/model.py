@@ -47,7 +47,7 @@ def matmul_seconds(profile: Profile, work: Matmul) -> float:
 def vector_seconds(profile: Profile, activation_bytes: int) -> float:
     """Bytes read and written / bandwidth, where they do not fit the cache, + static cost.
 
-    Element-wise kernels (quantise, SwiGLU, copies) do a few operations a byte: their arithmetic is not counted.
+    Element-wise kernels (quantize, SwiGLU, copies) do a few operations a byte: their arithmetic is not counted.
     """
     return _uncached(profile, activation_bytes) / _bandwidth(profile, "bf16") + profile.static.vector_us * _MICRO
 

@@ -110,7 +110,7 @@ def _what_takes_longer(profile: Profile, size: Size, best: Size) -> str:
             f"{best.network} ({inner.bandwidth_gb_s:g} GB/s, {inner.latency_us:g} us)"
         )
     if more["vector"] > more["matmul"]:
-        return f"quantising, SwiGLU and copies take {_ms(more['vector'])} more"
+        return f"quantizing, SwiGLU and copies take {_ms(more['vector'])} more"
     said = f"matmuls take {_ms(more['matmul'])} more"
     return f"{said}, with more weights to read" if size.held > best.held else said
 

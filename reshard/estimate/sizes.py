@@ -56,7 +56,7 @@ class Size:
     """A group size.
 
     held: bytes of all dense layers on a device, as it runs them; shard: as the file has them. as_int8 is None where
-    tokens are not quantised (BF16, and what is run as BF16).
+    tokens are not quantized (BF16, and what is run as BF16).
     """
 
     tp_size: int
@@ -72,7 +72,7 @@ class Size:
 
     @property
     def runs(self) -> Gathered:
-        """What the runtime does: it quantises before the gather where the layer is quantised."""
+        """What the runtime does: it quantizes before the gather where the layer is quantized."""
         return self.as_int8 or self.as_bf16
 
 
@@ -160,15 +160,15 @@ def _size(checkpoint: Checkpoint, plan: Plan, profile: Profile, options: Options
             share=share,
             gate_up=gate_up,
             down=down,
-            quantise_first=False,
+            quantize_first=False,
             reduce_bytes=options.reduce_bytes,
             max_tokens=options.max_tokens,
             tensor_parallel_size=options.tensor_parallel_size,
         )
         for gate_up, down in ways
     ]
-    quantised = any(gate_up != "bf16" for gate_up, _ in ways)
-    first = [replace(split, quantise_first=True) for split in splits]
+    quantized = any(gate_up != "bf16" for gate_up, _ in ways)
+    first = [replace(split, quantize_first=True) for split in splits]
     return Size(
         tp_size=plan.tp_size,
         share=share,
@@ -179,7 +179,7 @@ def _size(checkpoint: Checkpoint, plan: Plan, profile: Profile, options: Options
         network=level_for(profile, plan.tp_size)[0],
         alignment=verdict(profile.alignment, share, model.hidden_size, ways),
         as_bf16=_gathered(profile, splits),
-        as_int8=_gathered(profile, first) if quantised else None,
+        as_int8=_gathered(profile, first) if quantized else None,
     )
 
 

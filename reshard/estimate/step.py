@@ -42,7 +42,7 @@ def way_of(scheme: str) -> Way:
 class Split:
     """A dense layer on one rank, and what each step brings.
 
-    quantise_first: W8A8 tokens are quantised before the gather, as the runtime does, and travel as int8.
+    quantize_first: W8A8 tokens are quantized before the gather, as the runtime does, and travel as int8.
     reduce_bytes: of one partial sum as it travels, 2 for BF16, 4 for float32.
     max_tokens: N where it is fixed, at least T; None: as many rows as tokens.
     tensor_parallel_size: of the R ranks, so many hold the same tokens.
@@ -54,7 +54,7 @@ class Split:
     share: int
     gate_up: Way
     down: Way
-    quantise_first: bool = True
+    quantize_first: bool = True
     reduce_bytes: int = 2
     max_tokens: int | None = None
     tensor_parallel_size: int = 1
@@ -81,8 +81,8 @@ class Split:
 
     @property
     def token_bytes(self) -> int:
-        """A token on its way to the others: [H] BF16, or [H] int8 and, quantised dynamically, its scale."""
-        if self.gate_up == "bf16" or not self.quantise_first:
+        """A token on its way to the others: [H] BF16, or [H] int8 and, quantized dynamically, its scale."""
+        if self.gate_up == "bf16" or not self.quantize_first:
             return _BF16 * self.hidden_size
         return self.hidden_size + (_SCALE if self.gate_up == "dynamic" else 0)
 
@@ -125,7 +125,7 @@ def layer_seconds(profile: Profile, split: Split) -> dict[Kind, float]:
 def _steps(profile: Profile, split: Split) -> Iterator[tuple[Kind, float]]:
     own, sent, rows, hidden, share = split.tokens, split.sent, split.rows, split.hidden_size, split.share
     ranks, copies = split.senders, split.tensor_parallel_size
-    travels, added, quantised = ranks > 1, split.tp_size > 1, split.gate_up != "bf16"
+    travels, added, quantized = ranks > 1, split.tp_size > 1, split.gate_up != "bf16"
 
     def vector(nbytes: int) -> tuple[Kind, float]:
         return "vector", vector_seconds(profile, nbytes)
@@ -136,9 +136,9 @@ def _steps(profile: Profile, split: Split) -> Iterator[tuple[Kind, float]]:
         moved = rows * (inner * each + columns * out)
         return "matmul", matmul_seconds(profile, Matmul(rows, inner, columns, number, inner * columns * each, moved))
 
-    if quantised and (split.quantise_first or not travels):
+    if quantized and (split.quantize_first or not travels):
         yield vector(own * hidden * 3)
-    packed = travels and split.gate_up == "dynamic" and split.quantise_first
+    packed = travels and split.gate_up == "dynamic" and split.quantize_first
     if packed:
         yield vector(2 * own * split.token_bytes)  # integers and scale into one message
     if split.fixed:
@@ -150,12 +150,12 @@ def _steps(profile: Profile, split: Split) -> Iterator[tuple[Kind, float]]:
     if packed:
         yield vector(2 * rows * hidden)  # and apart again
         yield vector(2 * rows * _SCALE)
-    if quantised and travels and not split.quantise_first:
+    if quantized and travels and not split.quantize_first:
         yield vector(rows * hidden * 3)
     fused = split.gate_up == split.down == "dynamic"
     yield multiply(hidden, 2 * share, split.gate_up, _INT32 if fused else _BF16)
     if fused:
-        yield vector(rows * share * (2 * _INT32 + 1))  # dequantise, SwiGLU, quantise in one
+        yield vector(rows * share * (2 * _INT32 + 1))  # dequantize, SwiGLU, quantize in one
     else:
         yield vector(rows * share * 3 * _BF16)
         if split.down != "bf16":

@@ -11,7 +11,7 @@ from reshard.estimate.step import KINDS, Kind
 COLOURS: dict[Kind, str] = {"matmul": "#2563eb", "vector": "#7c3aed", "gather": "#d97706", "scatter": "#b91c1c"}
 LABELS: dict[Kind, str] = {
     "matmul": "matmuls",
-    "vector": "quantise, SwiGLU, copies",
+    "vector": "quantize, SwiGLU, copies",
     "gather": "all_gather",
     "scatter": "reduce_scatter",
 }

@@ -37,7 +37,7 @@ _PUBLISHED = {
 _MLP_OR_NORM = re.compile(r"(?:mlp|\w*norm\w*)\.")
 _EXPERTS = re.compile(r"(?:\w+\.)?experts\.")
 _UNPACKED = FLOATS | {"F8_E4M3", "F8_E5M2"}
-"""Types of weights whose shapes are those of config.json, however they are quantised."""
+"""Types of weights whose shapes are those of config.json, however they are quantized."""
 
 
 def published_prefix(config: Mapping[str, Any]) -> str:

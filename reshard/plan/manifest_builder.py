@@ -28,7 +28,7 @@ from reshard.model.activation import Activation
 from reshard.model.naming import DOWN, GATE
 from reshard.plan.plan import Plan, PlannedShard, PlannedTensor
 
-_UNQUANTISED = "bf16"
+_UNQUANTIZED = "bf16"
 
 
 def make_manifest(checkpoint: Checkpoint, plan: Plan, sample: str, shards: Sequence[Shard]) -> Manifest:
@@ -62,12 +62,12 @@ def _conversion(tensor: PlannedTensor) -> Conversion | None:
 
 
 def scheme_name(layers: Iterable[Layer]) -> str:
-    """One word for a checkpoint: the scheme of what is quantised, `bf16` if nothing is, `mixed` if they differ."""
+    """One word for a checkpoint: the scheme of what is quantized, `bf16` if nothing is, `mixed` if they differ."""
     schemes = {linear.variant.scheme for layer in layers for linear in layer.linears.values()}
-    quantised = schemes - {_UNQUANTISED}
-    if len(quantised) > 1:
+    quantized = schemes - {_UNQUANTIZED}
+    if len(quantized) > 1:
         return "mixed"
-    return next(iter(quantised or schemes))
+    return next(iter(quantized or schemes))
 
 
 def layer_schemes(layers: Iterable[Layer]) -> list[LayerSchemes]:

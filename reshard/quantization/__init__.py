@@ -1,4 +1,4 @@
-"""What the dense layers' weights are quantised as: what is said of it, and what the tensors bear out."""
+"""What the dense layers' weights are quantized as: what is said of it, and what the tensors bear out."""
 
 from reshard.quantization.accounts import Account, Accounts, Recorded, list_accounts, without_quantization
 from reshard.quantization.decide import Schemes

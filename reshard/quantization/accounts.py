@@ -16,7 +16,7 @@ from reshard.quantization.description import read_description
 from reshard.quantization.methods import declared_by_method
 from reshard.quantization.modelopt import FILE
 from reshard.quantization.section import Section
-from reshard.schemes import Declared
+from reshard.schemes import QuantSpec
 
 _KEYS = ("quantization_config", "compression_config")
 
@@ -53,7 +53,7 @@ class Account:
 
     file: str
     section: Section | None
-    declare: Callable[[str], Declared | None]
+    declare: Callable[[str], QuantSpec | None]
 
 
 def list_accounts(accounts: Accounts) -> tuple[Account, ...]:
@@ -66,7 +66,7 @@ def list_accounts(accounts: Accounts) -> tuple[Account, ...]:
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of weights that are not quantised: none of its accounts is left, at no level."""
+    """config.json of weights that are not quantized: none of its accounts is left, at no level."""
     return {
         key: without_quantization(value) if isinstance(value, dict) else value
         for key, value in config.items()

@@ -6,7 +6,7 @@ from typing import Any
 from reshard.errors import SourceError
 from reshard.quantization.names import mentions, names_of
 from reshard.quantization.section import Section
-from reshard.schemes import FLOAT, Declared
+from reshard.schemes import FLOAT, QuantSpec
 
 METHOD = "compressed-tensors"
 
@@ -16,8 +16,8 @@ _Made = tuple[str, tuple[int, int] | None]
 """(kind, scale block)"""
 
 
-def declared_by_groups(section: Section, module: str) -> Declared:
-    """The group that targets the module; nothing is quantised that no group targets.
+def declared_by_groups(section: Section, module: str) -> QuantSpec:
+    """The group that targets the module; nothing is quantized that no group targets.
 
     An exact name goes before a pattern, and a pattern before a class, as compressed-tensors and vLLM have it. Raises
     SourceError where two groups of one rank have other arguments: those two take the first by the alphabet, and the
@@ -38,8 +38,8 @@ def declared_by_groups(section: Section, module: str) -> Declared:
                 f"{'; '.join(f'{name} is {kind}' for name, (kind, _) in made.items())}"
             )
         kind, block = made[matching[0]]
-        return Declared(kind, block, section.says(f"{METHOD} {matching[0]}"))
-    return Declared(FLOAT, None, section.says(f"no group of {section.path.rpartition('.')[2]} targets it"))
+        return QuantSpec(kind, block, section.says(f"{METHOD} {matching[0]}"))
+    return QuantSpec(FLOAT, None, section.says(f"no group of {section.path.rpartition('.')[2]} targets it"))
 
 
 def _targets(section: Section, name: str, group: _Args) -> list[str]:

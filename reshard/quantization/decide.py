@@ -13,7 +13,7 @@ from reshard.quantization.accounts import Account, Accounts, Recorded, list_acco
 from reshard.quantization.explain import contradiction, no_account, not_told, two_fit, unsaid, words
 from reshard.quantization.formats import (
     as_kind,
-    is_quantised_name,
+    is_quantized_name,
     names_of_formats,
     tensors_text,
     types_text,
@@ -23,8 +23,8 @@ from reshard.schemes import (
     BLOCK,
     FLOAT,
     VARIANTS,
-    Declared,
-    Found,
+    QuantSpec,
+    StoredTensor,
     Variant,
     check_scheme,
     fitting_variant,
@@ -35,13 +35,13 @@ from reshard.schemes import (
 from reshard.tensors.dtypes import FLOATS
 
 _PLAIN = "bf16"
-_Tensors = Mapping[str, Found]
+_Tensors = Mapping[str, StoredTensor]
 
 
 class Schemes:
     """Decides for one linear after the other. `warnings` are then of all of them.
 
-    names: of all tensors of the checkpoint, which tell whether anything in it is quantised.
+    names: of all tensors of the checkpoint, which tell whether anything in it is quantized.
     """
 
     def __init__(self, accounts: Accounts, names: Collection[str] = ()) -> None:
@@ -80,14 +80,14 @@ class Schemes:
             more = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
             yield f"{modules[0]}{more}: {line}"
 
-    def _by_accounts(self, module: str, found: _Tensors) -> Declared:
+    def _by_accounts(self, module: str, found: _Tensors) -> QuantSpec:
         first, *others = self._accounts
         declared = first.declare(module)
         if declared is None:
             raise unsaid(module, first.file, found)
         if fitting_variant(declared, found) is None:
-            quantised = any(map(is_quantised_name, self._names))
-            raise contradiction(module, found, [declared, *self._said(others, module)], quantised)
+            quantized = any(map(is_quantized_name, self._names))
+            raise contradiction(module, found, [declared, *self._said(others, module)], quantized)
         for other in self._said(others, module):
             if not _differ(other, declared):
                 continue
@@ -101,7 +101,7 @@ class Schemes:
             )
         return declared
 
-    def _by_scheme(self, scheme: str, module: str, found: _Tensors) -> Declared:
+    def _by_scheme(self, scheme: str, module: str, found: _Tensors) -> QuantSpec:
         """`--scheme`, which an account that the tensors fit must not contradict."""
         said = list(self._said(self._accounts, module))
         blocks = [declared.block for declared in said if declared.block and scheme_of(declared.kind) == scheme]
@@ -129,10 +129,10 @@ class Schemes:
             )
         return declared
 
-    def _by_tensors(self, module: str, found: _Tensors) -> Declared:
+    def _by_tensors(self, module: str, found: _Tensors) -> QuantSpec:
         """Without an account. A block's size is in no header, so scales in blocks never tell a scheme alone."""
         if found.keys() >= {"weight"} and found["weight"].dtype in FLOATS:
-            return Declared(FLOAT, None, f"no quantization_config in {CONFIG}")
+            return QuantSpec(FLOAT, None, f"no quantization_config in {CONFIG}")
         variants = variants_of(found)
         if len(names_of_formats(found)) != 1 or not variants or any(r.in_blocks for r in variants[0].tensors):
             raise no_account(module, found, self._given.config is not None)
@@ -144,7 +144,7 @@ class Schemes:
         )
         return as_kind(variants[0], said_by="the tensors alone")
 
-    def _said(self, accounts: Iterable[Account], module: str) -> Iterable[Declared]:
+    def _said(self, accounts: Iterable[Account], module: str) -> Iterable[QuantSpec]:
         """What the accounts say that can be read; one that engines do not read first must not stop a cut."""
         for account in accounts:
             try:
@@ -161,11 +161,11 @@ class Schemes:
             modules.append(module)
 
 
-def _differ(one: Declared, other: Declared) -> bool:
+def _differ(one: QuantSpec, other: QuantSpec) -> bool:
     return (scheme_of(one.kind), one.block) != (scheme_of(other.kind), other.block)
 
 
-def _recorded(module: str, recorded: Mapping[str, Recorded], found: _Tensors) -> Declared:
+def _recorded(module: str, recorded: Mapping[str, Recorded], found: _Tensors) -> QuantSpec:
     """What a set was cut as: whatever its config.json says, the manifest is the account of what is in it."""
     said = recorded.get(module)
     if said is None:

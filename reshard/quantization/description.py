@@ -1,16 +1,16 @@
-"""ModelSlim's description: every tensor's name, and what it is quantised as."""
+"""ModelSlim's description: every tensor's name, and what it is quantized as."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from reshard.errors import SourceError
 from reshard.quantization.names import names_of
-from reshard.schemes import Declared
+from reshard.schemes import QuantSpec
 
 DESCRIPTION = "quant_model_description.json"
 """What vllm-ascend reads; older tools add a scheme to the name."""
 
-_ASIDE = frozenset({"bias"})  # FLOAT beside a quantised weight
+_ASIDE = frozenset({"bias"})  # FLOAT beside a quantized weight
 
 
 def is_description(name: str) -> bool:
@@ -18,7 +18,7 @@ def is_description(name: str) -> bool:
     return name.startswith(DESCRIPTION.removesuffix(".json")) and name.endswith(".json")
 
 
-def read_description(file: str, types: Mapping[str, Any]) -> Callable[[str], Declared | None]:
+def read_description(file: str, types: Mapping[str, Any]) -> Callable[[str], QuantSpec | None]:
     """A function that tells what the description says of a module; None: nothing.
 
     That is the type of its weight, which is all that vllm-ascend looks up. The function raises SourceError where the
@@ -30,7 +30,7 @@ def read_description(file: str, types: Mapping[str, Any]) -> Callable[[str], Dec
         if suffix not in _ASIDE:
             by_module.setdefault(module, {})[suffix] = kind
 
-    def declare(module: str) -> Declared | None:
+    def declare(module: str) -> QuantSpec | None:
         name = next((name for name in names_of(module) if "weight" in by_module.get(name, {})), None)
         if name is None:
             return None
@@ -47,6 +47,6 @@ def read_description(file: str, types: Mapping[str, Any]) -> Callable[[str], Dec
                 f"{module}: {file} gives its tensors different types: {both}; is the file of this checkpoint?"
             )
         kind = next(iter(kinds))
-        return Declared(kind, None, f"{file} ({kind})")
+        return QuantSpec(kind, None, f"{file} ({kind})")
 
     return declare

@@ -1,6 +1,6 @@
 """Modules that a quantization_config leaves alone: by method, the key that lists them and how its entries match.
 
-Whatever a whole checkpoint is quantised with, a dense layer that is left alone holds plain weights, and those are cut.
+Whatever a whole checkpoint is quantized with, a dense layer that is left alone holds plain weights, and those are cut.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,7 +37,7 @@ LISTS: Mapping[str, _Lists] = {
 
 
 def exception(method: str, section: Section, module: str) -> str | None:
-    """The key by which the module is left alone, None where it is quantised.
+    """The key by which the module is left alone, None where it is quantized.
 
     Gate and up stacked are left alone where both are.
     """
@@ -68,12 +68,12 @@ def _gptq(section: Section, module: str) -> str | None:
         return None
     if isinstance(groups, list) and all(isinstance(group, list) for group in groups):
         groups = [name for group in groups for name in group]
-    quantised = Section(section.file, section.path, {key: groups}).names(key)
-    return None if any(name in module for name in quantised) else key
+    quantized = Section(section.file, section.path, {key: groups}).names(key)
+    return None if any(name in module for name in quantized) else key
 
 
 def _auto_round(section: Section, module: str) -> str | None:
-    """`extra_config` (names or patterns, 16 bits and more are none), and the blocks that are quantised at all."""
+    """`extra_config` (names or patterns, 16 bits and more are none), and the blocks that are quantized at all."""
     for entry, settings in section.objects("extra_config").items():
         named = entry in names_of(module) or mentions(exact, ["re:" + _whole(entry)], module, section)
         if named and isinstance(settings, dict) and _bits(settings) >= _PLAIN_BITS:

@@ -13,8 +13,8 @@ from reshard.schemes import (
     SCHEMES,
     VARIANTS,
     WAY_OUT,
-    Declared,
-    Found,
+    QuantSpec,
+    StoredTensor,
     check_kind,
     fitting_variant,
     is_plain,
@@ -23,7 +23,7 @@ from reshard.schemes import (
     scheme_of,
 )
 
-_Tensors = Mapping[str, Found]
+_Tensors = Mapping[str, StoredTensor]
 
 _MODELSLIM = frozenset({"weight_offset", "quant_bias", "deq_scale"})
 _BLOCKS = {
@@ -32,10 +32,10 @@ _BLOCKS = {
 }
 
 
-def contradiction(module: str, found: _Tensors, said: Sequence[Declared], quantised: bool = False) -> SchemeError:
+def contradiction(module: str, found: _Tensors, said: Sequence[QuantSpec], quantized: bool = False) -> SchemeError:
     """For a linear whose tensors do not fit the first of what is said of it.
 
-    quantised: whether anything in the checkpoint is, so that what says so must stay.
+    quantized: whether anything in the checkpoint is, so that what says so must stay.
     """
     first = said[0]
     right = next((other for other in said[1:] if _is(other, found) and _word(other) != _word(first)), None)
@@ -44,7 +44,7 @@ def contradiction(module: str, found: _Tensors, said: Sequence[Declared], quanti
     if is_plain(found) and first.kind != FLOAT:
         return SchemeError(
             f"{module}: {first.said_by} says {_word(first)}, and {module}.weight in {found['weight'].file} is plain "
-            f"{found['weight'].dtype} with no scales{_mend_of_plain(first, quantised)}; or say --scheme bf16"
+            f"{found['weight'].dtype} with no scales{_mend_of_plain(first, quantized)}; or say --scheme bf16"
         )
     if first.kind == NO_BLOCK_SIZE and (variants := variants_of(found)):
         in_blocks = any(rule.in_blocks for rule in variants[0].tensors)
@@ -81,7 +81,7 @@ def contradiction(module: str, found: _Tensors, said: Sequence[Declared], quanti
     return _caught(module, first, found)
 
 
-def two_fit(module: str, found: _Tensors, one: Declared, other: Declared) -> SchemeError:
+def two_fit(module: str, found: _Tensors, one: QuantSpec, other: QuantSpec) -> SchemeError:
     """For a linear of which two things are said, and whose tensors fit both."""
     first, second = words(one, other)
     option = f"; or say --scheme {first} or {second}" if _word(one) != _word(other) else ""
@@ -91,7 +91,7 @@ def two_fit(module: str, found: _Tensors, one: Declared, other: Declared) -> Sch
     )
 
 
-def words(one: Declared, other: Declared) -> tuple[str, str]:
+def words(one: QuantSpec, other: QuantSpec) -> tuple[str, str]:
     """What two accounts say of a linear, in words that differ where they do."""
     if _word(one) == _word(other):
         return _in_blocks(one), _in_blocks(other)
@@ -99,9 +99,9 @@ def words(one: Declared, other: Declared) -> tuple[str, str]:
 
 
 def no_account(module: str, found: _Tensors, has_config: bool) -> SchemeError:
-    """For a quantised linear of which nothing is said, and whose tensors do not tell."""
+    """For a quantized linear of which nothing is said, and whose tensors do not tell."""
     missing = f"no quantization_config in {CONFIG}" if has_config else f"no {CONFIG}"
-    text = f"{module}: its tensors ({tensors_text(found)}) are quantised, and there is {missing}"
+    text = f"{module}: its tensors ({tensors_text(found)}) are quantized, and there is {missing}"
     variants, names = variants_of(found), names_of_formats(found)
     if _MODELSLIM & found.keys():
         return SchemeError(
@@ -142,7 +142,7 @@ def not_told(module: str, scheme: str, found: _Tensors) -> SchemeError:
     return SchemeError(f"{module}: --scheme {scheme}: its tensors ({tensors_text(found)}) are not {scheme}'s; {mend}")
 
 
-def _other_is_right(module: str, found: _Tensors, first: Declared, right: Declared) -> SchemeError:
+def _other_is_right(module: str, found: _Tensors, first: QuantSpec, right: QuantSpec) -> SchemeError:
     mend = (
         f"{_stale(first, right)}, or say --scheme {_word(right)}"
         if is_split(right.kind)
@@ -154,7 +154,7 @@ def _other_is_right(module: str, found: _Tensors, first: Declared, right: Declar
     )
 
 
-def _caught(module: str, declared: Declared, found: _Tensors) -> SchemeError:
+def _caught(module: str, declared: QuantSpec, found: _Tensors) -> SchemeError:
     """The line that the split table has for it."""
     try:
         check_kind(module, declared, types_text(found))
@@ -164,12 +164,12 @@ def _caught(module: str, declared: Declared, found: _Tensors) -> SchemeError:
     raise AssertionError(f"{module}: {declared} fits")
 
 
-def _is(declared: Declared, found: _Tensors) -> bool:
+def _is(declared: QuantSpec, found: _Tensors) -> bool:
     """Whether what is said is what the tensors are; of what is not split, by name."""
     return fitting_variant(declared, found) is not None or any(n in declared.kind for n in names_of_formats(found))
 
 
-def _only_lacks(declared: Declared, found: _Tensors) -> bool:
+def _only_lacks(declared: QuantSpec, found: _Tensors) -> bool:
     """Whether a weight of the kind's type is there alone: the rest is missing."""
     variants = [variant for variant in VARIANTS if variant.kind == declared.kind and len(variant.tensors) > 1]
     weights = {
@@ -178,7 +178,7 @@ def _only_lacks(declared: Declared, found: _Tensors) -> bool:
     return found.keys() == {"weight"} and found["weight"].dtype in weights
 
 
-def _only_shapes_differ(declared: Declared, found: _Tensors) -> bool:
+def _only_shapes_differ(declared: QuantSpec, found: _Tensors) -> bool:
     """Whether the tensors are the kind's by suffix and type."""
     return any(
         variant.kind == declared.kind
@@ -192,32 +192,32 @@ def _are(found: _Tensors) -> str:
     return " or ".join(names_of_formats(found)) or "of no format that is known"
 
 
-def _word(declared: Declared) -> str:
+def _word(declared: QuantSpec) -> str:
     return scheme_of(declared.kind)
 
 
-def _file(declared: Declared) -> str:
+def _file(declared: QuantSpec) -> str:
     return declared.said_by.partition(" ")[0]
 
 
-def _in_blocks(declared: Declared) -> str:
+def _in_blocks(declared: QuantSpec) -> str:
     sizes = declared.block
     return f"{_word(declared)} in blocks of {sizes[0]} x {sizes[1]}" if sizes else _word(declared)
 
 
-def _stale(declared: Declared, right: Declared | None = None) -> str:
+def _stale(declared: QuantSpec, right: QuantSpec | None = None) -> str:
     if right is not None and _file(right) == _file(declared):
         return f"make both places in {_file(declared)} say that"
     return f"{_file(declared)} is not of these weights: give the one that was written with them"
 
 
-def _mend_of_plain(declared: Declared, quantised: bool) -> str:
-    """Only where nothing is quantised, the whole checkpoint was cast; elsewhere what says so is needed."""
+def _mend_of_plain(declared: QuantSpec, quantized: bool) -> str:
+    """Only where nothing is quantized, the whole checkpoint was cast; elsewhere what says so is needed."""
     file = _file(declared)
-    if quantised:
+    if quantized:
         where = "in its list of exceptions" if file == CONFIG else f"FLOAT in {file}"
-        return f", while other tensors of the checkpoint are quantised: name the dense layers {where}"
-    cast = f": weights that were cast, beside the {file} of the original (nothing else here is quantised)?"
+        return f", while other tensors of the checkpoint are quantized: name the dense layers {where}"
+    cast = f": weights that were cast, beside the {file} of the original (nothing else here is quantized)?"
     if file == CONFIG:
         return f"{cast} remove quantization_config from {CONFIG}"
     return f"{cast} move {file} to another folder, or give the one that was written with these weights"

@@ -3,14 +3,14 @@
 import re
 from collections.abc import Callable, Mapping
 
-from reshard.schemes import BLOCK, VARIANTS, Declared, Found, Variant, fitting_variant, group_size, is_plain
+from reshard.schemes import BLOCK, VARIANTS, QuantSpec, StoredTensor, Variant, fitting_variant, group_size, is_plain
 from reshard.tensors.dtypes import FLOATS
 
 _U8, _F8 = frozenset({"U8", "I8"}), frozenset({"F8_E4M3"})
 _EXPONENTS = frozenset({"U8", "F8_E8M0"})  # shared scales of the OCP's MX formats
 _ANY: frozenset[str] = frozenset()
 
-_Tensors = Mapping[str, Found]
+_Tensors = Mapping[str, StoredTensor]
 
 
 def _has(**dtypes: frozenset[str]) -> Callable[[_Tensors], bool]:
@@ -49,7 +49,7 @@ _NOT_SPLIT: tuple[tuple[str, Callable[[_Tensors], bool]], ...] = (
     ("GPTQ", _has(qweight=_ANY, g_idx=_ANY)),
     ("AWQ or GPTQ", _has(qweight=_ANY, qzeros=_ANY)),
     ("W4A16 of compressed-tensors", _has(weight_packed=frozenset({"I32"}))),
-    ("fake-quantised (float weights beside their scales: not compressed yet)", _fake),  # compressed-tensors, frozen
+    ("fake-quantized (float weights beside their scales: not compressed yet)", _fake),  # compressed-tensors, frozen
     ("sparse 2:4 of compressed-tensors", _has(compressed=_ANY, bitmask=_ANY)),
     ("MLX", _has(weight=frozenset({"U32", "I32"}), scales=_ANY, biases=_ANY)),
     ("torchao", _has(_weight_qdata=_ANY)),
@@ -63,16 +63,16 @@ _NOT_SPLIT: tuple[tuple[str, Callable[[_Tensors], bool]], ...] = (
 )
 
 
-# Endings of the names of what tools store in a quantised weight's place, or beside it. One too many does no harm.
-_QUANTISED = re.compile(
+# Endings of the names of what tools store in a quantized weight's place, or beside it. One too many does no harm.
+_QUANTIZED = re.compile(
     r"[._](?:\w*scale\w*|qweight|qzeros|\w*packed|g_idx|SCB|absmax|\w*quant\w*|W_q|codebooks?|codes|trellis|\w*blocks|"
     r"bitmask|\w*zero_point|\w*qdata|deq_scale|biases|centroids|_data)$"
 )
 
 
-def is_quantised_name(name: str) -> bool:
-    """Whether a tensor of such a name is part of a quantised weight."""
-    return _QUANTISED.search(name) is not None
+def is_quantized_name(name: str) -> bool:
+    """Whether a tensor of such a name is part of a quantized weight."""
+    return _QUANTIZED.search(name) is not None
 
 
 def variants_of(found: _Tensors) -> tuple[Variant, ...]:
@@ -80,9 +80,9 @@ def variants_of(found: _Tensors) -> tuple[Variant, ...]:
     return tuple(v for v in VARIANTS if fitting_variant(as_kind(v), found) == v)
 
 
-def as_kind(variant: Variant, block: tuple[int, int] = BLOCK, said_by: str = "") -> Declared:
+def as_kind(variant: Variant, block: tuple[int, int] = BLOCK, said_by: str = "") -> QuantSpec:
     """What is declared of a linear that is said to be of a variant."""
-    return Declared(variant.kind, block if any(rule.in_blocks for rule in variant.tensors) else None, said_by)
+    return QuantSpec(variant.kind, block if any(rule.in_blocks for rule in variant.tensors) else None, said_by)
 
 
 def names_of_formats(found: _Tensors) -> tuple[str, ...]:
@@ -104,5 +104,5 @@ def types_text(found: _Tensors) -> str:
     return ", ".join(f"{suffix} {tensor.dtype}" for suffix, tensor in _ordered(found))
 
 
-def _ordered(found: _Tensors) -> list[tuple[str, Found]]:
+def _ordered(found: _Tensors) -> list[tuple[str, StoredTensor]]:
     return sorted(found.items(), key=lambda item: (item[0] != "weight", item[0]))

@@ -1,4 +1,4 @@
-"""Transforms of activations that a quantised model makes while it runs: what has one in a dense layer is not cut.
+"""Transforms of activations that a quantized model makes while it runs: what has one in a dense layer is not cut.
 
 A Hadamard or Kronecker rotation in front of down_proj mixes all I intermediate features, of which a rank holds I/R; and
 none of them is recorded in a shard set. What is fused into the weights offline (compressed-tensors' weight_input and
@@ -23,7 +23,7 @@ from reshard.quantization.section import Section
 
 _WHY = (
     "an online transform is applied to activations while the model runs, and a rank that holds 1/R of the intermediate "
-    "features cannot apply it; give weights quantised without one (what is fused into the weights, as SpinQuant's R1 "
+    "features cannot apply it; give weights quantized without one (what is fused into the weights, as SpinQuant's R1 "
     "and R2 are, can be cut)"
 )
 

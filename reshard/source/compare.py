@@ -47,8 +47,8 @@ def compare(source: Source, choice: Choice, found: Mapping[str, Header | HeaderE
         casts = [name for name in choice.weight_map if concerns(name) and _is_cast(name, headers, owners)]
         if casts:
             warnings.append(
-                f"{choice.index} still names scales of dense layers whose weights are not quantised in the files: "
-                f"{len(casts)} ({named(casts)}); it is of an earlier, quantised version"
+                f"{choice.index} still names scales of dense layers whose weights are not quantized in the files: "
+                f"{len(casts)} ({named(casts)}); it is of an earlier, quantized version"
             )
         stale = frozenset(casts)
         weight_map = {name: file for name, file in choice.weight_map.items() if name not in stale}

@@ -19,11 +19,11 @@ from reshard.tensors.header import Header
 
 
 def read_checkpoint(source: Source, scheme: str | None = None) -> Checkpoint:
-    """Describe a source of Hugging Face files. Reads the index, the headers and what says how they are quantised.
+    """Describe a source of Hugging Face files. Reads the index, the headers and what says how they are quantized.
 
     Of files that hold no DenseFFN tensor none is needed: what is wrong with them is a warning.
 
-    scheme: what the quantised linears are, where their own accounts do not say it or are wrong (reshard.schemes).
+    scheme: what the quantized linears are, where their own accounts do not say it or are wrong (reshard.schemes).
     """
     choice = choose(source)
     side_files, not_read = _side_files(source)

@@ -14,11 +14,11 @@ from reshard.synth.config import Config, experts_key, size
 
 
 class Kind(Enum):
-    """What a parameter is: this decides whether a tool quantises it, and what its values are like."""
+    """What a parameter is: this decides whether a tool quantizes it, and what its values are like."""
 
-    LINEAR = "a linear that every tool quantises"
+    LINEAR = "a linear that every tool quantizes"
     ABSORBED = "a linear that ModelSlim's recipes leave out: kv_b_proj and the indexer's"
-    HEAD = "a linear that no tool quantises: routers, output heads, eh_proj"
+    HEAD = "a linear that no tool quantizes: routers, output heads, eh_proj"
     EMBEDDING = "token embeddings"
     NORM = "a norm's weight"
     BIAS = "a bias"

@@ -52,12 +52,12 @@ class Recipe:
     """How a tool writes a linear (suffix, dtype, shape, values) and declares it."""
 
     tensors: tuple[tuple[str, str, Shape, Fill], ...]
-    floating: str = "BF16"  # what is not quantised
+    floating: str = "BF16"  # what is not quantized
     description: str | None = None  # ModelSlim's type string
     quantization: dict[str, Any] | None = None  # config.json's quantization_config
 
     @property
-    def quantised(self) -> frozenset[Kind]:
+    def quantized(self) -> frozenset[Kind]:
         """Parameters that get these tensors."""
         return frozenset({Kind.LINEAR} if self.description else {Kind.LINEAR, Kind.ABSORBED})
 
@@ -132,7 +132,7 @@ def recipe_for(scheme: str) -> Recipe:
 
 def tensors_of(parameter: Parameter, recipe: Recipe) -> Iterator[TensorSpec]:
     """The tensors that stand for a parameter."""
-    if parameter.kind not in recipe.quantised:
+    if parameter.kind not in recipe.quantized:
         dtype = "F32" if parameter.kind is Kind.ROUTER_BIAS else recipe.floating
         fill = {Kind.NORM: Fill.NORM, Kind.FREQUENCIES: Fill.SCALE}.get(parameter.kind, Fill.WEIGHT)
         yield TensorSpec(parameter.name, dtype, parameter.shape, fill, parameter.shape)
@@ -151,7 +151,7 @@ def tensors_of(parameter: Parameter, recipe: Recipe) -> Iterator[TensorSpec]:
 
 
 def declare_in_config(config: dict[str, Any], recipe: Recipe, parameters: Sequence[Parameter]) -> None:
-    """Make config.json say how the checkpoint is quantised, or nothing of it where ModelSlim's description does."""
+    """Make config.json say how the checkpoint is quantized, or nothing of it where ModelSlim's description does."""
     config["dtype" if "dtype" in config else "torch_dtype"] = _TORCH_DTYPES[recipe.floating]
     config.pop("quantization_config", None)
     if recipe.quantization is not None:
@@ -166,7 +166,7 @@ def description(recipe: Recipe, parameters: Sequence[Parameter]) -> dict[str, An
     if recipe.description is None:
         return None
     types: dict[str, Any] = {
-        tensor.name: recipe.description if parameter.kind in recipe.quantised else "FLOAT"
+        tensor.name: recipe.description if parameter.kind in recipe.quantized else "FLOAT"
         for parameter in parameters
         for tensor in tensors_of(parameter, recipe)
     }

@@ -199,14 +199,14 @@ def _apply(linear: LinearGrids, x: _Sum, tick: Tick, is_down: bool = False, with
         return _apply_static(linear, x, tick, with_terms)
     if linear.scheme in {"w8a8_dynamic", "w8a8_mix"}:  # mix carries both sets; engines take the dynamic one
         return _apply_dynamic(linear, x, tick, is_down, with_terms)
-    # Weights alone are quantised: engines that round activations too do so to each slice on its own.
+    # Weights alone are quantized: engines that round activations too do so to each slice on its own.
     scale = next((linear.tensors[suffix] for suffix in SCALES if suffix in linear.tensors), None)
     weight = linear.tensors["weight"]
     return _product(weight, scaled(weight, scale, linear.block), x, tick, with_terms)
 
 
 def _apply_dynamic(linear: LinearGrids, x: _Sum, tick: Tick, is_down: bool, with_terms: bool) -> _Sum:
-    """int8 weights, one scale for each output channel; x is quantised with one scale for each token.
+    """int8 weights, one scale for each output channel; x is quantized with one scale for each token.
 
     Not down's x: the scale of a slice is the slice's own maximum, not that of the whole, so that split and unsplit
     would be two different roundings and no comparison of the cut.

@@ -15,7 +15,7 @@ from math import prod
 import numpy as np
 
 from reshard.checkpoint.description import Linear, Tensor
-from reshard.convert.rules import CAST, DEQUANTISE, QUANTISE
+from reshard.convert.rules import CAST, DEQUANTIZE, QUANTIZE
 from reshard.errors import MismatchError, SourceError
 from reshard.manifest import Manifest
 from reshard.model.naming import MANIFEST
@@ -139,9 +139,9 @@ class Reference:
         scale = next((stored[suffix] for suffix in SCALES if suffix in stored), None)
         _check_rule(rule, stored, linear.block)
         values = scaled(stored["weight"], scale, linear.block)
-        if rule == QUANTISE:
+        if rule == QUANTIZE:
             with_offset = f"{module}.weight_offset" in self._names
-            return LinearGrids("w8a8_dynamic", None, _Quantised(stored["weight"], values, with_offset).grids())
+            return LinearGrids("w8a8_dynamic", None, _Quantized(stored["weight"], values, with_offset).grids())
         weight = stored["weight"]
         made = Grid(
             weight.name, "BF16", weight.shape, lambda top, bottom: _bytes(f32_to_bf16(values(top, bottom))), rule
@@ -154,8 +154,8 @@ def _check_rule(rule: str, stored: Mapping[str, Grid], block: tuple[int, int] | 
     weight, others = stored["weight"], stored.keys() - {"weight"}
     weight_only = others <= set(SCALES) and (weight.dtype != "I8" or block is not None)
     fits = {
-        QUANTISE: weight_only,
-        DEQUANTISE: weight_only and bool(others),
+        QUANTIZE: weight_only,
+        DEQUANTIZE: weight_only and bool(others),
         CAST: not others and weight.dtype in {"F16", "F32"},
     }
     if not fits.get(rule, False):
@@ -181,7 +181,7 @@ def scaled(weight: Grid, scale: Grid | None, block: tuple[int, int] | None) -> V
     return values
 
 
-class _Quantised:
+class _Quantized:
     """int8 with one scale per output channel: scale = max|w| / 127 over the row, q = round(w / scale), symmetric.
 
     With an offset (ModelSlim's form) the scale is F32, without it BF16, and rounded to that before it divides.
@@ -198,11 +198,11 @@ class _Quantised:
         module = name.rpartition(".")[0]
         channel = (rows, 1)
         grids = {
-            "weight": Grid(name, "I8", self._weight.shape, self._levels, QUANTISE),
-            "weight_scale": Grid(f"{module}.weight_scale", self._form, channel, self._scale, QUANTISE),
+            "weight": Grid(name, "I8", self._weight.shape, self._levels, QUANTIZE),
+            "weight_scale": Grid(f"{module}.weight_scale", self._form, channel, self._scale, QUANTIZE),
         }
         if self._form == "F32":
-            zeros = Grid(f"{module}.weight_offset", "F32", channel, _zeros, QUANTISE)
+            zeros = Grid(f"{module}.weight_offset", "F32", channel, _zeros, QUANTIZE)
             grids["weight_offset"] = zeros
         return grids
 

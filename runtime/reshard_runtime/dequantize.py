@@ -21,7 +21,7 @@ _SCALES = ("weight_scale_inv", "weight_scale")
 _GIB = 1 << 30
 
 
-def dequantised(layers: Mapping[int, LayerShard], kernels: Kernels) -> dict[int, LayerShard]:
+def dequantized(layers: Mapping[int, LayerShard], kernels: Kernels) -> dict[int, LayerShard]:
     """The layers with every linear in a scheme that `kernels` has; one line of the log for all that were changed."""
     found = {
         index: replace(layer, gate_up=_linear(layer.gate_up, kernels), down=_linear(layer.down, kernels))
@@ -72,11 +72,11 @@ def _linear(linear: LinearShard, kernels: Kernels) -> LinearShard:
             f"{linear.name}: a scale of {list(scale.shape)} for a weight of {list(weight.shape)} in blocks of "
             f"{list(block)}, wanted is {grid}; cut the set again"
         )
-    value = dequantise_blocks(weight, scale.reshape(grid), block)
+    value = dequantize_blocks(weight, scale.reshape(grid), block)
     return LinearShard(linear.name, "bf16", None, {"weight": value})
 
 
-def dequantise_blocks(weight_NK: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+def dequantize_blocks(weight_NK: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
     """[N, K] BF16. scale: [ceil(N/b), ceil(K/k)], one value for each block of `block` = (b, k)."""
     value = torch.empty_like(weight_NK, dtype=torch.bfloat16)
     rows, columns = weight_NK.shape

@@ -43,7 +43,7 @@ class Linear(torch.nn.Module):
         self.shape = tuple(weight.shape)
         self.weight = _constant(kernels.weight(f"{shard.name}.weight", weight))
 
-    def quantise(self, x_TK: torch.Tensor) -> Tokens:
+    def quantize(self, x_TK: torch.Tensor) -> Tokens:
         """The tokens as this linear multiplies them."""
         raise NotImplementedError
 
@@ -61,9 +61,9 @@ class Linear(torch.nn.Module):
 
 
 class FloatLinear(Linear):
-    """Not quantised; accumulated in float32, rounded to the weight's type."""
+    """Not quantized; accumulated in float32, rounded to the weight's type."""
 
-    def quantise(self, x_TK: torch.Tensor) -> Tokens:
+    def quantize(self, x_TK: torch.Tensor) -> Tokens:
         """As they are."""
         return (x_TK,)
 
@@ -82,9 +82,9 @@ class DynamicLinear(Linear):
         super().__init__(shard, kernels)
         self.weight_scale = _constant(shard.tensors["weight_scale"].reshape(-1).float())
 
-    def quantise(self, x_TK: torch.Tensor) -> Tokens:
+    def quantize(self, x_TK: torch.Tensor) -> Tokens:
         """(q_TK, scale_T)."""
-        return self.kernels.quantise_dynamic(x_TK)
+        return self.kernels.quantize_dynamic(x_TK)
 
     def pack(self, tokens: Tokens) -> torch.Tensor:
         """[T, K + 4] bytes."""
@@ -129,9 +129,9 @@ class StaticLinear(Linear):
         self.scale = _constant(kernels.output_scale(deq_scale, dtype))
         self.bias = None if bias is None else _constant(bias)
 
-    def quantise(self, x_TK: torch.Tensor) -> Tokens:
+    def quantize(self, x_TK: torch.Tensor) -> Tokens:
         """(q_TK,)."""
-        return (self.kernels.quantise_static(x_TK, self.reciprocal, self.offset),)
+        return (self.kernels.quantize_static(x_TK, self.reciprocal, self.offset),)
 
     def multiply(self, tokens: Tokens, dtype: torch.dtype) -> torch.Tensor:
         """[T, N]."""
@@ -176,7 +176,7 @@ def _check_types(shard: LinearShard) -> None:
     if offset is not None and _has_values(offset):
         raise ShardError(
             f"{shard.name}.weight_offset is not zero (the largest is {offset.abs().max().item():g}); weights with an "
-            "offset are not supported: quantise them symmetrically"
+            "offset are not supported: quantize them symmetrically"
         )
 
 

@@ -45,7 +45,7 @@ def _block(block: Block | None) -> tuple[int, int] | None:
 def _stacked(
     name: str, gate: Mapping[str, torch.Tensor], up: Mapping[str, torch.Tensor], file: str
 ) -> dict[str, torch.Tensor]:
-    """Gate above up. What the two share they must agree in: one quantisation of the tokens serves both."""
+    """Gate above up. What the two share they must agree in: one quantization of the tokens serves both."""
     if gate.keys() != up.keys():
         raise ShardError(f"{file}: {name}: gate has {', '.join(sorted(gate))}, up has {', '.join(sorted(up))}")
     stacked = {}
@@ -58,6 +58,6 @@ def _stacked(
         else:
             raise ShardError(
                 f"{file}: {name}.{suffix}: gate's is {one.flatten().tolist()[:4]}, up's {other.flatten().tolist()[:4]}"
-                "; tokens are quantised once for both, so they must be the same"
+                "; tokens are quantized once for both, so they must be the same"
             )
     return stacked

@@ -53,7 +53,7 @@ def _down(parts: Sequence[LinearShard]) -> LinearShard:
 
 
 def exact(layer: LayerShard, x_TH: torch.Tensor) -> torch.Tensor:
-    """down(act(gate x) * up x) [T, H] in float64, tokens not quantised, of weights as they are or dequantised.
+    """down(act(gate x) * up x) [T, H] in float64, tokens not quantized, of weights as they are or dequantized.
 
     layer: an unsplit one, on the CPU.
     """

@@ -99,7 +99,7 @@ def test_a_narrow_terminal_gets_shorter_bars_and_whole_figures(columns: int, ter
 def test_where_the_locale_has_no_blocks_bars_are_ascii() -> None:
     done = reshard_process("estimate", "--config", CONFIG, "--tp", "5,8", PYTHONIOENCODING="ascii")
     assert (done.code, done.err) == (0, "")
-    assert "# matmuls  + quantise, SwiGLU, copies  = all_gather  - reduce_scatter" in done.out
+    assert "# matmuls  + quantize, SwiGLU, copies  = all_gather  - reduce_scatter" in done.out
     assert "24, 32, \\u2026; or --pad" in done.out
 
 

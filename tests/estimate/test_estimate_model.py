@@ -81,8 +81,8 @@ def test_what_the_hand_leaves_out_is_the_whole_difference() -> None:
     but between nodes, where recursive doubling takes four latencies and by hand it was one."""
     sizes = r1_sizes(A2, "w8a8_dynamic", 1, 8, 16)
 
-    def by_hand(size: Size, quantised: bool) -> float:
-        gathered = size.as_int8 if quantised else size.as_bf16
+    def by_hand(size: Size, quantized: bool) -> float:
+        gathered = size.as_int8 if quantized else size.as_bf16
         assert gathered is not None
         return (gathered.step_seconds - gathered.seconds["vector"]) * 1e3
 
@@ -202,7 +202,7 @@ def test_bytes_and_messages_on_the_wire() -> None:
     assert wire_of(A2, dynamic).gathered == 24 * 7 * (7168 + 4)
     assert wire_of(A2, dynamic).scattered == 24 * 7 * 2 * 7168
     assert wire_of(A2, dynamic).messages == 14
-    assert wire_of(A2, replace(dynamic, quantise_first=False)).nbytes == 24 * 7 * 4 * 7168
+    assert wire_of(A2, replace(dynamic, quantize_first=False)).nbytes == 24 * 7 * 4 * 7168
     assert wire_of(A2, replace(dynamic, reduce_bytes=4)).scattered == 24 * 7 * 4 * 7168
     assert wire_of(A2, replace(dynamic, tp_size=1)).nbytes == wire_of(A2, replace(dynamic, tp_size=1)).messages == 0
     assert wire_of(A3, dynamic).messages == 6  # over a switch
@@ -297,7 +297,7 @@ def test_float32_weights_have_no_rate(tmp_path: Path) -> None:
 
 
 def test_layers_of_several_schemes_add_up(tmp_path: Path) -> None:
-    """gate and up quantised, down not: tokens travel as int8, down multiplies in BF16."""
+    """gate and up quantized, down not: tokens travel as int8, down multiplies in BF16."""
     build(tmp_path / "model", Spec("modelslim_dynamic", down_recipe="modelslim_float"))
     (size,) = _estimate(tmp_path / "model", 2).sizes
     assert size.as_int8 is not None
@@ -508,7 +508,7 @@ def _check_reason(profile: Profile, size: Size, best: Size, reason: str) -> None
     groups = {
         "gather and scatter": more["gather"] + more["scatter"],
         "matmuls": more["matmul"],
-        "quantising, SwiGLU and copies": more["vector"],
+        "quantizing, SwiGLU and copies": more["vector"],
     }
     if match := re.match(r"(.+) take ([0-9.]+) ms more", reason):
         assert groups[match[1]] == max(groups.values()) > 0

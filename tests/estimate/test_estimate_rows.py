@@ -31,7 +31,7 @@ def exact(tp_size: int) -> Size:
 
 @pytest.mark.parametrize("reduce_bytes", [2, 4])
 def test_fixed_rows_are_multiplied_whatever_they_hold(reduce_bytes: int) -> None:
-    """Everything but quantising and packing grows from R T to R N rows, and what is kept is copied to and from.
+    """Everything but quantizing and packing grows from R T to R N rows, and what is kept is copied to and from.
 
     Without a cache and static costs, each byte that a vector kernel moves counts.
     """

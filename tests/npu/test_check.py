@@ -39,8 +39,8 @@ def test_a_matrix_that_is_too_wide_is_refused_by_the_forward_too(tmp_path: Path)
 
 def test_what_torch_npu_refuses_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that is called with a wrong operand: its own words are the line."""
-    quantise = NpuKernels.quantise_dynamic
-    monkeypatch.setattr(NpuKernels, "quantise_dynamic", lambda self, x: quantise(self, x[:, :-32]))
+    quantize = NpuKernels.quantize_dynamic
+    monkeypatch.setattr(NpuKernels, "quantize_dynamic", lambda self, x: quantize(self, x[:, :-32]))
     ((check, message),) = failed("--config", R1, "--scheme", "w8a8_dynamic", "--tp", 8, "--device", "npu")
     assert check == "forward"
     assert message.startswith("tp 8: model.layers.0.mlp: ")

@@ -67,7 +67,7 @@ def _w8a8(group: dist.ProcessGroup, shards: Path, x_TH: torch.Tensor) -> torch.T
 def test_w8a8_dynamic_is_no_further_from_its_weights_than_unsplit(
     ranks: Callable[[int], Ranks], tmp_path: Path, size: int
 ) -> None:
-    """h is quantised over each rank's columns: its scale is the largest of fewer values, so steps are no larger."""
+    """h is quantized over each rank's columns: its scale is the largest of fewer values, so steps are no larger."""
     build(tmp_path / "model", Spec("modelslim_dynamic", HIDDEN, INTERMEDIATE, computable=True))
     split(tmp_path / "model", tmp_path / "shards", Cut(size))
     whole = unsplit([load_shard(tmp_path / "shards", rank).layer(0) for rank in range(size)])

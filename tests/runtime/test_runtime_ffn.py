@@ -23,7 +23,7 @@ HIDDEN, INTERMEDIATE = 256, 1024
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "modelslim_fp16_static": torch.float16}
 # Partial sums are rounded to the tokens' type and added: as many roundings again as the unsplit result has.
 ROUNDING = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 2.0**-20}
-# Of W8A8 dynamic, h is quantised over each rank's columns: other steps, of max/127, than the unsplit layer's.
+# Of W8A8 dynamic, h is quantized over each rank's columns: other steps, of max/127, than the unsplit layer's.
 STEPS = 0.03
 
 Make = Callable[..., Path]
@@ -105,7 +105,7 @@ def test_every_scheme_with_uneven_tokens(ranks: Callable[[int], Ranks], make: Ma
             assert _off(outputs[rank], wanted) < (STEPS if is_dynamic else 2 * ROUNDING[dtype])
 
 
-def test_a_plain_down_below_quantised_gate_and_up(ranks: Callable[[int], Ranks], make: Make) -> None:
+def test_a_plain_down_below_quantized_gate_and_up(ranks: Callable[[int], Ranks], make: Make) -> None:
     shards = make("modelslim_dynamic", 2, down_recipe="modelslim_float")
     whole = _whole(shards, 2, torch.bfloat16)
     for rank, y_TH in enumerate(ranks(2).run(_dealt, shards, [3, 4], torch.bfloat16, {}, True)):
@@ -141,13 +141,13 @@ def test_any_leading_shape(ranks: Callable[[int], Ranks], make: Make) -> None:
 
 
 def _bf16_first(group: dist.ProcessGroup, shards: Path) -> tuple[torch.Tensor, torch.Tensor, int, int]:
-    """The layer as it is, and the same with BF16 gathered and quantised afterwards; bytes that were given to gather."""
+    """The layer as it is, and the same with BF16 gathered and quantized afterwards; bytes that were given to gather."""
     kernels = CountingKernels()
     ffn = _layer(group, shards, kernels=kernels)
     x_TH = _tokens((9, ffn.hidden_size), group.rank())
     y_TH = ffn(x_TH)
     plain = CpuKernels().collectives(group)
-    after = plain.reduce_scatter(ffn.of(plain.gather(x_TH), ffn.reduce_dtype)).to(ffn.dtype)
+    after = plain.reduce_scatter(ffn.forward_local(plain.gather(x_TH), ffn.reduce_dtype)).to(ffn.dtype)
     name, shape, nbytes = kernels.calls[0]
     assert (name, shape) == ("gather", (9, ffn.hidden_size + 4))
     return y_TH, after, nbytes, x_TH.nbytes
@@ -155,7 +155,7 @@ def _bf16_first(group: dist.ProcessGroup, shards: Path) -> tuple[torch.Tensor, t
 
 @pytest.mark.parametrize("recipe", ["modelslim_dynamic", "ct_dynamic"])
 @pytest.mark.parametrize("size", [2, 4])
-def test_quantising_before_the_gather_is_the_same_bits_for_half_the_bytes(
+def test_quantizing_before_the_gather_is_the_same_bits_for_half_the_bytes(
     ranks: Callable[[int], Ranks], make: Make, recipe: str, size: int
 ) -> None:
     for y_TH, after, nbytes, plain in ranks(size).run(_bf16_first, make(recipe, size, 7168, 256)):

@@ -190,7 +190,7 @@ def test_scales_that_a_cast_left_in_the_index(model: Path, tmp_path: Path) -> No
     scale = GATE + "_scale_inv"
     mapped(scale, min(files_of(model)))(model)
     (line,) = warnings_of(model)
-    assert f"still names scales of dense layers whose weights are not quantised in the files: 1 ({scale})" in line
+    assert f"still names scales of dense layers whose weights are not quantized in the files: 1 ({scale})" in line
     same_shards(model, tmp_path / "whole", tmp_path)
     mapped(scale, "model-00163-of-000163.safetensors")(model)  # a file of the original alone
     assert any("still names scales of dense layers" in line for line in warnings_of(model))

@@ -292,7 +292,7 @@ def test_scaled_sizes_make_sense(model: str, scale: str) -> None:
     assert ratio == pytest.approx(float(Fraction(scale)), rel=0.05) or config["hidden_size"] <= 128
 
 
-def test_full_scale_changes_only_the_quantisation() -> None:
+def test_full_scale_changes_only_the_quantization() -> None:
     config = config_of("deepseek-v2-lite")  # its intermediate size, 10944, is no multiple of 128
     plan = plan_checkpoint(config, SynthOptions())
     assert json.loads(plan.side_files["config.json"]) == config

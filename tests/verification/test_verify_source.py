@@ -113,7 +113,7 @@ def _unsplit(reference: Reference, layer: Layer, x_HT: np.ndarray) -> np.ndarray
     return unsplit_layer(linears, layer.activation, x_HT, lambda n: None).value
 
 
-# A model's checkpoint and the same model quantised by other tools: the arithmetic means what the tools meant.
+# A model's checkpoint and the same model quantized by other tools: the arithmetic means what the tools meant.
 @pytest.mark.parametrize(
     ("one", "other", "error"),
     [
@@ -123,7 +123,7 @@ def _unsplit(reference: Reference, layer: Layer, x_HT: np.ndarray) -> np.ndarray
         ("msmodelslim-w8a8_dynamic_sharded", "msmodelslim_v0-w8a8_static", 0.15),
     ],
 )
-def test_quantised_layers_compute_what_the_model_does(one: str, other: str, error: float, tmp_path: Path) -> None:
+def test_quantized_layers_compute_what_the_model_does(one: str, other: str, error: float, tmp_path: Path) -> None:
     x_HT = np.random.default_rng(1).standard_normal((256, 8))
 
     def outputs(name: str) -> list[np.ndarray]:

@@ -34,7 +34,7 @@ class NpuKernels:
         return TensorCollectives(group)
 
     def has(self, scheme: str) -> bool:
-        """Unquantised and W8A8; Atlas A2 and A3 multiply no FP8."""
+        """Unquantized and W8A8; Atlas A2 and A3 multiply no FP8."""
         return scheme in {"bf16", "w8a8_dynamic", "w8a8_static", "w8a8_mix"}
 
     def weight(self, name: str, weight_NK: torch.Tensor) -> torch.Tensor:
@@ -83,11 +83,11 @@ class NpuKernels:
             return None
         return _dequant_swiglu_quant
 
-    def quantise_dynamic(self, x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def quantize_dynamic(self, x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """([T, K] int8, [T] float32)."""
         return torch_npu.npu_dynamic_quant(x_TK)
 
-    def quantise_static(self, x_TK: torch.Tensor, reciprocal: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    def quantize_static(self, x_TK: torch.Tensor, reciprocal: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
         """[T, K] int8."""
         return torch_npu.npu_quantize(x_TK, reciprocal, offset, torch.qint8, -1, False)
 

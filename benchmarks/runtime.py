@@ -119,7 +119,7 @@ def _overlapped(layers: list[DenseFFN], x_TH: torch.Tensor, group: dist.ProcessG
         scattered = []
         for gathered, work in waiting:
             work.wait()
-            partial = layer.of_packed(gathered, layer.reduce_dtype)
+            partial = layer.forward_packed(gathered, layer.reduce_dtype)
             received = torch.empty_like(partial)
             scattered.append((received, dist.all_to_all_single(received, partial, group=group, async_op=True)))
         for received, work in scattered:

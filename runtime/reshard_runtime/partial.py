@@ -39,11 +39,11 @@ class PartialFFN(nn.Module):
         """The tokens as they travel, quantized if the layer is: [T, W], W = H values, or H bytes and maybe a scale."""
         return self.gate_up_proj.pack(self.gate_up_proj.quantize(x_TH))
 
-    def of_packed(self, rows_TW: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def forward_packed(self, rows_TW: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The partial sums [T, H] in `dtype` of tokens that have travelled."""
         return self._of(self.gate_up_proj.unpack(rows_TW), dtype)
 
-    def of(self, x_TH: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def forward_local(self, x_TH: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The partial sums [T, H] in `dtype` of tokens that are here."""
         return self._of(self.gate_up_proj.quantize(x_TH), dtype)
 

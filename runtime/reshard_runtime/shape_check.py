@@ -55,7 +55,7 @@ def forward_on_meta(
         ffn = PartialFFN(layer, kernels, _dtype(down), "dynamic")
         for count in tokens:
             rows_TW = ffn.pack(torch.empty(count, hidden_size, dtype=ffn.dtype, device="meta"))
-            result = ffn.of_packed(rows_TW.repeat(tp_size, 1), ffn.dtype)
+            result = ffn.forward_packed(rows_TW.repeat(tp_size, 1), ffn.dtype)
             if tuple(result.shape) != (count * tp_size, hidden_size):
                 return f"{count} tokens of {tp_size} ranks give {list(result.shape)}, not [.., {hidden_size}]"
     except (RuntimeError, ValueError, TypeError, ReshardError) as error:  # as shape functions raise

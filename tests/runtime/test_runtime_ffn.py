@@ -147,7 +147,7 @@ def _bf16_first(group: dist.ProcessGroup, shards: Path) -> tuple[torch.Tensor, t
     x_TH = _tokens((9, ffn.hidden_size), group.rank())
     y_TH = ffn(x_TH)
     plain = CpuKernels().collectives(group)
-    after = plain.reduce_scatter(ffn.of(plain.gather(x_TH), ffn.reduce_dtype)).to(ffn.dtype)
+    after = plain.reduce_scatter(ffn.forward_local(plain.gather(x_TH), ffn.reduce_dtype)).to(ffn.dtype)
     name, shape, nbytes = kernels.calls[0]
     assert (name, shape) == ("gather", (9, ffn.hidden_size + 4))
     return y_TH, after, nbytes, x_TH.nbytes

@@ -215,7 +215,7 @@ def w8a8_forward(group: dist.ProcessGroup, served: Served, counts: list[int]) ->
     """A W8A8 layer's result with tokens that travel quantized and as they are, and the bytes of a row."""
     from vllm.forward_context import set_forward_context
 
-    from reshard_runtime.serving.vllm.token_codec import AsTheyAre
+    from reshard_runtime.serving.vllm.token_codec import Passthrough
 
     with loaded(served) as (config, model), torch.inference_mode():
         mlp = model.model.layers[0].mlp
@@ -224,7 +224,7 @@ def w8a8_forward(group: dist.ProcessGroup, served: Served, counts: list[int]) ->
         with set_forward_context(None, config, num_tokens=len(x)):
             quantized = mlp(x).clone()
             travel = mlp._travel
-            mlp._travel = AsTheyAre(mlp.gate_up_proj)
+            mlp._travel = Passthrough(mlp.gate_up_proj)
             plain = mlp(x).clone()
         packed = travel.pack(x)
         return {

@@ -31,7 +31,7 @@ def product(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return linear.quant_method.apply(linear, x, None)
 
 
-class AsTheyAre:
+class Passthrough:
     """The engine's linear quantizes, if it does, after the gather."""
 
     def __init__(self, linear: nn.Module) -> None:
@@ -125,7 +125,7 @@ def travel_of(linear: nn.Module, dtype: torch.dtype) -> Travel:
             dtype,
             type(getattr(method, "quant_method", method)).__name__,
         )
-    return AsTheyAre(linear)
+    return Passthrough(linear)
 
 
 def _is_onednn_int8(kernel: Any) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +22,6 @@ Bytes = npt.NDArray[np.uint8]
 Range = tuple[str, int, int]
 """(file, its first byte, the byte behind the last)"""
 
-OriginKind = Literal["folder", "hub", "remote"]
-
 _HEADERS_AT_ONCE = 16  # a request to a server takes long, and its processor not at all
 
 
@@ -31,10 +29,11 @@ _HEADERS_AT_ONCE = 16  # a request to a server takes long, and its processor not
 class Origin:
     """What a source is called, free of hosts, paths and credentials.
 
-    A folder's name, here or on another file system (`remote`), or a hub repository and its commit.
+    kind: the source's own word, such as `folder` (its name), `remote` (a folder's name on another file system) or `hub`
+    (a repository and its commit).
     """
 
-    kind: OriginKind
+    kind: str
     name: str
     commit: str | None = None
 

@@ -88,10 +88,10 @@ class LinearGrids:
         """How to compute with them."""
         return SCHEMES[self.variant.scheme]
 
-    def operand(self, operand: Operand) -> Grid | None:
-        """The tensor that is that operand."""
-        suffix = self.variant.suffix(operand)
-        return None if suffix is None else self.tensors[suffix]
+    @property
+    def operands(self) -> dict[Operand, Grid]:
+        """The tensors by what they are."""
+        return {rule.operand: self.tensors[rule.suffix] for rule in self.variant.tensors}
 
 
 def stored_grid(source: Source, tensor: Tensor) -> Grid:
@@ -121,6 +121,12 @@ def _fetch(source: Source, tensor: Tensor, top: int, bottom: int) -> Bytes:
     return out
 
 
+def stored_linear(source: Source, linear: Linear) -> LinearGrids:
+    """A linear as the source has it, not converted."""
+    grids = {suffix: stored_grid(source, tensor) for suffix, tensor in linear.tensors.items()}
+    return LinearGrids(linear.variant, linear.block, grids)
+
+
 class Reference:
     """A source's linears, as a manifest says that they were converted."""
 
@@ -143,13 +149,12 @@ class Reference:
             both = " and ".join(sorted(str(rule) for rule in rules))
             raise MismatchError(f"{MANIFEST} gives its tensors different conversions: {both}")
         (rule,) = rules
-        stored = {suffix: stored_grid(self._source, tensor) for suffix, tensor in linear.tensors.items()}
-        before = linear.tensors["weight"].conversion
-        grids = LinearGrids(linear.variant, linear.block, stored)
+        found = stored_linear(self._source, linear)
+        stored, before = found.tensors, linear.tensors["weight"].conversion
         if rule is None or (before and before.rule == rule):  # a source that is a converted set itself
-            return grids
-        _check_rule(rule, grids)
-        values = scaled(stored["weight"], grids.operand(Operand.SCALE), linear.block)
+            return found
+        _check_rule(rule, found)
+        values = scaled(stored["weight"], found.operands.get(Operand.SCALE), linear.block)
         if rule == QUANTIZE:
             with_offset = f"{module}.weight_offset" in self._names
             made_in = target(W8A8, MODELSLIM if with_offset else COMPRESSED_TENSORS)

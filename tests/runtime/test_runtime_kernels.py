@@ -244,7 +244,10 @@ def test_mix_runs_the_set_that_it_is_told() -> None:
 REFUSED: dict[str, tuple[LinearShard, str]] = {
     "unknown": (_linear("w4a4"), r"m: unknown scheme w4a4; supported are bf16, w8a8_dynamic, "),
     "scheme": (_linear("fp8_block"), r"m: cpu has no kernel for fp8_block"),
-    "missing": (_linear("w8a8_dynamic"), r"m: w8a8_dynamic with weight; expected weight, weight_offset, weight_scale or"),
+    "missing": (
+        _linear("w8a8_dynamic"),
+        r"m: w8a8_dynamic with weight; expected weight, weight_offset, weight_scale or",
+    ),
     "extra": (
         _linear("w8a8_dynamic", weight_scale=ONES, bias=ONES),
         r"m: w8a8_dynamic with bias, weight, ",
@@ -254,7 +257,10 @@ REFUSED: dict[str, tuple[LinearShard, str]] = {
         _linear("w8a8_dynamic", weight=ONES, weight_scale=ONES),
         r"m.weight is torch.float32, w8a8_dynamic has I8",
     ),
-    "scales": (_linear("w8a8_dynamic", weight_scale=ONES[:5]), r"m.weight_scale is \[5, 1\], expected 12 of them for the weight \[12, 24\]"),
+    "scales": (
+        _linear("w8a8_dynamic", weight_scale=ONES[:5]),
+        r"m.weight_scale is \[5, 1\], expected 12 of them for the weight \[12, 24\]",
+    ),
     "two": (
         _linear("w8a8_static", **{**STATIC, "input_scale": torch.ones(2)}),
         r"m.input_scale is \[2\], expected 1 of them",

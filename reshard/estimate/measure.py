@@ -7,31 +7,28 @@ for the memory's: they say how fast weights of a type are taken in by products, 
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from reshard.errors import MissingDependencyError, ProfileError
-from reshard.estimate.model import GIB
-from reshard.estimate.profile import LOCAL, Profile, parse_profile
+from reshard.estimate.profile import GIB, LOCAL, MIB, Profile, parse_profile
 
 PROCESSES = 2
-TIMEOUT_SECONDS = 300
 _CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
 _MEASURED = "measured by reshard estimate --measure"
 
 
 def measured_profile() -> Profile:
-    """Measure. Raises MissingDependencyError without torch, ProfileError where a process fails or hangs."""
+    """Measure. Raises MissingDependencyError without torch, ProfileError where a process fails."""
     if importlib.util.find_spec("torch") is None:
         raise MissingDependencyError(
             "--measure runs the runtime's kernels, which need torch: pip install 'reshard[runtime]'"
         )
-    return profile_of(_run())
+    from reshard_runtime.measure import measure_rank
+
+    return profile_of(in_processes(measure_rank))
 
 
 def profile_of(found: Sequence[Mapping[str, float]]) -> Profile:
@@ -51,9 +48,9 @@ def profile_of(found: Sequence[Mapping[str, float]]) -> Profile:
             "overlap": False,
         },
         "memory": {
-            "capacity_gib": _digits(_memory_bytes() / len(found) / GIB),
+            "capacity_gib": _digits(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / len(found) / GIB),
             "bandwidth_gib_s": _digits(memory / GIB),
-            "cache_mib": _digits(_cache_bytes() / len(found) / (1 << 20)),
+            "cache_mib": _digits(_cache_bytes() / len(found) / MIB),
         },
         "network": {
             "host": {
@@ -86,73 +83,39 @@ def profile_of(found: Sequence[Mapping[str, float]]) -> Profile:
 
 def to_toml(profile: Profile) -> str:
     """The profile as a file that `--device` takes."""
-    lines: list[str] = []
-    _table(profile.model_dump(exclude_none=True), (), lines)
-    return "\n".join(lines) + "\n"
+    return "\n".join(_lines(profile.model_dump(exclude_none=True))) + "\n"
 
 
-def _table(values: Mapping[str, Any], path: tuple[str, ...], lines: list[str]) -> None:
+def _lines(values: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[str]:
     plain = {key: value for key, value in values.items() if not isinstance(value, dict)}
     if path and plain:
-        lines += ["", f"[{'.'.join(path)}]"]
-    lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in plain.items()]
+        yield from ("", f"[{'.'.join(path)}]")
+    yield from (f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in plain.items())
     for key, value in values.items():
-        if isinstance(value, dict):
-            _table(value, (*path, key), lines)
+        if key not in plain:
+            yield from _lines(value, (*path, key))
 
 
-def _run() -> list[dict[str, float]]:
-    # -P and the path: what this program imports from, not what lies in the current folder under the same name.
-    command = [sys.executable, "-P", "-m", "reshard_runtime.measure"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    threads = str(max(1, _processors() // PROCESSES))
-    with tempfile.TemporaryDirectory(prefix="reshard-measure-") as folder:
-        processes = [
-            subprocess.Popen(
-                [*command, str(rank), str(PROCESSES), threads, str(Path(folder) / "meeting")],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=environment,
-            )
-            for rank in range(PROCESSES)
-        ]
-        return _results(processes)
+def in_processes(measure: Callable[[int, int, int, str], None]) -> list[dict[str, float]]:
+    """What each process wrote. The first that fails is the error; the others are ended.
 
+    measure: takes its rank, the number of processes, threads, and the folder for RANK.json.
+    """
+    from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
-def _results(processes: "Sequence[subprocess.Popen[str]]") -> list[dict[str, float]]:
-    """What each printed. The first that fails is the error: the others then fail for want of it, and are killed."""
-    with ThreadPoolExecutor(len(processes)) as threads:
+    threads = max(1, _processors() // PROCESSES)
+    with tempfile.TemporaryDirectory() as folder:
         try:
-            waiting = [threads.submit(_result, rank, process) for rank, process in enumerate(processes)]
-            for done in as_completed(waiting):
-                done.result()
-            return [done.result() for done in waiting]
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-
-
-def _result(rank: int, process: "subprocess.Popen[str]") -> dict[str, float]:
-    try:
-        out, err = process.communicate(timeout=TIMEOUT_SECONDS)
-    except subprocess.TimeoutExpired:
-        raise ProfileError(f"--measure: process {rank} gave no figures within {TIMEOUT_SECONDS} s") from None
-    if process.returncode != 0:
-        last = (err.strip().splitlines() or ["no message"])[-1]
-        raise ProfileError(f"--measure: process {rank} ended with {process.returncode}: {last}")
-    found: dict[str, float] = json.loads(out)
-    return found
+            start_processes(measure, (PROCESSES, threads, folder), PROCESSES, start_method="spawn")
+        except (ProcessRaisedException, ProcessExitedException) as error:
+            last = str(error).strip().splitlines()[-1]
+            raise ProfileError(f"--measure: process {error.error_index} failed: {last}") from error
+        return [json.loads(path.read_bytes()) for path in sorted(Path(folder).glob("*.json"))]
 
 
 def _processors() -> int:
     """Those that this process may use."""
     return len(os.sched_getaffinity(0))
-
-
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _cache_bytes() -> int:

@@ -14,7 +14,10 @@ from reshard.checks.finding import Finding
 from reshard.model.activation import not_computed
 from reshard.model.naming import DOWN, GATE, GATE_UP
 from reshard.plan.plan import Plan, PlannedTensor
-from reshard.tensors.tiles import LAST_DIM_LIMIT, limit_faults, tile_faults
+from reshard.tensors.tiles import limit_faults, tile_faults
+
+LAST_DIM_LIMIT = 65_535
+"""Of npu_quant_matmul's operands; see reshard.tensors.tiles."""
 
 TILES = {"BF16": ("BF16", (16, 16)), "F16": ("FP16", (16, 16)), "I8": ("INT8", (16, 32))}
 """FRACTAL_NZ's number and tile by the weight's type; see reshard.tensors.tiles."""

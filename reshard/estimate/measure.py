@@ -7,8 +7,9 @@ for the memory's: they say how fast weights of a type are taken in by products, 
 import importlib.util
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from reshard.errors import MissingDependencyError, ProfileError
 from reshard.estimate.profile import GIB, LOCAL, MIB, Profile, parse_profile
 
 PROCESSES = 2
+MODULE = "reshard_runtime.measure"
 _CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
 _MEASURED = "measured by reshard estimate --measure"
 
@@ -26,9 +28,7 @@ def measured_profile() -> Profile:
         raise MissingDependencyError(
             "--measure runs the runtime's kernels, which need torch: pip install 'reshard[runtime]'"
         )
-    from reshard_runtime.measure import measure_rank
-
-    return profile_of(in_processes(measure_rank))
+    return profile_of(_run())
 
 
 def profile_of(found: Sequence[Mapping[str, float]]) -> Profile:
@@ -96,21 +96,17 @@ def _lines(values: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[st
             yield from _lines(value, (*path, key))
 
 
-def in_processes(measure: Callable[[int, int, int, str], None]) -> list[dict[str, float]]:
-    """What each process wrote. The first that fails is the error; the others are ended.
-
-    measure: takes its rank, the number of processes, threads, and the folder for RANK.json.
-    """
-    from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
-
-    threads = max(1, _processors() // PROCESSES)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            start_processes(measure, (PROCESSES, threads, folder), PROCESSES, start_method="spawn")
-        except (ProcessRaisedException, ProcessExitedException) as error:
-            last = str(error).strip().splitlines()[-1]
-            raise ProfileError(f"--measure: process {error.error_index} failed: {last}") from error
-        return [json.loads(path.read_bytes()) for path in sorted(Path(folder).glob("*.json"))]
+def _run() -> list[dict[str, float]]:
+    """What each process found."""
+    # -P and the path: what this program imports from, not what lies in the current folder under the same name.
+    command = [sys.executable, "-P", "-m", MODULE, str(PROCESSES), str(max(1, _processors() // PROCESSES))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+        raise ProfileError(f"--measure: {last}")
+    found: list[dict[str, float]] = json.loads(done.stdout)
+    return found
 
 
 def _processors() -> int:

@@ -3,17 +3,14 @@
 L the rank's share of intermediate_size, H hidden_size. Weights are stored [out, in] and held [in, out], contiguous, by
 `reshard_runtime` as by vLLM on Ascend: gate_up_proj as [H, 2L], down_proj as [L, H]. Tiles are of that.
 
-FRACTAL_NZ's are 16 x 16 for BF16 and 16 x 32 for INT8; npu_quant_matmul takes last dims up to LAST_DIM_LIMIT, of
-the tokens [T, in] and of the weight. Source: CANN, aclnnQuantMatmulWeightNz (transposeX2 false: k0 = 16, n0 = 32).
+FRACTAL_NZ's are 16 x 16 for BF16 and 16 x 32 for INT8; npu_quant_matmul takes last dims up to 65535, of the tokens
+[T, in] and of the weight. Source: CANN, aclnnQuantMatmulWeightNz (transposeX2 false: k0 = 16, n0 = 32).
 """
 
 from collections.abc import Iterator, Sequence
 from math import gcd
 
 from reshard.model.naming import GATE_UP
-
-LAST_DIM_LIMIT = 65_535
-"""Of npu_quant_matmul's operands."""
 
 
 def tile_faults(role: str, share: int, hidden_size: int, tile: Sequence[int], number: str) -> Iterator[str]:

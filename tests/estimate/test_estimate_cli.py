@@ -387,18 +387,9 @@ def test_measuring_without_torch_says_how_to_get_it() -> None:
     assert "pip install 'reshard[runtime]'" in done.err
 
 
-def measure_little(rank: int, size: int, threads: int, folder: str) -> None:
-    """As the program does, a hundredth of it."""
-    from reshard_runtime import measure
-
-    measure._ROUNDS = measure._CALLS = measure._EXCHANGES = 3
-    measure._ROWS, measure._COLUMNS, measure._STREAM_ELEMENTS = 256, 512, 1 << 18
-    measure.measure_rank(rank, size, threads, folder)
-
-
 def test_this_machine_is_measured_and_estimated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two real processes, whatever lies in the current folder; what comes out is a profile, and more than nothing."""
-    monkeypatch.setattr("reshard_runtime.measure.measure_rank", measure_little)
+    monkeypatch.setattr("reshard.estimate.measure.MODULE", "tests.support.measure_little")
     (tmp_path / "reshard_runtime").mkdir()
     (tmp_path / "reshard_runtime" / "__init__.py").write_text("raise RuntimeError('another runtime')")
     monkeypatch.chdir(tmp_path)
@@ -416,3 +407,10 @@ def test_this_machine_is_measured_and_estimated(tmp_path: Path, monkeypatch: pyt
         "estimate", "--config", CONFIG, "--tp", "1,2", "--device", tmp_path / "local.toml", "--format", "json"
     )
     assert [size["tp_size"] for size in done.document["schemes"][0]["sizes"]] == [1, 2]
+
+
+def test_the_process_that_fails_first_is_the_error_and_the_others_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reshard.estimate.measure.MODULE", "tests.support.measure_little")
+    monkeypatch.setenv("MEASURE_FAILS", "1")
+    done = reshard("estimate", "--measure")
+    assert (done.code, done.out, done.err) == (1, "", "error: --measure: OSError: no such device\n")

@@ -1,17 +1,14 @@
 """Device profiles: what comes with the program, what is refused, what a machine's measurement becomes."""
 
-import multiprocessing
 import re
-import signal
 import tomllib
 from pathlib import Path
 
 import pytest
 
 from reshard.errors import ProfileError, UsageError
-from reshard.estimate.measure import in_processes, profile_of, to_toml
+from reshard.estimate.measure import profile_of, to_toml
 from reshard.estimate.profile import load_profile, names, parse_profile
-from reshard.tensors.tiles import LAST_DIM_LIMIT
 from tests.support.paths import ROOT
 
 FOLDER = ROOT / "configs" / "hardware"
@@ -52,7 +49,6 @@ def test_their_values(name: str) -> None:
     assert (profile.alignment.bf16_tile, profile.alignment.int8_tile) == ([16, 16], [16, 32])
     assert "estimate" in profile.source["efficiency"]
     assert "estimate" in profile.source["static"]
-    assert profile.alignment.last_dim_limit == LAST_DIM_LIMIT
 
 
 def test_the_wheel_has_them_where_they_are_looked_for() -> None:
@@ -194,16 +190,3 @@ def test_a_profile_is_written_as_it_is_read() -> None:
     for name in names():
         profile = load_profile(name)
         assert parse_profile(tomllib.loads(to_toml(profile)), "again") == profile
-
-
-def failing(rank: int, *_: object) -> None:
-    """The last one fails, the others wait for ever."""
-    if rank == 0:
-        signal.pause()
-    raise OSError("no such device")
-
-
-def test_the_process_that_fails_first_is_the_error_and_the_others_are_ended() -> None:
-    with pytest.raises(ProfileError, match=r"^--measure: process 1 failed: OSError: no such device$"):
-        in_processes(failing)
-    assert not multiprocessing.active_children()

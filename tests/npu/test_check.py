@@ -8,6 +8,7 @@ import pytest
 
 from reshard.checks import device
 from reshard.schemes import SCHEMES
+from reshard_runtime.kernels import npu
 from reshard_runtime.kernels.npu import NpuKernels
 from tests.model.test_models import CONFIGS
 from tests.support.checking import failed, findings, of
@@ -64,4 +65,5 @@ def test_the_forward_is_that_of_the_layer_s_activation(
 
 
 def test_the_check_s_numbers_are_the_backend_s() -> None:
+    assert device.LAST_DIM_LIMIT == npu._LAST_DIM_LIMIT
     assert set(SCHEMES) - device.AS_BF16 == {scheme for scheme in SCHEMES if NpuKernels().has(scheme)}

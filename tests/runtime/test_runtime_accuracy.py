@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 from reshard.plan.pipeline import Cut
-from reshard_runtime import DenseFFN, load_shard
+from reshard_runtime import DenseFFN, collectives, load_shard
+from reshard_runtime.collectives import PairwiseCollectives, TensorCollectives, reduce_dtype_for
 from tests.support.builders import Spec, build
 from tests.support.distributed import Ranks
 from tests.support.running import split
@@ -87,13 +88,21 @@ def test_w8a8_dynamic_is_no_further_from_its_weights_than_unsplit(
     assert together <= 1.02 * alone  # BF16's roundings of the partial sums are far below the steps
 
 
-def _chosen(group: dist.ProcessGroup, mlp: torch.nn.Module) -> list[torch.dtype]:
+@pytest.mark.parametrize(("size", "by_collective"), [(1, torch.bfloat16), (8, torch.bfloat16), (9, torch.float32)])
+def test_the_default_type_of_partial_sums(size: int, by_collective: torch.dtype) -> None:
+    """BF16 wherever that keeps the bound; 9 ranks are the first above it, and gloo's are added in float32."""
+    for kind, wanted in ((PairwiseCollectives, torch.bfloat16), (TensorCollectives, by_collective)):
+        assert reduce_dtype_for(kind, size, torch.bfloat16) == wanted
+
+
+def _chosen(group: dist.ProcessGroup, mlp: torch.nn.Module, most: int) -> list[torch.dtype]:
     layer = part(mlp, group.rank(), group.size())
-    return [DenseFFN(layer, group, kernels=kernels).reduce_dtype for kernels in (None, TensorCpuKernels())]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collectives, "_RANKS_IN_OWN_TYPE", most)
+        return [DenseFFN(layer, group, kernels=kernels).reduce_dtype for kernels in (None, TensorCpuKernels())]
 
 
-@pytest.mark.parametrize(("size", "by_collective"), [(2, torch.bfloat16), (8, torch.bfloat16), (9, torch.float32)])
-def test_the_default_type_of_partial_sums(ranks: Callable[[int], Ranks], size: int, by_collective: torch.dtype) -> None:
-    """BF16 wherever that keeps the bound; 9 ranks are the first above it."""
-    for found in ranks(size).run(_chosen, unsplit_mlp(64, 72 * size, torch.bfloat16)):
+@pytest.mark.parametrize(("most", "by_collective"), [(2, torch.bfloat16), (1, torch.float32)])
+def test_the_layer_takes_the_default_type(ranks: Callable[[int], Ranks], most: int, by_collective: torch.dtype) -> None:
+    for found in ranks(2).run(_chosen, unsplit_mlp(64, 128, torch.bfloat16), most):
         assert found == [torch.bfloat16, by_collective]

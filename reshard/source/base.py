@@ -6,31 +6,21 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from reshard.errors import HeaderError, SourceError
+from reshard.source.opened import MISSING as MISSING
 from reshard.source.recognise import PREFIX_BYTES, recognised
-from reshard.tensors.header import (
-    LENGTH_BYTES,
-    DuplicateKeyError,
-    Header,
-    header_length,
-    is_text,
-    parse_header,
-    unique_pairs,
-)
+from reshard.tensors import header
+from reshard.tensors.header import DuplicateKeyError, Header, is_text, unique_pairs
 
 Bytes = npt.NDArray[np.uint8]
 
 Range = tuple[str, int, int]
 """(file, its first byte, the byte behind the last)"""
-
-OriginKind = Literal["folder", "hub", "remote"]
-
-MISSING = "missing"
 
 _HEADERS_AT_ONCE = 16  # a request to a server takes long, and its processor not at all
 
@@ -39,10 +29,11 @@ _HEADERS_AT_ONCE = 16  # a request to a server takes long, and its processor not
 class Origin:
     """What a source is called, free of hosts, paths and credentials.
 
-    A folder's name, here or on another file system (`remote`), or a hub repository and its commit.
+    kind: the source's own word, such as `folder` (its name), `remote` (a folder's name on another file system) or `hub`
+    (a repository and its commit).
     """
 
-    kind: OriginKind
+    kind: str
     name: str
     commit: str | None = None
 
@@ -136,24 +127,17 @@ def merged(ranges: Iterable[Range]) -> Iterator[Range]:
 
 def read_header(source: Source, file: str) -> Header:
     """A safetensors file's header. Raises HeaderError if it must not be trusted."""
-    size = source.files()[file]
-    try:
-        length = header_length(source.read(file, 0, min(size, LENGTH_BYTES)), file, size)
-        return parse_header(source.read(file, 0, LENGTH_BYTES + length), file, size)
-    except HeaderError as error:
-        what = recognised(source.read(file, 0, min(size, PREFIX_BYTES)), file, size, source.files())
-        if what is None:
-            raise
-        raise HeaderError(what) from error
+    files = source.files()
+    return header.read_header(lambda start, stop: source.read(file, start, stop), file, files[file], files)
 
 
 def read_headers(source: Source, files: Sequence[str]) -> dict[str, Header]:
     """The headers of several safetensors files. Raises as `read_header` for the first that cannot be had."""
     found = {}
-    for file, header in try_headers(source, files).items():
-        if isinstance(header, HeaderError):
-            raise header
-        found[file] = header
+    for file, result in try_headers(source, files).items():
+        if isinstance(result, HeaderError):
+            raise result
+        found[file] = result
     return found
 
 

@@ -18,11 +18,14 @@ HEAVY = ("torch", "numpy", "pydantic", "blake3", "safetensors", "huggingface_hub
 VOCABULARY = (
     "manifest",
     "errors",
+    "fit",
     "model.activation",
     "model.naming",
     "source.opened",
     "source.recognise",
     "source.weights",
+    "tensors.dtypes",
+    "tensors.header",
 )
 NO_TORCH = "import sys; sys.modules['torch'] = None"  # `import torch` raises ImportError
 
@@ -92,6 +95,8 @@ def test_there_is_no_import_cycle() -> None:
         name: {m for i in _imports(path) for m in (i, f"{i}.__init__") if m in modules}
         for name, path in modules.items()
     }
+    # `import reshard` names its library for type checkers, and imports it when it is asked for.
+    graph.get("reshard.__init__", set()).difference_update({"reshard.api", "reshard.manifest"})
     done: set[str] = set()
 
     def visit(name: str, above: tuple[str, ...]) -> None:

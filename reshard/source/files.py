@@ -8,9 +8,7 @@ from reshard.checkpoint.description import Checkpoint, Identity, Part, SourceFil
 from reshard.errors import SourceError
 from reshard.model.config import read_model_config
 from reshard.model.naming import CONFIG, parse_dense
-from reshard.quantization import Accounts
-from reshard.quantization.description import DESCRIPTION, is_description
-from reshard.quantization.modelopt import FILE as MODELOPT
+from reshard.quantization import DESCRIPTION, MODELOPT, Accounts, is_description
 from reshard.source.base import Source, parse_json_object, read_file, try_headers
 from reshard.source.choice import choose
 from reshard.source.compare import compare

@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from reshard import schemes
+
 ADDRESS = "A folder, ORG/NAME on the hub, or an address such as s3://BUCKET/PATH."
 
 Format = Annotated[
@@ -24,9 +26,7 @@ Scheme = Annotated[
         metavar="NAME", help="What the quantized weights are, where nothing beside the files says it: w8a8_dynamic, …"
     ),
 ]
-Weights = Annotated[
-    Literal["keep", "bf16", "w8a8"], typer.Option(help="Convert the weights; split needs torch for it.")
-]
+Weights = Annotated[schemes.Weights, typer.Option(help="Convert the weights; split needs torch for it.")]
 Pad = Annotated[bool, typer.Option("--pad", help="Add zero rows and columns where sizes do not divide.")]
 
 
@@ -43,3 +43,13 @@ def parse_sizes(text: str | None) -> tuple[int, ...]:
         if not digits or not 1 <= int(part) <= MAX_TP_SIZE:
             raise UsageError(f"--tp {text}: {part!r} is no group size; write them as 4,8, each from 1 to {MAX_TP_SIZE}")
     return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+def parse_list(text: str, option: str) -> list[str]:
+    """Words between commas, each once. Raises UsageError where one is left out."""
+    from reshard.errors import UsageError
+
+    words = [word.strip() for word in text.split(",")]
+    if "" in words:
+        raise UsageError(f"{option} {text!r}: expected a list with commas, with nothing left out")
+    return list(dict.fromkeys(words))

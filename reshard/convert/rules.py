@@ -47,8 +47,7 @@ def converted(checkpoint: Checkpoint, weights: str, quant_format: str = MODELSLI
 
 def target(weights: str, quant_format: str = MODELSLIM) -> Variant:
     """What `--weights` makes: the scheme that has it as its option, as `--quant-format`'s tool writes it."""
-    scheme = scheme_by_option(weights)
-    variants = [variant for variant in VARIANTS if variant.scheme == scheme.name]
+    variants = [variant for variant in VARIANTS if variant.scheme == scheme_by_option(weights)]
     compressed = quant_format == COMPRESSED_TENSORS
     return min(variants, key=lambda variant: any(COMPRESSED_TENSORS in said for said in variant.said) != compressed)
 

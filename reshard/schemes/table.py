@@ -280,9 +280,9 @@ def scheme_named(name: str, where: str) -> Scheme:
     return SCHEMES[name]
 
 
-def scheme_by_option(weights: str) -> Scheme:
-    """What `--weights` makes."""
-    return next(scheme for scheme in SCHEMES.values() if scheme.option == weights)
+def scheme_by_option(word: str) -> str:
+    """The scheme that `--weights` calls so; what is no option's word is a scheme's name."""
+    return next((scheme.name for scheme in SCHEMES.values() if scheme.option == word), word)
 
 
 def variant_with(scheme: str, suffixes: Collection[str], where: str) -> Variant:

@@ -101,7 +101,8 @@ class Source(_Strict):
     """Where the weights come from: a folder's name, also on another file system, or a hub repository and its commit."""
 
     kind: Annotated[
-        Literal["folder", "hub", "remote"], Field(description="remote: a folder on another file system, by its address")
+        str,
+        Field(min_length=1, description="as the source says: folder, hub, remote (a folder on another file system)"),
     ]
     name: str
     commit: str | None

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from reshard.cli.output import ADDRESS, Debug, Format, Index, Output, Revision
-from reshard.cli.sizes import parse_sizes
+from reshard.cli.options import ADDRESS, Debug, Format, Index, Pad, Revision, parse_sizes
+from reshard.cli.output import Output
 
 if TYPE_CHECKING:
     from reshard.checkpoint.description import Checkpoint
@@ -53,7 +53,7 @@ def estimate(
     reduce_dtype: Annotated[
         Literal["bfloat16", "float32"], typer.Option(help="The type in which partial sums travel.")
     ] = "bfloat16",
-    pad: Annotated[bool, typer.Option("--pad", help="As split --pad: zero rows where sizes do not divide.")] = False,
+    pad: Pad = False,
     svg: Annotated[str | None, typer.Option(help="Draw the estimate into this file.")] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure this machine instead and print its profile (needs torch).")
@@ -63,7 +63,10 @@ def estimate(
     form: Format = "human",
     debug: Debug = False,
 ) -> None:
-    """Say what each group size saves, sends and takes on a device, and which to choose."""
+    """Compare group sizes: bytes held and sent, time of a step.
+
+    For a device that a profile describes; one size is recommended.
+    """
     output = Output(form, quiet=True, debug=debug)
     with output.errors():
         from reshard.errors import UsageError

@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from reshard.cli.output import ADDRESS, Debug, Format, Output, Quiet, size_text
+from reshard.cli.options import ADDRESS, Debug, Format, Quiet
+from reshard.cli.output import Output, size_text
 
 
 def merge(
@@ -14,7 +15,10 @@ def merge(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Put a shard set together again: Hugging Face names and shapes, bit for bit, with an index."""
+    """Put a shard set together again, bit for bit.
+
+    The result has the Hugging Face names and shapes, and an index.
+    """
     output = Output(form, quiet=quiet, debug=debug)
     with output.errors():
         from reshard import api

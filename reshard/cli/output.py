@@ -7,32 +7,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import typer
 
 from reshard.errors import OutputError, ReshardError, printable
-
-Format = Annotated[
-    Literal["human", "json"], typer.Option("--format", help="What stdout carries: text, or one JSON document.")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-ADDRESS = "A folder, ORG/NAME on the hub, or an address such as s3://BUCKET/PATH."
-Revision = Annotated[
-    str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a hub repository; without it, main.")
-]
-Index = Annotated[
-    str | None,
-    typer.Option("--index", metavar="FILE", help="Where the weights are, if a folder has two accounts of it."),
-]
-
-Scheme = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME", help="What the quantized weights are, where nothing beside the files says it: w8a8_dynamic, …"
-    ),
-]
 
 _INTERRUPTED = 130
 _WHOLE = 10_000  # columns: no cell is cut to fit, a narrow terminal wraps the line

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reshard.cli.output import Debug, Format, Output, Quiet, size_text
+from reshard.cli.options import Debug, Format, Quiet
+from reshard.cli.output import Output, size_text
 
 if TYPE_CHECKING:
     from fractions import Fraction
@@ -29,7 +30,7 @@ def synth(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Make a synthetic checkpoint of a model's shape: for tests, benchmarks and trying things out."""
+    """Make a synthetic checkpoint of a model's shape."""
     output = Output(form, quiet=quiet, debug=debug)
     with output.errors():
         from reshard.source.address import parse_local_target

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reshard.cli.output import ADDRESS, Debug, Format, Index, Output, Quiet, Revision, Scheme, size_text
+from reshard.cli.options import ADDRESS, Debug, Format, Index, Quiet, Revision, Scheme
+from reshard.cli.output import Output, size_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +28,10 @@ def verify(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Check a shard set against its manifest and, with --source, against what it was cut from."""
+    """Check a shard set against its manifest and its source.
+
+    With --source every byte is compared, and the split computation with the unsplit one on random tokens.
+    """
     output = Output(form, quiet=quiet, debug=debug)
     with output.errors():
         from reshard import api

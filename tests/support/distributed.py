@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT_SECONDS = 120
-_IMPORTED_ONCE = ["tests.support.unsplit", "transformers.models.deepseek_v3.modeling_deepseek_v3"]
+_IMPORTED_ONCE = ["pytest", "tests.support.unsplit", "transformers.models.deepseek_v3.modeling_deepseek_v3"]
 """By the server that forks the processes; what is not installed is left out."""
 _AFTER_A_FAILURE_SECONDS = 5
 

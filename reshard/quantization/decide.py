@@ -9,7 +9,6 @@ from collections.abc import Collection, Iterable, Mapping
 
 from reshard.errors import LayersError, ReshardError, SchemeError
 from reshard.model.naming import CONFIG, MANIFEST
-from reshard.quantization import refusals
 from reshard.quantization.accounts import Account, Accounts, Recorded, list_accounts
 from reshard.quantization.formats import (
     Stored,
@@ -21,6 +20,7 @@ from reshard.quantization.formats import (
     tensors_text,
     variants_of,
 )
+from reshard.quantization.refusals import contradiction, no_account, not_of_option, two_fit, unsaid, words
 from reshard.schemes import (
     BLOCK,
     FLOAT,
@@ -87,10 +87,10 @@ class Schemes:
         first, *others = self._accounts
         spec = first.declare(module)
         if spec is None:
-            raise refusals.unsaid(module, first.file, found)
+            raise unsaid(module, first.file, found)
         if fitting_variant(spec, found) is None:
             quantized = any(map(is_quantized_name, self._names))
-            error = refusals.contradiction(module, found, [spec, *self._said(others, module)], quantized)
+            error = contradiction(module, found, [spec, *self._said(others, module)], quantized)
             if error is not None:
                 raise error
             check_kind(module, spec, tensors_text(found, shapes=False))
@@ -104,18 +104,18 @@ class Schemes:
         blocks = [spec.block for spec in said if spec.block and scheme_of(spec.kind) == scheme]
         spec = next(specs_of(found, scheme, blocks or [BLOCK], _OPTION), None)
         if spec is None:
-            raise refusals.not_of_option(module, scheme, found)
+            raise not_of_option(module, scheme, found)
         self._compare(module, found, spec, said)
         return spec
 
     def _compare(self, module: str, found: Stored, taken: QuantSpec, others: Iterable[QuantSpec]) -> None:
         """Warns of what else is said. Raises SchemeError where the tensors fit that, too."""
         for other in others:
-            said, own = refusals.words(other, taken)
+            said, own = words(other, taken)
             if said == own:
                 continue
             if fitting_variant(other, found) is not None:
-                raise refusals.two_fit(module, found, taken, other)
+                raise two_fit(module, found, taken, other)
             engines = "; an engine goes by the file" if taken.said_by == _OPTION else ""
             self._warn(
                 module,
@@ -129,7 +129,7 @@ class Schemes:
             return QuantSpec(FLOAT, None, f"no quantization_config in {CONFIG}")
         variants = variants_of(found)
         if len(names_of_formats(found)) != 1 or not variants or needs_block(variants[0].kind):
-            raise refusals.no_account(module, found, has_config=self._given.config is not None)
+            raise no_account(module, found, has_config=self._given.config is not None)
         scheme = variants[0].scheme
         self._warn(
             module,

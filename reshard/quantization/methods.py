@@ -4,9 +4,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from reshard.quantization import exceptions
 from reshard.quantization.compressed import declared_by_groups
-from reshard.quantization.exceptions import EVERY_LIST, Lists, Rule
+from reshard.quantization.exceptions import (
+    EVERY_LIST,
+    Lists,
+    Rule,
+    aqlm,
+    auto_round,
+    gptq,
+    left_alone,
+    mlx,
+    quark,
+    torchao,
+)
 from reshard.quantization.formats import kind_said, needs_block
 from reshard.quantization.names import at_boundary, component, contained, exact, names_of, wildcard
 from reshard.quantization.section import Section
@@ -42,7 +52,7 @@ def declared_by_section(section: Section, module: str) -> QuantSpec | None:
     """
     name = _method_of(section)
     method = METHODS.get(name, Method())
-    key = exceptions.left_alone(method.lists, method.rule, section, module)
+    key = left_alone(method.lists, method.rule, section, module)
     if key is not None:
         return QuantSpec(FLOAT, None, f"{section.file} ({section.at(key)})")
     if method.declare is not None:
@@ -119,14 +129,14 @@ METHODS: Mapping[str, Method] = {
     "blockwise_int8": Method(_TRANSFORMERS),  # R1 Block-INT8, served by SGLang
     "w8a8_int8": Method((("ignore", exact),)),  # SGLang's w8a8_int8.py
     "w4afp8": Method(block=(128, 128)),  # SGLang's w4afp8.py: experts of 4 bits, linears of FP8
-    "quark": Method((("exclude", wildcard),), exceptions.quark),
+    "quark": Method((("exclude", wildcard),), quark),
     "awq": Method((("modules_to_not_convert", contained),)),
     "bitsandbytes": Method((("llm_int8_skip_modules", component), ("modules_to_not_convert", component))),
     "hqq": Method((("skip_modules", component), ("modules_to_not_convert", at_boundary))),
-    "gptq": Method(rule=exceptions.gptq),
-    "auto-round": Method(rule=exceptions.auto_round),
-    "intel/auto-round": Method(rule=exceptions.auto_round),
-    "aqlm": Method(rule=exceptions.aqlm),
-    "torchao": Method(rule=exceptions.torchao),
-    "MLX": Method(rule=exceptions.mlx),
+    "gptq": Method(rule=gptq),
+    "auto-round": Method(rule=auto_round),
+    "intel/auto-round": Method(rule=auto_round),
+    "aqlm": Method(rule=aqlm),
+    "torchao": Method(rule=torchao),
+    "MLX": Method(rule=mlx),
 }

@@ -3,8 +3,9 @@
     python -m reshard_runtime.demo SHARDS
     torchrun --nproc-per-node 4 -m reshard_runtime.demo SHARDS      (as many as the set has ranks)
 
-Each rank loads its own shard, brings its own tokens and says what it holds; rank 0 then reads every shard, puts the
-unsplit layers together and says how far the split results are from them.
+Each rank loads its own shard, brings its own tokens and says what it holds. Rank 0 then says how far the split results
+are from the layer in float64, by what verify computes with, and from that of a group of 1, for which it cuts the set
+again in a temporary folder.
 """
 
 import os
@@ -22,9 +23,13 @@ import typer
 
 from reshard.errors import GroupError, ReshardError, ShardError
 from reshard.model.activation import not_computed
+from reshard.plan.pipeline import Cut, prepare
+from reshard.source.open import describe, open_source
+from reshard.verification.compute import unsplit_layer
+from reshard.verification.reference import stored_linear
+from reshard.writer.split import SplitOptions, write_shards
 from reshard_runtime.ffn import DenseFFN
 from reshard_runtime.loader import load_shard, read_manifest
-from reshard_runtime.reference import exact, unsplit
 
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 _TIMEOUT = timedelta(seconds=300)
@@ -118,21 +123,26 @@ def _report(shards: Path, said: list[Any], layers: dict[int, DenseFFN], tokens: 
     for fact, _, _ in said:
         print(fact)  # noqa: T201
     tp_size = len(said)
-    parts = [load_shard(shards, rank) for rank in range(tp_size)]
-    for index, ffn in layers.items():
-        x_TH = torch.cat([_tokens(rank, index, tokens, ffn).cpu() for rank in range(tp_size)])
-        split_TH = torch.cat([outputs[index] for _, outputs, _ in said])
-        layer = unsplit([part.layer(index) for part in parts])
-        reference = exact(layer, x_TH)
-        with torch.inference_mode():
-            whole = DenseFFN(layer, dtype=ffn.dtype)
-            whole_TH, took = whole(x_TH), _time(whole, x_TH[:tokens], torch.device("cpu"))
-        slowest = max(seconds[index] for _, _, seconds in said)
-        print(  # noqa: T201
-            f"layer {index}: {tp_size} ranks, {tokens} tokens each: error {_error(split_TH, reference):.2e} split, "
-            f"{_error(whole_TH, reference):.2e} unsplit, {_error(split_TH, whole_TH.double()):.2e} between them; "
-            f"{slowest * 1e3:.2f} ms a call, unsplit on the CPU {took * 1e3:.2f}"
-        )
+    with open_source(str(shards)) as source, tempfile.TemporaryDirectory() as folder:
+        write_shards(prepare(source, Cut(1, pad=True)), Path(folder, "tp1"), SplitOptions())
+        whole = load_shard(Path(folder, "tp1"), 0)
+        for layer in describe(source).layers:
+            ffn = layers[layer.index]
+            x_TH = torch.cat([_tokens(rank, layer.index, tokens, ffn).cpu() for rank in range(tp_size)])
+            split_TH = torch.cat([outputs[layer.index] for _, outputs, _ in said])
+            linears = {role: stored_linear(source, linear) for role, linear in layer.linears.items()}
+            activation = ffn.activation
+            exact_HT = unsplit_layer(linears, activation, x_TH.double().t().numpy(), exact=True)
+            reference = torch.from_numpy(exact_HT).t()
+            with torch.inference_mode():
+                alone = DenseFFN(whole.layer(layer.index), dtype=ffn.dtype)
+                alone_TH, took = alone(x_TH), _time(alone, x_TH[:tokens], torch.device("cpu"))
+            slowest = max(seconds[layer.index] for _, _, seconds in said)
+            print(  # noqa: T201
+                f"layer {layer.index}: {tp_size} ranks, {tokens} tokens each: error {_error(split_TH, reference):.2e} "
+                f"split, {_error(alone_TH, reference):.2e} unsplit, {_error(split_TH, alone_TH.double()):.2e} between "
+                f"them; {slowest * 1e3:.2f} ms a call, unsplit on the CPU {took * 1e3:.2f}"
+            )
     print("error: root mean square, relative to the unsplit layer in float64")  # noqa: T201
 
 

@@ -9,11 +9,19 @@ import torch.distributed as dist
 
 from reshard.plan.pipeline import Cut
 from reshard_runtime import DenseFFN, load_shard
-from reshard_runtime.reference import exact, unsplit
 from tests.support.builders import Spec, build
 from tests.support.distributed import Ranks
 from tests.support.running import split
-from tests.support.unsplit import TensorCpuKernels, error, part, relative, split_outputs, unsplit_mlp
+from tests.support.unsplit import (
+    TensorCpuKernels,
+    error,
+    exact,
+    part,
+    relative,
+    split_outputs,
+    unsplit_mlp,
+    whole_layer,
+)
 
 HIDDEN, INTERMEDIATE, TOKENS = 512, 2048, 64
 PAIRWISE = {"default": (True, None), "FP32": (True, torch.float32)}
@@ -70,10 +78,9 @@ def test_w8a8_dynamic_is_no_further_from_its_weights_than_unsplit(
     """h is quantized over each rank's columns: its scale is the largest of fewer values, so steps are no larger."""
     build(tmp_path / "model", Spec("modelslim_dynamic", HIDDEN, INTERMEDIATE, computable=True))
     split(tmp_path / "model", tmp_path / "shards", Cut(size))
-    whole = unsplit([load_shard(tmp_path / "shards", rank).layer(0) for rank in range(size)])
     x_TH = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(2)).bfloat16()
-    reference = exact(whole, x_TH)
-    alone = error(DenseFFN(whole)(x_TH), reference)
+    reference = exact(tmp_path / "model", x_TH)
+    alone = error(DenseFFN(whole_layer(tmp_path / "model"))(x_TH), reference)
     together = error(torch.cat(ranks(size).run(_w8a8, tmp_path / "shards", x_TH)), reference)
     # int8 steps of max/127, max about 3.5 of a token's typical value and 8 of h's: off by a step / sqrt(12).
     assert alone <= 0.03

@@ -1,19 +1,14 @@
-"""`python -m reshard_runtime.demo` on whole shard sets, and the unsplit layer that it compares with."""
+"""`python -m reshard_runtime.demo` on whole shard sets."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
-from reshard.errors import ShardError
 from reshard.plan.pipeline import Cut
-from reshard_runtime import load_shard
-from reshard_runtime.reference import exact, unsplit
-from tests.support.builders import RECIPES, Spec, build
+from tests.support.builders import Spec, build
 from tests.support.running import split
 
 TIMEOUT_SECONDS = 180
@@ -98,45 +93,3 @@ def test_an_activation_that_is_not_known_is_one_line_too(tmp_path: Path) -> None
     assert done.returncode == 1
     assert f"error: {tmp_path}/shards: layer 0: its activation is situ, whose formula is not known here" in done.stderr
     assert done.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize("layout", ["fused", "separate"])
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_the_parts_make_the_unsplit_layer(tmp_path: Path, recipe: str, layout: str) -> None:
-    build(tmp_path / "model", Spec(recipe, 256, 512, computable=True))
-    for size in (1, 4):
-        split(tmp_path / "model", tmp_path / f"tp{size}", Cut(size, layout=layout))
-    layer = unsplit([load_shard(tmp_path / "tp4", rank).layer(1) for rank in range(4)])
-    wanted = load_shard(tmp_path / "tp1", 0).layer(1)
-    for found, linear in ((layer.gate_up, wanted.gate_up), (layer.down, wanted.down)):
-        assert found.tensors.keys() == linear.tensors.keys()
-        for suffix, tensor in linear.tensors.items():
-            torch.testing.assert_close(found.tensors[suffix], tensor, rtol=0, atol=0, msg=f"{linear.name}.{suffix}")
-    assert (layer.tp_size, layer.share) == (1, wanted.share)
-
-
-def test_missing_parts_are_refused(tmp_path: Path) -> None:
-    shards = _shards(tmp_path, "bf16", 4)
-    with pytest.raises(ShardError, match=r"parts of ranks \[0, 2\], wanted are all 4"):
-        unsplit([load_shard(shards, rank).layer(0) for rank in (0, 2)])
-
-
-@pytest.mark.parametrize("recipe", ["bf16", "ct_dynamic", "modelslim_static", "modelslim_fp16_static"])
-def test_exact_is_the_float64_layer(tmp_path: Path, recipe: str) -> None:
-    shards = _shards(tmp_path, recipe, 1)
-    layer = load_shard(shards, 0).layer(0)
-    x_TH = np.random.default_rng(0).standard_normal((3, 256))
-
-    def weight(tensors: dict[str, torch.Tensor]) -> np.ndarray:
-        stored = tensors["weight"].double().numpy()
-        if recipe == "bf16":
-            return stored
-        if "weight_scale" in tensors:
-            return stored * tensors["weight_scale"].double().numpy().reshape(-1, 1)
-        scale = tensors["deq_scale"]
-        numbers = scale.numpy().astype(np.int32).view(np.float32) if scale.dtype == torch.int64 else scale.numpy()
-        return stored * (numbers.astype(np.float64) / tensors["input_scale"].double().numpy())[:, None]
-
-    gate, up = np.split(x_TH @ weight(dict(layer.gate_up.tensors)).T, 2, axis=1)
-    wanted = (gate / (1 + np.exp(-gate)) * up) @ weight(dict(layer.down.tensors)).T
-    np.testing.assert_allclose(exact(layer, torch.from_numpy(x_TH)).numpy(), wanted, rtol=1e-12, atol=1e-12)

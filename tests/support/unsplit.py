@@ -1,15 +1,22 @@
-"""Hugging Face transformers' own unsplit layer, and its parts cut by hand: what split results are compared with."""
+"""Unsplit layers, what split results are compared with: Hugging Face transformers' own, a set's, verify's."""
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from reshard.model.activation import SILU, Activation
-from reshard_runtime import DenseFFN, LayerShard
+from reshard.plan.pipeline import Cut
+from reshard.source.open import describe, open_source
+from reshard.verification.compute import unsplit_layer
+from reshard.verification.reference import stored_linear
+from reshard_runtime import DenseFFN, LayerShard, load_shard
 from reshard_runtime.collectives import Collectives, TensorCollectives
 from reshard_runtime.kernels.cpu import CpuKernels
 from reshard_runtime.shard import LinearShard
+from tests.support.running import split
 
 
 class TensorCpuKernels(CpuKernels):
@@ -43,6 +50,22 @@ def part(mlp: Any, tp_rank: int, tp_size: int) -> LayerShard:
         LinearShard("down_proj", "bf16", None, {"weight": down[:, rows].contiguous()}),
         Activation(SILU),
     )  # fmt: skip
+
+
+def whole_layer(source: Path, index: int = 0) -> LayerShard:
+    """A layer of a checkpoint or set as the one rank of a group of 1 holds it."""
+    with TemporaryDirectory() as folder:  # what is loaded stays mapped
+        split(source, Path(folder, "tp1"), Cut(1))
+        return load_shard(Path(folder, "tp1"), 0).layer(index)
+
+
+def exact(source: Path, x_TH: torch.Tensor, index: int = 0) -> torch.Tensor:
+    """A layer of a checkpoint or set in float64, no token quantized: [T, H], by what verify computes with."""
+    with open_source(str(source)) as opened:
+        layer = next(layer for layer in describe(opened).layers if layer.index == index)
+        linears = {role: stored_linear(opened, linear) for role, linear in layer.linears.items()}
+        assert layer.activation is not None
+        return torch.from_numpy(unsplit_layer(linears, layer.activation, x_TH.double().t().numpy(), exact=True)).t()
 
 
 def split_outputs(

@@ -1,5 +1,6 @@
 """Unsplit layers, what split results are compared with: Hugging Face transformers' own, a set's, verify's."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,6 +18,8 @@ from reshard_runtime.collectives import Collectives, TensorCollectives
 from reshard_runtime.kernels.cpu import CpuKernels
 from reshard_runtime.shard import LinearShard
 from tests.support.running import split
+
+Weights = Mapping[str, torch.Tensor]
 
 
 class TensorCpuKernels(CpuKernels):
@@ -39,9 +42,9 @@ def unsplit_mlp(hidden: int, intermediate: int, dtype: torch.dtype, seed: int = 
     return mlp.to(dtype).requires_grad_(False)
 
 
-def part(mlp: Any, tp_rank: int, tp_size: int) -> LayerShard:
-    """One rank's part of it, cut here by hand."""
-    gate, up, down = (getattr(mlp, f"{role}_proj").weight for role in ("gate", "up", "down"))
+def part(weights: Weights, tp_rank: int, tp_size: int) -> LayerShard:
+    """One rank's part of an MLP's state dict, cut here by hand."""
+    gate, up, down = (weights[f"{role}_proj.weight"] for role in ("gate", "up", "down"))
     rows = slice(tp_rank * len(gate) // tp_size, (tp_rank + 1) * len(gate) // tp_size)
     share = len(gate) // tp_size
     return LayerShard(
@@ -69,10 +72,10 @@ def exact(source: Path, x_TH: torch.Tensor, index: int = 0) -> torch.Tensor:
 
 
 def split_outputs(
-    group: dist.ProcessGroup, mlp: Any, x_TH: torch.Tensor, ways: dict[str, tuple[bool, torch.dtype]]
+    group: dist.ProcessGroup, weights: Weights, x_TH: torch.Tensor, ways: dict[str, tuple[bool, torch.dtype]]
 ) -> dict[str, torch.Tensor]:
     """The rank's outputs for its share of the tokens, by way: (pairwise or by the collective, type of the sums)."""
-    layer = part(mlp, group.rank(), group.size())
+    layer = part(weights, group.rank(), group.size())
     own = x_TH.chunk(group.size())[group.rank()]
     return {
         name: DenseFFN(layer, group, reduce_dtype=dtype, kernels=CpuKernels() if pairwise else TensorCpuKernels())(own)

@@ -29,6 +29,8 @@ def contradiction(module: str, found: Stored, said: Sequence[QuantSpec], quantiz
     scheme, option, fits, formats = scheme_of(first.kind), _option(found), variants_of(found), names_of_formats(found)
     right = next((other for other in said[1:] if _is(other, found) and scheme_of(other.kind) != scheme), None)
     stale = _MENDS.get(file, f"{file} is not of these weights: give the one that was written with them")
+    if file == MANIFEST:
+        return _error(module, found, (first,), "", stale)
     if right is not None:
         same = f"make both places in {file} say that" if _file(right) == file else stale
         ways = (same, option) if is_split(right.kind) else (_NOT_SPLIT, "")

@@ -11,7 +11,6 @@ from reshard.errors import LayersError, ReshardError, SchemeError
 from reshard.model.naming import CONFIG, MANIFEST
 from reshard.quantization.accounts import Account, Accounts, list_accounts
 from reshard.quantization.formats import (
-    Stored,
     as_kind,
     is_quantized_name,
     names_of_formats,
@@ -24,7 +23,9 @@ from reshard.quantization.refusals import OPTION, contradiction, no_account, two
 from reshard.schemes import (
     BLOCK,
     FLOAT,
+    SCHEMES,
     QuantSpec,
+    Stored,
     Variant,
     check_kind,
     check_scheme,
@@ -34,8 +35,6 @@ from reshard.schemes import (
     scheme_of,
 )
 from reshard.tensors.dtypes import FLOATS
-
-_PLAIN = "bf16"
 
 
 class Schemes:
@@ -68,7 +67,8 @@ class Schemes:
             if error is not None:
                 raise error
             check_kind(module, spec, tensors_text(found, shapes=False))
-        return match_variant(module, spec, found), spec.block
+        variant = match_variant(module, spec, found)
+        return variant, variant.block or spec.block
 
     def warnings(self) -> Iterable[str]:
         """What was taken though something speaks against it. Raises SchemeError where `--scheme` was of no linear."""
@@ -91,7 +91,7 @@ class Schemes:
                     f"{MANIFEST}: its layers lack that of {module}, whose tensors the shards hold; copy the set again"
                 )
             yield spec_of_scheme(said.scheme, [said.block or BLOCK], MANIFEST, found)
-        elif scheme is not None and (not is_plain(found) or scheme == _PLAIN):
+        elif scheme is not None and (not is_plain(found) or SCHEMES[scheme].is_float):
             self._option_used = True
             others = list(self._read(self._accounts, module))
             blocks = [spec.block for spec in others if spec.block and scheme_of(spec.kind) == scheme]

@@ -14,7 +14,7 @@ from reshard.model.config import language_config, read_model_config
 from reshard.source.open import describe, open_source
 from reshard.synth.plan import SynthOptions, plan_checkpoint
 from reshard.synth.schemes import RECIPES
-from reshard.synth.write import synthesise, write_checkpoint
+from reshard.synth.write import SynthResult, Tick, write_checkpoint
 from reshard.tensors.numeric import to_f32
 from tests.support.builders import Raw, dense_only, read_folder
 from tests.support.paths import CONFIGS
@@ -48,9 +48,13 @@ def array(raw: Raw) -> np.ndarray:
     return np.frombuffer(data, _NUMPY[dtype]).reshape(shape)
 
 
+def make(config: dict[str, Any], folder: Path, options: SynthOptions, tick: Tick = lambda nbytes: None) -> SynthResult:
+    return write_checkpoint(plan_checkpoint(config, options), folder, tick)
+
+
 def small(folder: Path, scheme: str, **options: Any) -> dict[str, Raw]:
     """A small R1 of four layers: three dense ones, one mixture, and the prediction block."""
-    synthesise(config_of("deepseek-r1"), folder, SynthOptions(scheme, SMALL, 4, **options))
+    make(config_of("deepseek-r1"), folder, SynthOptions(scheme, SMALL, 4, **options))
     return read_folder(folder)
 
 
@@ -154,7 +158,7 @@ def test_files_are_named_as_the_tool_names_them(tmp_path: Path, scheme: str) -> 
 @pytest.mark.parametrize("scheme", RECIPES)
 def test_reads_back(tmp_path: Path, scheme: str, model: str) -> None:
     config = config_of(model)
-    synthesise(config, tmp_path / "out", SynthOptions(scheme, SMALL, 4, sparse=True))
+    make(config, tmp_path / "out", SynthOptions(scheme, SMALL, 4, sparse=True))
     with open_source(str(tmp_path / "out")) as source:
         checkpoint = describe(source)
     written = json.loads((tmp_path / "out/config.json").read_text())
@@ -301,7 +305,7 @@ def test_full_scale_changes_only_the_quantization() -> None:
 
 
 def test_first_layers(tmp_path: Path) -> None:
-    synthesise(config_of("deepseek-r1"), tmp_path, SynthOptions(scale=SMALL, layers=2, sparse=True))
+    make(config_of("deepseek-r1"), tmp_path, SynthOptions(scale=SMALL, layers=2, sparse=True))
     names = set(read_folder(tmp_path))
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["num_hidden_layers"], config["first_k_dense_replace"]) == (2, 2)
@@ -335,7 +339,7 @@ def test_dense_only_of_r1_is_what_the_split_reads() -> None:
 
 def test_sparse_r1(tmp_path: Path) -> None:
     ticks: list[int] = []
-    result = synthesise(config_of("deepseek-r1"), tmp_path, SynthOptions("fp8_block", sparse=True), tick=ticks.append)
+    result = make(config_of("deepseek-r1"), tmp_path, SynthOptions("fp8_block", sparse=True), tick=ticks.append)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) == result.files == len(ticks) == 163
     assert (result.tensors, result.tensor_bytes) == (91_991, 688_574_839_360)
@@ -351,7 +355,7 @@ def test_sparse_r1(tmp_path: Path) -> None:
 def test_any_number_of_files(tmp_path: Path, shards: int) -> None:
     config = config_of("deepseek-r1", n_routed_experts=16, n_group=1, topk_group=1)
     options = SynthOptions(scale=Fraction(1, 128), layers=4, shards=shards, sparse=True)
-    result = synthesise(config, tmp_path, options)
+    result = make(config, tmp_path, options)
     assert result.tensors == 85  # so the largest number gives each a file of its own
     assert len(list(tmp_path.glob("*.safetensors"))) == result.files == shards
     assert all(json.loads(h) for h in map(_header, tmp_path.glob("*.safetensors")))

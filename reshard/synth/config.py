@@ -6,8 +6,7 @@ from math import floor
 from typing import Any
 
 from reshard.errors import UsageError
-from reshard.model.config import read_model_config
-from reshard.model.config.experts import experts_key
+from reshard.model.config import experts_key, read_model_config
 from reshard.model.config.values import number
 
 _TILE = 16  # sizes of matrices stay whole tiles of the matrix units
@@ -74,7 +73,7 @@ def _scale(config: dict[str, Any], scale: Fraction) -> None:
 
 
 def _scale_experts(config: dict[str, Any], scale: Fraction) -> None:
-    key = experts_key(config)
+    key = experts_key(config, named=True)
     if key is None:
         return
     before = number(config, key)

@@ -9,8 +9,7 @@ from enum import Enum
 from typing import Any
 
 from reshard.errors import SourceError
-from reshard.model.config import known_dense_layers, read_model_config
-from reshard.model.config.experts import experts_key
+from reshard.model.config import experts_key, known_dense_layers, read_model_config
 from reshard.model.config.values import number
 from reshard.model.naming import CONFIG, DOWN, PREFIX, ROLES, layer_name
 
@@ -90,7 +89,7 @@ class _Model:
         self._family = _FAMILIES[self._model.model_type]
         self._dense = known_dense_layers(self._model)
         self._hidden = self._model.hidden_size
-        self._experts = experts_key(config)
+        self._experts = experts_key(config, named=True)
 
     def parameters(self) -> Iterator[Parameter]:
         first_mtp, prefix = self._model.num_hidden_layers, self._prefix
@@ -103,7 +102,7 @@ class _Model:
             # It stands beside the `model` whose layers these are, or at the top.
             above = prefix.removesuffix("model.") if f".{prefix}".endswith(".model.") else ""
             yield Parameter(f"{above}lm_head.weight", table, Kind.HEAD)
-        for layer in range(first_mtp, first_mtp + self._model.prediction_layers):
+        for layer in range(first_mtp, first_mtp + self._model.mtp_layers):
             yield from _within(layer_name(prefix, layer), self._mtp_layer(table))
 
     def _mtp_layer(self, table: tuple[int, int]) -> Iterator[Parameter]:
@@ -166,7 +165,7 @@ class _Model:
             yield Parameter("rotary_emb.inv_freq", (self._hidden // heads // 2,), Kind.FREQUENCIES)
 
     def _mixture(self) -> Iterator[Parameter]:
-        if self._experts not in ("n_routed_experts", "num_experts"):
+        if self._experts is None:
             raise SourceError(f"{CONFIG}: {self._model.reason}: the experts' names are not known here")
         experts, inner = self._size(self._experts), self._size("moe_intermediate_size")
         yield Parameter("gate.weight", (experts, self._hidden), Kind.HEAD)
@@ -194,8 +193,7 @@ class _Model:
         yield Parameter(f"{module}.weight", (width or self._hidden,), Kind.NORM)
 
     def _size(self, key: str, default: int | None = None) -> int:
-        """A size from 1, also where there is a default. Raises SourceError naming the key."""
-        return default if default is not None and self._config.get(key) is None else number(self._config, key)
+        return number(self._config, key, default, least=1)
 
 
 def _within(module: str, parameters: Iterable[Parameter]) -> Iterator[Parameter]:

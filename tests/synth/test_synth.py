@@ -119,9 +119,20 @@ def test_attention_follows_the_family() -> None:
     assert names("kimi-k2") == latent | low_rank | {"rotary_emb.inv_freq"}
 
 
-def test_tied_embeddings_have_no_head() -> None:
-    plan = plan_checkpoint(config_of("llama-3.1-8b", tie_word_embeddings=True), SynthOptions())
-    assert "lm_head.weight" not in {tensor.name for file in plan.files for tensor in file.tensors}
+@pytest.mark.parametrize(
+    ("model", "tied", "head"),
+    [
+        ("llama-3.1-8b", True, []),
+        ("llama-3.1-8b", False, ["lm_head.weight"]),
+        ("glm-4.5v", False, ["lm_head.weight"]),
+        ("kimi-k2.5", False, ["language_model.lm_head.weight"]),
+    ],
+)
+def test_the_head_stands_beside_the_model_or_at_the_top(model: str, tied: bool, head: list[str]) -> None:
+    config = config_of(model, tie_word_embeddings=tied) if tied else config_of(model)
+    plan = plan_checkpoint(config, SynthOptions(scale=SMALL, layers=1))
+    names = [tensor.name for file in plan.files for tensor in file.tensors]
+    assert [name for name in names if "lm_head" in name] == head
 
 
 def test_modelslim_leaves_what_its_recipes_leave(tmp_path: Path) -> None:

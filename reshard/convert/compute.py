@@ -40,7 +40,7 @@ def computed_readers(source: Source, stored: Checkpoint, checkpoint: Checkpoint)
     for before, after in zip(stored.layers, checkpoint.layers, strict=True):
         for role in ROLES:
             made = after.linears[role].tensors
-            if made["weight"].parts:
+            if made["weight"].extents:
                 continue
             values = _Values(source, before.linears[role])
             scales = _RowScales(values, made["weight_scale"].dtype if "weight_scale" in made else "F32")

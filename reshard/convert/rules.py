@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from reshard.checkpoint.description import Checkpoint, Conversion, Layer, Linear, Tensor
+from reshard.checkpoint.description import Checkpoint, Layer, Linear, Tensor
 from reshard.errors import SchemeError
+from reshard.manifest import Conversion
 from reshard.model.naming import CONFIG, ROLES
 from reshard.quantization import without_quantization
 from reshard.quantization.description import DESCRIPTION
@@ -73,7 +74,7 @@ def _linear(linear: Linear, module: str, target: Variant) -> Linear:
         )
     rule = QUANTIZE if not is_float else CAST if scheme == "bf16" else DEQUANTIZE
     inputs = tuple(linear.tensors[tensor.suffix].name for tensor in linear.variant.tensors)
-    conversion = Conversion(rule, inputs)
+    conversion = Conversion(rule=rule, inputs=inputs)
     out_features = weight.shape[0]
     forms = {
         "weight": ("BF16" if is_float else "I8", weight.shape),

@@ -146,7 +146,7 @@ def _check_types(checkpoint: Checkpoint) -> None:
 
 def _size(checkpoint: Checkpoint, plan: Plan, profile: Profile, options: Options, unsplit: int | None) -> Size:
     model = checkpoint.model
-    padded = plan.padding.padded_intermediate_size if plan.padding else model.intermediate_size
+    padded = plan.padding.padded if plan.padding else model.intermediate_size
     share, held = padded // plan.tp_size, _held(checkpoint, plan)
     ways = [
         (way_of(layer.linears[GATE].variant.scheme), way_of(layer.linears[DOWN].variant.scheme))

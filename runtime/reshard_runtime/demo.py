@@ -42,7 +42,7 @@ def main(
         manifest, _ = read_manifest(shards)
         tp_size = manifest.tp_size
         for layer in manifest.layers:
-            problem = not_computed(layer.read_activation())
+            problem = not_computed(layer.activation)
             if problem is not None:
                 raise ShardError(f"{shards}: layer {layer.index}: {problem}")
         if device not in _BACKENDS:

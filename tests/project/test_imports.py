@@ -21,6 +21,7 @@ VOCABULARY = (
     "fit",
     "model.activation",
     "model.naming",
+    "model.parts",
     "source.opened",
     "source.recognise",
     "source.weights",

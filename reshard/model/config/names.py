@@ -2,10 +2,9 @@
 
 from collections.abc import Collection
 
-from reshard.checkpoint.description import numbers
 from reshard.errors import LayersError
 from reshard.model.config.read import ModelConfig
-from reshard.model.naming import CONFIG
+from reshard.model.naming import CONFIG, numbers
 
 
 def agree_on_dense(named: Collection[int], model: ModelConfig) -> tuple[str, ...]:

@@ -187,7 +187,7 @@ class Manifest(_Strict):
     def _complete(self) -> "Manifest":
         ranks = [shard.tp_rank for shard in self.shards]
         if ranks != list(range(self.tp_size)):
-            raise ValueError(f"shards are of ranks {ranks}, expected 0 to {self.tp_size - 1}")
+            raise ValueError(f"shards are of ranks {ranks}, expected 0 to {self.tp_size - 1} for tp_size {self.tp_size}")
         for shard in self.shards:
             wanted = shard_file(shard.tp_rank, self.tp_size)
             if shard.file != wanted:

@@ -60,7 +60,7 @@ def read_checkpoint(source: Source, scheme: str | None = None) -> Checkpoint:
 
 
 def _concerns(config: Mapping[str, Any] | None) -> Callable[[str], bool]:
-    """Whether a name is a DenseFFN tensor's. A prediction block's, behind the last layer, is not."""
+    """Whether a name is a DenseFFN tensor's. An MTP layer's, behind the last layer, is not."""
     layers = read_model_config(config).num_hidden_layers if config is not None else None
 
     def concerns(name: str) -> bool:

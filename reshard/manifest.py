@@ -87,7 +87,10 @@ class SourceFile(_Strict):
 class Source(_Strict):
     """Where the weights come from: a folder's name, also on another file system, or a hub repository and its commit."""
 
-    kind: Annotated[str, Field(min_length=1, description="folder, hub, or remote: a folder on another file system")]
+    kind: Annotated[
+        str,
+        Field(min_length=1, description="as the source says: folder, hub, remote (a folder on another file system)"),
+    ]
     name: str
     commit: str | None
     sample_blake3: Annotated[str, Field(pattern=_HEX, description="BLAKE3 of some bytes of every DenseFFN tensor")]
@@ -187,7 +190,7 @@ class Manifest(_Strict):
     def _complete(self) -> "Manifest":
         ranks = [shard.tp_rank for shard in self.shards]
         if ranks != list(range(self.tp_size)):
-            raise ValueError(f"shards are of ranks {ranks}, expected 0 to {self.tp_size - 1} for tp_size {self.tp_size}")
+            raise ValueError(f"shards are of ranks {ranks}, tp_size {self.tp_size} makes it 0 to {self.tp_size - 1}")
         for shard in self.shards:
             wanted = shard_file(shard.tp_rank, self.tp_size)
             if shard.file != wanted:

@@ -76,7 +76,7 @@ def check_origin(manifest: Manifest, original: Checkpoint, name: str) -> list[Fi
         hint = "the same weights in other files? reshard verify --source compares the bytes"
         return [replace(wrong[0], message=f"{wrong[0].message}; {hint}"), *wrong[1:]]
     files = len(manifest.source.files)
-    cut, there = (_repository(s.kind, s.name, s.commit) for s in (manifest.source, original.identity))
+    cut, there = (_repository(s.name, s.commit) for s in (manifest.source, original.identity))
     if cut and there and cut != there:
         line = (
             f"the set was cut from {cut}, this is {there}: files of the same names, sizes and headers, which may hold "
@@ -105,8 +105,8 @@ def _cut_anew(manifest: Manifest, checkpoint: Checkpoint | None, tp_sizes: tuple
     return why
 
 
-def _repository(kind: str, name: str, commit: str | None) -> str | None:
-    return f"{name} at commit {commit}" if kind == "hub" and commit else None
+def _repository(name: str, commit: str | None) -> str | None:
+    return f"{name} at commit {commit}" if commit else None
 
 
 def plan_of(manifest: Manifest, checkpoint: Checkpoint, layout: str, tp_ranks: Iterable[int] | None = None) -> Plan:

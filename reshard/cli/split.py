@@ -82,12 +82,12 @@ def split(
 
 def _same(source: str, out: str) -> bool:
     """Whether two addresses are one place."""
-    from reshard.source.address import parse_address, parse_target
+    from reshard.source.address import FOLDER, parse_address, parse_target
 
     one, other = parse_address(source), parse_target(out)
     if one.kind != other.kind:
         return False
-    if one.kind == "folder":
+    if one.kind == FOLDER:
         return Path(one.place).exists() and Path(other.place).exists() and Path(one.place).samefile(other.place)
     from reshard.source.filesystems import same_place
 

@@ -110,6 +110,12 @@ def _fetch(source: Source, tensor: Tensor, top: int, bottom: int) -> Bytes:
     return out
 
 
+def stored_linear(source: Source, linear: Linear) -> LinearGrids:
+    """A linear as the source has it, not converted."""
+    grids = {suffix: stored_grid(source, tensor) for suffix, tensor in linear.tensors.items()}
+    return LinearGrids(linear.variant.scheme, linear.block, grids)
+
+
 class Reference:
     """A source's linears, as a manifest says that they were converted."""
 
@@ -132,10 +138,10 @@ class Reference:
             both = " and ".join(sorted(str(rule) for rule in rules))
             raise MismatchError(f"{MANIFEST} gives its tensors different conversions: {both}")
         (rule,) = rules
-        stored = {suffix: stored_grid(self._source, tensor) for suffix, tensor in linear.tensors.items()}
-        before = linear.tensors["weight"].conversion
+        found = stored_linear(self._source, linear)
+        stored, before = found.tensors, linear.tensors["weight"].conversion
         if rule is None or (before and before.rule == rule):  # a source that is a converted set itself
-            return LinearGrids(linear.variant.scheme, linear.block, stored)
+            return found
         scale = next((stored[suffix] for suffix in SCALES if suffix in stored), None)
         _check_rule(rule, stored, linear.block)
         values = scaled(stored["weight"], scale, linear.block)

@@ -3,7 +3,7 @@
 import contextlib
 from pathlib import Path
 
-from reshard.source.address import parse_target
+from reshard.source.address import FOLDER, parse_target
 from reshard.writer.folder import OutputFolder
 from reshard.writer.target import Target
 from reshard.writer.team import Alone, Place, Team
@@ -14,7 +14,7 @@ def open_target(address: str | Path) -> Target:
     if isinstance(address, Path):
         return OutputFolder(address)
     found = parse_target(address)
-    if found.kind == "folder":
+    if found.kind == FOLDER:
         return OutputFolder(Path(found.place))
     from reshard.writer.remote import RemoteTarget  # asyncio and a driver, which a folder does without
 

@@ -82,7 +82,8 @@ class Ranks:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")  # which has imported once what each of them needs
+        context.set_forkserver_preload(["pytest", "torch", "torch.distributed", "numpy", "reshard_runtime"])
         meeting = Path(tempfile.mkdtemp()) / "ranks"
         for rank in range(self.size):
             here, there = context.Pipe()

@@ -88,7 +88,7 @@ class Linear:
     @property
     def scale_block(self) -> tuple[int, int] | None:
         """The block, where scales stand for blocks."""
-        return self.block if any(rule.in_blocks for rule in self.variant.tensors) else None
+        return self.block if self.variant.in_blocks else None
 
     @property
     def entry(self) -> LinearScheme:

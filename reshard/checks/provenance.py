@@ -6,7 +6,7 @@ from reshard.checkpoint.description import Checkpoint
 from reshard.checks.finding import Finding
 from reshard.manifest import Manifest
 from reshard.model.naming import MANIFEST
-from reshard.plan.manifest_builder import summary
+from reshard.schemes import summary
 
 
 def compare_identity(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Finding]:
@@ -51,6 +51,6 @@ def compare_model(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Findin
                 "cut it again",
             )
     # Each layer's own is checked against the source, so this one is against those.
-    scheme = summary(linear.scheme for layer in manifest.layers for linear in layer.linears.values())
+    scheme = summary({linear.scheme for layer in manifest.layers for linear in layer.linears.values()})
     if manifest.scheme != scheme:
         yield Finding("model", MANIFEST, f"its scheme is {manifest.scheme}, its layers make it {scheme}")

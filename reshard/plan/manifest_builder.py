@@ -9,8 +9,7 @@ from reshard import __version__
 from reshard.checkpoint.description import Checkpoint, Layer
 from reshard.manifest import SCHEMA, Generator, LayerEntry, Manifest, Shard, SideFile, Source
 from reshard.plan.plan import Plan
-
-_UNQUANTIZED = "bf16"
+from reshard.schemes import summary
 
 
 def make_manifest(checkpoint: Checkpoint, plan: Plan, sample: str, shards: Sequence[Shard]) -> Manifest:
@@ -24,15 +23,9 @@ def fingerprint(checkpoint: Checkpoint, plan: Plan, sample: str) -> str:
     return blake3(frame.to_json()).hexdigest()
 
 
-def summary(schemes: Iterable[str]) -> str:
-    """One word for a checkpoint: the scheme of what is quantized, `bf16` if nothing is, `mixed` if they differ."""
-    quantized = set(schemes) - {_UNQUANTIZED}
-    return "mixed" if len(quantized) > 1 else next(iter(quantized), _UNQUANTIZED)
-
-
 def scheme_name(layers: Iterable[Layer]) -> str:
-    """The same of layers."""
-    return summary(linear.variant.scheme for layer in layers for linear in layer.linears.values())
+    """One word for a checkpoint, see reshard.schemes.summary."""
+    return summary({linear.variant.scheme for layer in layers for linear in layer.linears.values()})
 
 
 def layer_entries(layers: Iterable[Layer]) -> list[LayerEntry]:

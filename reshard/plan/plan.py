@@ -15,7 +15,7 @@ from reshard.errors import AlignmentError
 from reshard.manifest import Conversion, Padding, Shard, ShardTensor, Slice
 from reshard.model.naming import MAX_TP_SIZE, shard_file, shard_metadata
 from reshard.model.parts import Module, Parallel
-from reshard.schemes import Cut
+from reshard.schemes import Placement
 from reshard.tensors.dtypes import itemsize, nbytes
 from reshard.tensors.header import encode_header
 
@@ -179,7 +179,7 @@ def _tensors(name: str, module: Module, linears: Sequence[Linear], share: int, t
         slices: list[Slice] = []
         if cut.dim is None:
             same_as = tuple(tensor.name for tensor in tensors[1:] if tensor.name != first.name)
-            if cut is Cut.REPLICATED or tp_rank == 0:
+            if cut is Placement.REPLICATED or tp_rank == 0:
                 slices.append(_slice(first, 0, 0, first.rows, 0))
         else:
             block = linears[0].block if rule.in_blocks else None

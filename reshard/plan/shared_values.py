@@ -8,7 +8,7 @@ import numpy as np
 from reshard.checkpoint.description import Checkpoint, Tensor
 from reshard.errors import SchemeError
 from reshard.model.parts import Parallel
-from reshard.schemes import Cut
+from reshard.schemes import Placement
 from reshard.tensors.byte_grid import BlockReader, read_whole
 from reshard.tensors.numeric import storage, to_f32
 
@@ -18,7 +18,7 @@ def check_shared_values(checkpoint: Checkpoint, reader: Callable[[Tensor], Block
     for layer in checkpoint.layers:
         for module, linears in layer.modules("fused"):
             for rule in linears[0].variant.tensors:
-                if (rule.column if module.parallel is Parallel.COLUMN else rule.row) is not Cut.REPLICATED:
+                if (rule.column if module.parallel is Parallel.COLUMN else rule.row) is not Placement.REPLICATED:
                     continue
                 for one, other in pairwise(linear.tensors[rule.suffix] for linear in linears):
                     first, second = read_whole(reader(one), one), read_whole(reader(other), other)

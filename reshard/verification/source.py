@@ -223,8 +223,8 @@ def _check_scheme(manifest: Manifest, index: int, group: Group, linear: LinearGr
         recorded = layer.linears.get(DENSE_FFN.stacked(group.module).name)
         if layer.index != index or recorded is None:
             continue
-        if recorded.scheme != linear.scheme:
-            line = f"{MANIFEST} says that it is {recorded.scheme}, the source makes it {linear.scheme}"
+        if recorded.scheme != linear.scheme.name:
+            line = f"{MANIFEST} says that it is {recorded.scheme}, the source makes it {linear.scheme.name}"
             yield Finding("model", where, line)
         if recorded.block != linear.block:
             line = f"{MANIFEST} says that its block is {recorded.block}, the source's is {linear.block}"

@@ -30,7 +30,7 @@ def linears_of(
                 f"{file}: {name}: {len(gate['weight'])} rows of gate are no multiple of the {rows}-row scale block, so "
                 "up cannot be stacked below them; cut the set again with --layout fused"
             )
-        gate_up = _stacked(name, layer.gate_up_proj, gate, up, file)
+        gate_up = _stacked(name, layer.linears[GATE_UP].scheme, gate, up, file)
     return (
         LinearShard(name, layer.linears[GATE_UP].scheme, layer.linears[GATE_UP].block, gate_up),
         LinearShard(f"{mlp}.{DOWN}", layer.linears[DOWN].scheme, layer.linears[DOWN].block, of(DOWN)),

@@ -25,7 +25,6 @@ VOCABULARY = (
     "schemes",
     "schemes.match",
     "schemes.table",
-    "tensors.dtypes",
     "tensors.tiles",
     "source.opened",
     "source.recognise",

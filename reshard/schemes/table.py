@@ -304,10 +304,15 @@ WAY_OUT = (
 )
 
 
+def unknown_scheme(name: str) -> str:
+    """What is said of a scheme that is not in the table."""
+    return f"unknown scheme {name}; supported are {', '.join(SCHEMES)}"
+
+
 def scheme_named(name: str, where: str) -> Scheme:
     """A row of SCHEMES. Raises SchemeError, which names `where`, for what is not in the table."""
     if name not in SCHEMES:
-        raise SchemeError(f"{where}: unknown scheme {name}; supported are {', '.join(SCHEMES)}")
+        raise SchemeError(f"{where}: {unknown_scheme(name)}")
     return SCHEMES[name]
 
 

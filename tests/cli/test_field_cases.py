@@ -47,8 +47,8 @@ WRAPPED, GLM, VL2 = "language_model.model.", "model.language_model.", "language.
 SECOND = "model-00002-of-00003.safetensors"
 ALONE = "taken from names alone"
 DIFFERENT_SCALES = (
-    "gate_proj.weight_scale is 0.0060416325, model.layers.0.mlp.up_proj.weight_scale is 0.00864976738; the fused layout "
-    "holds one for both: use --layout separate"
+    "gate_proj.weight_scale is 0.0060416325, model.layers.0.mlp.up_proj.weight_scale is 0.00864976738; the fused "
+    "layout holds one for both: use --layout separate"
 )
 EXPECTED: dict[str, Cut | Refused] = {
     "a01-kimi-k25-int4": Cut("bf16", (0,), prefix=WRAPPED),

@@ -101,21 +101,22 @@ SCALED = ["fp8_block", "fp8_block_ue8m0", "ct_fp8_block", "ct_fp8_channel", "fp8
           "ct_fp8_tensor", "modelslim_mxfp8", "int8_block"]  # fmt: skip
 
 
+@pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("layout", ["fused", "separate"])
 @pytest.mark.parametrize("recipe", SCALED)
-def test_what_is_loaded_is_weight_times_scale(tmp_path: Path, recipe: str, layout: str) -> None:
+def test_what_is_loaded_is_weight_times_scale(tmp_path: Path, recipe: str, layout: str, size: int) -> None:
     tensors = build(tmp_path / "model", Spec(recipe, HIDDEN, INTERMEDIATE, dense=1))
-    split(tmp_path / "model", tmp_path / "shards", Cut(2, layout))
-    check_loaded(tmp_path / "shards", tensors)
+    split(tmp_path / "model", tmp_path / "shards", Cut(size, layout))
+    check_loaded(tmp_path / "shards", tensors, size)
 
 
-def check_loaded(shards: Path, tensors: dict[str, Raw]) -> None:
+def check_loaded(shards: Path, tensors: dict[str, Raw], size: int) -> None:
     gate, up, down = (golden(tensors, f"model.layers.0.mlp.{role}_proj") for role in ("gate", "up", "down"))
-    for rank in range(2):
+    for rank in range(size):
         layer = load_shard(shards, rank).layer(0)
-        expected = torch.cat([gate.chunk(2)[rank], up.chunk(2)[rank]])
+        expected = torch.cat([gate.chunk(size)[rank], up.chunk(size)[rank]])
         assert torch.equal(layer.gate_up.tensors["weight"], expected)
-        assert torch.equal(layer.down.tensors["weight"], down.chunk(2, dim=1)[rank])
+        assert torch.equal(layer.down.tensors["weight"], down.chunk(size, dim=1)[rank])
 
 
 @pytest.mark.parametrize("recipe", ["fp8_tensor", "fp8_tensor_static"])
@@ -137,7 +138,7 @@ def test_gate_and_up_may_have_scales_of_their_own_where_they_lie_apart(tmp_path:
     assert "use --layout separate" in refused.err
     shards = tmp_path / "shards"
     done("split", source, shards, "--tp", 2, "--layout", "separate", "--quiet")
-    check_loaded(shards, tensors)
+    check_loaded(shards, tensors, 2)
     assert len(done("verify", shards, "--source", source, "--format", "json").document["layers"]) == 1
     done("merge", shards, tmp_path / "merged", "--quiet")
     assert read_folder(tmp_path / "merged") == dense_only(tensors)
@@ -168,7 +169,7 @@ def test_an_unknown_scheme_is_refused_everywhere_alike(tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     split(tmp_path / "model", shards, Cut(2))
     manifest = json.loads((shards / "manifest.json").read_text())
-    manifest["layers"][0]["down_proj"] = "w4a4"
+    manifest["layers"][0]["linears"]["down_proj"]["scheme"] = "w4a4"
     (shards / "manifest.json").write_text(json.dumps(manifest))
     says = f"unknown scheme w4a4; supported are {', '.join(SCHEMES)}"
     for command in (

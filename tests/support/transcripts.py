@@ -12,7 +12,7 @@ def commands_of(text: str, prompt: str = r"^\$ ") -> list[tuple[str, str]]:
 
 
 def check_output(done: Done, output: str) -> None:
-    """That a command printed what a page shows, but for the rounding that depends on a processor's order of additions."""
+    """That a command printed what a page shows, but for a rounding that depends on the processor."""
     printed = "\n".join(line.rstrip() for line in (done.out + done.err).splitlines())
     assert _steady(printed) == _steady(output.rstrip())
 

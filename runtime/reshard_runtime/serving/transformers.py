@@ -18,7 +18,7 @@ from reshard.manifest import Manifest
 from reshard.model.naming import CONFIG, GATE_UP, ROLES
 from reshard.source.weights import INDEX_ENDING, SINGLE, TRANSFORMERS_KEY
 from reshard_runtime.ffn import DenseFFN
-from reshard_runtime.group import agree
+from reshard_runtime.group import agreement
 from reshard_runtime.kernels import device_of
 from reshard_runtime.loader import load_shard, read_manifest
 from reshard_runtime.probe import disagreement
@@ -44,14 +44,9 @@ def attach(
     Raises ShardError, on all ranks and with the model as it was, where its dense layers or sizes are not the shards',
     or what its MLPs compute between their matrices: that is asked of their own code, with a few values.
     """
-    problem: Exception | None = None
-    held: dict[int, LayerShard] = {}
-    try:
+    with agreement(group):
         decoder = decoder_of(model)
         held = _held(model, decoder, shards, group)
-    except Exception as error:  # whatever it is, the others must not wait for this rank
-        problem = error
-    agree(group, {}, problem)
     own: dict[str, Any] = {"dtype": next(decoder.module.parameters()).dtype}
     made = {index: DenseFFN(layer, group, **(own | options)) for index, layer in held.items()}
     for index, ffn in made.items():
@@ -75,13 +70,8 @@ def load_model(
 
     Everything else is loaded by transformers' own `from_pretrained`. Raises as `attach` does.
     """
-    model: Any = None
-    problem: Exception | None = None
-    try:
+    with agreement(group):
         model = _load(path, dtype, Path(shards)).to(device_of(device)).eval()
-    except Exception as error:  # whatever it is, the others must not wait for this rank
-        problem = error
-    agree(group, {}, problem)
     return attach(model, shards, group, **options)
 
 

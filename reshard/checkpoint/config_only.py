@@ -12,8 +12,8 @@ from reshard.model.config import known_dense_layers, language_levels, read_model
 from reshard.model.naming import CONFIG, DOWN, GATE, PREFIX, ROLES, UP, WRAPPED, mlp_name
 from reshard.model.prefix import is_known_wrapper, published_prefix
 from reshard.quantization import Accounts, check_transforms, list_accounts
-from reshard.quantization.explain import words
 from reshard.quantization.formats import as_kind
+from reshard.quantization.refusals import words
 from reshard.schemes import BLOCK, FLOAT, VARIANTS, QuantSpec, Shape, TensorRule, Variant, check_kind, check_scheme
 from reshard.source.base import parse_json_object
 

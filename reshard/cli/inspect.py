@@ -116,8 +116,7 @@ def _show(output: Output, document: dict[str, Any]) -> None:
                 rows.append(
                     [tensor["name"], linear["scheme"], tensor["dtype"], shape, size_text(tensor["bytes"]), where]
                 )
-    columns = ("tensor", "scheme", "dtype", "shape", "size", "where")
-    output.table([(c, "right" if c == "size" else "left") for c in columns], rows)
+    output.table(("tensor", "scheme", "dtype", "shape", ">size", "where"), rows)
     output.text()
     model, shard_set = document["model"], document.get("shard_set")
     dense = size_text(document["dense_bytes"])

@@ -29,7 +29,7 @@ def merge(
             output.json({"out": str(done.out), "index": INDEX, "files": [vars(file) for file in done.files]})
             return
         output.table(
-            [("file", "left"), ("tensors", "right"), ("size", "right"), ("blake3", "left")],
+            ("file", ">tensors", ">size", "blake3"),
             [[f.name, str(f.tensors), size_text(f.size), f.blake3[:16]] for f in done.files],
         )
         output.text()

@@ -43,3 +43,13 @@ def parse_sizes(text: str | None) -> tuple[int, ...]:
         if not digits or not 1 <= int(part) <= MAX_TP_SIZE:
             raise UsageError(f"--tp {text}: {part!r} is no group size; write them as 4,8, each from 1 to {MAX_TP_SIZE}")
     return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+def parse_list(text: str, option: str) -> list[str]:
+    """Words between commas, each once. Raises UsageError where one is left out."""
+    from reshard.errors import UsageError
+
+    words = [word.strip() for word in text.split(",")]
+    if "" in words:
+        raise UsageError(f"{option} {text!r}: expected a list with commas, with nothing left out")
+    return list(dict.fromkeys(words))

@@ -170,7 +170,7 @@ def _report(output: Output, prepared: "Prepared", out: str, result: "SplitResult
         output.json(document)
         return
     output.table(
-        [("rank", "right"), ("file", "left"), ("size", "right"), ("blake3", "left")],
+        (">rank", "file", ">size", "blake3"),
         [
             [
                 str(shard.tp_rank),

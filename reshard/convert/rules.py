@@ -17,8 +17,7 @@ from typing import Any
 from reshard.checkpoint.description import Checkpoint, Conversion, Layer, Linear, Tensor
 from reshard.errors import SchemeError
 from reshard.model.naming import CONFIG, ROLES
-from reshard.quantization import without_quantization
-from reshard.quantization.description import DESCRIPTION
+from reshard.quantization import DESCRIPTION, without_quantization
 from reshard.schemes import VARIANTS, Variant
 from reshard.source.base import parse_json_object
 

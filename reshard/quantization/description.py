@@ -10,8 +10,6 @@ from reshard.schemes import QuantSpec
 DESCRIPTION = "quant_model_description.json"
 """What vllm-ascend reads; older tools add a scheme to the name."""
 
-_ASIDE = frozenset({"bias"})  # FLOAT beside a quantized weight
-
 
 def is_description(name: str) -> bool:
     """Whether a file is ModelSlim's account of each tensor's type."""
@@ -27,26 +25,25 @@ def read_description(file: str, types: Mapping[str, Any]) -> Callable[[str], Qua
     by_module: dict[str, dict[str, Any]] = {}
     for key, kind in types.items():
         module, _, suffix = key.rpartition(".")
-        if suffix not in _ASIDE:
+        if suffix != "bias":  # FLOAT beside a quantized weight
             by_module.setdefault(module, {})[suffix] = kind
 
     def declare(module: str) -> QuantSpec | None:
-        name = next((name for name in names_of(module) if "weight" in by_module.get(name, {})), None)
-        if name is None:
+        given = next((by_module[name] for name in names_of(module) if "weight" in by_module.get(name, {})), None)
+        if given is None:
             return None
-        for suffix, kind in by_module[name].items():
+        for suffix, kind in given.items():
             if not isinstance(kind, str):
                 raise SourceError(
                     f"{module}.{suffix}: {file} says {kind!r}, expected the name of a type; is the file of this "
                     "checkpoint?"
                 )
-        kinds = {kind: suffix for suffix, kind in sorted(by_module[name].items(), reverse=True)}
-        if len(kinds) > 1:
-            both = ", ".join(f"{suffix} {kind}" for kind, suffix in kinds.items())
+        if len(set(given.values())) > 1:
+            first_of = {kind: suffix for suffix, kind in sorted(given.items(), reverse=True)}
+            both = ", ".join(f"{suffix} {kind}" for kind, suffix in first_of.items())
             raise SourceError(
                 f"{module}: {file} gives its tensors different types: {both}; is the file of this checkpoint?"
             )
-        kind = next(iter(kinds))
-        return QuantSpec(kind, None, f"{file} ({kind})")
+        return QuantSpec(given["weight"], None, f"{file} ({given['weight']})")
 
     return declare

@@ -16,8 +16,7 @@ from typing import Any
 
 from reshard.errors import SchemeError
 from reshard.model.naming import CONFIG, GATE_UP, ROLES, parse_layer, stands_beside
-from reshard.quantization.accounts import Accounts, list_accounts
-from reshard.quantization.modelopt import FILE
+from reshard.quantization.accounts import MODELOPT, Accounts, list_accounts
 from reshard.quantization.names import mentions
 from reshard.quantization.section import Section
 
@@ -77,7 +76,7 @@ def check_transforms(accounts: Accounts, mlps: Mapping[int, str], names: Iterabl
     sections = [account.section for account in list_accounts(accounts) if account.section is not None]
     explained = {name for section in sections for name in _check_section(section, mlps.values())}
     read = [section.values.get(_CONFIG) for section in sections]
-    for file, content in ((CONFIG, accounts.config), (FILE, accounts.modelopt)):
+    for file, content in ((CONFIG, accounts.config), (MODELOPT, accounts.modelopt)):
         for place, key, value in _smelling(content or {}):
             if key != _CONFIG or value not in read:
                 raise SchemeError(f"{file}: {place} is a transform that is not known; {_WHY}")

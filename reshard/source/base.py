@@ -1,12 +1,13 @@
 """What a source offers. A folder is one; the plan and the writer know nothing of what stands behind it."""
 
+import abc
 import contextlib
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -42,58 +43,66 @@ class Cancelled(Exception):
     """A call was told to end; what it was to bring is no longer wanted."""
 
 
-class Source(Protocol):
-    """Files by name, in byte ranges. Safe to use from several threads."""
+class Source(abc.ABC):
+    """Files by name, in byte ranges. Safe to use from several threads.
 
-    @property
-    def origin(self) -> Origin:
-        """Where this is, for the manifest."""
+    origin: for the manifest. index: the file that was named as the account of the weights, an index or the one file
+    that holds them all.
+    """
 
+    origin: Origin
+    index: str | None = None
+
+    @abc.abstractmethod
     def files(self) -> Mapping[str, int]:
         """Every file's name and size in bytes."""
 
-    @property
-    def index(self) -> str | None:
-        """The file that was named as the account of the weights: an index, or the one file that holds them all."""
-
     def folders(self) -> Collection[str]:
         """Folders within that hold weights, by their paths from here, as far as that is known."""
+        return ()
 
     def broken_links(self) -> Collection[str]:
         """Names that are links to no file. None of them is in `files`, and none is a file that nobody put there."""
+        return ()
 
     def absent(self, file: str) -> str:
-        """Why a file that is wanted is none of `files`: MISSING, or what stands in its place."""
+        """Why a file is none of `files`: MISSING, or what stands in its place."""
+        return MISSING
 
+    @abc.abstractmethod
     def read(self, file: str, start: int, stop: int) -> bytes:
         """A copy of bytes [start, stop). Raises SourceError where they cannot be read."""
 
+    @abc.abstractmethod
     def view(self, file: str, start: int, stop: int) -> Bytes:
         """Bytes [start, stop) as an array that is valid until `close`. Raises SourceError as `read` does."""
 
+    @abc.abstractmethod
     def prefetch(self, ranges: Iterable[Range]) -> None:
         """A hint that these are wanted soon, the first ones first."""
 
-    def release(self, file: str) -> None:
+    def release(self, file: str) -> None:  # noqa: B027 - nothing to release is the rule
         """No more is wanted of a file; `check_unchanged` need not look at it."""
 
-    def check_unchanged(self) -> None:
+    def check_unchanged(self) -> None:  # noqa: B027 - a source that compares each answer with the first has nothing to do
         """After the last byte was read, and before anything that was made of them is committed.
 
         Raises SourceError where a file that was read is no longer the one whose first byte was read.
         """
 
-    def cancel(self) -> None:
+    def cancel(self) -> None:  # noqa: B027 - a disk is not waited for
         """Make calls that wait for bytes, in whatever thread, raise Cancelled soon."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Release what views hold."""
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    ) -> None:
+        self.close()
 
 
 @contextlib.contextmanager

@@ -15,19 +15,18 @@ import os
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import CancelledError, Future, InvalidStateError
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from queue import SimpleQueue
-from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from reshard.errors import SourceError, SpaceError
 from reshard.interruptible import interruptible
-from reshard.source.base import MISSING, Bytes, Cancelled, Origin, Range, merged
+from reshard.source.base import MISSING, Bytes, Origin, Range, Source, merged
+from reshard.source.fetchers import Fetchers, result_of
 from reshard.source.retry import Backoff, Fault, Notify, RetryPolicy
 from reshard.tensors.mapped import MappedFile
 
@@ -77,7 +76,7 @@ class _Stage:
         write_staged(self.descriptor, at, chunk)
 
 
-class StagedSource:
+class StagedSource(Source):
     """Files elsewhere as a source. `find` lists them, or raises Fault or SourceError.
 
     notify: takes a line for each wait after a fault.
@@ -88,28 +87,15 @@ class StagedSource:
     ) -> None:
         self.index = index
         self._backoff = Backoff(policy, notify)
-        self._threads = _Threads(_CONNECTIONS)
+        self._fetchers = Fetchers(_CONNECTIONS)
         self._lock = threading.Lock()
         self._stages: dict[str, _Stage] = {}
         self._read: dict[Range, bytes] = {}
-        self._remote = self._waited(lambda: self._threads.now(lambda: self._persist(find, name)))
+        self._remote = self._waited(lambda: self._fetchers.now(lambda: self._persist(find, name)))
         self.origin = self._remote.origin
 
     def files(self) -> Mapping[str, int]:
-        """Every file's name and size in bytes, listed once."""
         return self._remote.sizes
-
-    def folders(self) -> Collection[str]:
-        """Folders within are not listed."""
-        return ()
-
-    def broken_links(self) -> Collection[str]:
-        """Links are not listed."""
-        return ()
-
-    def absent(self, file: str) -> str:
-        """It is not listed."""
-        return MISSING
 
     def read(self, file: str, start: int, stop: int) -> bytes:
         """A copy of bytes [start, stop), kept: what was read once stays what it was."""
@@ -121,7 +107,7 @@ class StagedSource:
             def put(at: int, chunk: bytes) -> None:
                 out[at - start : at - start + len(chunk)] = chunk
 
-            self._waited(lambda: self._threads.now(lambda: self._fetch(file, start, stop, put)))
+            self._waited(lambda: self._fetchers.now(lambda: self._fetch(file, start, stop, put)))
             self._read[key] = bytes(out)
         return self._read[key]
 
@@ -134,7 +120,7 @@ class StagedSource:
         def wait() -> Bytes:
             stage, pieces = self._claim(file, start, stop)
             for piece in pieces:
-                _result(piece.done)
+                result_of(piece.done)
             return stage.mapped.view(start, stop)
 
         return self._waited(wait)
@@ -152,29 +138,15 @@ class StagedSource:
             self._check_within(file, stop)
         self._waited(lambda: [self._claim(*piece) for piece in wanted])
 
-    def release(self, file: str) -> None:
-        """Nothing is held of it but what was read."""
-
-    def check_unchanged(self) -> None:
-        """Nothing is left to do: the remote compares each answer with the first one."""
-
     def cancel(self) -> None:
         """Make calls that wait raise Cancelled; what is being fetched is dropped."""
         self._backoff.stop()
-        self._threads.cancel()
+        self._fetchers.cancel()
 
     def close(self) -> None:
         """Drop what is being fetched; a stage goes with its last view."""
         self.cancel()
         self._stages.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _waited(self, call: Callable[[], _T]) -> _T:
         """Call what waits for threads or locks a lock of theirs: a Ctrl-C must not leave it locked."""
@@ -191,7 +163,7 @@ class StagedSource:
             for first, last in list(self._gaps(file, start, stop)):
                 for at in range(first, last, _REQUEST_BYTES):
                     end = min(at + _REQUEST_BYTES, last)
-                    done = self._threads.soon(partial(self._fetch, file, at, end, stage.write))
+                    done = self._fetchers.soon(partial(self._fetch, file, at, end, stage.write))
                     bisect.insort(stage.pieces, _Piece(at, end, done), key=_start)
             return stage, list(_overlapping(stage.pieces, start, stop))
 
@@ -239,85 +211,6 @@ class StagedSource:
             except Fault as fault:
                 failures += 1
                 self._backoff.after(fault, failures, what)
-
-
-class _Threads:
-    """Daemon threads whose results nobody has to wait for.
-
-    A client that waits for a silent server cannot be stopped, whichever library it is of. So it is left behind: its
-    future is cancelled, and its thread ends when the server answers or the process does.
-    """
-
-    def __init__(self, count: int) -> None:
-        self._idle = count  # threads that may still be started
-        self._jobs: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
-        self._lock = threading.Lock()
-        self._open: set[Future[Any]] = set()
-        self._cancelled = False
-
-    def now(self, call: Callable[[], _T]) -> _T:
-        """Call it in a thread of its own, and wait."""
-        future = self._future()
-        _start_daemon(lambda: self._run(future, call))
-        result: _T = _result(future)
-        return result
-
-    def soon(self, call: Callable[[], _T]) -> Future[_T]:
-        """Call it when one of `count` threads is free."""
-        future = self._future()
-        self._jobs.put((future, call))
-        if self._idle:
-            self._idle -= 1
-            _start_daemon(self._work)
-        return future
-
-    def cancel(self) -> None:
-        """Whoever waits, or would, gets Cancelled."""
-        with self._lock:
-            self._cancelled = True
-            waiting = tuple(self._open)
-        for future in waiting:
-            future.cancel()
-        self._jobs.put(None)
-
-    def _future(self) -> Future[Any]:
-        """Never marked as running, so that it can be cancelled until it has a result."""
-        future: Future[Any] = Future()
-        with self._lock:
-            if self._cancelled:
-                raise Cancelled
-            self._open.add(future)
-        return future
-
-    def _work(self) -> None:
-        while job := self._jobs.get():
-            self._run(*job)
-        self._jobs.put(None)  # for the next one
-
-    def _run(self, future: Future[Any], call: Callable[[], Any]) -> None:
-        result, error = None, None
-        try:
-            result = call()
-        except BaseException as caught:  # raised where the result is asked for
-            error = caught
-        with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
-            if error is None:
-                future.set_result(result)
-            else:
-                future.set_exception(error)
-        with self._lock:
-            self._open.discard(future)
-
-
-def _start_daemon(target: Callable[[], None]) -> None:
-    threading.Thread(target=target, name="reshard-fetch", daemon=True).start()
-
-
-def _result(future: Future[_T]) -> _T:
-    try:
-        return future.result()
-    except CancelledError:
-        raise Cancelled from None
 
 
 def _stage(file: str, size: int) -> _Stage:

@@ -264,23 +264,19 @@ def test_the_page_on_checks_has_inputs_hooks_and_arguments_that_there_are() -> N
 
 
 def test_the_estimate_page_has_the_model_s_figures() -> None:
-    from reshard.checkpoint.config_only import promised, read_config
-    from reshard.estimate.model import GIB
-    from reshard.estimate.profile import load_profile
-    from reshard.estimate.sizes import Options, estimate
+    from reshard.estimate.profile import GIB
+    from tests.support.estimating import estimated, r1
 
-    scheme, page = "w8a8_dynamic", (ROOT / "docs" / "estimate.md").read_text()
-    checkpoint = promised(read_config(ROOT / "configs" / "deepseek-r1.json"), "r1", scheme)
-    one, eight, sixteen = estimate(
-        checkpoint, scheme, (1, 8, 16), load_profile("atlas-a2-376t"), Options(tokens=24)
-    ).sizes
-    milliseconds = [1e3 * s.step_seconds for s in (one.as_bf16, eight.as_bf16, eight.runs, sixteen.as_bf16)]
+    page = (ROOT / "docs" / "estimate.md").read_text()
+    one, eight, sixteen = estimated(r1("w8a8_dynamic"), (1, 8, 16)).sizes
+    runs = (one.gathered_as_bf16, eight.gathered_as_bf16, eight.runs, sixteen.gathered_as_bf16)
+    milliseconds = [1e3 * run.step_seconds for run in runs]
     hand = {"unsplit": "1.157", "tp 8": "0.339", "tp 8, int8 before the gather": "0.313", "tp 16, over nodes": "1.97"}
     wanted = [
         f"| {what} | {value:.3f} | {by_hand} | {value / float(by_hand) - 1:+.1%} |".replace("%", " %")
         for (what, by_hand), value in zip(hand.items(), milliseconds, strict=True)
     ]
-    saved = eight.saved / GIB
+    saved = eight.saved_bytes / GIB
     wanted.append(f"| GiB saved at tp 8 | {saved:.3f} | 0.969 | {saved / 0.969 - 1:+.1%} |".replace("%", " %"))
     assert section("estimate.md", "hand")[2:] == wanted
     less = milliseconds[0] - milliseconds[1], milliseconds[0] - milliseconds[2]

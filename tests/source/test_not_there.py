@@ -9,7 +9,7 @@ import pytest
 
 from reshard.errors import ReshardError, SourceError
 from reshard.plan.pipeline import Cut
-from reshard.source.numbered import missing_numbers
+from reshard.source.choice import missing_numbers
 from tests.support.builders import Raw, Spec, build, dense_only, read_safetensors, write_safetensors
 from tests.support.corrupt import INDEX
 from tests.support.refusals import broken_link, refusal, warnings_of

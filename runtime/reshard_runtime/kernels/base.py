@@ -25,8 +25,8 @@ class Kernels(Protocol):
 
     name: str
 
-    def collectives(self, group: torch.distributed.ProcessGroup) -> Collectives:
-        """How the tokens travel over `group`."""
+    collectives: type[Collectives]
+    """How the tokens travel over a group."""
 
     def has(self, scheme: str) -> bool:
         """Whether weights of this scheme are multiplied as they are; else they are dequantized at load."""

@@ -24,14 +24,11 @@ class CpuKernels(TorchKernels):
     """Shapes: see `reshard_runtime.kernels.base`."""
 
     name = "cpu"
+    collectives: type[Collectives] = PairwiseCollectives
 
     def __init__(self, *, onednn: frozenset[torch.dtype] | None = None) -> None:
         """onednn: the types that oneDNN multiplies on this processor; None asks torch."""
         self._onednn = _onednn() if onednn is None else onednn
-
-    def collectives(self, group: torch.distributed.ProcessGroup) -> Collectives:
-        """Gloo's."""
-        return PairwiseCollectives(group)
 
     def linear(self, x_TK: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """[T, N] in x's type."""

@@ -3,7 +3,7 @@
 import torch
 
 from reshard.errors import ShardError
-from reshard_runtime.collectives import Collectives, TensorCollectives
+from reshard_runtime.collectives import Collectives
 from reshard_runtime.kernels.torch_ops import TorchKernels
 
 # cuBLASLt's int8 product takes more than 16 rows, and sizes that are multiples of 8 (aten/native/cuda/Blas.cpp).
@@ -15,10 +15,7 @@ class CudaKernels(TorchKernels):
     """Shapes: see `reshard_runtime.kernels.base`."""
 
     name = "cuda"
-
-    def collectives(self, group: torch.distributed.ProcessGroup) -> Collectives:
-        """Nccl's."""
-        return TensorCollectives(group)
+    collectives = Collectives
 
     def weight(self, name: str, weight_NK: torch.Tensor) -> torch.Tensor:
         """As it is."""

@@ -11,7 +11,7 @@ import torch_npu
 
 from reshard.errors import ShardError
 from reshard.model.activation import GELU, GELU_TANH, SILU, Activation
-from reshard_runtime.collectives import Collectives, TensorCollectives
+from reshard_runtime.collectives import Collectives
 from reshard_runtime.kernels.base import Gated, GatedInt8
 from reshard_runtime.kernels.torch_ops import clamped
 
@@ -25,13 +25,10 @@ class NpuKernels:
     """Shapes: see `reshard_runtime.kernels.base`. Weights are held as [K, N] in FRACTAL_NZ."""
 
     name = "npu"
+    collectives = Collectives
 
     def __init__(self) -> None:
         self._one: dict[torch.device, torch.Tensor] = {}
-
-    def collectives(self, group: torch.distributed.ProcessGroup) -> Collectives:
-        """Hccl's."""
-        return TensorCollectives(group)
 
     def has(self, scheme: str) -> bool:
         """Unquantized and W8A8; Atlas A2 and A3 multiply no FP8."""

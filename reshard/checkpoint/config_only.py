@@ -14,12 +14,11 @@ from reshard.model.prefix import is_known_wrapper, published_prefix
 from reshard.quantization import Accounts, check_transforms, list_accounts
 from reshard.quantization.formats import as_kind
 from reshard.quantization.refusals import words
-from reshard.schemes import BLOCK, FLOAT, VARIANTS, QuantSpec, Shape, TensorRule, Variant, check_kind, check_scheme
+from reshard.schemes import BLOCK, FLOAT, VARIANTS, Operand, QuantSpec, check_kind, check_scheme
 from reshard.source.base import parse_json_object
+from reshard.tensors.dtypes import TORCH
 
-# llm-compressor writes scales in BF16, ModelSlim and DeepSeek in F32.
-_BF16_SCALES = frozenset(v.kind for v in VARIANTS if v.kind.startswith(("int8-channel", "fp8-channel", "fp8-block-c")))
-_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_DTYPES = {TORCH[dtype]: dtype for dtype in ("BF16", "F16", "F32")}
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -114,42 +113,19 @@ def _linear(module: str, declared: QuantSpec, weight: tuple[int, int], own: str)
     """What the first variant of the declared kind has."""
     check_kind(module, declared)
     variant = next(variant for variant in VARIANTS if variant.kind == declared.kind)
+    block = variant.block or declared.block
+    if variant.in_blocks and block is None:
+        raise SchemeError(f"{module}: {declared.said_by} gives no block size for {variant.scheme}")
     tensors = {
         rule.suffix: Tensor(
             f"{module}.{rule.suffix}",
-            _dtype(rule, declared.kind, own),
-            _shape(module, rule, variant, declared, weight),
+            own if own in rule.dtypes and rule.operand is Operand.WEIGHT else rule.dtypes[0],
+            rule.shape.sizes(weight, block)[0],
             (),
         )
         for rule in variant.tensors
     }
-    return Linear(variant, declared.block, tensors)
-
-
-def _shape(
-    module: str, rule: TensorRule, variant: Variant, declared: QuantSpec, weight: tuple[int, int]
-) -> tuple[int, ...]:
-    out_features, in_features = weight
-    if rule.shape is Shape.BLOCKS:
-        if declared.block is None:
-            raise SchemeError(f"{module}.{rule.suffix}: {declared.said_by} gives no block size for {variant.scheme}")
-        return -(-out_features // declared.block[0]), -(-in_features // declared.block[1])
-    shapes: dict[Shape, tuple[int, ...]] = {
-        Shape.OUT_IN: weight,
-        Shape.CHANNEL: (out_features, 1),
-        Shape.OUT: (out_features,),
-        Shape.ONE: (1,),
-    }
-    return shapes[rule.shape]
-
-
-def _dtype(rule: TensorRule, kind: str, own: str) -> str:
-    """A weight that is not quantized has the model's own type; a scale that may have several has its tool's."""
-    if len(rule.dtypes) == 1:
-        return next(iter(rule.dtypes))
-    if rule.shape is Shape.OUT_IN:
-        return own
-    return "BF16" if kind in _BF16_SCALES else "F32"
+    return Linear(variant, block, tensors)
 
 
 def _own_dtype(config: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:

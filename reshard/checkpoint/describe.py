@@ -119,7 +119,7 @@ def _mtp_layers(
         if parsed and parsed[0] == prefix:
             rests.setdefault(parsed[1], []).append(parsed[2])
     last = config.num_hidden_layers if config else None
-    count = config.prediction_layers if config else 0
+    count = config.mtp_layers if config else 0
     return tuple(
         layer
         for layer in named

@@ -1,7 +1,7 @@
 """`reshard estimate`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
 
@@ -123,10 +123,11 @@ def _of_config(config: Path, schemes: list[str]) -> "dict[str, Checkpoint]":
     """The checkpoint that a config.json describes, by scheme."""
     from reshard.checkpoint.config_only import promised, read_config
     from reshard.model.naming import CONFIG
+    from reshard.schemes import scheme_by_option
 
     parsed = read_config(config)
     model = config.resolve().parent.name if config.name == CONFIG else config.stem
-    names = dict.fromkeys("w8a8_dynamic" if scheme == "w8a8" else scheme for scheme in schemes)
+    names = dict.fromkeys(map(scheme_by_option, schemes))
     return {name: promised(parsed, model, name) for name in names}
 
 
@@ -137,9 +138,10 @@ def _of_source(
     from reshard.convert.rules import converted
     from reshard.errors import UsageError
     from reshard.plan.manifest_builder import scheme_name
+    from reshard.schemes import Weights
     from reshard.source.open import describe, open_source
 
-    known = ("keep", "bf16", "w8a8")
+    known = get_args(Weights)
     for word in weights:
         if word not in known:
             raise UsageError(f"--weights {word}: there are {', '.join(known)}")

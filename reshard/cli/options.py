@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from reshard import schemes
+
 ADDRESS = "A folder, ORG/NAME on the hub, or an address such as s3://BUCKET/PATH."
 
 Format = Annotated[
@@ -24,9 +26,7 @@ Scheme = Annotated[
         metavar="NAME", help="What the quantized weights are, where nothing beside the files says it: w8a8_dynamic, …"
     ),
 ]
-Weights = Annotated[
-    Literal["keep", "bf16", "w8a8"], typer.Option(help="Convert the weights; split needs torch for it.")
-]
+Weights = Annotated[schemes.Weights, typer.Option(help="Convert the weights; split needs torch for it.")]
 Pad = Annotated[bool, typer.Option("--pad", help="Add zero rows and columns where sizes do not divide.")]
 
 

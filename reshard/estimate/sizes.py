@@ -12,7 +12,7 @@ from reshard.estimate.recommend import recommend
 from reshard.estimate.step import SWIGLU, Kind, Split, layer_seconds, level_for, way_of, wire
 from reshard.model.naming import DOWN, GATE, GATE_UP
 from reshard.plan.plan import Plan, make_plan
-from reshard.schemes import BLOCK
+from reshard.schemes import BLOCK, SCHEMES
 from reshard.tensors.dtypes import RANKS_IN_OWN_TYPE, nbytes
 from reshard.tensors.tiles import limit_faults, tile_faults
 
@@ -92,8 +92,8 @@ def _notes(checkpoints: Mapping[str, Checkpoint], schemes: Sequence[SchemeEstima
     for one in schemes:
         yield from (f"{one.scheme} tp {refused.tp_size}: not possible: {refused.reason}" for refused in one.refused)
         yield from (f"{one.scheme} tp {size.tp_size}: {note}" for size in one.sizes for note in size.alignment.notes)
-        linears = (linear for layer in checkpoints[one.scheme].layers for linear in layer.linears.values())
-        if any(linear.variant.scheme != "bf16" and way_of(linear.variant.scheme) == "bf16" for linear in linears):
+        used = {linear.variant.scheme for layer in checkpoints[one.scheme].layers for linear in layer.linears.values()}
+        if any(not SCHEMES[scheme].is_float and way_of(scheme) == "bf16" for scheme in used):
             yield f"{one.scheme}: no kernel multiplies it as it is; held and run as BF16"
     activations = {layer.activation for checkpoint in checkpoints.values() for layer in checkpoint.layers}
     for name in sorted(str(activation) for activation in activations if activation and not activation.is_known):

@@ -13,6 +13,7 @@ from typing import Literal
 from reshard.errors import ProfileError
 from reshard.estimate.profile import GIB, MIB, Network, Profile
 from reshard.model.activation import SILU, Activation
+from reshard.schemes import Arithmetic, scheme_named
 
 Way = Literal["bf16", "dynamic", "static"]
 Kind = Literal["matmul", "vector", "gather", "scatter"]
@@ -20,18 +21,16 @@ KINDS: tuple[Kind, ...] = ("matmul", "vector", "gather", "scatter")
 
 SWIGLU = Activation(SILU)
 _BF16, _INT32, _SCALE = 2, 4, 4  # bytes
-# Schemes as the runtime runs them; those of the first row become BF16 at load (reshard_runtime.dequantize).
-_WAYS: dict[str, Way] = {
-    **dict.fromkeys(("bf16", "fp8_block", "fp8_channel", "int8_block"), "bf16"),
-    "w8a8_dynamic": "dynamic",
-    "w8a8_mix": "dynamic",
-    "w8a8_static": "static",
+_WAYS: dict[Arithmetic, Way] = {
+    Arithmetic.FLOAT: "bf16",
+    Arithmetic.DYNAMIC: "dynamic",
+    Arithmetic.STATIC: "static",
 }
 
 
 def way_of(scheme: str) -> Way:
-    """How a scheme's linears are run."""
-    return _WAYS[scheme]
+    """How a scheme's linears are run: as on an NPU, and on every other backend."""
+    return _WAYS[scheme_named(scheme, "--scheme").runs_as("npu")]
 
 
 @dataclass(frozen=True)

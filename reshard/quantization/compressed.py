@@ -4,10 +4,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from reshard.errors import SourceError
-from reshard.quantization.formats import kind_said
 from reshard.quantization.names import mentions, names_of, pattern_only
 from reshard.quantization.section import Section
-from reshard.schemes import FLOAT, QuantSpec
+from reshard.schemes import FLOAT, QuantSpec, kind_said
 
 _Args = Mapping[str, Any]
 

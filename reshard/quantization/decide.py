@@ -11,7 +11,6 @@ from reshard.errors import LayersError, ReshardError, SchemeError
 from reshard.model.naming import CONFIG, MANIFEST
 from reshard.quantization.accounts import Account, Accounts, Recorded, list_accounts
 from reshard.quantization.formats import (
-    Stored,
     as_kind,
     is_quantized_name,
     names_of_formats,
@@ -24,7 +23,9 @@ from reshard.quantization.refusals import contradiction, no_account, not_of_opti
 from reshard.schemes import (
     BLOCK,
     FLOAT,
+    SCHEMES,
     QuantSpec,
+    Stored,
     Variant,
     check_kind,
     check_scheme,
@@ -35,7 +36,6 @@ from reshard.schemes import (
 )
 from reshard.tensors.dtypes import FLOATS
 
-_PLAIN = "bf16"
 _OPTION = "--scheme"
 
 
@@ -63,14 +63,15 @@ class Schemes:
         scheme = self._given.scheme
         if self._given.recorded is not None:
             spec = _recorded(module, self._given.recorded, found)
-        elif scheme is not None and (not is_plain(found) or scheme == _PLAIN):
+        elif scheme is not None and (not is_plain(found) or SCHEMES[scheme].is_float):
             self._option_used = True
             spec = self._by_option(scheme, module, found)
         elif self._accounts:
             spec = self._by_accounts(module, found)
         else:
             spec = self._by_tensors(module, found)
-        return match_variant(module, spec, found), spec.block
+        variant = match_variant(module, spec, found)
+        return variant, variant.block or spec.block
 
     def warnings(self) -> Iterable[str]:
         """What was taken though something speaks against it. Raises SchemeError where `--scheme` was of no linear."""

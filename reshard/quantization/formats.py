@@ -3,10 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from reshard.schemes import BLOCK, VARIANTS, QuantSpec, StoredTensor, Variant, fitting_variant, group_size, is_plain
-
-Stored = Mapping[str, StoredTensor]
-"""A linear's tensors by suffix."""
+from reshard.schemes import BLOCK, VARIANTS, QuantSpec, Stored, Variant, fitting_variant, group_size, is_plain
 
 _FLOAT, _INT, _MX = "BF16 F16 F32", "U8 I8", "U8 F8_E8M0"  # _MX: the exponents that blocks share in OCP's MX formats
 _W8A16 = {"weight": "I8", "weight_scale": "", "weight_offset": ""}
@@ -53,29 +50,11 @@ _QUANTIZED = re.compile(
     r"[._](?:\w*scale\w*|qweight|qzeros|\w*packed|g_idx|SCB|absmax|\w*quant\w*|W_q|codebooks?|codes|trellis|\w*blocks|"
     r"bitmask|\w*zero_point|\w*qdata|deq_scale|biases|centroids|_data)$"
 )
-_KINDS_SAID = {
-    "fp8 block dynamic": "fp8-block",
-    "w4afp8": "fp8-block",
-    "blockwise_int8": "int8-block",
-    "w8a8_int8": "int8-channel-dynamic",
-    "w8a8_fp8": "fp8-channel",
-    "compressed-tensors float8 block dynamic": "fp8-block-compressed",
-    "compressed-tensors float8 channel dynamic": "fp8-channel",
-    "compressed-tensors int8 channel dynamic": "int8-channel-dynamic",
-    "compressed-tensors int8 channel static": "int8-channel-static",
-    "compressed-tensors int8 channel static asymmetric": "int8-channel-static-asymmetric",
-    "modelopt FP8_PER_CHANNEL_PER_TOKEN": "fp8-channel",
-}
-
-
-def kind_said(words: str) -> str | None:
-    """The kind of what a config says, None of what is not split."""
-    return _KINDS_SAID.get(words)
 
 
 def needs_block(kind: str) -> bool:
     """Whether scales of the kind stand for blocks whose size must be said."""
-    return any(rule.in_blocks for variant in VARIANTS if variant.kind == kind for rule in variant.tensors)
+    return any(variant.in_blocks and variant.block is None for variant in VARIANTS if variant.kind == kind)
 
 
 def is_quantized_name(name: str) -> bool:

@@ -17,10 +17,10 @@ from reshard.quantization.exceptions import (
     quark,
     torchao,
 )
-from reshard.quantization.formats import kind_said, needs_block
+from reshard.quantization.formats import needs_block
 from reshard.quantization.names import at_boundary, component, contained, exact, names_of, wildcard
 from reshard.quantization.section import Section
-from reshard.schemes import FLOAT, QuantSpec
+from reshard.schemes import FLOAT, QuantSpec, kind_said
 
 NO_BLOCK_SIZE = "FP8 with one scale per tensor (no weight_block_size)"
 """The kind that vLLM reads where the key is missing."""

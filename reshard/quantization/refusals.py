@@ -5,9 +5,20 @@ from collections.abc import Sequence
 from reshard.errors import SchemeError
 from reshard.model.naming import CONFIG
 from reshard.quantization.description import DESCRIPTION, is_description
-from reshard.quantization.formats import Stored, names_of_formats, needs_block, tensors_text, variants_of
+from reshard.quantization.formats import names_of_formats, needs_block, tensors_text, variants_of
 from reshard.quantization.methods import FP8_PB_WO, NO_BLOCK_SIZE
-from reshard.schemes import FLOAT, SCHEMES, VARIANTS, WAY_OUT, QuantSpec, fitting_variant, is_plain, is_split, scheme_of
+from reshard.schemes import (
+    FLOAT,
+    SCHEMES,
+    VARIANTS,
+    WAY_OUT,
+    QuantSpec,
+    Stored,
+    fitting_variant,
+    is_plain,
+    is_split,
+    scheme_of,
+)
 
 _MODELSLIM = frozenset({"weight_offset", "quant_bias", "deq_scale"})
 _BLOCKS = {

@@ -85,8 +85,8 @@ def _may_have(variant: Variant, told: bool) -> frozenset[str]:
     told: whether a description says what kind it is; else it may be of any with such a weight (ModelSlim's weights are
     served with a config.json of compressed-tensors, too).
     """
-    weights = variant.tensors[0].dtypes
-    alike = (v for v in VARIANTS if (v.kind == variant.kind if told else v.tensors[0].dtypes & weights))
+    weights = set(variant.tensors[0].dtypes)
+    alike = (v for v in VARIANTS if (v.kind == variant.kind if told else weights & {*v.tensors[0].dtypes}))
     return frozenset().union(
         *(other.suffixes - variant.suffixes for other in alike if other.suffixes > variant.suffixes)
     )

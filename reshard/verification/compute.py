@@ -23,13 +23,13 @@ from reshard.errors import MismatchError
 from reshard.manifest import Manifest
 from reshard.model.activation import Activation, not_computed
 from reshard.model.naming import CONFIG, DOWN, GATE, GATE_UP, UP
+from reshard.schemes import Arithmetic, Operand
 from reshard.source.base import Source
 from reshard.tensors.header import Header, TensorInfo
 from reshard.verification.expect import expect, groups, misfits, read_headers
 from reshard.verification.gate import F64, carried, gated
 from reshard.verification.reference import (
     BLOCK_ELEMENTS,
-    SCALES,
     WORKERS,
     Grid,
     LinearGrids,
@@ -173,7 +173,7 @@ def _rank_linears(
             file = manifest.shards[rank].file
             infos = [(tensor.name, headers[rank].tensors[tensor.name]) for tensor in tensors]
             grids = {name.rpartition(".")[2]: _shard_grid(shards, file, name, info) for name, info in infos}
-            ranks[rank][group.module] = LinearGrids(like.scheme, like.block, grids)
+            ranks[rank][group.module] = LinearGrids(like.variant, like.block, grids)
     return ranks
 
 
@@ -208,58 +208,55 @@ def _rank_output(linears: Mapping[str, LinearGrids], activation: Activation, x_H
 
 def _apply(linear: LinearGrids, x: _Sum, run: _Run, is_down: bool = False) -> _Sum:
     """W x for x [in, T], as the linear's scheme computes it."""
-    if linear.scheme == "w8a8_static":
-        return _apply_static(linear, x, run)
-    if linear.scheme in {"w8a8_dynamic", "w8a8_mix"}:  # mix carries both sets; engines take the dynamic one
-        return _apply_dynamic(linear, x, run, is_down)
+    arithmetic, of = linear.scheme.arithmetics[0], linear.operands
+    if arithmetic is Arithmetic.STATIC:
+        return _apply_static(of, x, run)
+    if arithmetic is Arithmetic.DYNAMIC:
+        return _apply_dynamic(of, x, run, is_down)
     # Weights alone are quantized: engines that round activations too do so to each slice on its own.
-    scale = next((linear.tensors[suffix] for suffix in SCALES if suffix in linear.tensors), None)
-    weight = linear.tensors["weight"]
-    return _product(weight, scaled(weight, scale, linear.block), x, run)
+    weight = of[Operand.WEIGHT]
+    return _product(weight, scaled(weight, of.get(Operand.SCALE), linear.block), x, run)
 
 
-def _apply_dynamic(linear: LinearGrids, x: _Sum, run: _Run, is_down: bool) -> _Sum:
+def _apply_dynamic(of: Mapping[Operand, Grid], x: _Sum, run: _Run, is_down: bool) -> _Sum:
     """int8 weights, one scale for each output channel; x is quantized with one scale for each token.
 
     Not down's x: the scale of a slice is the slice's own maximum, not that of the whole, so that split and unsplit
     would be two different roundings and no comparison of the cut.
     """
-    tensors = linear.tensors
     quantize = not (is_down or run.exact)
     if quantize:
         largest = np.abs(x.value).max(axis=0, keepdims=True)
         step = np.where(largest == 0, 1.0, largest / _INT8_MAX)
         levels = np.rint(x.value / step)
         x = _Sum(levels, np.abs(levels))
-    offset = tensors.get("weight_offset")
-    total = _product(tensors["weight"], _levels(tensors["weight"], offset), x, run)
-    scale = _column(tensors["weight_scale"])  # after the weight: where it is computed, it is known by then
+    weight = of[Operand.WEIGHT]
+    total = _product(weight, _levels(weight, of.get(Operand.OFFSET)), x, run)
+    scale = _column(of[Operand.SCALE])  # after the weight: where it is computed, it is known by then
     if quantize:
         scale = scale * step
     return _Sum(total.value * scale, total.terms * np.abs(scale))
 
 
-def _apply_static(linear: LinearGrids, x: _Sum, run: _Run) -> _Sum:
+def _apply_static(of: Mapping[Operand, Grid], x: _Sum, run: _Run) -> _Sum:
     """int8 weights and activations, one scale and zero point for all of x: ModelSlim's or compressed-tensors'."""
-    tensors = linear.tensors
-    zero_point = tensors.get("input_offset") or tensors.get("input_zero_point")
+    weight, zero_point = of[Operand.WEIGHT], of.get(Operand.INPUT_OFFSET)
     offset = float(zero_point.all_values()[0, 0]) if zero_point else 0.0
-    input_scale = float(tensors["input_scale"].all_values()[0, 0])
+    input_scale = float(of[Operand.INPUT_SCALE].all_values()[0, 0])
     levels = x.value / input_scale + offset
     if not run.exact:
         # Where gate and up are floats, split and unsplit may differ in x's last bits: that they then round to different
         # levels has a chance of about 1e-12 for each element, and is a finding.
         levels = np.clip(np.rint(levels), _INT8_MIN, _INT8_MAX)
-    weight = tensors["weight"]
-    if "deq_scale" in tensors:
+    if Operand.OUTPUT_SCALE in of:
         total = _product(weight, weight.values, _Sum(levels, np.abs(levels)), run)
         # It takes back what the offset adds over the full input dimension: in a row-parallel cut once for all ranks.
-        bias = tensors["quant_bias"].fetch(0, weight.rows).view(np.int32).astype(np.float64)
-        scale = _deq_scale(tensors["deq_scale"])
+        bias = of[Operand.BIAS].fetch(0, weight.rows).view(np.int32).astype(np.float64)
+        scale = _deq_scale(of[Operand.OUTPUT_SCALE])
         return _Sum((total.value + bias) * scale, (total.terms + np.abs(bias)) * np.abs(scale))
     levels -= offset
     total = _product(weight, weight.values, _Sum(levels, np.abs(levels)), run)
-    scale = _column(tensors["weight_scale"]) * input_scale
+    scale = _column(of[Operand.SCALE]) * input_scale
     return _Sum(total.value * scale, total.terms * np.abs(scale))
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from reshard.errors import UsageError
+from reshard.schemes import scheme_named
 from reshard_runtime.kernels import Kernels, kernels_for
 from reshard_runtime.linear import DynamicLinear, Mix, Tokens, make_linear
 from reshard_runtime.shard import LayerShard
@@ -64,9 +65,9 @@ class PartialFFN(nn.Module):
 def _dtype_of(layer: LayerShard, dtype: torch.dtype | None) -> torch.dtype:
     """The tokens' type: that of the weights that are not quantized."""
     for linear in (layer.gate_up, layer.down):
-        own = linear.tensors["weight"].dtype
-        if linear.scheme == "bf16" and dtype not in (None, own):
+        own, is_float = linear.tensors["weight"].dtype, scheme_named(linear.scheme, linear.name).is_float
+        if is_float and dtype not in (None, own):
             raise UsageError(f"dtype is {dtype}, {linear.name}.weight is {own}; weights are not cast")
-        if linear.scheme == "bf16":
+        if is_float:
             dtype = own
     return dtype or torch.bfloat16

@@ -142,7 +142,7 @@ def test_a_mixed_checkpoint_keeps_what_is_quantized(tmp_path: Path, gate_up: str
         for tensor in manifest["shards"][0]["tensors"]
         if ".layers.0." in tensor["name"]
     }
-    rule = "quantize_to_int8_per_channel"
+    rule = "quantise_to_int8_per_channel"
     assert made == {
         f"model.layers.0.mlp.{role}.{suffix}": rule if role == "down_proj" else None
         for role in ("gate_up_proj", "down_proj")

@@ -232,7 +232,7 @@ def test_slices_of_the_manifest_that_are_wrong_as_the_bytes_are(tmp_path: Path) 
     assert len(verify(shards, source).where("bytes")) == 4
 
 
-@pytest.mark.parametrize("rule", ["dequantize_to_bf16", "cast_to_bf16", "quantize_to_int8_per_channel", "magic"])
+@pytest.mark.parametrize("rule", ["dequantise_to_bf16", "cast_to_bf16", "quantise_to_int8_per_channel", "magic"])
 def test_a_conversion_that_never_was(rule: str, tmp_path: Path) -> None:
     source, shards = made(tmp_path, Spec("modelslim_dynamic", dense=1), Cut(2))
 

@@ -24,12 +24,10 @@ class Kernels(Protocol):
     """One device's kernels. All results are new tensors; no call waits for the host."""
 
     name: str
+    """A backend of the table of schemes, which says what it runs as it is stored; the rest becomes BF16 at load."""
 
     collectives: type[Collectives]
     """How the tokens travel over a group."""
-
-    def has(self, scheme: str) -> bool:
-        """Whether weights of this scheme are multiplied as they are; else they are dequantized at load."""
 
     def weight(self, name: str, weight_NK: torch.Tensor) -> torch.Tensor:
         """The device's own form of a weight, once, after loading.

@@ -21,10 +21,6 @@ _INT8_MIN, _INT8_MAX = -128, 127
 class TorchKernels(ABC):
     """Everything but the products. Shapes: see `reshard_runtime.kernels.base`."""
 
-    def has(self, scheme: str) -> bool:
-        """Unquantized and W8A8."""
-        return scheme in {"bf16", "w8a8_dynamic", "w8a8_static", "w8a8_mix"}
-
     def weight(self, name: str, weight_NK: torch.Tensor) -> torch.Tensor:
         """As it is."""
         return weight_NK

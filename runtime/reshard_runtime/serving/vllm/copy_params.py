@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from reshard.errors import ShardError
+from reshard.schemes import scheme_named
 from reshard_runtime.shard import LinearShard
 
 
@@ -63,7 +64,7 @@ def _fitted(shard: LinearShard, suffix: str, parameter: torch.Tensor, parts: int
         return tensor
     floats = all(each.is_floating_point() and each.element_size() > 1 for each in (tensor, parameter))
     if suffix == "weight":
-        may_be_cast = floats and shard.scheme == "bf16"
+        may_be_cast = floats and scheme_named(shard.scheme, shard.name).is_float
     else:
         may_be_cast = floats or torch.equal(tensor.to(parameter.dtype).to(tensor.dtype), tensor)
     if may_be_cast:

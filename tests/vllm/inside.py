@@ -37,7 +37,7 @@ class Served:
     engine: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-_joined: list[tuple[int, int, int]] = []
+_joined: list[tuple[int, ...]] = []
 _numbers = itertools.count()
 
 
@@ -94,6 +94,7 @@ def _join(config: Any) -> None:
     int8_kernels.check_cpu_sgl_kernel = lambda *sizes: False
     parallel = config.parallel_config
     layout = (parallel.data_parallel_size, parallel.pipeline_parallel_size, parallel.tensor_parallel_size)
+    layout += (config.model_config.is_moe,)  # which has a group for its experts
     if _joined != [layout]:
         if _joined:
             destroy_model_parallel()

@@ -136,10 +136,7 @@ def _deal(tensors: Sequence[TensorSpec], count: int) -> list[list[TensorSpec]]:
 
 def _file(name: str, group: Sequence[TensorSpec], metadata: Mapping[str, str]) -> SynthFile:
     tensors = sorted(group, key=lambda tensor: tensor.order)
-    entries, at = {}, 0
-    for tensor in tensors:
-        entries[tensor.name] = (tensor.dtype, tensor.shape, at, at + tensor.nbytes)
-        at += tensor.nbytes
+    entries = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
     return SynthFile(name, encode_header(entries, metadata, _ALIGNMENT), tuple(tensors))
 
 

@@ -27,10 +27,13 @@ ASCEND_VENV := .venv-ascend$(addprefix -,$(filter-out $(ASCEND_DEFAULT),$(ASCEND
 ASCEND_READY := $(ASCEND_VENV)/.ready
 ASCEND_LOCK := tests/ascend/requirements/$(ASCEND).txt
 
+# Processes of `make test`: WORKERS=0 for one without xdist, as a debugger wants it.
+WORKERS ?= auto
+
 # torch_npu wants CANN's libraries; empty ones in their names let it be imported (tests/npu/stubs.py).
 WITHOUT_CANN = LD_LIBRARY_PATH="$(CURDIR)/$(1)/stubs" TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(1)/bin/python
 
-.PHONY: help setup setup-vllm setup-ascend demo demo-vllm test test-npu test-vllm test-ascend lint format bench clean
+.PHONY: help setup setup-vllm setup-ascend demo demo-vllm test test-npu test-vllm test-ascend lint format bench release-check clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -46,8 +49,8 @@ $(READY): pyproject.toml Makefile
 demo: $(READY) ## make a small DeepSeek-shaped checkpoint, split, verify and merge it, and show what happened
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/demo.sh
 
-test: $(READY) ## run the tests; ARGS='-k plan' picks some
-	$(BIN)/python -m pytest $(ARGS)
+test: $(READY) ## run the tests; ARGS='-k plan' or '-m "not slow"' picks some, ARGS=--cov says what they cover
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-npu: $(NPU_READY) ## the NPU path against the real torch_npu, on the CPU, in an environment of its own
 	@$(call WITHOUT_CANN,$(NPU_VENV)) -m pytest tests/npu $(ARGS)
@@ -106,5 +109,8 @@ bench: $(READY) $(VLLM_READY) ## speed and memory against copying and against th
 	$(BIN)/python -m benchmarks.accuracy
 	$(VLLM_VENV)/bin/python -m benchmarks.serving $(ARGS)
 
+release-check: ## build the distributions, and use the wheel in a fresh environment outside the repository
+	@bash scripts/release_check.sh $(PYTHON)
+
 clean: ## remove what the targets made
-	rm -rf $(VENV) $(NPU_VENV) .venv-vllm .venv-vllm-* .venv-ascend .venv-ascend-* demo demo-vllm .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(NPU_VENV) .venv-vllm .venv-vllm-* .venv-ascend .venv-ascend-* demo demo-vllm dist .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis

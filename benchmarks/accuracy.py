@@ -36,12 +36,12 @@ def main() -> None:
     for size in arguments.ranks:
         ranks = Ranks(size)
         try:
-            outputs = ranks.run(split_outputs, mlp, tokens, WAYS)
+            outputs = ranks.run(split_outputs, mlp.state_dict(), tokens, WAYS)
         finally:
             ranks.stop()
         errors = (error(torch.cat([output[name] for output in outputs]), reference) / own for name in WAYS)
         print(f"{size:4}", *(f"{value:18.2f}" for value in errors))
-    alone = DenseFFN(part(mlp, 0, 1))(tokens)
+    alone = DenseFFN(part(mlp.state_dict(), 0, 1))(tokens)
     print(f"   1 {error(alone, reference) / own:18.2f}")
 
 

@@ -32,7 +32,7 @@ from tests.support.distributed import Ranks
 TOKENS = (1, 4, 8, 24, 64)
 SCHEMES = {"bf16": "bf16", "w8a8": "w8a8_dynamic"}
 TIMEOUT = 1200
-_STEPS = ("quantise", "gather", "matmul", "activation", "scatter")
+_STEPS = ("quantize", "gather", "matmul", "activation", "scatter")
 _MB = 1e6
 
 
@@ -40,8 +40,8 @@ class Timed:
     """A backend, or its collectives, whose calls are added up by step."""
 
     _STEP_OF = {  # noqa: RUF012
-        "quantise_dynamic": "quantise",
-        "quantise_static": "quantise",
+        "quantize_dynamic": "quantize",
+        "quantize_static": "quantize",
         "linear": "matmul",
         "int8_matmul": "matmul",
         "int8_linear": "matmul",
@@ -119,7 +119,7 @@ def _overlapped(layers: list[DenseFFN], x_TH: torch.Tensor, group: dist.ProcessG
         scattered = []
         for gathered, work in waiting:
             work.wait()
-            partial = layer.of_packed(gathered, layer.reduce_dtype)
+            partial = layer.forward_packed(gathered, layer.reduce_dtype)
             received = torch.empty_like(partial)
             scattered.append((received, dist.all_to_all_single(received, partial, group=group, async_op=True)))
         for received, work in scattered:

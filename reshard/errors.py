@@ -55,7 +55,7 @@ class ShapesError(SourceError):
 
 
 class SchemeError(ReshardError):
-    """A tensor, quantisation type or layout that the split table does not know."""
+    """A tensor, quantization type or layout that the split table does not know."""
 
 
 class AlignmentError(ReshardError):

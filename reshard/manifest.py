@@ -66,7 +66,7 @@ class LayerActivation(_Strict):
 
 
 class LayerSchemes(_Strict):
-    """A dense layer: what its linears are quantised as, a block where scales stand for blocks, its activation."""
+    """A dense layer: what its linears are quantized as, a block where scales stand for blocks, its activation."""
 
     index: Count
     activation: Annotated[
@@ -101,7 +101,8 @@ class Source(_Strict):
     """Where the weights come from: a folder's name, also on another file system, or a hub repository and its commit."""
 
     kind: Annotated[
-        Literal["folder", "hub", "remote"], Field(description="remote: a folder on another file system, by its address")
+        str,
+        Field(min_length=1, description="as the source says: folder, hub, remote (a folder on another file system)"),
     ]
     name: str
     commit: str | None
@@ -185,7 +186,7 @@ class Manifest(_Strict):
     schema_: Annotated[Literal["denseffn-shards/2"], Field(alias="schema")]
     generator: Generator
     model: ModelDims
-    scheme: Annotated[str, Field(description="the quantised linears' scheme; bf16 if none is, mixed if they differ")]
+    scheme: Annotated[str, Field(description="the quantized linears' scheme; bf16 if none is, mixed if they differ")]
     tp_size: Annotated[int, Field(ge=1, le=MAX_TP_SIZE)]
     layout: Literal["fused", "separate"]
     padding: Padding | None

@@ -7,6 +7,7 @@ import pytest
 
 from tests.support.builders import CHECKPOINTS
 from tests.support.distributed import Ranks
+from tests.support.marks import set_marks
 
 REAL = sorted(path.name for path in CHECKPOINTS.iterdir() if path.is_dir())
 
@@ -28,3 +29,10 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
     yield of
     for group in started.values():
         group.stop()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    seen: dict[object, frozenset[str]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function):
+            set_marks(item, seen)

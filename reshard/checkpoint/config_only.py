@@ -12,14 +12,13 @@ from reshard.model.config import known_dense_layers, language_levels, read_model
 from reshard.model.naming import CONFIG, DOWN, GATE, PREFIX, ROLES, UP, WRAPPED, mlp_name
 from reshard.model.prefix import is_known_wrapper, published_prefix
 from reshard.quantization import Accounts, check_transforms, list_accounts
-from reshard.quantization.explain import words
 from reshard.quantization.formats import as_kind
-from reshard.schemes import BLOCK, FLOAT, VARIANTS, Declared, Shape, TensorRule, Variant, check_kind, check_scheme
+from reshard.quantization.refusals import words
+from reshard.schemes import BLOCK, FLOAT, VARIANTS, Operand, QuantSpec, check_kind, check_scheme
 from reshard.source.base import parse_json_object
+from reshard.tensors.dtypes import TORCH
 
-# llm-compressor writes scales in BF16, ModelSlim and DeepSeek in F32.
-_BF16_SCALES = frozenset(v.kind for v in VARIANTS if v.kind.startswith(("int8-channel", "fp8-channel", "fp8-block-c")))
-_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_DTYPES = {TORCH[dtype]: dtype for dtype in ("BF16", "F16", "F32")}
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -35,7 +34,7 @@ def promised(config: Mapping[str, Any], name: str, scheme: str | None = None) ->
     """The checkpoint, every tensor without parts.
 
     scheme: one of reshard.schemes; None takes what the config's own quantization_config says (BF16 where it says
-    nothing: ModelSlim's description of a quantised checkpoint is another file). Raises LayersError where no layer is
+    nothing: ModelSlim's description of a quantized checkpoint is another file). Raises LayersError where no layer is
     dense, SourceError or SchemeError where the config says what is not understood, UsageError for an unknown scheme.
     """
     model = read_model_config(config)
@@ -75,11 +74,11 @@ def promised(config: Mapping[str, Any], name: str, scheme: str | None = None) ->
     )
 
 
-def _declared(config: Mapping[str, Any]) -> Callable[[str], Declared]:
+def _declared(config: Mapping[str, Any]) -> Callable[[str], QuantSpec]:
     """What the config's own accounts say. Where two differ, the tensors would have to say which is right."""
     accounts = list_accounts(Accounts(config))
 
-    def declare(module: str) -> Declared:
+    def declare(module: str) -> QuantSpec:
         said = [declared for account in accounts if (declared := account.declare(module)) is not None]
         for other in said[1:]:
             if (other.kind, other.block) != (said[0].kind, said[0].block):
@@ -88,12 +87,12 @@ def _declared(config: Mapping[str, Any]) -> Callable[[str], Declared]:
                     f"{module}: {said[0].said_by} says {first}, {other.said_by} says {second}: give the checkpoint, "
                     "whose headers tell, or make both say what the weights are"
                 )
-        return said[0] if said else Declared(FLOAT, None, f"{CONFIG} (no quantization_config)")
+        return said[0] if said else QuantSpec(FLOAT, None, f"{CONFIG} (no quantization_config)")
 
     return declare
 
 
-def _named(config: Mapping[str, Any], scheme: str) -> Callable[[str], Declared]:
+def _named(config: Mapping[str, Any], scheme: str) -> Callable[[str], QuantSpec]:
     """--scheme; its block is the config's own where one is said for that scheme."""
     check_scheme(scheme)
     variant = next(variant for variant in VARIANTS if variant.scheme == scheme)
@@ -110,46 +109,23 @@ def _own_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
     return None
 
 
-def _linear(module: str, declared: Declared, weight: tuple[int, int], own: str) -> Linear:
+def _linear(module: str, declared: QuantSpec, weight: tuple[int, int], own: str) -> Linear:
     """What the first variant of the declared kind has."""
     check_kind(module, declared)
     variant = next(variant for variant in VARIANTS if variant.kind == declared.kind)
+    block = variant.block or declared.block
+    if variant.in_blocks and block is None:
+        raise SchemeError(f"{module}: {declared.said_by} gives no block size for {variant.scheme}")
     tensors = {
         rule.suffix: Tensor(
             f"{module}.{rule.suffix}",
-            _dtype(rule, declared.kind, own),
-            _shape(module, rule, variant, declared, weight),
+            own if own in rule.dtypes and rule.operand is Operand.WEIGHT else rule.dtypes[0],
+            rule.shape.sizes(weight, block)[0],
             (),
         )
         for rule in variant.tensors
     }
-    return Linear(variant, declared.block, tensors)
-
-
-def _shape(
-    module: str, rule: TensorRule, variant: Variant, declared: Declared, weight: tuple[int, int]
-) -> tuple[int, ...]:
-    out_features, in_features = weight
-    if rule.shape is Shape.BLOCKS:
-        if declared.block is None:
-            raise SchemeError(f"{module}.{rule.suffix}: {declared.said_by} gives no block size for {variant.scheme}")
-        return -(-out_features // declared.block[0]), -(-in_features // declared.block[1])
-    shapes: dict[Shape, tuple[int, ...]] = {
-        Shape.OUT_IN: weight,
-        Shape.CHANNEL: (out_features, 1),
-        Shape.OUT: (out_features,),
-        Shape.ONE: (1,),
-    }
-    return shapes[rule.shape]
-
-
-def _dtype(rule: TensorRule, kind: str, own: str) -> str:
-    """A weight that is not quantised has the model's own type; a scale that may have several has its tool's."""
-    if len(rule.dtypes) == 1:
-        return next(iter(rule.dtypes))
-    if rule.shape is Shape.OUT_IN:
-        return own
-    return "BF16" if kind in _BF16_SCALES else "F32"
+    return Linear(variant, block, tensors)
 
 
 def _own_dtype(config: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:

@@ -22,7 +22,7 @@ from reshard.model.naming import (
 )
 from reshard.model.prefix import language_prefix
 from reshard.quantization import Accounts, Schemes, check_transforms
-from reshard.schemes import VARIANTS, Found
+from reshard.schemes import VARIANTS, StoredTensor
 
 _Roles = dict[str, dict[str, Tensor]]
 """Tensors by role and suffix."""
@@ -67,7 +67,7 @@ def describe_layers(
             module, suffixes = f"{mlps[index]}.{stored}", roles.get(role, {})
             if "weight" not in suffixes and suffixes.keys() <= _BESIDE_A_WEIGHT:
                 raise _missing_weight(module, index, roles, gated=_has_gate(by_layer.values(), model_config))
-            found = {suffix: Found(t.dtype, t.shape, t.parts[0].file) for suffix, t in suffixes.items()}
+            found = {suffix: StoredTensor(t.dtype, t.shape, t.parts[0].file) for suffix, t in suffixes.items()}
             variant, block = schemes.decide(module, found)
             linears[role] = Linear(variant, block, suffixes)
         activation = model_config.activation(index) if model_config else None
@@ -119,7 +119,7 @@ def _mtp_layers(
         if parsed and parsed[0] == prefix:
             rests.setdefault(parsed[1], []).append(parsed[2])
     last = config.num_hidden_layers if config else None
-    count = config.prediction_layers if config else 0
+    count = config.mtp_layers if config else 0
     return tuple(
         layer
         for layer in named

@@ -7,7 +7,6 @@ one rectangle for a Hugging Face file, one per rank for a shard set.
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Literal
 
 from reshard.model.activation import Activation
 from reshard.model.naming import ROLES, mlp_name
@@ -84,7 +83,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Linear:
-    """One of a layer's three linears: what it is quantised as, its scale block, its tensors by suffix."""
+    """One of a layer's three linears: what it is quantized as, its scale block, its tensors by suffix."""
 
     variant: Variant
     block: tuple[int, int] | None
@@ -145,7 +144,7 @@ class SourceFile:
 class Identity:
     """Where the weights come from; a re-cut keeps the identity of what was first cut, its sample too."""
 
-    kind: Literal["folder", "hub", "remote"]
+    kind: str
     name: str
     commit: str | None
     files: tuple[SourceFile, ...]

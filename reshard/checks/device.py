@@ -14,17 +14,10 @@ from reshard.checks.finding import Finding
 from reshard.model.activation import not_computed
 from reshard.model.naming import DOWN, GATE, GATE_UP
 from reshard.plan.plan import Plan, PlannedTensor
-from reshard.tensors.tiles import limit_faults, tile_faults
+from reshard.schemes import SCHEMES, VLLM_ASCEND, scheme_named
+from reshard.tensors.tiles import LAST_DIM_LIMIT, TILES, limit_faults, tile_faults
 
-LAST_DIM_LIMIT = 65_535
-"""Of npu_quant_matmul's operands; see reshard.tensors.tiles."""
-
-TILES = {"BF16": ("BF16", (16, 16)), "F16": ("FP16", (16, 16)), "I8": ("INT8", (16, 32))}
-"""FRACTAL_NZ's number and tile by the weight's type; see reshard.tensors.tiles."""
-
-AS_BF16 = frozenset({"fp8_block", "fp8_channel", "int8_block"})
-"""Schemes that Ascend has no kernel for: the runtime multiplies their scales out at load."""
-
+_NPU = "npu"
 _TOKENS = (1, 24, 4096)
 
 
@@ -51,7 +44,7 @@ class Module:
     @property
     def dtype(self) -> str:
         """As safetensors names it."""
-        return "BF16" if self.scheme in AS_BF16 else self.weight.dtype
+        return self.weight.dtype if _NPU in scheme_named(self.scheme, self.name).native else "BF16"
 
 
 def check_npu(checkpoint: Checkpoint, plan: Plan) -> list[Finding]:
@@ -86,14 +79,14 @@ def _distinct(layers: list[tuple[Module, Module]]) -> list[Module]:
 def check_kernels(checkpoint: Checkpoint) -> Finding:
     """Whether the device multiplies the weights as they are stored."""
     schemes = sorted({linear.variant.scheme for layer in checkpoint.layers for linear in layer.linears.values()})
-    lacking = [scheme for scheme in schemes if scheme in AS_BF16]
+    lacking = [scheme for scheme in schemes if _NPU not in SCHEMES[scheme].native]
     if not lacking:
         return Finding("kernels", "", f"{', '.join(schemes)} as stored", "ok")
-    line = (
-        f"no NPU kernel multiplies {', '.join(lacking)}: the runtime makes it BF16 at load, vLLM on Ascend does not "
-        "serve it; cut with --weights w8a8 or --weights bf16"
-    )
-    return Finding("kernels", "", line, "warning")
+    served = all(VLLM_ASCEND in SCHEMES[scheme].native for scheme in lacking)
+    engine = f"{VLLM_ASCEND} {'serves it' if served else 'does not serve it'}"
+    options = " or ".join(f"--weights {SCHEMES[name].option}" for name in reversed(SCHEMES[lacking[0]].becomes))
+    line = f"no NPU kernel multiplies {', '.join(lacking)}: the runtime makes it BF16 at load, {engine}"
+    return Finding("kernels", "", f"{line}; cut with {options}", "warning")
 
 
 def _tiles(layers: list[tuple[Module, Module]], where: str) -> Iterator[Finding]:
@@ -116,18 +109,18 @@ def _tiles(layers: list[tuple[Module, Module]], where: str) -> Iterator[Finding]
 
 
 def _limits(layers: list[tuple[Module, Module]], where: str) -> Iterator[Finding]:
-    quantised = [module for module in _distinct(layers) if module.dtype == "I8"]
+    quantized = [module for module in _distinct(layers) if module.dtype == "I8"]
     wrong = [
         f"{module.name}.weight {_shown(module.weight.shape)}: {fault}"
-        for module in quantised
+        for module in quantized
         for fault in limit_faults(module.role, *module.sizes, LAST_DIM_LIMIT)
     ]
     for line in wrong:
         yield Finding("limits", where, line)
     if not wrong:
-        widest = max((size for module in quantised for size in module.weight.shape), default=0)
+        widest = max((size for module in quantized for size in module.weight.shape), default=0)
         line = f"the widest matrix is {widest}, npu_quant_matmul takes up to {LAST_DIM_LIMIT}"
-        yield Finding("limits", where, line if quantised else "no int8 matrix, so no npu_quant_matmul", "ok")
+        yield Finding("limits", where, line if quantized else "no int8 matrix, so no npu_quant_matmul", "ok")
 
 
 def _forward(checkpoint: Checkpoint, plan: Plan, layers: list[tuple[Module, Module]], where: str) -> Finding:

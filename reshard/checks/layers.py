@@ -56,8 +56,8 @@ def untouched(config: Mapping[str, Any]) -> str:
     sparse = model.num_hidden_layers - len(model.dense_layers or ())
     if model.dense_layers is not None and sparse:
         parts.append(_counted(sparse, "expert layer"))
-    if model.prediction_layers:
-        parts.append(_counted(model.prediction_layers, "prediction block"))
+    if model.mtp_layers:
+        parts.append(_counted(model.mtp_layers, "prediction block"))
     return f"; {' and '.join(parts)} left alone" if parts else ""
 
 

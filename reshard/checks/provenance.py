@@ -6,6 +6,7 @@ from reshard.checkpoint.description import Checkpoint
 from reshard.checks.finding import Finding
 from reshard.manifest import Manifest
 from reshard.model.naming import MANIFEST
+from reshard.schemes import summary
 
 
 def compare_identity(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Finding]:
@@ -50,7 +51,6 @@ def compare_model(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Findin
                 "cut it again",
             )
     # Each layer's own is checked against the source, so this one is against those.
-    schemes = {scheme for layer in manifest.layers for scheme in (layer.gate_up_proj, layer.down_proj)} - {"bf16"}
-    scheme = "mixed" if len(schemes) > 1 else next(iter(schemes), "bf16")
+    scheme = summary({scheme for layer in manifest.layers for scheme in (layer.gate_up_proj, layer.down_proj)})
     if manifest.scheme != scheme:
         yield Finding("model", MANIFEST, f"its scheme is {manifest.scheme}, its layers make it {scheme}")

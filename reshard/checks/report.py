@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 from reshard.checks.finding import Finding, Severity
 from reshard.errors import UsageError
 from reshard.model.naming import MAX_TP_SIZE
+from reshard.schemes import Weights
 
 CHECKS = {
     "input": "what was given can be read",
@@ -31,7 +32,6 @@ CHECKS = {
 
 Kind = Literal["config", "checkpoint", "shard set"]
 Device = Literal["cpu", "npu"]
-Weights = Literal["keep", "bf16", "w8a8"]
 
 _MAX_SIZE = 99_999  # of an engine's sizes: larger ones are a slip
 

@@ -3,22 +3,21 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from blake3 import blake3
-
 from reshard.checkpoint.description import Checkpoint
 from reshard.checks.finding import Finding
 from reshard.checks.layers import check_layers, config_of
 from reshard.checks.provenance import compare_identity, compare_model
 from reshard.checks.report import not_checked
-from reshard.errors import AlignmentError, ManifestError, SourceError
-from reshard.manifest import Manifest, Shard, ShardTensor
+from reshard.errors import AlignmentError, HeaderError, ManifestError
+from reshard.fit import fit_files, fit_header, fit_names, fit_side_file
+from reshard.manifest import Manifest, ShardTensor
 from reshard.manifest import Padding as RecordedPadding
 from reshard.model.config import read_model_config
-from reshard.model.naming import CONFIG, GATE, MANIFEST, parse_dense, parse_shard_file
+from reshard.model.naming import CONFIG, GATE, MANIFEST, parse_dense
 from reshard.plan.manifest_builder import layer_schemes, scheme_name
 from reshard.plan.plan import Padding, Plan, PlannedTensor, make_plan
 from reshard.source.base import Source, read_file, read_header
-from reshard.source.shardset import check_header, not_there, read_manifest_only, read_shard_set, require_shard_set
+from reshard.source.shardset import read_manifest_only, read_shard_set, require_shard_set
 
 _AFTER_MANIFEST = ("ranks", "headers", "layers", "shapes", "scheme", "cut")
 _AFTER_HEADERS = ("layers", "shapes", "scheme", "cut")
@@ -78,7 +77,7 @@ def check_origin(manifest: Manifest, original: Checkpoint, name: str) -> list[Fi
         hint = "the same weights in other files? reshard verify --source compares the bytes"
         return [replace(wrong[0], message=f"{wrong[0].message}; {hint}"), *wrong[1:]]
     files = len(manifest.source.files)
-    cut, there = (_repository(s.kind, s.name, s.commit) for s in (manifest.source, original.identity))
+    cut, there = (_repository(s.name, s.commit) for s in (manifest.source, original.identity))
     if cut and there and cut != there:
         line = (
             f"the set was cut from {cut}, this is {there}: files of the same names, sizes and headers, which may hold "
@@ -107,8 +106,8 @@ def _cut_anew(manifest: Manifest, checkpoint: Checkpoint | None, tp_sizes: tuple
     return why
 
 
-def _repository(kind: str, name: str, commit: str | None) -> str | None:
-    return f"{name} at commit {commit}" if kind == "hub" and commit else None
+def _repository(name: str, commit: str | None) -> str | None:
+    return f"{name} at commit {commit}" if commit else None
 
 
 def plan_of(manifest: Manifest, checkpoint: Checkpoint, layout: str, tp_ranks: Iterable[int] | None = None) -> Plan:
@@ -118,42 +117,23 @@ def plan_of(manifest: Manifest, checkpoint: Checkpoint, layout: str, tp_ranks: I
 
 def _ranks(source: Source, manifest: Manifest) -> Iterator[Finding]:
     sizes = source.files()
-    named = [(shard.file, shard.size) for shard in manifest.shards]
-    named += [(file.name, file.size) for file in manifest.files]
-    for name, size in named:
-        if name not in sizes:
-            yield Finding("ranks", name, not_there(source, name))
-        elif sizes[name] != size:
-            yield Finding("ranks", name, f"{sizes[name]} bytes, {MANIFEST} says {size}; copy it again")
+    misfits = [*fit_files(manifest, sizes, source.absent), *fit_names(manifest, sizes)]
     for file in manifest.files:
         if sizes.get(file.name) == file.size:
-            digest = blake3(read_file(source, file.name)).hexdigest()
-            if digest != file.blake3:
-                yield Finding("ranks", file.name, f"BLAKE3 is {digest}, {MANIFEST} says {file.blake3}; copy it again")
-    known = {name for name, _ in named}
-    for name in sorted(sizes):
-        if parse_shard_file(name) and name not in known:
-            yield Finding("ranks", name, f"a shard that {MANIFEST} does not name; is it of another set?")
+            misfits += fit_side_file(file, read_file(source, file.name))
+    yield from (Finding("ranks", misfit.file, misfit.message) for misfit in misfits)
 
 
 def _headers(source: Source, manifest: Manifest) -> Iterator[Finding]:
     for shard in manifest.shards:
-        if source.files().get(shard.file) == shard.size:
-            yield from _header(source, manifest, shard)
-
-
-def _header(source: Source, manifest: Manifest, shard: Shard) -> Iterator[Finding]:
-    try:
-        header = read_header(source, shard.file)
-        check_header(header, shard.tensors, shard.file)
-    except SourceError as error:
-        yield Finding("headers", "", str(error))  # it begins with the file
-        return
-    own = {"denseffn": "shard", "tp_rank": str(shard.tp_rank), "tp_size": str(manifest.tp_size)}
-    for key, value in own.items():
-        if header.metadata.get(key) != value:
-            line = f"its header says {key} {header.metadata.get(key)!r}, {MANIFEST} makes it {value!r}; copy it again"
-            yield Finding("headers", shard.file, line)
+        if source.files().get(shard.file) != shard.size:
+            continue
+        try:
+            misfits = list(fit_header(read_header(source, shard.file), shard, manifest.tp_size))
+        except HeaderError as error:
+            yield Finding("headers", "", str(error))  # it begins with the file
+            continue
+        yield from (Finding("headers", misfit.file, misfit.message) for misfit in misfits)
 
 
 def _headers_ok(manifest: Manifest) -> str:

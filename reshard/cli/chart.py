@@ -1,13 +1,12 @@
 """`reshard estimate`'s chart: a step's time by kind of work, as bars that need no colours."""
 
 import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from reshard.estimate.sizes import Estimate, Size
+    from reshard.estimate.document import Estimate, Run
     from reshard.estimate.step import Kind
 
 _CELLS, _FEWEST_CELLS = 60, 10
@@ -16,7 +15,7 @@ _GLYPHS, _ASCII = "█▓▒░", "#+=-"
 _MARK = " recommended"
 
 
-def show_chart(found: "Sequence[Estimate]", best: "dict[str, int | None]") -> None:
+def show_chart(found: "Estimate") -> None:
     """Print the chart to stdout, as wide as a terminal allows; the recommended sizes are marked."""
     from rich.console import Console
     from rich.text import Text
@@ -25,16 +24,15 @@ def show_chart(found: "Sequence[Estimate]", best: "dict[str, int | None]") -> No
 
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     glyphs = dict(zip(_COLOURS, _ASCII if console.options.ascii_only else _GLYPHS, strict=True))
-    longest = max((size.runs.step_seconds for one in found for size in one.sizes), default=1.0)
-    wide = max((len(one.scheme) for one in found), default=0)
+    rows = [(one, size) for one in found.schemes for size in one.sizes]
+    longest = max((size.runs.step_seconds for _, size in rows), default=1.0)
+    wide = max(len(one.scheme) for one in found.schemes)
     label = wide + len(" tp 1234 ")
     cells = min(_CELLS, max(_FEWEST_CELLS, console.width - label - len(_time(longest) + _MARK)))
-    for one in found:
-        for size in one.sizes:
-            mark = _MARK if best[one.scheme] == size.tp_size else ""
-            line = Text(f"{one.scheme:<{wide}} tp {size.tp_size:<4} ")
-            line.append_text(_bar(size, longest, cells, glyphs)).append(_time(size.runs.step_seconds) + mark)
-            console.print(line, soft_wrap=True)
+    for one, size in rows:
+        line = Text(f"{one.scheme:<{wide}} tp {size.tp_size:<4} ")
+        line.append_text(_bar(size.runs, cells / longest, glyphs)).append(_time(size.runs.step_seconds))
+        console.print(line.append(_MARK if one.recommended == size.tp_size else ""), soft_wrap=True)
     entries = [Text.assemble((glyph, _COLOURS[kind]), f" {LABELS[kind]}") for kind, glyph in glyphs.items()]
     legend = Text("  ").join(entries)
     indent = max(0, min(label, console.width - len(legend)))
@@ -45,14 +43,14 @@ def _time(seconds: float) -> str:
     return f" {seconds * 1e3:.3f} ms"
 
 
-def _bar(size: "Size", longest: float, cells: int, glyphs: "dict[Kind, str]") -> "Text":
+def _bar(run: "Run", scale: float, glyphs: "dict[Kind, str]") -> "Text":
     """Cells by rounding the running sum, so that parts add up to the whole's length."""
     from rich.text import Text
 
     bar, done, total = Text(), 0, 0.0
     for kind, glyph in glyphs.items():
-        total += size.runs.seconds[kind]
-        upto = round(total / longest * cells)
+        total += run.seconds[kind]
+        upto = round(total * scale)
         bar.append(glyph * (upto - done), _COLOURS[kind])
         done = upto
     return bar

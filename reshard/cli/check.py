@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from reshard.cli.output import Debug, Index, Output, Revision
-from reshard.cli.sizes import parse_sizes
+from reshard.cli.options import Debug, Index, Pad, Revision, Scheme, Weights, parse_sizes
+from reshard.cli.output import Output
 
 if TYPE_CHECKING:
     from reshard.checks.report import Report, Request, Serving
@@ -27,16 +27,9 @@ def check(
         str | None,
         typer.Option("--tp", metavar="N[,N..]", help="Group sizes to cut for; of a shard set, those it may have."),
     ] = None,
-    scheme: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="What the weights are, where quantization_config and its like do not say it."
-        ),
-    ] = None,
-    weights: Annotated[
-        Literal["keep", "bf16", "w8a8"], typer.Option(help="Check the cut as split --weights makes it.")
-    ] = "keep",
-    pad: Annotated[bool, typer.Option("--pad", help="Check the cut as split --pad makes it.")] = False,
+    scheme: Scheme = None,
+    weights: Weights = "keep",
+    pad: Pad = False,
     against: Annotated[
         str | None, typer.Option("--against", metavar="SOURCE", help="What the shard set must have been cut from.")
     ] = None,
@@ -55,7 +48,10 @@ def check(
     ] = "human",
     debug: Debug = False,
 ) -> None:
-    """Check shapes, cuts, shard sets and serving setups from headers and arithmetic alone, for CI."""
+    """Check shapes, cuts, shard sets and serving setups, for CI.
+
+    From headers and arithmetic alone; the cut is checked as split makes it.
+    """
     output = Output(form, quiet=True, debug=debug)
     with output.errors():
         from reshard.checks.report import Request
@@ -120,14 +116,12 @@ def _serving(additional: str | None, *sizes: int | None) -> "Serving | None":
 
     sizes: data-, tensor- and pipeline-parallel.
     """
-    from reshard.checks.report import Serving
+    from reshard import api
     from reshard.errors import SourceError, UsageError
     from reshard.source.base import parse_json_object
 
-    if all(given is None for given in (additional, *sizes)):
-        return None
     try:
-        config = parse_json_object((additional or "{}").encode(), "--additional-config")
+        config = None if additional is None else parse_json_object((additional or "{}").encode(), "--additional-config")
     except SourceError as error:
         raise UsageError(str(error).removesuffix("; copy or download it again")) from error
-    return Serving(config, *(1 if size is None else size for size in sizes))
+    return api.serving(config, *sizes)

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reshard.cli.output import ADDRESS, Debug, Format, Index, Output, Revision, Scheme, size_text
+from reshard.cli.options import ADDRESS, Debug, Format, Index, Revision, Scheme
+from reshard.cli.output import Output, size_text
 
 if TYPE_CHECKING:
     from reshard.checkpoint.description import Checkpoint, Linear, Tensor
@@ -19,7 +20,10 @@ def inspect(
     form: Format = "human",
     debug: Debug = False,
 ) -> None:
-    """Show a checkpoint's or a shard set's DenseFFN: layers, schemes, shapes, bytes, where each tensor lies."""
+    """Show the dense layers of a checkpoint or a shard set.
+
+    Schemes, shapes and bytes of their tensors, and where each one lies.
+    """
     output = Output(form, quiet=True, debug=debug)
     with output.errors():
         from reshard.source.open import describe, open_source
@@ -112,8 +116,7 @@ def _show(output: Output, document: dict[str, Any]) -> None:
                 rows.append(
                     [tensor["name"], linear["scheme"], tensor["dtype"], shape, size_text(tensor["bytes"]), where]
                 )
-    columns = ("tensor", "scheme", "dtype", "shape", "size", "where")
-    output.table([(c, "right" if c == "size" else "left") for c in columns], rows)
+    output.table(("tensor", "scheme", "dtype", "shape", ">size", "where"), rows)
     output.text()
     model, shard_set = document["model"], document.get("shard_set")
     dense = size_text(document["dense_bytes"])

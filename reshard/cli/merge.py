@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from reshard.cli.output import ADDRESS, Debug, Format, Output, Quiet, size_text
+from reshard.cli.options import ADDRESS, Debug, Format, Quiet
+from reshard.cli.output import Output, size_text
 
 
 def merge(
@@ -14,30 +15,22 @@ def merge(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Put a shard set together again: Hugging Face names and shapes, bit for bit, with an index."""
+    """Put a shard set together again, bit for bit.
+
+    The result has the Hugging Face names and shapes, and an index.
+    """
     output = Output(form, quiet=quiet, debug=debug)
     with output.errors():
-        from reshard.plan.pipeline import check_set_digests
-        from reshard.source.address import parse_local_target
-        from reshard.source.open import open_source
-        from reshard.source.shardset import read_shard_set, require_shard_set
+        from reshard import api
         from reshard.writer.merge import INDEX
-        from reshard.writer.merge import merge as merge_set
-        from reshard.writer.split import DEFAULT_WORKERS
 
-        folder = parse_local_target(out, "merge")
-        with open_source(shards, notify=output.warn) as source:
-            require_shard_set(source)
-            checkpoint = read_shard_set(source)
-            check_set_digests(source, DEFAULT_WORKERS)
-            with output.progress("merge", checkpoint.nbytes) as tick:
-                files = merge_set(source, checkpoint, folder, tick)
+        done = api.merge(shards, out, warn=output.warn, progress=output.progress)
         if output.is_json:
-            output.json({"out": str(folder), "index": INDEX, "files": [vars(file) for file in files]})
+            output.json({"out": str(done.out), "index": INDEX, "files": [vars(file) for file in done.files]})
             return
         output.table(
-            [("file", "left"), ("tensors", "right"), ("size", "right"), ("blake3", "left")],
-            [[f.name, str(f.tensors), size_text(f.size), f.blake3[:16]] for f in files],
+            ("file", ">tensors", ">size", "blake3"),
+            [[f.name, str(f.tensors), size_text(f.size), f.blake3[:16]] for f in done.files],
         )
         output.text()
-        output.text(f"{folder / INDEX} completes the checkpoint")
+        output.text(f"{done.out / INDEX} completes the checkpoint")

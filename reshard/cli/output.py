@@ -6,33 +6,14 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import typer
 
 from reshard.errors import OutputError, ReshardError, printable
 
-Format = Annotated[
-    Literal["human", "json"], typer.Option("--format", help="What stdout carries: text, or one JSON document.")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-ADDRESS = "A folder, ORG/NAME on the hub, or an address such as s3://BUCKET/PATH."
-Revision = Annotated[
-    str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a hub repository; without it, main.")
-]
-Index = Annotated[
-    str | None,
-    typer.Option("--index", metavar="FILE", help="Where the weights are, if a folder has two accounts of it."),
-]
-
-Scheme = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME", help="What the quantised weights are, where nothing beside the files says it: w8a8_dynamic, …"
-    ),
-]
+T = TypeVar("T")
 
 _INTERRUPTED = 130
 _WHOLE = 10_000  # columns: no cell is cut to fit, a narrow terminal wraps the line
@@ -90,9 +71,16 @@ class Output:
         print(f"error: {self._who}{about}{message}", file=sys.stderr)  # noqa: T201
         return message
 
+    def document(self, document: T, show: "Callable[[Output, T], None]") -> None:
+        """What the command has to say, a dataclass or a JSON object: as JSON, or as `show` prints it for people."""
+        if self.is_json:
+            self.json(document)
+        else:
+            show(self, document)
+
     def json(self, document: Any) -> None:
         """The command's one JSON document."""
-        self.text(json.dumps(document, indent=2))
+        self.text(json.dumps(document, indent=2, default=vars))
 
     def text(self, line: str = "") -> None:
         """A line of data."""
@@ -105,8 +93,8 @@ class Output:
         if self._speaks:
             print(f"warning: {line}", file=sys.stderr)  # noqa: T201
 
-    def table(self, columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> None:
-        """Rows under (title, "left" or "right") columns."""
+    def table(self, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """Rows under titles; of a column whose title begins with > the cells stand right."""
         if not self._speaks:
             return
         from rich.box import SIMPLE_HEAD
@@ -114,8 +102,8 @@ class Output:
         from rich.table import Table
 
         table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-        for title, side in columns:
-            table.add_column(title, justify="right" if side == "right" else "left", no_wrap=True)
+        for title in columns:
+            table.add_column(title.lstrip(">"), justify="right" if title.startswith(">") else "left", no_wrap=True)
         for row in rows:
             table.add_row(*row)
         # Without a height rich makes a terminal that is called dumb 80 columns wide.

@@ -1,6 +1,7 @@
 """`reshard schema`."""
 
-from reshard.cli.output import Debug, Format, Output
+from reshard.cli.options import Debug, Format
+from reshard.cli.output import Output
 
 
 def schema(form: Format = "human", debug: Debug = False) -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from reshard.cli.output import ADDRESS, Debug, Format, Index, Output, Quiet, Revision, Scheme, size_text
+from reshard.cli.options import ADDRESS, Debug, Format, Index, Pad, Quiet, Revision, Scheme, Weights
+from reshard.cli.output import Output, size_text
 
 if TYPE_CHECKING:
     from reshard.plan.pipeline import Cut, Prepared
@@ -21,15 +22,13 @@ def split(
     source: Annotated[str, typer.Argument(metavar="SRC", help=f"{ADDRESS} A shard set is cut anew.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="The shard set's folder, or s3://…: new or empty.")],
     tp: Annotated[int, typer.Option("--tp", help="Size of the DenseFFN group: how many shards.")],
-    weights: Annotated[
-        Literal["keep", "bf16", "w8a8"], typer.Option(help="Convert while cutting; needs torch unless keep.")
-    ] = "keep",
+    weights: Weights = "keep",
     quant_format: Annotated[
         Literal["modelslim", "compressed-tensors"], typer.Option(help="How --weights w8a8 names its tensors.")
     ] = "modelslim",
     layout: Annotated[Literal["fused", "separate"], typer.Option(help="gate and up stacked, or apart.")] = "fused",
     ranks: Annotated[str | None, typer.Option(help="Write only these ranks, such as 0-3,7.")] = None,
-    pad: Annotated[bool, typer.Option("--pad", help="Add zero rows and columns where sizes do not divide.")] = False,
+    pad: Pad = False,
     resume: Annotated[bool, typer.Option("--resume", help="Keep finished shards that are what SRC gives now.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in OUT when all is written.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written; write nothing.")] = False,
@@ -41,7 +40,7 @@ def split(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Cut SRC's DenseFFN weights into one shard per rank, with a manifest."""
+    """Cut SRC's DenseFFN weights into one shard per rank."""
     output = Output(form, quiet=quiet, debug=debug)
     with output.errors():
         from reshard.errors import OutputError, UsageError
@@ -83,12 +82,12 @@ def split(
 
 def _same(source: str, out: str) -> bool:
     """Whether two addresses are one place."""
-    from reshard.source.address import parse_address, parse_target
+    from reshard.source.address import FOLDER, parse_address, parse_target
 
     one, other = parse_address(source), parse_target(out)
     if one.kind != other.kind:
         return False
-    if one.kind == "folder":
+    if one.kind == FOLDER:
         return Path(one.place).exists() and Path(other.place).exists() and Path(one.place).samefile(other.place)
     from reshard.source.filesystems import same_place
 
@@ -171,7 +170,7 @@ def _report(output: Output, prepared: "Prepared", out: str, result: "SplitResult
         output.json(document)
         return
     output.table(
-        [("rank", "right"), ("file", "left"), ("size", "right"), ("blake3", "left")],
+        (">rank", "file", ">size", "blake3"),
         [
             [
                 str(shard.tp_rank),

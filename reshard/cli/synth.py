@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reshard.cli.output import Debug, Format, Output, Quiet, size_text
+from reshard.cli.options import Debug, Format, Quiet
+from reshard.cli.output import Output, size_text
 
 if TYPE_CHECKING:
     from fractions import Fraction
@@ -15,7 +16,7 @@ def synth(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A Hugging Face config.json.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="The checkpoint's folder: new or empty.")],
     scheme: Annotated[
-        str, typer.Option(help="How its linears are quantised; an unknown one lists those there are.")
+        str, typer.Option(help="How its linears are quantized; an unknown one lists those there are.")
     ] = "bf16",
     scale: Annotated[str, typer.Option(help="Shrink the model's sizes, such as 1/16.")] = "1",
     layers: Annotated[int | None, typer.Option(min=1, help="Keep only the first N layers.")] = None,
@@ -29,7 +30,7 @@ def synth(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Make a synthetic checkpoint of a model's shape: for tests, benchmarks and trying things out."""
+    """Make a synthetic checkpoint of a model's shape."""
     output = Output(form, quiet=quiet, debug=debug)
     with output.errors():
         from reshard.source.address import parse_local_target

@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from reshard.checkpoint.description import Checkpoint, Linear, Tensor
-from reshard.convert.rules import QUANTISE
 from reshard.errors import MissingDependencyError, SchemeError
 from reshard.model.naming import ROLES
+from reshard.schemes import Operand
 from reshard.source.base import Bytes, Range, Source
 from reshard.tensors.byte_grid import BlockReader, StoredReader
+from reshard.tensors.dtypes import TORCH
+from reshard.tensors.numeric import storage, to_f32
 
 try:
     import torch
@@ -23,13 +25,6 @@ except ImportError as error:
         f"--weights computes with torch, which cannot be imported ({error}); pip install 'reshard[runtime]'"
     ) from error
 
-_TORCH = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I8": torch.int8,
-}
 _INT8_MAX = 127
 _CHUNK_ELEMENTS = 1 << 20
 
@@ -39,15 +34,15 @@ def computed_readers(source: Source, stored: Checkpoint, checkpoint: Checkpoint)
     readers: dict[str, BlockReader] = {}
     for before, after in zip(stored.layers, checkpoint.layers, strict=True):
         for role in ROLES:
-            made = after.linears[role].tensors
-            if made["weight"].parts:
+            made = after.linears[role]
+            if made.tensors["weight"].parts:
                 continue
             values = _Values(source, before.linears[role])
-            scales = _RowScales(values, made["weight_scale"].dtype if "weight_scale" in made else "F32")
-            for suffix, tensor in made.items():
-                rule = tensor.conversion.rule if tensor.conversion else ""
-                compute = _values_of(tensor, suffix, rule, values, scales)
-                readers[tensor.name] = _Computed(tensor, compute, values, by_rows=rule == QUANTISE)
+            scale = made.variant.suffix(Operand.SCALE)
+            scales = _RowScales(values, made.tensors[scale].dtype) if scale else None
+            for rule in made.variant.tensors:
+                tensor = made.tensors[rule.suffix]
+                readers[tensor.name] = _Computed(tensor, _compute(tensor, rule.operand, values, scales), values, scales)
     return readers
 
 
@@ -55,19 +50,25 @@ Compute = Callable[[int, int, int, int], "torch.Tensor"]
 """(first row, row behind the last, first column, column behind the last) -> values in the tensor's own type."""
 
 
-def _values_of(tensor: Tensor, suffix: str, rule: str, values: "_Values", scales: "_RowScales") -> Compute:
-    if suffix == "weight_offset":
-        return lambda top, bottom, left, right: torch.zeros((bottom - top, right - left), dtype=_TORCH[tensor.dtype])
-    if suffix == "weight_scale":
-        return lambda top, bottom, left, right: scales.get()[top:bottom].to(_TORCH[tensor.dtype])
-    if rule != QUANTISE:
-        return lambda *block: _rounded(values.get(*block), _TORCH[tensor.dtype])
+def _compute(tensor: Tensor, operand: Operand, values: "_Values", scales: "_RowScales | None") -> Compute:
+    dtype = _dtype(tensor.dtype)
+    if scales is None:
+        return lambda *block: _rounded(values.get(*block), dtype)
+    if operand is Operand.OFFSET:
+        return lambda top, bottom, left, right: torch.zeros((bottom - top, right - left), dtype=dtype)
+    if operand is Operand.SCALE:
+        return lambda top, bottom, left, right: scales.get()[top:bottom].to(dtype)
 
-    def quantise(top: int, bottom: int, left: int, right: int) -> "torch.Tensor":
+    def quantize(top: int, bottom: int, left: int, right: int) -> "torch.Tensor":
         scaled = values.get(top, bottom, left, right) / scales.get()[top:bottom]
-        return scaled.round().clamp(-_INT8_MAX, _INT8_MAX).to(torch.int8)
+        return scaled.round().clamp(-_INT8_MAX, _INT8_MAX).to(dtype)
 
-    return quantise
+    return quantize
+
+
+def _dtype(name: str) -> "torch.dtype":
+    found: torch.dtype = getattr(torch, TORCH[name])
+    return found
 
 
 def _rounded(values: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
@@ -76,13 +77,13 @@ def _rounded(values: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
 
 
 class _Computed:
-    """A tensor's byte grid, computed where it is asked for; `by_rows`: out of all of the weight's rows."""
+    """A tensor's byte grid, computed where it is asked for; with scales of rows, out of all of the weight."""
 
-    def __init__(self, tensor: Tensor, compute: Compute, values: "_Values", *, by_rows: bool) -> None:
+    def __init__(self, tensor: Tensor, compute: Compute, values: "_Values", scales: "_RowScales | None") -> None:
         self._itemsize = tensor.row_bytes // tensor.shape[1]
         self._compute = compute
         self._values = values
-        self._by_rows = by_rows
+        self._by_rows = scales is not None
 
     def read(self, out: Bytes, row: int, column: int) -> None:
         """Fill `out` [rows, bytes] with the grid's bytes from (row, column)."""
@@ -106,20 +107,20 @@ class _Values:
         self.weight = linear.tensors["weight"]
         self._reader = StoredReader(source, self.weight)
         self._block = linear.block
-        scale = linear.tensors.get("weight_scale_inv") or linear.tensors.get("weight_scale")
-        # [ceil(out/b), ceil(in/k)] for blocks, [out, 1] for channels
-        self._scale = None if scale is None else _load(StoredReader(source, scale), scale)
+        suffix = linear.variant.suffix(Operand.SCALE)
+        # [ceil(out/b), ceil(in/k)] for blocks, [out, 1] for channels, [1, 1] for one of the whole weight
+        self._scale = None if suffix is None else _load(source, linear.tensors[suffix])
 
     def get(self, top: int, bottom: int, left: int, right: int) -> "torch.Tensor":
         """Rows top..bottom, columns left..right, as float32."""
         itemsize = self.weight.row_bytes // self.weight.shape[1]
         out = np.empty((bottom - top, (right - left) * itemsize), np.uint8)
         self._reader.read(out, top, left * itemsize)
-        weight = torch.from_numpy(out).view(_TORCH[self.weight.dtype]).to(torch.float32)
+        weight = torch.from_numpy(out).view(_dtype(self.weight.dtype)).to(torch.float32)
         if self._scale is None:
             return weight
         if self._block is None:
-            return weight * self._scale[top:bottom]
+            return weight * (self._scale if len(self._scale) == 1 else self._scale[top:bottom])
         rows = torch.arange(top, bottom) // self._block[0]
         columns = torch.arange(left, right) // self._block[1]
         return weight * self._scale[rows][:, columns]
@@ -145,7 +146,7 @@ class _RowScales:
 
     def __init__(self, values: _Values, dtype: str) -> None:
         self._values = values
-        self._dtype = _TORCH[dtype]
+        self._dtype = _dtype(dtype)
         self._lock = threading.Lock()
         self._scales: torch.Tensor | None = None
 
@@ -167,15 +168,14 @@ class _RowScales:
         if len(bad):
             raise SchemeError(
                 f"{self._values.weight.name}: row {int(bad[0, 0])} holds {float(largest[bad[0, 0], 0])}; a weight that "
-                "is no number cannot be quantised"
+                "is no number cannot be quantized"
             )
         scales = (largest / _INT8_MAX).to(self._dtype).to(torch.float32)
         return torch.where(scales == 0, 1.0, scales)  # a row of zeros, or as good as: any scale will do
 
 
-def _load(reader: BlockReader, tensor: Tensor) -> "torch.Tensor":
+def _load(source: Source, tensor: Tensor) -> "torch.Tensor":
     """A whole small matrix as float32; [n] becomes [n, 1]."""
     out = np.empty((tensor.rows, tensor.row_bytes), np.uint8)
-    reader.read(out, 0, 0)
-    values = torch.from_numpy(out).view(_TORCH[tensor.dtype]).to(torch.float32)
-    return values.reshape(tensor.rows, -1)
+    StoredReader(source, tensor).read(out, 0, 0)
+    return torch.from_numpy(to_f32(out.view(storage(tensor.dtype)), tensor.dtype)).reshape(tensor.rows, -1)

@@ -17,44 +17,45 @@ from typing import Any
 from reshard.checkpoint.description import Checkpoint, Conversion, Layer, Linear, Tensor
 from reshard.errors import SchemeError
 from reshard.model.naming import CONFIG, ROLES
-from reshard.quantization import without_quantization
-from reshard.quantization.description import DESCRIPTION
-from reshard.schemes import VARIANTS, Variant
+from reshard.quantization import DESCRIPTION, without_quantization
+from reshard.schemes import SCHEMES, VARIANTS, Variant, scheme_by_option
+from reshard.schemes.declare import COMPRESSED_TENSORS, description_type, quantization_config
 from reshard.source.base import parse_json_object
+from reshard.tensors.dtypes import TORCH
 
 KEEP, BF16, W8A8 = "keep", "bf16", "w8a8"
-MODELSLIM, COMPRESSED_TENSORS = "modelslim", "compressed-tensors"
+MODELSLIM = "modelslim"
 
-DEQUANTISE, CAST, QUANTISE = "dequantise_to_bf16", "cast_to_bf16", "quantise_to_int8_per_channel"
-
-# Schemes whose values are weight * scale, with no quantised activations to go with them.
-_WEIGHT_ONLY = frozenset({"bf16", "fp8_block", "fp8_channel", "int8_block"})
+DEQUANTIZE, CAST, QUANTIZE = "dequantise_to_bf16", "cast_to_bf16", "quantise_to_int8_per_channel"
 
 
 def converted(checkpoint: Checkpoint, weights: str, quant_format: str = MODELSLIM) -> Checkpoint:
     """The checkpoint with other weights. Raises SchemeError where a linear cannot become what is asked for."""
     if weights == KEEP:
         return checkpoint
-    target = _target(weights, quant_format)
+    variant = target(weights, quant_format)
     layers = tuple(
-        replace(layer, linears={role: _linear(layer.linears[role], f"{layer.module}.{role}", target) for role in ROLES})
+        replace(
+            layer, linears={role: _linear(layer.linears[role], f"{layer.module}.{role}", variant) for role in ROLES}
+        )
         for layer in checkpoint.layers
     )
     if layers == checkpoint.layers:
         return checkpoint
-    return replace(checkpoint, layers=layers, side_files=_side_files(checkpoint, layers, target))
+    return replace(checkpoint, layers=layers, side_files=_side_files(checkpoint, layers, variant))
 
 
-def _target(weights: str, quant_format: str) -> Variant:
-    kinds = {BF16: "FLOAT", W8A8: "W8A8_DYNAMIC" if quant_format == MODELSLIM else "int8-channel-dynamic"}
-    return next(variant for variant in VARIANTS if variant.kind == kinds[weights])
+def target(weights: str, quant_format: str = MODELSLIM) -> Variant:
+    """What `--weights` makes: the scheme that has it as its option, as `--quant-format`'s tool writes it."""
+    variants = [variant for variant in VARIANTS if variant.scheme == scheme_by_option(weights)]
+    compressed = quant_format == COMPRESSED_TENSORS
+    return min(variants, key=lambda variant: any(COMPRESSED_TENSORS in said for said in variant.said) != compressed)
 
 
 def _linear(linear: Linear, module: str, target: Variant) -> Linear:
-    scheme = linear.variant.scheme
+    scheme, made = SCHEMES[linear.variant.scheme], SCHEMES[target.scheme]
     weight = linear.tensors["weight"]
-    is_float = target.scheme == "bf16"
-    if linear.variant == target and (not is_float or weight.dtype == "BF16"):
+    if linear.variant == target and weight.dtype == target.tensors[0].dtypes[0]:
         return linear
     if weight.conversion is not None:
         raise SchemeError(
@@ -66,23 +67,19 @@ def _linear(linear: Linear, module: str, target: Variant) -> Linear:
             f"{weight.name}: gate and up are stacked in the checkpoint, and what is converted would have names that it "
             "does not know; leave it at --weights keep"
         )
-    if scheme not in _WEIGHT_ONLY:
+    if made.name not in scheme.becomes:
+        convertible = sorted(name for name, one in SCHEMES.items() if made.name in one.becomes)
         raise SchemeError(
-            f"{module}: is {linear.variant.kind} ({scheme}), which does not become {target.kind}; --weights converts "
-            f"{', '.join(sorted(_WEIGHT_ONLY))}: leave it at --weights keep"
+            f"{module}: is {linear.variant.kind} ({scheme.name}), which does not become {target.kind}; --weights "
+            f"converts {', '.join(convertible)}: leave it at --weights keep"
         )
-    rule = QUANTISE if not is_float else CAST if scheme == "bf16" else DEQUANTISE
-    inputs = tuple(linear.tensors[tensor.suffix].name for tensor in linear.variant.tensors)
-    conversion = Conversion(rule, inputs)
-    out_features = weight.shape[0]
-    forms = {
-        "weight": ("BF16" if is_float else "I8", weight.shape),
-        "weight_scale": ("F32" if target.kind == "W8A8_DYNAMIC" else "BF16", (out_features, 1)),
-        "weight_offset": ("F32", (out_features, 1)),
-    }
+    rule = QUANTIZE if not made.is_float else CAST if scheme.is_float else DEQUANTIZE
+    conversion = Conversion(rule, tuple(linear.tensors[tensor.suffix].name for tensor in linear.variant.tensors))
     tensors = {
-        suffix: Tensor(f"{module}.{suffix}", *forms[suffix], (), conversion)
-        for suffix in (rule.suffix for rule in target.tensors)
+        one.suffix: Tensor(
+            f"{module}.{one.suffix}", one.dtypes[0], one.shape.sizes(weight.shape, None)[0], (), conversion
+        )
+        for one in target.tensors
     }
     return Linear(target, None, tensors)
 
@@ -93,43 +90,24 @@ def _side_files(checkpoint: Checkpoint, layers: tuple[Layer, ...], target: Varia
     Every linear is of the target's kind now, or the conversion was refused.
     """
     files: dict[str, bytes] = {}
+    modules = "|".join(re.escape(layer.module) for layer in layers)
+    section = quantization_config(target, [rf"re:({modules})\.(gate|up|down)_proj$"], [])
     raw = checkpoint.side_files.get(CONFIG)
     if raw is not None:
         config = without_quantization(parse_json_object(raw, CONFIG))
         for key in ("dtype", "torch_dtype"):
-            if key in config and target.scheme == "bf16":
-                config[key] = "bfloat16"
-        if target.kind == "int8-channel-dynamic":
-            config["quantization_config"] = _compressed_tensors(layers)
+            if key in config and SCHEMES[target.scheme].is_float:
+                config[key] = TORCH[target.tensors[0].dtypes[0]]
+        if section is not None:
+            config["quantization_config"] = section
         files[CONFIG] = _json(config)
-    elif target.kind == "int8-channel-dynamic":
+    elif section is not None:
         raise SchemeError(f"--quant-format {COMPRESSED_TENSORS} is told by {CONFIG}, which the source lacks")
-    if target.kind == "W8A8_DYNAMIC":
+    kind = description_type(target)
+    if kind is not None:
         names = [tensor.name for layer in layers for tensor in layer.tensors()]
-        files[DESCRIPTION] = _json(
-            {"version": "1.0.0", "model_quant_type": target.kind} | dict.fromkeys(names, target.kind)
-        )
+        files[DESCRIPTION] = _json({"version": "1.0.0", "model_quant_type": kind} | dict.fromkeys(names, kind))
     return files
-
-
-def _compressed_tensors(layers: tuple[Layer, ...]) -> dict[str, Any]:
-    """The quantization_config of compressed-tensors' W8A8: int8 per channel, activations per token."""
-    modules = "|".join(re.escape(layer.module) for layer in layers)
-    common = {"num_bits": 8, "type": "int", "symmetric": True}
-    group = {
-        "targets": [rf"re:({modules})\.(gate|up|down)_proj$"],
-        "weights": {**common, "strategy": "channel", "dynamic": False},
-        "input_activations": {**common, "strategy": "token", "dynamic": True},
-        "output_activations": None,
-        "format": "int-quantized",
-    }
-    return {
-        "quant_method": COMPRESSED_TENSORS,
-        "format": "int-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": [],
-    }
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -9,24 +9,21 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from reshard.errors import MissingDependencyError, ProfileError
-from reshard.estimate.model import GIB
-from reshard.estimate.profile import LOCAL, Profile, parse_profile
+from reshard.estimate.profile import GIB, LOCAL, MIB, Profile, parse_profile
 
 PROCESSES = 2
-TIMEOUT_SECONDS = 300
+MODULE = "reshard_runtime.measure"
 _CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
 _MEASURED = "measured by reshard estimate --measure"
 
 
 def measured_profile() -> Profile:
-    """Measure. Raises MissingDependencyError without torch, ProfileError where a process fails or hangs."""
+    """Measure. Raises MissingDependencyError without torch, ProfileError where a process fails."""
     if importlib.util.find_spec("torch") is None:
         raise MissingDependencyError(
             "--measure runs the runtime's kernels, which need torch: pip install 'reshard[runtime]'"
@@ -51,9 +48,9 @@ def profile_of(found: Sequence[Mapping[str, float]]) -> Profile:
             "overlap": False,
         },
         "memory": {
-            "capacity_gib": _digits(_memory_bytes() / len(found) / GIB),
+            "capacity_gib": _digits(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / len(found) / GIB),
             "bandwidth_gib_s": _digits(memory / GIB),
-            "cache_mib": _digits(_cache_bytes() / len(found) / (1 << 20)),
+            "cache_mib": _digits(_cache_bytes() / len(found) / MIB),
         },
         "network": {
             "host": {
@@ -86,73 +83,35 @@ def profile_of(found: Sequence[Mapping[str, float]]) -> Profile:
 
 def to_toml(profile: Profile) -> str:
     """The profile as a file that `--device` takes."""
-    lines: list[str] = []
-    _table(profile.model_dump(exclude_none=True), (), lines)
-    return "\n".join(lines) + "\n"
+    return "\n".join(_lines(profile.model_dump(exclude_none=True))) + "\n"
 
 
-def _table(values: Mapping[str, Any], path: tuple[str, ...], lines: list[str]) -> None:
+def _lines(values: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[str]:
     plain = {key: value for key, value in values.items() if not isinstance(value, dict)}
     if path and plain:
-        lines += ["", f"[{'.'.join(path)}]"]
-    lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in plain.items()]
+        yield from ("", f"[{'.'.join(path)}]")
+    yield from (f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in plain.items())
     for key, value in values.items():
-        if isinstance(value, dict):
-            _table(value, (*path, key), lines)
+        if key not in plain:
+            yield from _lines(value, (*path, key))
 
 
 def _run() -> list[dict[str, float]]:
+    """What each process found."""
     # -P and the path: what this program imports from, not what lies in the current folder under the same name.
-    command = [sys.executable, "-P", "-m", "reshard_runtime.measure"]
+    command = [sys.executable, "-P", "-m", MODULE, str(PROCESSES), str(max(1, _processors() // PROCESSES))]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    threads = str(max(1, _processors() // PROCESSES))
-    with tempfile.TemporaryDirectory(prefix="reshard-measure-") as folder:
-        processes = [
-            subprocess.Popen(
-                [*command, str(rank), str(PROCESSES), threads, str(Path(folder) / "meeting")],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=environment,
-            )
-            for rank in range(PROCESSES)
-        ]
-        return _results(processes)
-
-
-def _results(processes: "Sequence[subprocess.Popen[str]]") -> list[dict[str, float]]:
-    """What each printed. The first that fails is the error: the others then fail for want of it, and are killed."""
-    with ThreadPoolExecutor(len(processes)) as threads:
-        try:
-            waiting = [threads.submit(_result, rank, process) for rank, process in enumerate(processes)]
-            for done in as_completed(waiting):
-                done.result()
-            return [done.result() for done in waiting]
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-
-
-def _result(rank: int, process: "subprocess.Popen[str]") -> dict[str, float]:
-    try:
-        out, err = process.communicate(timeout=TIMEOUT_SECONDS)
-    except subprocess.TimeoutExpired:
-        raise ProfileError(f"--measure: process {rank} gave no figures within {TIMEOUT_SECONDS} s") from None
-    if process.returncode != 0:
-        last = (err.strip().splitlines() or ["no message"])[-1]
-        raise ProfileError(f"--measure: process {rank} ended with {process.returncode}: {last}")
-    found: dict[str, float] = json.loads(out)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+        raise ProfileError(f"--measure: {last}")
+    found: list[dict[str, float]] = json.loads(done.stdout)
     return found
 
 
 def _processors() -> int:
     """Those that this process may use."""
     return len(os.sched_getaffinity(0))
-
-
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _cache_bytes() -> int:

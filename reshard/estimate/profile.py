@@ -1,7 +1,7 @@
 """Device profiles: `configs/hardware/*.toml`, or a file of the user's own. Every key is known, or it is an error."""
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 import reshard
 from reshard.errors import ProfileError, UsageError
 
+GIB, MIB = 1 << 30, 1 << 20
 DEFAULT = "atlas-a2-376t"
 LOCAL = "local"
 
@@ -84,7 +85,7 @@ class Static(_Strict):
     collective_us: _Time
 
 
-class Alignment(_Strict):
+class Tiles(_Strict):
     """The device's tiles of a matrix, (rows, columns) of elements, and the largest last dim of its int8 kernel."""
 
     bf16_tile: Annotated[list[_Count], Field(min_length=2, max_length=2)]
@@ -101,7 +102,7 @@ class Profile(_Strict):
     network: Annotated[dict[str, Network], Field(min_length=1)]
     efficiency: Efficiency
     static: Static
-    alignment: Alignment | None = None
+    alignment: Tiles | None = None
     source: dict[str, str]
 
     @model_validator(mode="after")
@@ -115,7 +116,7 @@ class Profile(_Strict):
     def _has_sources(self) -> Self:
         tables = {key for key, value in self if value is not None} - _NO_SOURCE
         if self.source.keys() != tables:
-            raise ValueError(f"source: one line each is wanted for {', '.join(sorted(tables))}")
+            raise ValueError(f"source: expected one line each for {', '.join(sorted(tables))}")
         return self
 
 
@@ -146,12 +147,7 @@ def load_profile(device: str, overrides: Sequence[str] = ()) -> Profile:
     except ValueError as error:  # not TOML, or not UTF-8
         raise ProfileError(f"{file}: not valid TOML: {error}") from error
     profile = parse_profile(table, file.name)
-    if not overrides:
-        return profile
-    changed = profile.model_dump(exclude_none=True)
-    for override in overrides:
-        _override(changed, override)
-    return parse_profile(changed, "--set")
+    return parse_profile(_overridden(profile, overrides), "--set") if overrides else profile
 
 
 def parse_profile(table: Mapping[str, Any], file: str) -> Profile:
@@ -160,46 +156,37 @@ def parse_profile(table: Mapping[str, Any], file: str) -> Profile:
         return Profile.model_validate(table)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            message = f"{where}: no key of a device profile"
-        elif first["type"] == "missing":
-            message = f"{where}: missing"
-        elif first["type"] == "value_error":
-            message = f"{where}: {first['ctx']['error']}" if where else str(first["ctx"]["error"])
+        messages = {"extra_forbidden": "no key of a device profile", "missing": "missing"}
+        if first["type"] == "value_error":
+            message = str(first["ctx"]["error"])
         else:
-            message = f"{where}: {first['msg']} (got {str(first['input'])[:80]!r})"
-        raise ProfileError(f"{file}: {message}") from error
+            message = messages.get(first["type"], f"{first['msg']} (got {str(first['input'])[:80]!r})")
+        where = [".".join(map(str, first["loc"]))] if first["loc"] else []
+        raise ProfileError(": ".join((file, *where, message))) from error
 
 
-def _override(table: dict[str, Any], override: str) -> None:
-    """Put `network.node.latency_us=1` where it belongs; what the value may be, the profile says."""
-    key, equals, text = override.partition("=")
-    *path, last = key.split(".")
-    inner: Any = table
-    for part in path:
-        inner = inner.get(part) if isinstance(inner, dict) else None
-    if not equals or not isinstance(inner, dict) or isinstance(inner.get(last, text), dict):
-        raise UsageError(f"--set {override}: key=value is wanted, such as compute.bf16_tflops=300; {_keys(table)}")
-    if last not in inner and not _may_be_absent(path, last):
-        raise UsageError(f"--set {override}: no key of the profile; {_keys(table)}")
-    try:
-        inner[last] = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        inner[last] = text  # a word, such as network.node.topology=switch
+def _overridden(profile: Profile, overrides: Sequence[str]) -> dict[str, Any]:
+    """The profile's table with values such as `network.node.latency_us=1`; what a value may be, the profile says."""
+    keys = [key for key in _keys(profile.model_dump()) if not key.startswith("source.")]
+    table = profile.model_dump(exclude_none=True)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or key not in keys:
+            raise UsageError(
+                f"--set {override}: expected KEY=VALUE, such as compute.bf16_tflops=300, with a key of the profile: it "
+                f"has {', '.join(keys)}"
+            )
+        *path, last = key.split(".")
+        inner = table
+        for part in path:
+            inner = inner[part]
+        try:
+            inner[last] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            inner[last] = text  # a word, such as network.node.topology=switch
+    return table
 
 
-def _may_be_absent(path: Sequence[str], last: str) -> bool:
-    return (path[:1] == ["network"] and len(path) == 2 and last == "devices") or (
-        path == ["alignment"] and last == "last_dim_limit"
-    )
-
-
-def _keys(table: Mapping[str, Any], prefix: str = "") -> str:
-    def walk(inner: Mapping[str, Any], above: str) -> list[str]:
-        found = []
-        for key, value in inner.items():
-            found += walk(value, f"{above}{key}.") if isinstance(value, dict) else [f"{above}{key}"]
-        return found
-
-    return "it has " + ", ".join(key for key in walk(table, prefix) if not key.startswith("source."))
+def _keys(table: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    for key, value in table.items():
+        yield from _keys(value, f"{above}{key}.") if isinstance(value, dict) else (f"{above}{key}",)

@@ -1,28 +1,25 @@
-"""The estimate of one scheme: a row for each group size, out of the plan that `split` would write."""
+"""From checkpoints to the estimate: a row for each group size, out of the plan that `split` would write."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 
 from reshard.checkpoint.description import Checkpoint
 from reshard.errors import AlignmentError, ProfileError, SchemeError, UsageError
-from reshard.estimate.alignment import Verdict, verdict
-from reshard.estimate.model import GIB, level_for
-from reshard.estimate.profile import Profile
-from reshard.estimate.step import Kind, Split, Way, Wire, layer_seconds, way_of, wire_of
+from reshard.estimate.document import Alignment, Estimate, FixedRows, Refused, Run, SchemeEstimate, Size
+from reshard.estimate.profile import Profile, Tiles
+from reshard.estimate.recommend import recommend
+from reshard.estimate.step import SWIGLU, Kind, Split, layer_seconds, level_for, way_of, wire
 from reshard.model.naming import DOWN, GATE, GATE_UP
 from reshard.plan.plan import Plan, make_plan
-from reshard.tensors.dtypes import nbytes
-
-_BF16_BYTES = 2
+from reshard.schemes import BLOCK, SCHEMES
+from reshard.tensors.dtypes import RANKS_IN_OWN_TYPE, nbytes
+from reshard.tensors.tiles import limit_faults, tile_faults
 
 
 @dataclass(frozen=True)
 class Options:
-    """tokens: of each data-parallel rank, in one decode step. The others: see `reshard.estimate.step.Split`.
-
-    Raises UsageError for more tokens than rows.
-    """
+    """tokens: of each data-parallel rank, in one decode step. The others: see `reshard.estimate.step.Split`."""
 
     tokens: int
     reduce_bytes: int = 2
@@ -38,93 +35,75 @@ class Options:
             )
 
 
-@dataclass(frozen=True)
-class Gathered:
-    """What depends on how tokens travel to the others: on the wire a layer, and a step's seconds."""
-
-    wire: Wire
-    seconds: dict[Kind, float]
-
-    @property
-    def step_seconds(self) -> float:
-        """One decode step through all dense layers."""
-        return sum(self.seconds.values())
-
-
-@dataclass(frozen=True)
-class Size:
-    """A group size.
-
-    held: bytes of all dense layers on a device, as it runs them; shard: as the file has them. as_int8 is None where
-    tokens are not quantised (BF16, and what is run as BF16).
-    """
-
-    tp_size: int
-    share: int
-    padded: bool
-    held: int
-    shard: int
-    saved: int
-    network: str
-    alignment: Verdict
-    as_bf16: Gathered
-    as_int8: Gathered | None
-
-    @property
-    def runs(self) -> Gathered:
-        """What the runtime does: it quantises before the gather where the layer is quantised."""
-        return self.as_int8 or self.as_bf16
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A group size that cannot be, and why."""
-
-    tp_size: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """One scheme's sizes, in the order asked for.
-
-    unsplit: the size that is the tensor-parallel one, 1 without, asked for or not. as_bf16: the file's weights are no
-    BF16, and are run as such.
-    """
-
-    scheme: str
-    unsplit: Size
-    sizes: tuple[Size, ...]
-    refused: tuple[Refused, ...]
-    as_bf16: bool
-
-
 def estimate(
-    checkpoint: Checkpoint, scheme: str, tp_sizes: Iterable[int], profile: Profile, options: Options
+    checkpoints: Mapping[str, Checkpoint], tp_sizes: Sequence[int], profile: Profile, options: Options
 ) -> Estimate:
-    """Estimate a checkpoint for group sizes. A size that cannot be cut or connected is refused by itself.
+    """Estimate a checkpoint, by scheme, for group sizes. A size that cannot be cut or connected is refused by itself.
 
     Raises SchemeError for float32 weights, whose rate no profile has, ProfileError for rates next to zero.
     """
-    _check_types(checkpoint)
+    first = next(iter(checkpoints.values()))
+    schemes = tuple(_scheme(name, each, tp_sizes, profile, options) for name, each in checkpoints.items())
+    return Estimate(
+        source=first.identity.name,
+        model=first.model,
+        layers=tuple(layer.index for layer in first.layers),
+        batch=options.tokens,
+        max_tokens=options.max_tokens,
+        tensor_parallel_size=options.tensor_parallel_size,
+        reduce_bytes=options.reduce_bytes,
+        device=profile.model_dump(exclude_none=True),
+        notes=tuple(_notes(checkpoints, schemes, options)),
+        schemes=schemes,
+    )
+
+
+def _scheme(
+    name: str, checkpoint: Checkpoint, tp_sizes: Sequence[int], profile: Profile, options: Options
+) -> SchemeEstimate:
+    for tensor in checkpoint.tensors():
+        if tensor.name.endswith(".weight") and tensor.dtype == "F32":
+            raise SchemeError(
+                f"{tensor.name}: is F32, and device profiles have no rate for it; estimate what it would be served as: "
+                "--weights bf16"
+            )
     base = options.tensor_parallel_size
     unsplit = _size(checkpoint, _plan(checkpoint, base, options), profile, options, None)
     sizes: list[Size] = []
     refused: list[Refused] = []
     for tp_size in tp_sizes:
         if tp_size % base:
-            refused.append(Refused(tp_size, f"it counts tensor-parallel ranks, too: a multiple of {base} is wanted"))
+            refused.append(Refused(tp_size, f"it counts tensor-parallel ranks, too: expected a multiple of {base}"))
             continue
         try:
             level_for(profile, tp_size)
             plan = _plan(checkpoint, tp_size, options)
         except (AlignmentError, ProfileError) as error:
             refused.append(Refused(tp_size, str(error)))
-            continue
-        sizes.append(_size(checkpoint, plan, profile, options, unsplit.held))
-    schemes = {linear.variant.scheme for layer in checkpoint.layers for linear in layer.linears.values()}
-    as_bf16 = any(scheme != "bf16" and way_of(scheme) == "bf16" for scheme in schemes)
-    return Estimate(scheme, unsplit, tuple(sizes), tuple(refused), as_bf16)
+        else:
+            sizes.append(_size(checkpoint, plan, profile, options, unsplit.held_bytes))
+    recommended, reasons = recommend(profile, unsplit, sizes)
+    seconds = unsplit.runs.step_seconds
+    return SchemeEstimate(name, unsplit.held_bytes, seconds, tuple(sizes), tuple(refused), recommended, tuple(reasons))
+
+
+def _notes(checkpoints: Mapping[str, Checkpoint], schemes: Sequence[SchemeEstimate], options: Options) -> Iterator[str]:
+    """Sizes that cannot be, cuts that do not fit, and what the figures leave out."""
+    for one in schemes:
+        yield from (f"{one.scheme} tp {refused.tp_size}: not possible: {refused.reason}" for refused in one.refused)
+        yield from (f"{one.scheme} tp {size.tp_size}: {note}" for size in one.sizes for note in size.alignment.notes)
+        used = {linear.variant.scheme for layer in checkpoints[one.scheme].layers for linear in layer.linears.values()}
+        if any(not SCHEMES[scheme].is_float and way_of(scheme) == "bf16" for scheme in used):
+            yield f"{one.scheme}: no kernel multiplies it as it is; held and run as BF16"
+    activations = {layer.activation for checkpoint in checkpoints.values() for layer in checkpoint.layers}
+    for name in sorted(str(activation) for activation in activations if activation and not activation.is_known):
+        yield f"activation {name}: its formula is not known; it is counted as SwiGLU"
+    ranks = max((size.tp_size for one in schemes for size in one.sizes), default=0)
+    if options.reduce_bytes == 2 and ranks > RANKS_IN_OWN_TYPE:
+        yield (
+            f"partial sums are counted in BF16; of more than {RANKS_IN_OWN_TYPE} ranks the runtime sends them in "
+            "float32 unless told otherwise: --reduce-dtype float32"
+        )
 
 
 def _plan(checkpoint: Checkpoint, tp_size: int, options: Options) -> Plan:
@@ -135,82 +114,97 @@ def _plan(checkpoint: Checkpoint, tp_size: int, options: Options) -> Plan:
     return make_plan(checkpoint, tp_size, "separate" if tp_size == 1 else "fused", options.pad, tp_ranks=(0,))
 
 
-def _check_types(checkpoint: Checkpoint) -> None:
-    for tensor in checkpoint.tensors():
-        if tensor.name.endswith(".weight") and tensor.dtype == "F32":
-            raise SchemeError(
-                f"{tensor.name}: is F32, and device profiles have no rate for it; estimate what it would be served as: "
-                "--scheme bf16"
-            )
-
-
 def _size(checkpoint: Checkpoint, plan: Plan, profile: Profile, options: Options, unsplit: int | None) -> Size:
     model = checkpoint.model
     padded = plan.padding.padded_intermediate_size if plan.padding else model.intermediate_size
     share, held = padded // plan.tp_size, _held(checkpoint, plan)
-    ways = [
-        (way_of(layer.linears[GATE].variant.scheme), way_of(layer.linears[DOWN].variant.scheme))
-        for layer in checkpoint.layers
-    ]
     splits = [
         Split(
             tp_size=plan.tp_size,
             tokens=options.tokens,
             hidden_size=model.hidden_size,
             share=share,
-            gate_up=gate_up,
-            down=down,
-            quantise_first=False,
+            gate_up=way_of(layer.linears[GATE].variant.scheme),
+            down=way_of(layer.linears[DOWN].variant.scheme),
             reduce_bytes=options.reduce_bytes,
             max_tokens=options.max_tokens,
             tensor_parallel_size=options.tensor_parallel_size,
+            activation=layer.activation or SWIGLU,
         )
-        for gate_up, down in ways
+        for layer in checkpoint.layers
     ]
-    quantised = any(gate_up != "bf16" for gate_up, _ in ways)
-    first = [replace(split, quantise_first=True) for split in splits]
+    runs = _run(profile, splits)
+    exact = _run(profile, [replace(split, max_tokens=None) for split in splits]) if splits[0].fixed else None
+    quantized = any(split.gate_up != "bf16" for split in splits)
     return Size(
         tp_size=plan.tp_size,
         share=share,
         padded=plan.padding is not None,
-        held=held,
-        shard=sum(tensor.nbytes for tensor in plan.shards[0].tensors),
-        saved=(held if unsplit is None else unsplit) - held,
+        held_bytes=held,
+        shard_tensor_bytes=sum(tensor.nbytes for tensor in plan.shards[0].tensors),
+        saved_bytes=(held if unsplit is None else unsplit) - held,
         network=level_for(profile, plan.tp_size)[0],
-        alignment=verdict(profile.alignment, share, model.hidden_size, ways),
-        as_bf16=_gathered(profile, splits),
-        as_int8=_gathered(profile, first) if quantised else None,
+        alignment=alignment(profile.alignment, splits),
+        gathered_as_bf16=_run(profile, [replace(split, quantize_first=False) for split in splits]),
+        gathered_as_int8=runs if quantized else None,
+        fixed_rows=FixedRows(runs.rows_per_layer - exact.rows_per_layer, runs, exact) if exact else None,
     )
 
 
 def _held(checkpoint: Checkpoint, plan: Plan) -> int:
     """Bytes of the shard's tensors; of linears that run as BF16, their weights in BF16 and no scales."""
-    ways: dict[str, Way] = {}
+    as_bf16: set[str] = set()
     for layer in checkpoint.layers:
         for role, linear in layer.linears.items():
-            ways[f"{layer.module}.{role}"] = way_of(linear.variant.scheme)
-        ways[f"{layer.module}.{GATE_UP}"] = ways[f"{layer.module}.{GATE}"]
-    return sum(_bytes_held(t.name, t.dtype, t.shape, ways) for t in plan.shards[0].tensors)
+            if way_of(linear.variant.scheme) == "bf16":
+                as_bf16 |= {f"{layer.module}.{role}", f"{layer.module}.{GATE_UP if role == GATE else role}"}
+    held = 0
+    for tensor in plan.shards[0].tensors:
+        module, _, suffix = tensor.name.rpartition(".")
+        if module not in as_bf16:
+            held += tensor.nbytes
+        elif suffix == "weight":
+            held += nbytes("BF16", tensor.shape)
+    return held
 
 
-def _bytes_held(name: str, dtype: str, shape: tuple[int, ...], ways: dict[str, Way]) -> int:
-    module, _, suffix = name.rpartition(".")
-    if ways[module] != "bf16":
-        return nbytes(dtype, shape)
-    return nbytes("BF16", shape) if suffix == "weight" else 0
+def alignment(tiles: Tiles | None, splits: Sequence[Split]) -> Alignment:
+    """The verdict on the matrices of layers of one size; see reshard.tensors.tiles."""
+    share, hidden = splits[0].share, splits[0].hidden_size
+    blocks = share % BLOCK[0] == 0
+    if tiles is None:
+        return Alignment(None, blocks)
+    padding: list[str] = []
+    too_wide: list[str] = []
+    linears = ((role, way) for split in splits for role, way in ((GATE_UP, split.gate_up), (DOWN, split.down)))
+    for role, way in dict.fromkeys(linears):
+        number, tile = ("BF16", tiles.bf16_tile) if way == "bf16" else ("INT8", tiles.int8_tile)
+        padding += tile_faults(role, share, hidden, tile, number)
+        if way != "bf16" and tiles.last_dim_limit is not None:
+            too_wide += limit_faults(role, share, hidden, tiles.last_dim_limit)
+    return Alignment(not padding, blocks, bool(too_wide), (*dict.fromkeys(padding), *too_wide[:1]))
 
 
-def _gathered(profile: Profile, splits: Sequence[Split]) -> Gathered:
-    """All layers' seconds by kind; the wire of the layer that sends the most."""
+def _run(profile: Profile, splits: Sequence[Split]) -> Run:
+    """All layers' seconds by kind; bytes and messages of the layer that sends the most."""
     seconds: dict[Kind, float] = {}
     for split in splits:
         for kind, value in layer_seconds(profile, split).items():
             seconds[kind] = seconds.get(kind, 0.0) + value
-    if not isfinite(sum(seconds.values())):
+    step = sum(seconds.values())
+    if not isfinite(step):
         raise ProfileError(f"{profile.name}: its rates are so low that a step takes forever")
-    return Gathered(max((wire_of(profile, split) for split in splits), key=lambda wire: wire.nbytes), seconds)
-
-
-def fits_memory(profile: Profile, size: Size) -> bool:
-    """Whether the dense layers alone are within the device's memory."""
-    return size.held <= profile.memory.capacity_gib * GIB
+    gathered, scattered, messages = max((wire(profile, split) for split in splits), key=lambda sent: sum(sent[:2]))
+    tokens = splits[0].tokens
+    return Run(
+        rows_per_layer=splits[0].rows,
+        gather_bytes_per_layer=gathered,
+        scatter_bytes_per_layer=scattered,
+        gather_bytes_per_token_layer=round(gathered / tokens),
+        scatter_bytes_per_token_layer=round(scattered / tokens),
+        messages_per_layer=messages,
+        messages_per_token_layer=messages / tokens,
+        layer_seconds=step / len(splits),
+        step_seconds=step,
+        seconds=seconds,
+    )

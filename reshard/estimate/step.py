@@ -1,48 +1,115 @@
-"""One decode step through one dense layer on one rank: its kernels and collectives, as `reshard_runtime.ffn` issues
-them, and with fixed rows or beside tensor parallelism as `reshard_runtime.serving.vllm.split_mlp` does.
+"""One decode step through one dense layer on one rank: the kernels and collectives that `reshard_runtime.ffn` issues
+and, with fixed rows or beside tensor parallelism, `reshard_runtime.serving.vllm.split_mlp`; what each takes and sends.
 
 T tokens that a rank brings, N rows that it sends, R tp_size, H hidden_size, L the rank's share of intermediate_size.
+Peaks times the profile's efficiencies are the rates. docs/estimate.md has the formulas and their sources.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import ceil, log2
 from typing import Literal
 
-from reshard.estimate.model import (
-    Matmul,
-    Number,
-    all_reduce_seconds,
-    collective_seconds,
-    matmul_seconds,
-    messages,
-    vector_seconds,
-)
-from reshard.estimate.profile import Profile
+from reshard.errors import ProfileError
+from reshard.estimate.profile import GIB, MIB, Network, Profile
+from reshard.model.activation import SILU, Activation
+from reshard.schemes import Arithmetic, scheme_named
 
 Way = Literal["bf16", "dynamic", "static"]
 Kind = Literal["matmul", "vector", "gather", "scatter"]
 KINDS: tuple[Kind, ...] = ("matmul", "vector", "gather", "scatter")
 
+SWIGLU = Activation(SILU)
 _BF16, _INT32, _SCALE = 2, 4, 4  # bytes
-# Schemes as the runtime runs them; those of the first row become BF16 at load (reshard_runtime.dequantize).
-_WAYS: dict[str, Way] = {
-    **dict.fromkeys(("bf16", "fp8_block", "fp8_channel", "int8_block"), "bf16"),
-    "w8a8_dynamic": "dynamic",
-    "w8a8_mix": "dynamic",
-    "w8a8_static": "static",
+_WAYS: dict[Arithmetic, Way] = {
+    Arithmetic.FLOAT: "bf16",
+    Arithmetic.DYNAMIC: "dynamic",
+    Arithmetic.STATIC: "static",
 }
 
 
 def way_of(scheme: str) -> Way:
-    """How a scheme's linears are run."""
-    return _WAYS[scheme]
+    """How a scheme's linears are run: as on an NPU, and on every other backend."""
+    return _WAYS[scheme_named(scheme, "--scheme").runs_as("npu")]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A matrix product or, without operations, an element-wise kernel, whose arithmetic is not counted.
+
+    Weights come from memory each time: between two steps the rest of the model has gone through the cache. Activations,
+    read and written, come from it where they do not fit the cache.
+    """
+
+    kind: Kind
+    activation_bytes: int
+    int8: bool = False
+    operations: int = 0
+    weight_bytes: int = 0
+
+    def seconds(self, profile: Profile) -> float:
+        """The roofline, max(operations / rate, bytes / bandwidth), + static cost; without overlap, the sum of both."""
+        compute, share = profile.compute, profile.efficiency
+        peak, reached = (
+            (compute.int8_tops, share.memory_int8) if self.int8 else (compute.bf16_tflops, share.memory_bf16)
+        )
+        uncached = self.activation_bytes if self.activation_bytes > profile.memory.cache_mib * MIB else 0
+        multiplying = self.operations / (peak * 1e12 * share.compute)
+        reading = (self.weight_bytes + uncached) / (profile.memory.bandwidth_gib_s * GIB * reached)
+        static = profile.static.matmul_us if self.kind == "matmul" else profile.static.vector_us
+        return (max(multiplying, reading) if compute.overlap else multiplying + reading) + static * 1e-6
+
+
+@dataclass(frozen=True)
+class Collective:
+    """all_gather of n = `nbytes` from each rank, reduce_scatter of n to each, or both of n / R (all_reduce).
+
+    span: devices side by side among which the ranks lie.
+    """
+
+    kind: Kind
+    ranks: int
+    nbytes: int
+    span: int
+    all_reduce: bool = False
+
+    def seconds(self, profile: Profile) -> float:
+        """Data + latency + static cost; all at the rate of the network's level that holds the span, an upper bound."""
+        _, level = level_for(profile, self.span)
+        bandwidth = level.bandwidth_gb_s * 1e9 * profile.efficiency.communication
+        rounds, nbytes = (2, self.nbytes / self.ranks) if self.all_reduce else (1, self.nbytes)
+        if level.topology == "mesh" and level.devices is not None:  # each pair has a link, and all work at once
+            data, steps = nbytes / (bandwidth / (level.devices - 1)), 1
+        else:  # recursive doubling or halving
+            data, steps = (self.ranks - 1) * nbytes / bandwidth, ceil(log2(self.ranks))
+        return rounds * (data + steps * level.latency_us * 1e-6) + profile.static.collective_us * 1e-6
+
+    @property
+    def sent(self) -> int:
+        """Bytes that a rank sends."""
+        nbytes = (self.ranks - 1) * self.nbytes
+        return 2 * nbytes // self.ranks if self.all_reduce else nbytes
+
+    def messages(self, profile: Profile) -> int:
+        """That a rank sends: in a mesh one to each other rank, over a switch one after another."""
+        mesh = level_for(profile, self.span)[1].topology == "mesh"
+        return (2 if self.all_reduce else 1) * (self.ranks - 1 if mesh else ceil(log2(self.ranks)))
+
+
+def level_for(profile: Profile, ranks: int) -> tuple[str, Network]:
+    """The innermost level of the network that holds so many ranks, side by side. Raises ProfileError if none does."""
+    for name, level in profile.network.items():
+        if level.devices is None or ranks <= level.devices:
+            return name, level
+    *_, (name, last) = profile.network.items()
+    raise ProfileError(f"{profile.name}: its network.{name} ends at {last.devices} devices, the group has {ranks}")
 
 
 @dataclass(frozen=True)
 class Split:
     """A dense layer on one rank, and what each step brings.
 
-    quantise_first: W8A8 tokens are quantised before the gather, as the runtime does, and travel as int8.
+    quantize_first: W8A8 tokens are quantized before the gather, as the runtime does, and travel as int8.
     reduce_bytes: of one partial sum as it travels, 2 for BF16, 4 for float32.
     max_tokens: N where it is fixed, at least T; None: as many rows as tokens.
     tensor_parallel_size: of the R ranks, so many hold the same tokens.
@@ -54,10 +121,11 @@ class Split:
     share: int
     gate_up: Way
     down: Way
-    quantise_first: bool = True
+    quantize_first: bool = True
     reduce_bytes: int = 2
     max_tokens: int | None = None
     tensor_parallel_size: int = 1
+    activation: Activation = SWIGLU
 
     @property
     def senders(self) -> int:
@@ -81,64 +149,29 @@ class Split:
 
     @property
     def token_bytes(self) -> int:
-        """A token on its way to the others: [H] BF16, or [H] int8 and, quantised dynamically, its scale."""
-        if self.gate_up == "bf16" or not self.quantise_first:
+        """A token on its way to the others: [H] BF16, or [H] int8 and, quantized dynamically, its scale."""
+        if self.gate_up == "bf16" or not self.quantize_first:
             return _BF16 * self.hidden_size
         return self.hidden_size + (_SCALE if self.gate_up == "dynamic" else 0)
 
 
-@dataclass(frozen=True)
-class Wire:
-    """What one rank sends for one layer: bytes, and messages, whatever the number of rows.
-
-    all_gather brings its rows to the other senders, reduce_scatter the partial sums of their rows to them; what
-    tensor-parallel ranks then add up counts as scattered, too. Each is as many messages as its time is made of: see
-    `reshard.estimate.model.messages`.
-    """
-
-    gathered: int
-    scattered: int
-    messages: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes a layer."""
-        return self.gathered + self.scattered
-
-
-def wire_of(profile: Profile, split: Split) -> Wire:
-    """What a layer puts on the wire."""
-    others, copies, sums = split.senders - 1, split.tensor_parallel_size, split.reduce_bytes * split.hidden_size
-    scattered = others * split.sent * sums + 2 * (copies - 1) * split.tokens * sums // copies
-    calls = messages(profile, split.senders, split.tp_size) + messages(profile, copies)
-    return Wire(others * split.sent * split.token_bytes, scattered, 2 * calls)
-
-
-def layer_seconds(profile: Profile, split: Split) -> dict[Kind, float]:
-    """Seconds of one layer by kind of work, one after another: nothing is overlapped."""
-    found = dict.fromkeys(KINDS, 0.0)
-    for kind, seconds in _steps(profile, split):
-        found[kind] += seconds
-    return found
-
-
-def _steps(profile: Profile, split: Split) -> Iterator[tuple[Kind, float]]:
+def steps(split: Split) -> Iterator[Kernel | Collective]:
+    """What the rank does, one after another: nothing is overlapped."""
     own, sent, rows, hidden, share = split.tokens, split.sent, split.rows, split.hidden_size, split.share
-    ranks, copies = split.senders, split.tensor_parallel_size
-    travels, added, quantised = ranks > 1, split.tp_size > 1, split.gate_up != "bf16"
+    copies, sum_bytes = split.tensor_parallel_size, split.reduce_bytes
+    travels, added, quantized = split.senders > 1, split.tp_size > 1, split.gate_up != "bf16"
 
-    def vector(nbytes: int) -> tuple[Kind, float]:
-        return "vector", vector_seconds(profile, nbytes)
+    def vector(nbytes: int) -> Kernel:
+        return Kernel("vector", nbytes)
 
-    def multiply(inner: int, columns: int, way: Way, out: int) -> tuple[Kind, float]:
-        number: Number = "bf16" if way == "bf16" else "int8"
-        each = 2 if way == "bf16" else 1
+    def multiply(inner: int, columns: int, way: Way, out: int) -> Kernel:
+        each = _BF16 if way == "bf16" else 1
         moved = rows * (inner * each + columns * out)
-        return "matmul", matmul_seconds(profile, Matmul(rows, inner, columns, number, inner * columns * each, moved))
+        return Kernel("matmul", moved, way != "bf16", 2 * rows * inner * columns, inner * columns * each)
 
-    if quantised and (split.quantise_first or not travels):
+    if quantized and (split.quantize_first or not travels):
         yield vector(own * hidden * 3)
-    packed = travels and split.gate_up == "dynamic" and split.quantise_first
+    packed = travels and split.gate_up == "dynamic" and split.quantize_first
     if packed:
         yield vector(2 * own * split.token_bytes)  # integers and scale into one message
     if split.fixed:
@@ -146,31 +179,58 @@ def _steps(profile: Profile, split: Split) -> Iterator[tuple[Kind, float]]:
         if sent > own:
             yield vector((sent - own) * split.token_bytes)  # zeros below
     if travels:
-        yield "gather", collective_seconds(profile, ranks, sent * split.token_bytes, split.tp_size)
+        yield Collective("gather", split.senders, sent * split.token_bytes, split.tp_size)
     if packed:
         yield vector(2 * rows * hidden)  # and apart again
         yield vector(2 * rows * _SCALE)
-    if quantised and travels and not split.quantise_first:
+    if quantized and travels and not split.quantize_first:
         yield vector(rows * hidden * 3)
-    fused = split.gate_up == split.down == "dynamic"
+    fused = split.gate_up == split.down == "dynamic" and split.activation == SWIGLU
     yield multiply(hidden, 2 * share, split.gate_up, _INT32 if fused else _BF16)
     if fused:
-        yield vector(rows * share * (2 * _INT32 + 1))  # dequantise, SwiGLU, quantise in one
+        yield vector(rows * share * (2 * _INT32 + 1))  # dequantize, SwiGLU, quantize in one
     else:
-        yield vector(rows * share * 3 * _BF16)
+        for halves in _activation(split.activation):
+            yield vector(rows * share * halves * _BF16)
         if split.down != "bf16":
             yield vector(rows * share * 3)
-    yield multiply(share, hidden, split.down, split.reduce_bytes if added else _BF16)
-    widened = added and split.reduce_bytes > _BF16
+    yield multiply(share, hidden, split.down, sum_bytes if added else _BF16)
+    widened = added and sum_bytes > _BF16
     if widened:
-        yield vector(rows * hidden * (_BF16 + split.reduce_bytes))
+        yield vector(rows * hidden * (_BF16 + sum_bytes))
     if split.fixed:
-        yield vector(2 * rows * hidden * split.reduce_bytes)  # to where the collective reads it
+        yield vector(2 * rows * hidden * sum_bytes)  # to where the collective reads it
     if travels:
-        yield "scatter", collective_seconds(profile, ranks, sent * hidden * split.reduce_bytes, split.tp_size)
+        yield Collective("scatter", split.senders, sent * hidden * sum_bytes, split.tp_size)
     if copies > 1:
-        yield "scatter", all_reduce_seconds(profile, copies, own * hidden * split.reduce_bytes)
+        yield Collective("scatter", copies, own * hidden * sum_bytes, copies, all_reduce=True)
     if widened:
-        yield vector(own * hidden * (_BF16 + split.reduce_bytes))
+        yield vector(own * hidden * (_BF16 + sum_bytes))
     elif split.fixed:
         yield vector(2 * own * hidden * _BF16)  # from where the next layer's collective writes
+
+
+def _activation(activation: Activation) -> tuple[int, ...]:
+    """For each kernel of it on an NPU, how many [rows, L] it reads and writes; an unknown one is counted as SwiGLU.
+
+    npu_swiglu and npu_clipped_swiglu read gate and up and write the product; npu_geglu writes gelu(gate) as well, and
+    has no limit: gate and up are clamped in place before it.
+    """
+    if activation.name == SILU or not activation.is_known:
+        return (3,)
+    return (4,) if activation.limit is None else (2, 2, 4)
+
+
+def layer_seconds(profile: Profile, split: Split) -> dict[Kind, float]:
+    """Seconds of one layer by kind of work."""
+    found = dict.fromkeys(KINDS, 0.0)
+    for step in steps(split):
+        found[step.kind] += step.seconds(profile)
+    return found
+
+
+def wire(profile: Profile, split: Split) -> tuple[int, int, int]:
+    """What a rank sends for a layer: bytes gathered, bytes of sums (what is all-reduced among them), messages."""
+    sent = [step for step in steps(split) if isinstance(step, Collective)]
+    gathered, scattered = (sum(step.sent for step in sent if step.kind == kind) for kind in ("gather", "scatter"))
+    return gathered, scattered, sum(step.messages(profile) for step in sent)

@@ -1,80 +1,80 @@
 """The estimate as a picture: a step's time by kind of work, and what a device holds, a bar for each group size."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from html import escape
 
-from reshard.estimate.model import GIB
-from reshard.estimate.recommend import Recommendation
-from reshard.estimate.sizes import Estimate, Size
-from reshard.estimate.step import KINDS, Kind
+from reshard.estimate.document import Estimate, Size
+from reshard.estimate.profile import GIB
+from reshard.estimate.step import Kind
 
-COLOURS: dict[Kind, str] = {"matmul": "#2563eb", "vector": "#7c3aed", "gather": "#d97706", "scatter": "#b91c1c"}
 LABELS: dict[Kind, str] = {
     "matmul": "matmuls",
-    "vector": "quantise, SwiGLU, copies",
+    "vector": "quantize, SwiGLU, copies",
     "gather": "all_gather",
     "scatter": "reduce_scatter",
 }
+_COLOURS: dict[Kind, str] = {"matmul": "#2563eb", "vector": "#7c3aed", "gather": "#d97706", "scatter": "#b91c1c"}
 _HELD, _SAVED = "#0f766e", "#99f6e4"
 _INK, _SOFT, _LINE = "#111827", "#6b7280", "#e5e7eb"
 _WIDTH, _LEFT, _TIME, _MEMORY, _MEMORY_AT = 980, 96, 380, 190, 690  # pixels: bars' starts and greatest lengths
 _ROW, _BAR, _TOP, _GROUP = 30, 18, 92, 46
 
 
-def picture(title: str, subtitle: str, found: Sequence[Estimate], chosen: Sequence[Recommendation]) -> str:
+def picture(found: Estimate) -> str:
     """An SVG document; the recommended size of each scheme is marked."""
-    found = [one for one in found if one.sizes]
-    rows = sum(len(one.sizes) for one in found)
-    height = _TOP + len(found) * _GROUP + rows * _ROW + 62
-    longest = max((size.runs.step_seconds for one in found for size in one.sizes), default=1.0)
-    largest = max((one.unsplit.held for one in found), default=1)
-    best = {one.scheme: one.tp_size for one in chosen}
+    schemes = [one for one in found.schemes if one.sizes]
+    rows = sum(len(one.sizes) for one in schemes)
+    height = _TOP + len(schemes) * _GROUP + rows * _ROW + 62
+    longest = max((size.runs.step_seconds for one in schemes for size in one.sizes), default=1.0)
+    largest = max((one.unsplit_bytes for one in schemes), default=1)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" font-size="14" '
-        f'font-family="ui-sans-serif, Helvetica, Arial, sans-serif" role="img" aria-label="{escape(title)}">',
+        f'font-family="ui-sans-serif, Helvetica, Arial, sans-serif" role="img" aria-label="{escape(found.title)}">',
         f'<rect width="{_WIDTH}" height="{height}" fill="#ffffff"/>',
-        _text(24, 32, title, size=18, weight=600),
-        _text(24, 54, subtitle, colour=_SOFT, size=13),
+        _text(24, 32, found.title, size=18, weight=600),
+        _text(24, 54, found.subtitle, colour=_SOFT, size=13),
         _text(_LEFT, 84, "milliseconds a decode step, all dense layers", weight=600, size=13),
         _text(_MEMORY_AT, 84, "GiB of dense layers on a device", weight=600, size=13),
     ]
     at = _TOP
-    for one in found:
+    for one in schemes:
         parts.append(_text(24, at + 26, one.scheme, weight=600))
         parts.append(f'<path d="M24 {at + 36} H{_WIDTH - 24}" stroke="{_LINE}"/>')
         at += _GROUP
         for size in one.sizes:
-            parts += _row(size, at, longest, largest, marked=best.get(one.scheme) == size.tp_size)
+            parts += _row(size, at, longest, largest, marked=one.recommended == size.tp_size)
             at += _ROW
-    parts += _legend(at + 34)
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    return "\n".join([*parts, *_legend(at + 34), "</svg>"]) + "\n"
 
 
 def _row(size: Size, at: int, longest: float, largest: int, *, marked: bool) -> Iterator[str]:
-    middle = at + _BAR // 2 + 5
-    yield _text(_LEFT - 12, middle, f"tp {size.tp_size}", anchor="end", weight=600 if marked else 400)
+    middle, weight = at + _BAR // 2 + 5, 600 if marked else 400
+    yield _text(_LEFT - 12, middle, f"tp {size.tp_size}", anchor="end", weight=weight)
     x = float(_LEFT)
-    for kind in KINDS:
+    for kind, colour in _COLOURS.items():
         width = size.runs.seconds[kind] / longest * _TIME
         if width > 0:
-            yield f'<rect x="{x:.1f}" y="{at}" width="{width:.1f}" height="{_BAR}" fill="{COLOURS[kind]}"/>'
+            yield _rect(f"{x:.1f}", at, width, colour)
         x += width
-    time = f"{size.runs.step_seconds * 1e3:.3f}" + (" recommended" if marked else "")
-    yield _text(x + 8, middle, time, weight=600 if marked else 400)
-    held, saved = size.held / largest * _MEMORY, max(0, size.saved) / largest * _MEMORY
-    yield f'<rect x="{_MEMORY_AT}" y="{at}" width="{held:.1f}" height="{_BAR}" fill="{_HELD}"/>'
+    yield _text(x + 8, middle, f"{size.runs.step_seconds * 1e3:.3f}{' recommended' if marked else ''}", weight=weight)
+    held, saved = size.held_bytes / largest * _MEMORY, max(0, size.saved_bytes) / largest * _MEMORY
+    yield _rect(str(_MEMORY_AT), at, held, _HELD)
     if saved:
-        yield f'<rect x="{_MEMORY_AT + held:.1f}" y="{at}" width="{saved:.1f}" height="{_BAR}" fill="{_SAVED}"/>'
-    yield _text(_MEMORY_AT + held + saved + 8, middle, f"{size.held / GIB:.3f}", weight=600 if marked else 400)
+        yield _rect(f"{_MEMORY_AT + held:.1f}", at, saved, _SAVED)
+    yield _text(_MEMORY_AT + held + saved + 8, middle, f"{size.held_bytes / GIB:.3f}", weight=weight)
 
 
 def _legend(at: int) -> Iterator[str]:
     x = _LEFT
-    for kind in KINDS:
-        yield _swatch(x, at, COLOURS[kind], LABELS[kind])
+    for kind, colour in _COLOURS.items():
+        yield _swatch(x, at, colour, LABELS[kind])
         x += 44 + round(6.1 * len(LABELS[kind]))
     yield _swatch(_MEMORY_AT, at, _HELD, "held")
     yield _swatch(_MEMORY_AT + 66, at, _SAVED, "saved")
+
+
+def _rect(x: str, y: int, width: float, colour: str) -> str:
+    return f'<rect x="{x}" y="{y}" width="{width:.1f}" height="{_BAR}" fill="{colour}"/>'
 
 
 def _swatch(x: int, y: int, colour: str, label: str) -> str:

@@ -13,31 +13,21 @@ from reshard.model.naming import CONFIG, DOWN, PREFIX, WRAPPED, layer_name, pars
 from reshard.tensors.dtypes import FLOATS
 
 _PUBLISHED = {
-    "deepseek_vl_v2": "language.model.",
-    "gemma3": "language_model.model.",
-    "glm4v": "model.language_model.",
-    "glm4v_moe": "model.language_model.",
-    "internvl_chat": "language_model.model.",
-    "interns1": "model.language_model.",
-    "kimi_k25": "language_model.model.",
-    "kimi_k3": "language_model.model.",
-    "kimi_vl": "language_model.model.",
-    "llama4": "language_model.model.",
-    "llava": "language_model.model.",
-    "mistral3": "language_model.model.",
-    "qwen2_5_omni": "thinker.model.",
-    "qwen3_omni_moe": "thinker.model.",
-    "qwen3_5": "model.language_model.",
-    "qwen3_5_moe": "model.language_model.",
-    "qwen3_vl": "model.language_model.",
-    "qwen3_vl_moe": "model.language_model.",
+    model_type: prefix
+    for prefix, model_types in {
+        "language.model.": "deepseek_vl_v2",
+        "language_model.model.": "gemma3 internvl_chat kimi_k25 kimi_k3 kimi_vl llama4 llava mistral3",
+        "model.language_model.": "glm4v glm4v_moe interns1 qwen3_5 qwen3_5_moe qwen3_vl qwen3_vl_moe",
+        "thinker.model.": "qwen2_5_omni qwen3_omni_moe",
+    }.items()
+    for model_type in model_types.split()
 }
 """What precedes the layers' names in the published checkpoints of wrappers, by the wrapper's model_type."""
 
 _MLP_OR_NORM = re.compile(r"(?:mlp|\w*norm\w*)\.")
 _EXPERTS = re.compile(r"(?:\w+\.)?experts\.")
 _UNPACKED = FLOATS | {"F8_E4M3", "F8_E5M2"}
-"""Types of weights whose shapes are those of config.json, however they are quantised."""
+"""Types of weights whose shapes are those of config.json, however they are quantized."""
 
 
 def published_prefix(config: Mapping[str, Any]) -> str:
@@ -95,8 +85,13 @@ def language_prefix(tensors: Mapping[str, Tensor], other_names: Collection[str],
     having = [prefix for prefix in left if modules[prefix].dense]
     if len(left) > 1 and len(having) == 1:
         left = having
-    if len(left) != 1:
-        raise _not_told(modules, left, config)
+    if len(left) > 1:
+        layers = " and ".join(f"{layer_name(prefix, min(modules[prefix].layers))}.*" for prefix in left)
+        why = f"there is no {CONFIG}" if config is None else f"each has all that {CONFIG} says"
+        raise LayersError(
+            f"{len(left)} modules have layers, {layers}, and {why}: which is the language model cannot be told; give a "
+            "checkpoint that holds one of them"
+        )
     if not having:
         there = what_is_there(name for name in other_names if name.startswith(left[0]))
         raise LayersError(
@@ -133,28 +128,17 @@ def _fitting(modules: Mapping[str, _Module], config: ModelConfig | None) -> list
 
     In that order: of a download in parts only the dense layers may be there, beside a tower that is whole.
     """
-    signs: list[Callable[[_Module], bool]] = []
+    signs: list[Callable[[_Module], bool]] = [lambda module: module.mixes, lambda module: module.has_experts]
     if config is not None:
-        sizes = (config.hidden_size, config.intermediate_size)
-        signs.append(lambda module: module.shapes <= {sizes})
-        if config.dense_layers:
-            dense = config.dense_layers
-            signs.append(lambda module: module.dense >= dense)
-    signs += [lambda module: module.mixes, lambda module: module.has_experts]
-    if config is not None:
+        sizes, dense = {(config.hidden_size, config.intermediate_size)}, config.dense_layers or frozenset()
         last = config.num_hidden_layers - 1
-        signs.append(lambda module: max(module.layers) >= last)
+        signs = [
+            lambda module: module.shapes <= sizes,
+            lambda module: module.dense >= dense,
+            *signs,
+            lambda module: max(module.layers) >= last,
+        ]
     left = set(modules)
     for sign in signs:
         left = {prefix for prefix in left if sign(modules[prefix])} or left
     return sorted(left)
-
-
-def _not_told(modules: Mapping[str, _Module], left: Collection[str], config: ModelConfig | None) -> LayersError:
-    named = sorted(left or modules)
-    layers = [f"{layer_name(prefix, min(modules[prefix].layers))}.*" for prefix in named]
-    why = f"there is no {CONFIG}" if config is None else f"{'each' if left else 'none'} has all that {CONFIG} says"
-    return LayersError(
-        f"{len(named)} modules have layers, {' and '.join(layers)}, and {why}: which is the language model cannot be "
-        "told; give a checkpoint that holds one of them"
-    )

@@ -27,8 +27,7 @@ from reshard.manifest import (
 from reshard.model.activation import Activation
 from reshard.model.naming import DOWN, GATE
 from reshard.plan.plan import Plan, PlannedShard, PlannedTensor
-
-_UNQUANTISED = "bf16"
+from reshard.schemes import summary
 
 
 def make_manifest(checkpoint: Checkpoint, plan: Plan, sample: str, shards: Sequence[Shard]) -> Manifest:
@@ -62,12 +61,8 @@ def _conversion(tensor: PlannedTensor) -> Conversion | None:
 
 
 def scheme_name(layers: Iterable[Layer]) -> str:
-    """One word for a checkpoint: the scheme of what is quantised, `bf16` if nothing is, `mixed` if they differ."""
-    schemes = {linear.variant.scheme for layer in layers for linear in layer.linears.values()}
-    quantised = schemes - {_UNQUANTISED}
-    if len(quantised) > 1:
-        return "mixed"
-    return next(iter(quantised or schemes))
+    """One word for a checkpoint, see reshard.schemes.summary."""
+    return summary({linear.variant.scheme for layer in layers for linear in layer.linears.values()})
 
 
 def layer_schemes(layers: Iterable[Layer]) -> list[LayerSchemes]:
@@ -129,6 +124,6 @@ def _activation(activation: Activation | None) -> LayerActivation | None:
 
 
 def _block(linear: Linear) -> Block | None:
-    if linear.block is None or not any(rule.in_blocks for rule in linear.variant.tensors):
+    if linear.block is None or not linear.variant.in_blocks:
         return None
     return Block(rows=linear.block[0], columns=linear.block[1])

@@ -9,7 +9,7 @@ from blake3 import blake3
 from reshard.checkpoint.description import Checkpoint, Tensor
 from reshard.convert.rules import KEEP, converted
 from reshard.errors import SourceError
-from reshard.model.naming import MANIFEST
+from reshard.fit import fit_digest, require
 from reshard.plan.plan import Plan, PlannedShard, make_plan
 from reshard.plan.shared_values import check_shared_values
 from reshard.source.base import Range, Source, threads
@@ -80,10 +80,7 @@ def check_set_digests(source: Source, workers: int) -> None:
     with threads(workers, source) as pool:
         digests = pool.map(lambda shard: file_digest(source, shard.file), shards)
         for shard, digest in zip(shards, digests, strict=True):
-            if digest != shard.blake3:
-                raise SourceError(
-                    f"{shard.file}: BLAKE3 is {digest}, {MANIFEST} says {shard.blake3}; it is damaged: copy it again"
-                )
+            require(fit_digest(shard.file, digest, shard.blake3), SourceError)
 
 
 def wanted(prepared: Prepared, shards: Sequence[PlannedShard]) -> Iterator[Range]:

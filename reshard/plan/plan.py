@@ -12,7 +12,7 @@ from math import lcm
 from reshard.checkpoint.description import Checkpoint, Conversion, Layer, Linear, Tensor
 from reshard.errors import AlignmentError
 from reshard.model.naming import DOWN, GATE, GATE_UP, MAX_TP_SIZE, ROLES, UP, shard_file
-from reshard.schemes import Cut, TensorRule
+from reshard.schemes import Placement, TensorRule
 from reshard.tensors.dtypes import itemsize, nbytes
 from reshard.tensors.header import encode_header
 
@@ -127,7 +127,7 @@ def grid(layers: Iterable[Layer]) -> int:
     for layer in layers:
         for role in ROLES:
             linear = layer.linears[role]
-            if linear.block and any(rule.in_blocks for rule in linear.variant.tensors):
+            if linear.block and linear.variant.in_blocks:
                 found = lcm(found, linear.block[1 if role == DOWN else 0])
     return found
 
@@ -184,10 +184,11 @@ def _linear(
     for rule in linears[0].variant.tensors:
         tensors = [linear.tensors[rule.suffix] for linear in linears]
         name = f"{module}.{rule.suffix}"
-        cut, first, made = rule.cut(role), tensors[0], _stacked_conversion(tensors)
+        cut = rule.row if role == DOWN else rule.column
+        first, made = tensors[0], _stacked_conversion(tensors)
         if cut.dim is None:
             whole = Slice(first.name, first.shape, 0, 0, first.rows, 0)
-            held = (whole,) if cut is Cut.REPLICATED or tp_rank == 0 else ()
+            held = (whole,) if cut is Placement.REPLICATED or tp_rank == 0 else ()
             others = tuple(tensor.name for tensor in tensors[1:] if tensor.name != first.name)
             yield PlannedTensor(name, first.dtype, first.shape, held, others, made)
             continue

@@ -7,7 +7,7 @@ import numpy as np
 from reshard.checkpoint.description import Checkpoint, Tensor
 from reshard.errors import SchemeError
 from reshard.model.naming import GATE, UP
-from reshard.schemes import Cut
+from reshard.schemes import Placement
 from reshard.tensors.byte_grid import BlockReader, read_whole
 from reshard.tensors.numeric import storage, to_f32
 
@@ -17,7 +17,7 @@ def check_shared_values(checkpoint: Checkpoint, reader: Callable[[Tensor], Block
     for layer in checkpoint.layers:
         gate, up = layer.linears[GATE], layer.linears[UP]
         for rule in gate.variant.tensors:
-            if rule.column is not Cut.REPLICATED:
+            if rule.column is not Placement.REPLICATED:
                 continue
             one, other = gate.tensors[rule.suffix], up.tensors[rule.suffix]
             first, second = read_whole(reader(one), one), read_whole(reader(other), other)

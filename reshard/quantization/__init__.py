@@ -1,15 +1,19 @@
-"""What the dense layers' weights are quantised as: what is said of it, and what the tensors bear out."""
+"""What the dense layers' weights are quantized as: what is said of it, and what the tensors bear out."""
 
-from reshard.quantization.accounts import Account, Accounts, Recorded, list_accounts, without_quantization
+from reshard.quantization.accounts import MODELOPT, Account, Accounts, Recorded, list_accounts, without_quantization
 from reshard.quantization.decide import Schemes
+from reshard.quantization.description import DESCRIPTION, is_description
 from reshard.quantization.transforms import check_transforms
 
 __all__ = [
+    "DESCRIPTION",
+    "MODELOPT",
     "Account",
     "Accounts",
     "Recorded",
     "Schemes",
     "check_transforms",
+    "is_description",
     "list_accounts",
     "without_quantization",
 ]

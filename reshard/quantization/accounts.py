@@ -7,17 +7,18 @@ ModelOpt's hf_quant_config.json, which vLLM reads where config.json says nothing
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from reshard.errors import SourceError
 from reshard.model.config import language_levels
 from reshard.model.naming import CONFIG
 from reshard.quantization.description import read_description
-from reshard.quantization.methods import declared_by_method
-from reshard.quantization.modelopt import FILE
+from reshard.quantization.methods import declared_by_section
 from reshard.quantization.section import Section
-from reshard.schemes import Declared
+from reshard.schemes import QuantSpec
 
+MODELOPT = "hf_quant_config.json"
 _KEYS = ("quantization_config", "compression_config")
 
 
@@ -53,20 +54,20 @@ class Account:
 
     file: str
     section: Section | None
-    declare: Callable[[str], Declared | None]
+    declare: Callable[[str], QuantSpec | None]
 
 
 def list_accounts(accounts: Accounts) -> tuple[Account, ...]:
     """Those that there are. Raises SourceError for a section that is no object."""
-    found = []
+    sections = (*_of_config(accounts.config or {}), *_of_modelopt(accounts.modelopt))
+    found = [Account(section.file, section, partial(declared_by_section, section)) for section in sections]
     if accounts.description is not None:
-        found.append(Account(accounts.description[0], None, read_description(*accounts.description)))
-    sections = [*_of_config(accounts.config), *_of_modelopt(accounts.modelopt)]
-    return (*found, *(_account(section) for section in sections))
+        found.insert(0, Account(accounts.description[0], None, read_description(*accounts.description)))
+    return tuple(found)
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of weights that are not quantised: none of its accounts is left, at no level."""
+    """config.json of weights that are not quantized: none of its accounts is left, at no level."""
     return {
         key: without_quantization(value) if isinstance(value, dict) else value
         for key, value in config.items()
@@ -74,36 +75,27 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _account(section: Section) -> Account:
-    return Account(section.file, section, lambda module: declared_by_method(section, module))
-
-
-def _of_config(config: Mapping[str, Any] | None) -> Iterator[Section]:
+def _of_config(config: Mapping[str, Any]) -> Iterator[Section]:
     """Those of each level, the one that engines read first, first; the same at two places is one."""
     seen: list[Any] = []
-    for place, level in language_levels(config or {}):
+    for place, level in language_levels(config):
         for key in _KEYS:
             value = level.get(key)
-            if not _says(value) or value in seen:
-                continue
-            seen.append(value)
-            path = f"{place}.{key}" if place else key
-            yield Section(CONFIG, path, _object(CONFIG, path, value))
-
-
-def _says(section: object) -> bool:
-    """Whether a section says anything: exports of plain weights leave an empty one, or a method that is null."""
-    return any(value is not None for value in section.values()) if isinstance(section, dict) else section is not None
+            # Exports of plain weights leave an empty one, or a method that is null.
+            says = any(v is not None for v in value.values()) if isinstance(value, dict) else value is not None
+            if says and value not in seen:
+                seen.append(value)
+                yield _section(CONFIG, f"{place}.{key}" if place else key, value)
 
 
 def _of_modelopt(content: Mapping[str, Any] | None) -> Iterator[Section]:
     if content is not None:
         key = "quantization" if "quantization" in content else ""
-        values = _object(FILE, key, content[key] if key else content)
-        yield Section(FILE, key, {**values, "quant_method": "modelopt"})
+        section = _section(MODELOPT, key, content[key] if key else content)
+        yield Section(MODELOPT, key, {**section.values, "quant_method": "modelopt"})
 
 
-def _object(file: str, path: str, value: Any) -> Mapping[str, Any]:
+def _section(file: str, path: str, value: Any) -> Section:
     if not isinstance(value, dict):
         raise SourceError(f"{file}: {path} is a {type(value).__name__}, expected an object")
-    return value
+    return Section(file, path, value)

@@ -1,16 +1,14 @@
-"""ModelSlim's description: every tensor's name, and what it is quantised as."""
+"""ModelSlim's description: every tensor's name, and what it is quantized as."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from reshard.errors import SourceError
 from reshard.quantization.names import names_of
-from reshard.schemes import Declared
+from reshard.schemes import QuantSpec
 
 DESCRIPTION = "quant_model_description.json"
 """What vllm-ascend reads; older tools add a scheme to the name."""
-
-_ASIDE = frozenset({"bias"})  # FLOAT beside a quantised weight
 
 
 def is_description(name: str) -> bool:
@@ -18,7 +16,7 @@ def is_description(name: str) -> bool:
     return name.startswith(DESCRIPTION.removesuffix(".json")) and name.endswith(".json")
 
 
-def read_description(file: str, types: Mapping[str, Any]) -> Callable[[str], Declared | None]:
+def read_description(file: str, types: Mapping[str, Any]) -> Callable[[str], QuantSpec | None]:
     """A function that tells what the description says of a module; None: nothing.
 
     That is the type of its weight, which is all that vllm-ascend looks up. The function raises SourceError where the
@@ -27,26 +25,25 @@ def read_description(file: str, types: Mapping[str, Any]) -> Callable[[str], Dec
     by_module: dict[str, dict[str, Any]] = {}
     for key, kind in types.items():
         module, _, suffix = key.rpartition(".")
-        if suffix not in _ASIDE:
+        if suffix != "bias":  # FLOAT beside a quantized weight
             by_module.setdefault(module, {})[suffix] = kind
 
-    def declare(module: str) -> Declared | None:
-        name = next((name for name in names_of(module) if "weight" in by_module.get(name, {})), None)
-        if name is None:
+    def declare(module: str) -> QuantSpec | None:
+        given = next((by_module[name] for name in names_of(module) if "weight" in by_module.get(name, {})), None)
+        if given is None:
             return None
-        for suffix, kind in by_module[name].items():
+        for suffix, kind in given.items():
             if not isinstance(kind, str):
                 raise SourceError(
                     f"{module}.{suffix}: {file} says {kind!r}, expected the name of a type; is the file of this "
                     "checkpoint?"
                 )
-        kinds = {kind: suffix for suffix, kind in sorted(by_module[name].items(), reverse=True)}
-        if len(kinds) > 1:
-            both = ", ".join(f"{suffix} {kind}" for kind, suffix in kinds.items())
+        if len(set(given.values())) > 1:
+            first_of = {kind: suffix for suffix, kind in sorted(given.items(), reverse=True)}
+            both = ", ".join(f"{suffix} {kind}" for kind, suffix in first_of.items())
             raise SourceError(
                 f"{module}: {file} gives its tensors different types: {both}; is the file of this checkpoint?"
             )
-        kind = next(iter(kinds))
-        return Declared(kind, None, f"{file} ({kind})")
+        return QuantSpec(given["weight"], None, f"{file} ({given['weight']})")
 
     return declare

@@ -1,108 +1,100 @@
 """Formats by the tensors that a linear has: the schemes that are split, and those that are known and are not."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from reshard.schemes import BLOCK, VARIANTS, Declared, Found, Variant, fitting_variant, group_size, is_plain
-from reshard.tensors.dtypes import FLOATS
+from reshard.schemes import BLOCK, VARIANTS, QuantSpec, Stored, Variant, fitting_variant, group_size, is_plain
 
-_U8, _F8 = frozenset({"U8", "I8"}), frozenset({"F8_E4M3"})
-_EXPONENTS = frozenset({"U8", "F8_E8M0"})  # shared scales of the OCP's MX formats
-_ANY: frozenset[str] = frozenset()
-
-_Tensors = Mapping[str, Found]
+_FLOAT, _INT, _MX = "BF16 F16 F32", "U8 I8", "U8 F8_E8M0"  # _MX: the exponents that blocks share in OCP's MX formats
+_W8A16 = {"weight": "I8", "weight_scale": "", "weight_offset": ""}
 
 
-def _has(**dtypes: frozenset[str]) -> Callable[[_Tensors], bool]:
-    return lambda found: all(s in found and (not kinds or found[s].dtype in kinds) for s, kinds in dtypes.items())
+def _one_scale(found: Stored) -> bool:
+    return found["weight_scale"].shape in {(), (1,), (1, 1)}
 
 
-def _one_scale(found: _Tensors) -> bool:
-    return _has(weight=_F8, weight_scale=_ANY)(found) and found["weight_scale"].shape in {(), (1,), (1, 1)}
+def _by_groups(found: Stored) -> bool:
+    return group_size(found["weight_scale"].shape, found["weight"].shape) is not None
 
 
-def _fake(found: _Tensors) -> bool:
-    return _has(weight=FLOATS, weight_scale=_ANY)(found) and "weight_offset" not in found
-
-
-def _alone(found: _Tensors) -> bool:
-    return found.keys() == {"weight"} and found["weight"].dtype in _F8
-
-
-def _by_groups(found: _Tensors) -> bool:
-    int8 = _has(weight=frozenset({"I8"}), weight_scale=_ANY)(found)
-    return int8 and group_size(found["weight_scale"].shape, found["weight"].shape) is not None
-
-
-def _weights_alone(found: _Tensors) -> bool:
-    return found.keys() == {"weight", "weight_scale", "weight_offset"} and found["weight"].dtype == "I8"
-
-
-# Told by what each tool writes; the first that fits.
-_NOT_SPLIT: tuple[tuple[str, Callable[[_Tensors], bool]], ...] = (
-    ("NVFP4", _has(weight=_U8, weight_scale=_F8, weight_scale_2=_ANY)),  # ModelOpt
-    ("NVFP4", _has(weight_packed=_U8, weight_global_scale=_ANY)),  # compressed-tensors
-    ("MXFP4", _has(weight_packed=_U8, weight_scale=_EXPONENTS)),
-    ("MXFP4", _has(weight=frozenset({"U8"}), weight_scale=_EXPONENTS)),  # Quark, ModelSlim
-    ("MXFP8", _has(weight=_F8, weight_scale=_EXPONENTS)),
-    ("FP8 in blocks with UE8M0 scales", _has(weight=_F8, weight_scale_inv=_EXPONENTS)),
-    ("GPTQ", _has(qweight=_ANY, g_idx=_ANY)),
-    ("AWQ or GPTQ", _has(qweight=_ANY, qzeros=_ANY)),
-    ("W4A16 of compressed-tensors", _has(weight_packed=frozenset({"I32"}))),
-    ("fake-quantised (float weights beside their scales: not compressed yet)", _fake),  # compressed-tensors, frozen
-    ("sparse 2:4 of compressed-tensors", _has(compressed=_ANY, bitmask=_ANY)),
-    ("MLX", _has(weight=frozenset({"U32", "I32"}), scales=_ANY, biases=_ANY)),
-    ("torchao", _has(_weight_qdata=_ANY)),
-    ("bitsandbytes int8", _has(weight=_ANY, SCB=_ANY)),
-    ("HQQ", _has(W_q=_ANY)),
-    ("FP8 E5M2", _has(weight=frozenset({"F8_E5M2"}))),
-    ("FP8 with one scale per tensor", _one_scale),
-    ("FP8 without scales", _alone),
-    ("int8 with scales by groups along in", _by_groups),
-    ("W8A16", _weights_alone),  # ModelSlim's, of the very tensors of its W8A8_DYNAMIC
+# By what each tool writes: types by suffix ("": any), and what else must hold; the first that fits.
+_NOT_SPLIT: tuple[tuple[str, Mapping[str, str], Callable[[Stored], bool]], ...] = (
+    ("NVFP4", {"weight": _INT, "weight_scale": "F8_E4M3", "weight_scale_2": ""}, bool),  # ModelOpt
+    ("NVFP4", {"weight_packed": _INT, "weight_global_scale": ""}, bool),  # compressed-tensors
+    ("MXFP4", {"weight_packed": _INT, "weight_scale": _MX}, bool),
+    ("MXFP4", {"weight": "U8", "weight_scale": _MX}, bool),  # Quark, ModelSlim
+    ("MXFP8", {"weight": "F8_E4M3", "weight_scale": _MX}, bool),
+    ("FP8 in blocks with UE8M0 scales", {"weight": "F8_E4M3", "weight_scale_inv": _MX}, bool),
+    ("GPTQ", {"qweight": "", "g_idx": ""}, bool),
+    ("AWQ or GPTQ", {"qweight": "", "qzeros": ""}, bool),
+    ("W4A16 of compressed-tensors", {"weight_packed": "I32"}, bool),
+    (
+        "fake-quantized (float weights beside their scales: not compressed yet)",  # compressed-tensors, frozen
+        {"weight": _FLOAT, "weight_scale": ""},
+        lambda found: "weight_offset" not in found,
+    ),
+    ("sparse 2:4 of compressed-tensors", {"compressed": "", "bitmask": ""}, bool),
+    ("MLX", {"weight": "U32 I32", "scales": "", "biases": ""}, bool),
+    ("torchao", {"_weight_qdata": ""}, bool),
+    ("bitsandbytes int8", {"weight": "", "SCB": ""}, bool),
+    ("HQQ", {"W_q": ""}, bool),
+    ("FP8 E5M2", {"weight": "F8_E5M2"}, bool),
+    ("FP8 with one scale per tensor", {"weight": "F8_E4M3", "weight_scale": ""}, _one_scale),
+    ("FP8 without scales", {"weight": "F8_E4M3"}, lambda found: len(found) == 1),
+    ("int8 with scales by groups along in", {"weight": "I8", "weight_scale": ""}, _by_groups),
+    ("W8A16", _W8A16, lambda found: found.keys() == _W8A16.keys()),  # ModelSlim's: its W8A8_DYNAMIC has these, too
 )
 
-
-# Endings of the names of what tools store in a quantised weight's place, or beside it. One too many does no harm.
-_QUANTISED = re.compile(
+# Endings of the names of what tools store in a quantized weight's place, or beside it. One too many does no harm.
+_QUANTIZED = re.compile(
     r"[._](?:\w*scale\w*|qweight|qzeros|\w*packed|g_idx|SCB|absmax|\w*quant\w*|W_q|codebooks?|codes|trellis|\w*blocks|"
     r"bitmask|\w*zero_point|\w*qdata|deq_scale|biases|centroids|_data)$"
 )
 
 
-def is_quantised_name(name: str) -> bool:
-    """Whether a tensor of such a name is part of a quantised weight."""
-    return _QUANTISED.search(name) is not None
+def needs_block(kind: str) -> bool:
+    """Whether scales of the kind stand for blocks whose size must be said."""
+    return any(variant.in_blocks and variant.block is None for variant in VARIANTS if variant.kind == kind)
 
 
-def variants_of(found: _Tensors) -> tuple[Variant, ...]:
+def is_quantized_name(name: str) -> bool:
+    """Whether a tensor of such a name is part of a quantized weight."""
+    return _QUANTIZED.search(name) is not None
+
+
+def as_kind(variant: Variant, block: tuple[int, int] = BLOCK, said_by: str = "") -> QuantSpec:
+    """What is declared of a linear that is said to be of a variant."""
+    return QuantSpec(variant.kind, block if needs_block(variant.kind) else None, said_by)
+
+
+def specs_of(found: Stored, scheme: str, blocks: Iterable[tuple[int, int]], said_by: str) -> Iterator[QuantSpec]:
+    """What the tensors fit of a scheme, of each block."""
+    for block in blocks:
+        for variant in VARIANTS:
+            spec = as_kind(variant, block, said_by)
+            if variant.scheme == scheme and fitting_variant(spec, found) is not None:
+                yield spec
+
+
+def variants_of(found: Stored) -> tuple[Variant, ...]:
     """The variants whose tensors these are. Where a scale stands for a block, a block of the published size."""
     return tuple(v for v in VARIANTS if fitting_variant(as_kind(v), found) == v)
 
 
-def as_kind(variant: Variant, block: tuple[int, int] = BLOCK, said_by: str = "") -> Declared:
-    """What is declared of a linear that is said to be of a variant."""
-    return Declared(variant.kind, block if any(rule.in_blocks for rule in variant.tensors) else None, said_by)
-
-
-def names_of_formats(found: _Tensors) -> tuple[str, ...]:
+def names_of_formats(found: Stored) -> tuple[str, ...]:
     """What the tensors may be, the schemes first."""
     if is_plain(found):
         return (f"plain {found['weight'].dtype}",)
     schemes = dict.fromkeys(variant.scheme for variant in variants_of(found))
-    other = next((name for name, fits in _NOT_SPLIT if fits(found)), None)
-    return (*schemes, *((other,) if other else ()))
+    others = (name for name, types, holds in _NOT_SPLIT if _has(found, types) and holds(found))
+    return (*schemes, *[*others][:1])
 
 
-def tensors_text(found: _Tensors) -> str:
+def _has(found: Stored, types: Mapping[str, str]) -> bool:
+    return all(s in found and (not some or found[s].dtype in some.split()) for s, some in types.items())
+
+
+def tensors_text(found: Stored, *, shapes: bool = True) -> str:
     """A linear's tensors: suffix, type and shape of each, the weight first."""
-    return ", ".join(f"{suffix} {tensor.dtype} {list(tensor.shape)}" for suffix, tensor in _ordered(found))
-
-
-def types_text(found: _Tensors) -> str:
-    """The same without the shapes."""
-    return ", ".join(f"{suffix} {tensor.dtype}" for suffix, tensor in _ordered(found))
-
-
-def _ordered(found: _Tensors) -> list[tuple[str, Found]]:
-    return sorted(found.items(), key=lambda item: (item[0] != "weight", item[0]))
+    ordered = sorted(found.items(), key=lambda item: (item[0] != "weight", item[0]))
+    return ", ".join(f"{suffix} {t.dtype}" + (f" {list(t.shape)}" if shapes else "") for suffix, t in ordered)

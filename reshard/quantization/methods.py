@@ -1,100 +1,142 @@
-"""What a quantization_config says of a module, by its quant_method."""
+"""What a quantization_config says of a module: by its quant_method, the modules left alone and what the others are."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from reshard.quantization.compressed import METHOD, declared_by_groups
-from reshard.quantization.exceptions import exception
-from reshard.quantization.modelopt import declared_by_modelopt
+from reshard.quantization.compressed import declared_by_groups
+from reshard.quantization.exceptions import (
+    EVERY_LIST,
+    Lists,
+    Rule,
+    aqlm,
+    auto_round,
+    gptq,
+    left_alone,
+    mlx,
+    quark,
+    torchao,
+)
+from reshard.quantization.formats import needs_block
+from reshard.quantization.names import at_boundary, component, contained, exact, names_of, wildcard
 from reshard.quantization.section import Section
-from reshard.schemes import FLOAT, Declared
-
-_MODELOPT, _MLX = "modelopt", "MLX"
-_BLOCK_OF_W4AFP8 = (128, 128)
+from reshard.schemes import FLOAT, QuantSpec, kind_said
 
 NO_BLOCK_SIZE = "FP8 with one scale per tensor (no weight_block_size)"
 """The kind that vLLM reads where the key is missing."""
 
+FP8_PB_WO = "FP8_PB_WO (FP8 in blocks of 128 x 128)"
+"""Weights alone by its name; vLLM quantizes the activations, too (its modelopt.py), as fp8_block does."""
 
-def declared_by_method(section: Section, module: str) -> Declared | None:
+_MODELOPT = {"FP8": "FP8 with one scale per tensor", "FP8_PB_WO": FP8_PB_WO}
+"""What else algorithms of ModelOpt are called."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """lists: the keys that list modules which are left alone, and how their entries match. rule: what else leaves one
+    alone. declare: what the others are, where neither the method's name says it (kind_said) nor that it is not split.
+    block: its scale block where weight_block_size is absent.
+    """
+
+    lists: Lists = EVERY_LIST
+    rule: Rule | None = None
+    declare: Callable[[Section, str], QuantSpec | None] | None = None
+    block: tuple[int, int] | None = None
+
+
+def declared_by_section(section: Section, module: str) -> QuantSpec | None:
     """FLOAT for a module that the method leaves alone; of a method that is not split, the method's own name.
 
     None: it says nothing of the module. Raises SourceError for values that make no sense.
     """
-    method = method_of(section)
-    key = exception(method, section, module)
+    name = _method_of(section)
+    method = METHODS.get(name, Method())
+    key = left_alone(method.lists, method.rule, section, module)
     if key is not None:
-        return Declared(FLOAT, None, f"{section.file} ({section.at(key)})")
-    reader = _READERS.get(method)
-    if reader is not None:
-        return reader(section, module)
+        return QuantSpec(FLOAT, None, f"{section.file} ({section.at(key)})")
+    if method.declare is not None:
+        return method.declare(section, module)
     named = isinstance(section.values.get("quant_method"), str)
-    return Declared(method, None, section.says(f"quant_method {method}" if named else section.path))
+    said_by = section.says(f"quant_method {name}" if named else section.path)
+    kind, block = kind_said(name), None
+    if kind is not None and needs_block(kind):
+        given = section.values.get("weight_block_size")
+        block = method.block if method.block and given is None else section.block("weight_block_size")
+    return QuantSpec(kind or name, block, said_by)
 
 
-def method_of(section: Section) -> str:
+def _method_of(section: Section) -> str:
     """The method's name; told by what it has where it is not named, as vLLM tells it."""
     method = section.values.get("quant_method")
     if method is None:
         if "quant_algo" in section.values:
-            return _MODELOPT
+            return "modelopt"
         if "config_groups" in section.values:
-            return METHOD
+            return "compressed-tensors"
         if {"bits", "group_size"} <= section.values.keys():  # mlx-lm writes no more
-            return _MLX
+            return "MLX"
     if isinstance(method, str):
-        return _MODELOPT if method.startswith(_MODELOPT) else method
+        return "modelopt" if method.startswith("modelopt") else method
     return f"quant_method {method!r}"
 
 
-def _fp8(section: Section, module: str) -> Declared:
+def _fp8(section: Section, module: str) -> QuantSpec:
     """As deepseek-ai and transformers write it."""
-    said_by = section.says("quant_method fp8")
     form = str(section.values.get("fmt", "e4m3")).lower()
-    if "e4m3" not in form or "fnuz" in form:
-        return Declared(f"FP8 {form.upper()}", None, said_by)
-    if section.values.get("weight_block_size") is None:
-        return Declared(NO_BLOCK_SIZE, None, said_by)
     activations = section.values.get("activation_scheme", "dynamic")
-    if activations != "dynamic":
-        return Declared(f"FP8 with activation_scheme {activations}", None, said_by)
-    return Declared("fp8-block", section.block("weight_block_size"), said_by)
+    in_blocks = section.values.get("weight_block_size") is not None
+    block = None
+    if "e4m3" not in form or "fnuz" in form:
+        kind = f"FP8 {form.upper()}"
+    elif (said := kind_said(f"fp8 {'block' if in_blocks else 'tensor'} {activations}")) is not None:
+        kind, block = said, section.block("weight_block_size") if in_blocks else None
+    else:
+        kind = f"FP8 with activation_scheme {activations}" if in_blocks else NO_BLOCK_SIZE
+    return QuantSpec(kind, block, section.says("quant_method fp8"))
 
 
-def _int8_block(section: Section, module: str) -> Declared:
-    """The community's R1 Block-INT8, served by SGLang."""
-    return Declared("int8-block", section.block("weight_block_size"), section.says("quant_method blockwise_int8"))
+def _modelopt(section: Section, module: str) -> QuantSpec | None:
+    """By `quant_algo`, also of hf_quant_config.json. None: it is mixed, and the module's is not said."""
+    algorithm = section.values.get("quant_algo")
+    if algorithm == "MIXED_PRECISION":
+        layers = section.objects("quantized_layers")
+        if not layers:
+            return None
+        entry: Any = next((layers[name] for name in names_of(module) if name in layers), None)
+        if entry is None:
+            return QuantSpec(FLOAT, None, section.says("not in quantized_layers"))
+        algorithm = entry.get("quant_algo") if isinstance(entry, dict) else entry
+    if algorithm is None:
+        return QuantSpec(FLOAT, None, section.says("quant_algo null"))
+    name = str(algorithm).upper()
+    kind = kind_said(f"modelopt {name}") or _MODELOPT.get(name, name)
+    return QuantSpec(kind, None, section.says(f"quant_algo {algorithm}"))
 
 
-def _int8_channel(section: Section, module: str) -> Declared:
-    """SGLang's name for int8 with one scale per channel and per token (its w8a8_int8.py)."""
-    return Declared("int8-channel-dynamic", None, section.says("quant_method w8a8_int8"))
+def _experts_alone(section: Section, module: str) -> QuantSpec:
+    """gpt-oss': neither transformers nor vLLM (its mxfp4.py) quantizes a linear."""
+    return QuantSpec(FLOAT, None, section.says(f"quant_method {_method_of(section)}, of experts alone"))
 
 
-def _fp8_channel(section: Section, module: str) -> Declared:
-    """The same of FP8 (SGLang's w8a8_fp8.py)."""
-    return Declared("fp8-channel", None, section.says("quant_method w8a8_fp8"))
-
-
-def _w4afp8(section: Section, module: str) -> Declared:
-    """SGLang's: experts of 4 bits, and linears that are FP8 in blocks of a fixed size (its w4afp8.py)."""
-    block = _BLOCK_OF_W4AFP8 if section.values.get(key := "weight_block_size") is None else section.block(key)
-    return Declared("fp8-block", block, section.says("quant_method w4afp8"))
-
-
-def _experts_alone(section: Section, module: str) -> Declared:
-    """gpt-oss': neither transformers nor vLLM (its mxfp4.py) quantises a linear."""
-    return Declared(FLOAT, None, section.says(f"quant_method {method_of(section)}, of experts alone"))
-
-
-_READERS: Mapping[str, Callable[[Section, str], Declared | None]] = {
-    "fp8": _fp8,
-    METHOD: declared_by_groups,
-    "blockwise_int8": _int8_block,
-    "w8a8_int8": _int8_channel,
-    "w8a8_fp8": _fp8_channel,
-    "w4afp8": _w4afp8,
-    "mxfp4": _experts_alone,
-    "gpt_oss_mxfp4": _experts_alone,
-    _MODELOPT: declared_by_modelopt,
+_TRANSFORMERS: Lists = (("modules_to_not_convert", at_boundary), ("ignored_layers", at_boundary))
+METHODS: Mapping[str, Method] = {
+    "fp8": Method(_TRANSFORMERS, declare=_fp8),
+    "compressed-tensors": Method((("ignore", exact),), declare=declared_by_groups),
+    "modelopt": Method((("ignore", wildcard), ("exclude_modules", wildcard)), declare=_modelopt),
+    "mxfp4": Method(declare=_experts_alone),
+    "gpt_oss_mxfp4": Method(declare=_experts_alone),
+    "blockwise_int8": Method(_TRANSFORMERS),  # R1 Block-INT8, served by SGLang
+    "w8a8_int8": Method((("ignore", exact),)),  # SGLang's w8a8_int8.py
+    "w4afp8": Method(block=(128, 128)),  # SGLang's w4afp8.py: experts of 4 bits, linears of FP8
+    "quark": Method((("exclude", wildcard),), quark),
+    "awq": Method((("modules_to_not_convert", contained),)),
+    "bitsandbytes": Method((("llm_int8_skip_modules", component), ("modules_to_not_convert", component))),
+    "hqq": Method((("skip_modules", component), ("modules_to_not_convert", at_boundary))),
+    "gptq": Method(rule=gptq),
+    "auto-round": Method(rule=auto_round),
+    "intel/auto-round": Method(rule=auto_round),
+    "aqlm": Method(rule=aqlm),
+    "torchao": Method(rule=torchao),
+    "MLX": Method(rule=mlx),
 }
-"""The methods of which something is split."""

@@ -15,8 +15,6 @@ from reshard.quantization.section import Section
 Match = Callable[[str, str], bool]
 """(entry, module's name) -> whether the entry means the module"""
 
-_CLASS = "Linear"  # what every linear is an instance of
-
 
 def names_of(module: str) -> tuple[str, ...]:
     """A module's name, and in a wrapper its other ones: transformers 5 saves under other names than 4 did."""
@@ -27,20 +25,14 @@ def names_of(module: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((module, *(other + module.removeprefix(prefix) for other in (PREFIX, *WRAPPED)))))
 
 
-def stacked_name(module: str) -> str | None:
-    """The name of what gate or up is stacked into, None for another module."""
-    parent, _, role = module.rpartition(".")
-    return f"{parent}.{GATE_UP}" if role in {GATE, UP} else None
-
-
 def exact(entry: str, module: str) -> bool:
     """compressed-tensors' match_name and match_class."""
-    return entry in {module, _CLASS}
+    return entry in {module, "Linear"}
 
 
 def at_boundary(entry: str, module: str) -> bool:
     """As transformers' should_convert_module: a pattern from the start to a dot or the end, or the name's end."""
-    return module.endswith(entry) or _compiled(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", entry).match(module) is not None
+    return module.endswith(entry) or _compiled(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))").match(module) is not None
 
 
 def contained(entry: str, module: str) -> bool:
@@ -58,16 +50,21 @@ def wildcard(entry: str, module: str) -> bool:
     return fnmatch.fnmatchcase(module, entry) or module.startswith(entry + ".")
 
 
+def pattern_only(entry: str, module: str) -> bool:
+    """Entries with `re:` alone."""
+    return False
+
+
 def mentions(match: Match, entries: list[str], module: str, section: Section) -> bool:
     """Whether one of the entries means the module. Raises SourceError for an entry that is no pattern.
 
     An entry may name gate and up by what engines make of them, gate_up_proj (vLLM's is_layer_skipped).
     """
-    names, stacked = names_of(module), stacked_name(module)
-    more = names_of(stacked) if stacked else ()
+    parent, _, role = module.rpartition(".")
+    names, stacked = names_of(module), names_of(f"{parent}.{GATE_UP}") if role in {GATE, UP} else ()
     for entry in entries:
         try:
-            if any(_means(match, entry, name) for name in (*names, *(more if GATE_UP in entry else ()))):
+            if any(_means(match, entry, name) for name in (*names, *(stacked if GATE_UP in entry else ()))):
                 return True
         except (re.error, OverflowError, RecursionError) as error:
             raise SourceError(f"{section.file}: {section.path}: {entry!r} is not a pattern: {error}") from error
@@ -76,10 +73,10 @@ def mentions(match: Match, entries: list[str], module: str, section: Section) ->
 
 def _means(match: Match, entry: str, name: str) -> bool:
     if entry.startswith("re:"):
-        return _compiled(entry[3:], entry).match(name) is not None
+        return _compiled(entry[3:]).match(name) is not None
     return match(entry, name)
 
 
 @cache  # some lists name each module of a model, and each is asked for each linear
-def _compiled(pattern: str, entry: str) -> re.Pattern[str]:
+def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern)

@@ -23,7 +23,7 @@ class Section:
         return f"{self.path}.{key}" if self.path else key
 
     def says(self, what: str) -> str:
-        """Who says a thing: the file, and by what."""
+        """Who says a thing: the file, the level where it is not the top, and by what."""
         wrapper = self.path.rpartition(".")[0]
         return f"{self.file} ({wrapper}: {what})" if wrapper else f"{self.file} ({what})"
 
@@ -34,20 +34,16 @@ class Section:
     def names(self, key: str) -> list[str]:
         """A list of names, empty where the key is absent or null. Raises SourceError for anything else."""
         names = self.values.get(key)
-        if names is None:
-            return []
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise self.error(key, "is not a list of names")
-        return names
+        return names or []
 
     def objects(self, key: str) -> Mapping[str, Any]:
         """An object, empty where the key is absent or null. Raises SourceError for anything else."""
         value = self.values.get(key)
-        if value is None:
-            return {}
-        if not isinstance(value, dict):
+        if value is not None and not isinstance(value, dict):
             raise self.error(key, "is not an object")
-        return value
+        return value or {}
 
     def block(self, key: str) -> tuple[int, int]:
         """Two block sizes, a list or text such as 128x128 (compressed-tensors reads both). Raises SourceError."""
@@ -55,5 +51,5 @@ class Section:
         if isinstance(given, str) and _SIZES.fullmatch(given):
             sizes = [int(size) for size in given.split("x")]
         if not (isinstance(sizes, list) and len(sizes) == 2 and all(type(n) is int and n > 0 for n in sizes)):
-            raise self.error(key, f"is {given!r}, two block sizes are wanted")
+            raise self.error(key, f"is {given!r}, expected two block sizes")
         return sizes[0], sizes[1]

@@ -1,8 +1,8 @@
-"""Transforms of activations that a quantised model makes while it runs: what has one in a dense layer is not cut.
+"""Transforms of activations that a quantized model makes while it runs: what has one in a dense layer is not cut.
 
-A Hadamard or Kronecker rotation in front of down_proj mixes all I intermediate features, of which a rank holds I/R; and
-none of them is recorded in a shard set. What is fused into the weights offline (compressed-tensors' weight_input and
-weight_output, SpinQuant's R1 and R2, ModelSlim's global rotation) is in the weights that are cut.
+A Hadamard or Kronecker rotation in front of down_proj mixes all I intermediate features, of which a rank holds I/R.
+What is fused into the weights offline (compressed-tensors' weight_input and weight_output, SpinQuant's R1 and R2,
+ModelSlim's global rotation) is in the weights that are cut.
 
 Read from config.json and hf_quant_config.json, where a key at any level may speak of one, from ModelSlim's description
 and from tensors, which may stand under another module: one copy of a shared matrix is stored, under the first module
@@ -16,21 +16,20 @@ from typing import Any
 
 from reshard.errors import SchemeError
 from reshard.model.naming import CONFIG, GATE_UP, ROLES, parse_layer, stands_beside
-from reshard.quantization.accounts import Accounts, list_accounts
-from reshard.quantization.modelopt import FILE
+from reshard.quantization.accounts import MODELOPT, Accounts, list_accounts
 from reshard.quantization.names import mentions
 from reshard.quantization.section import Section
 
 _WHY = (
     "an online transform is applied to activations while the model runs, and a rank that holds 1/R of the intermediate "
-    "features cannot apply it; give weights quantised without one (what is fused into the weights, as SpinQuant's R1 "
+    "features cannot apply it; give weights quantized without one (what is fused into the weights, as SpinQuant's R1 "
     "and R2 are, can be cut)"
 )
 
 _CONFIG = "transform_config"
-_FUSED = frozenset({"weight_input", "weight_output"})
 _ONLINE = frozenset({"input", "output"})
-_ATTENTION = frozenset({"attn_q", "attn_k", "attn_v", "q_attn", "k_attn", "k_cache"})
+# Fused into the weights; of attention.
+_ELSEWHERE = frozenset(["weight_input", "weight_output", "attn_q", "attn_k", "attn_v", "q_attn", "k_attn", "k_cache"])
 _LINEARS = (*ROLES, GATE_UP)
 _OTHER_CLASSES = re.compile(r"\w*(?:Embedding|Attention|Norm|DecoderLayer|Model|ForCausalLM|LMHead|Router)\w*")
 _SMELLS = re.compile(
@@ -77,7 +76,7 @@ def check_transforms(accounts: Accounts, mlps: Mapping[int, str], names: Iterabl
     sections = [account.section for account in list_accounts(accounts) if account.section is not None]
     explained = {name for section in sections for name in _check_section(section, mlps.values())}
     read = [section.values.get(_CONFIG) for section in sections]
-    for file, content in ((CONFIG, accounts.config), (FILE, accounts.modelopt)):
+    for file, content in ((CONFIG, accounts.config), (MODELOPT, accounts.modelopt)):
         for place, key, value in _smelling(content or {}):
             if key != _CONFIG or value not in read:
                 raise SchemeError(f"{file}: {place} is a transform that is not known; {_WHY}")
@@ -87,17 +86,43 @@ def check_transforms(accounts: Accounts, mlps: Mapping[int, str], names: Iterabl
 
 
 def _check_section(section: Section, mlps: Collection[str]) -> set[str]:
-    """The transforms that it explains."""
+    """The transforms that it explains, where compressed-tensors lists the places of each. None may be in an MLP."""
     groups = section.objects(_CONFIG).get("config_groups") or {}
     if not isinstance(groups, dict):
         raise section.error(f"{_CONFIG}.config_groups", "is not an object of groups")
+    modules = [f"{mlp}{below}" for mlp in mlps for below in (*(f".{role}" for role in _LINEARS), "", ".act_fn")]
     for name, group in groups.items():
         applied = group.get("apply") if isinstance(group, dict) else None
         if not isinstance(applied, list) or not all(isinstance(one, dict) for one in applied):
             raise section.error(f"{_CONFIG}.config_groups.{name}", "has no list of places where it applies")
         for one in applied:
-            _check_place(section, name, Section(section.file, section.at(f"{_CONFIG}.config_groups.{name}"), one), mlps)
+            place = Section(section.file, section.at(f"{_CONFIG}.config_groups.{name}"), one)
+            location = str(one.get("location"))
+            if location in _ELSEWHERE:
+                continue
+            hit = next((module for module in modules if location not in _ONLINE or _targets(place, module)), None)
+            if hit is not None:
+                raise SchemeError(
+                    f"{hit}: {section.file}: {section.at(_CONFIG)} has the transform {name} at its {location}; {_WHY}"
+                )
     return set(groups)
+
+
+def _targets(place: Section, module: str) -> bool:
+    """Whether it applies to the module. A class that is not known to stand outside of an MLP may be one inside."""
+    lists = {key: [value] if isinstance(value, str) else value for key, value in place.values.items()}
+    place = Section(place.file, place.path, lists)
+    ignored = mentions(_is_named, place.names("ignore"), module, place)
+    return not ignored and mentions(_may_be, place.names("targets"), module, place)
+
+
+def _is_named(entry: str, module: str) -> bool:
+    return entry == module or (entry == "Linear" and module.endswith(_LINEARS))
+
+
+def _may_be(entry: str, module: str) -> bool:
+    is_class = entry[:1].isupper() and "." not in entry and entry != "Linear"
+    return _is_named(entry, module) or (is_class and _OTHER_CLASSES.fullmatch(entry) is None)
 
 
 def _smelling(content: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
@@ -117,54 +142,16 @@ def _smelling(content: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
                 yield place, key, value
 
 
-def _check_place(section: Section, name: str, place: Section, mlps: Collection[str]) -> None:
-    location = str(place.values.get("location"))
-    if location in _FUSED | _ATTENTION:
-        return
-    hit = next((module for module in _modules(mlps) if location not in _ONLINE or _targets(place, module)), None)
-    if hit is not None:
-        raise SchemeError(
-            f"{hit}: {section.file}: {section.at(_CONFIG)} has the transform {name} at its {location}; {_WHY}"
-        )
-
-
-def _modules(mlps: Iterable[str]) -> Iterable[str]:
-    for mlp in mlps:
-        yield from (*(f"{mlp}.{role}" for role in _LINEARS), mlp, f"{mlp}.act_fn")
-
-
-def _targets(place: Section, module: str) -> bool:
-    """Whether it applies to the module. A class that is not known to stand outside of an MLP may be one inside."""
-    targets, ignored = (_strings(place, key) for key in ("targets", "ignore"))
-    if mentions(_is_named, ignored, module, place):
-        return False
-    return mentions(_may_be, targets, module, place)
-
-
-def _strings(place: Section, key: str) -> list[str]:
-    value = place.values.get(key)
-    return [value] if isinstance(value, str) else place.names(key)
-
-
-def _is_named(entry: str, module: str) -> bool:
-    return entry == module or (entry == "Linear" and module.endswith(_LINEARS))
-
-
-def _may_be(entry: str, module: str) -> bool:
-    is_class = entry[:1].isupper() and "." not in entry and entry != "Linear"
-    return _is_named(entry, module) or (is_class and _OTHER_CLASSES.fullmatch(entry) is None)
-
-
 def _check_description(file: str, content: Mapping[str, Any], mlps: Mapping[int, str]) -> None:
     """ModelSlim's globals, which are no tensors' names: what says anything of a rotation must be known."""
     for path, value in _globals(content):
         key = ".".join(path)
         if key in HARMLESS_GLOBALS or not _SMELLS.search(key) or not _says(value):
             continue
-        if not isinstance(value, list) and not (isinstance(value, dict) and "layers" in value):
+        layers = value.get("layers") if isinstance(value, dict) and "layers" in value else value
+        if layers is value and not isinstance(value, list):
             raise SchemeError(f"{file}: {key} is a transform that is not known; {_WHY}")
-        layers = value["layers"] if isinstance(value, dict) else value
-        hit = next((mlp for layer, mlp in mlps.items() if not isinstance(layers, list) or _names(layers, layer)), None)
+        hit = next((mlp for layer, mlp in mlps.items() if _names(layers, layer)), None)
         if hit is not None:
             raise SchemeError(f"{hit}: {file}: {key} names its layer; {_WHY}")
 
@@ -182,13 +169,12 @@ def _says(value: object) -> bool:
     return any(map(_says, value.values())) if isinstance(value, dict) else bool(value)
 
 
-def _names(layers: list[Any], layer: int) -> bool:
+def _names(layers: Any, layer: int) -> bool:
     """Whether a list of layers (numbers, or names of modules) means a layer; what is neither may."""
-    for entry in layers:
-        found = re.search(r"(?:^|layers\.)(\d+)(?:\.|$)", str(entry))
-        if found is None or int(found[1]) == layer:
-            return True
-    return False
+    if not isinstance(layers, list):
+        return True
+    numbers = (re.search(r"(?:^|layers\.)(\d+)(?:\.|$)", str(entry)) for entry in layers)
+    return any(found is None or int(found[1]) == layer for found in numbers)
 
 
 def _check_names(names: Iterable[str], mlps: Mapping[int, str], explained: set[str]) -> None:
@@ -197,10 +183,10 @@ def _check_names(names: Iterable[str], mlps: Mapping[int, str], explained: set[s
         if not any(mark in name for mark in _MARKS):
             continue
         parsed = parse_layer(name)
+        own = parsed is None or parsed[0] in prefixes
         stored = _STORED.search(name)
-        unexplained = stored and stored["location"] in _ONLINE and stored["group"] not in explained
-        if stored and unexplained and (parsed is None or parsed[0] in prefixes):
+        if stored and own and stored["location"] in _ONLINE and stored["group"] not in explained:
             raise SchemeError(f"{name}: no {_CONFIG} says where the transform {stored['group']} applies; {_WHY}")
         what = next((what for pattern, what in _MODELSLIM if pattern.search(name)), None)
-        if what is not None and (parsed is None or (parsed[0] in prefixes and parsed[1] in mlps)):
+        if what is not None and own and (parsed is None or parsed[1] in mlps):
             raise SchemeError(f"{name}: {what}; {_WHY}")

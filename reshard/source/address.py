@@ -1,23 +1,43 @@
-"""What an address means: a folder here, a repository on the hub, or a folder on another file system.
+"""What an address means: a folder here, a repository on a hub, or a folder on another file system.
 
-- `hf://ORG/NAME`, `hf://ORG/NAME@REVISION`: the hub
+- `hf://ORG/NAME`, `hf://ORG/NAME@REVISION`: the hub of that scheme (HUBS)
 - any other `scheme://…` or `scheme::…`: the file system of that name; `file://` and `local://` are this host's
 - what exists here: that
-- `ORG/NAME`, where nothing here is called so: the hub
+- `ORG/NAME`, where there is no local folder with that name: the Hugging Face Hub
 - anything else: a folder here, which is missing
 """
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 from urllib.parse import unquote
 
 from reshard.errors import UsageError
 
+
+@dataclass(frozen=True)
+class Hub:
+    """A site of model repositories.
+
+    module: has `find_repository(repo, revision)`, which raises as reshard.source.range_cache.StagedSource says. It is
+    imported when it is needed, with `package` from version `since` on, and once `endpoint`, the environment variable
+    with the site's address, holds an address or nothing.
+    """
+
+    module: str
+    package: str
+    since: str
+    endpoint: str
+
+
+# huggingface_hub: the first that names its own HTTP client, httpx or httpx2. The project asks for no version of it: an
+# engine's environment may want an older one, and only here is it used.
+HUBS = {"hf": Hub("reshard.source.hub", "huggingface_hub", "1.31", "HF_ENDPOINT")}
+FOLDER, REMOTE = "folder", "remote"
+
 _LABEL = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _REPOSITORY = re.compile(rf"{_LABEL}/{_LABEL}")
-_HUB = re.compile(rf"hf://({_LABEL}/{_LABEL})/?(?:@(.+))?")
+_REVISED = re.compile(rf"://({_LABEL}/{_LABEL})/?(?:@(.+))?")
 _SCHEME = re.compile(r"([a-z0-9][a-z0-9+._-]*)(?:://|::)", re.IGNORECASE)
 _ONE_SLASH = re.compile(r"([a-z0-9][a-z0-9+._-]+):/", re.IGNORECASE)
 _LOCAL = ("file", "local")
@@ -27,9 +47,9 @@ _QUERY = re.compile(r"(://[^?\s'\"]*)\?[^\s'\"]*")
 
 @dataclass(frozen=True)
 class Address:
-    """`place`: a path, ORG/NAME, or an fsspec address."""
+    """`kind`: FOLDER, REMOTE or one of HUBS. `place`: a path, an fsspec address or ORG/NAME."""
 
-    kind: Literal["folder", "hub", "remote"]
+    kind: str
     place: str
     revision: str | None = None
 
@@ -38,24 +58,25 @@ def parse_address(text: str, revision: str | None = None) -> Address:
     """What a text means, with the value of --revision. Raises UsageError where the two contradict each other."""
     if revision == "":
         raise UsageError("--revision: is empty; name a branch, tag or commit, or leave it out")
-    scheme = _SCHEME.match(text)
-    if scheme and scheme[1].lower() == "hf":
-        named = _HUB.fullmatch(text)
+    match = _SCHEME.match(text)
+    scheme = match[1].lower() if match else None
+    if scheme in HUBS:
+        named = _REVISED.fullmatch(text, len(scheme))
         if named is None:
-            raise UsageError(f"{text}: is no model repository; write hf://ORG/NAME or hf://ORG/NAME@REVISION")
+            raise UsageError(
+                f"{text}: is no model repository; write {scheme}://ORG/NAME or {scheme}://ORG/NAME@REVISION"
+            )
         own = unquote(named[2]) if named[2] else None
         if own and revision is not None and own != revision:
             raise UsageError(f"--revision {revision}: the address names {own}; give one of them")
-        return Address("hub", named[1], own or revision)
-    if not scheme and not Path(text).exists() and _REPOSITORY.fullmatch(text):
-        return Address("hub", text, revision)
-    if scheme and scheme[1].lower() not in _LOCAL:
-        found = Address("remote", text)
-    else:
-        found = Address("folder", text[scheme.end() :] if scheme else text)
+        return Address(scheme, named[1], own or revision)
+    if not match and not Path(text).exists() and _REPOSITORY.fullmatch(text):
+        return Address("hf", text, revision)
     if revision is not None:
         raise UsageError(f"--revision {revision}: that is for a hub repository, and a folder has no revisions")
-    return found
+    if match and scheme not in _LOCAL:
+        return Address(REMOTE, text)
+    return Address(FOLDER, text[match.end() :] if match else text)
 
 
 def parse_target(text: str) -> Address:
@@ -66,11 +87,11 @@ def parse_target(text: str) -> Address:
             raise UsageError("an empty OUT names no place: give a folder, or an address such as s3://BUCKET/PATH")
         if typo := _ONE_SLASH.match(text):
             raise UsageError(f"{text}: an address is written {typo[1]}://…, and a folder of that name ./{text}")
-        return Address("folder", text)
-    if scheme[1].lower() == "hf":
-        raise UsageError(f"{text}: the hub is read, not written; give a folder, and upload it with hf upload")
+        return Address(FOLDER, text)
+    if scheme[1].lower() in HUBS:
+        raise UsageError(f"{text}: a hub is read, not written; give a folder, and upload it (hf upload)")
     found = parse_address(text)
-    if not (found.place if found.kind == "folder" else text[scheme.end() :].strip("/")):
+    if not (found.place if found.kind == FOLDER else text[scheme.end() :].strip("/")):
         raise UsageError(f"{text}: names no place; give an address such as s3://BUCKET/PATH")
     return found
 
@@ -78,7 +99,7 @@ def parse_target(text: str) -> Address:
 def parse_local_target(text: str, writer: str) -> Path:
     """What a text means as a place to write to where only this host will do. Raises UsageError; writer: who says so."""
     found = parse_target(text)
-    if found.kind != "folder":
+    if found.kind != FOLDER:
         raise UsageError(f"{text}: {writer} writes to this host only; give a path here, and copy what is written")
     return Path(found.place)
 

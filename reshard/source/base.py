@@ -1,36 +1,27 @@
 """What a source offers. A folder is one; the plan and the writer know nothing of what stands behind it."""
 
+import abc
 import contextlib
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from reshard.errors import HeaderError, SourceError
+from reshard.source.opened import MISSING as MISSING
 from reshard.source.recognise import PREFIX_BYTES, recognised
-from reshard.tensors.header import (
-    LENGTH_BYTES,
-    DuplicateKeyError,
-    Header,
-    header_length,
-    is_text,
-    parse_header,
-    unique_pairs,
-)
+from reshard.tensors import header
+from reshard.tensors.header import DuplicateKeyError, Header, is_text, unique_pairs
 
 Bytes = npt.NDArray[np.uint8]
 
 Range = tuple[str, int, int]
 """(file, its first byte, the byte behind the last)"""
-
-OriginKind = Literal["folder", "hub", "remote"]
-
-MISSING = "missing"
 
 _HEADERS_AT_ONCE = 16  # a request to a server takes long, and its processor not at all
 
@@ -39,10 +30,11 @@ _HEADERS_AT_ONCE = 16  # a request to a server takes long, and its processor not
 class Origin:
     """What a source is called, free of hosts, paths and credentials.
 
-    A folder's name, here or on another file system (`remote`), or a hub repository and its commit.
+    kind: the source's own word, such as `folder` (its name), `remote` (a folder's name on another file system) or `hub`
+    (a repository and its commit).
     """
 
-    kind: OriginKind
+    kind: str
     name: str
     commit: str | None = None
 
@@ -51,58 +43,66 @@ class Cancelled(Exception):
     """A call was told to end; what it was to bring is no longer wanted."""
 
 
-class Source(Protocol):
-    """Files by name, in byte ranges. Safe to use from several threads."""
+class Source(abc.ABC):
+    """Files by name, in byte ranges. Safe to use from several threads.
 
-    @property
-    def origin(self) -> Origin:
-        """Where this is, for the manifest."""
+    origin: for the manifest. index: the file that was named as the account of the weights, an index or the one file
+    that holds them all.
+    """
 
+    origin: Origin
+    index: str | None = None
+
+    @abc.abstractmethod
     def files(self) -> Mapping[str, int]:
         """Every file's name and size in bytes."""
 
-    @property
-    def index(self) -> str | None:
-        """The file that was named as the account of the weights: an index, or the one file that holds them all."""
-
     def folders(self) -> Collection[str]:
         """Folders within that hold weights, by their paths from here, as far as that is known."""
+        return ()
 
     def broken_links(self) -> Collection[str]:
         """Names that are links to no file. None of them is in `files`, and none is a file that nobody put there."""
+        return ()
 
     def absent(self, file: str) -> str:
-        """Why a file that is wanted is none of `files`: MISSING, or what stands in its place."""
+        """Why a file is none of `files`: MISSING, or what stands in its place."""
+        return MISSING
 
+    @abc.abstractmethod
     def read(self, file: str, start: int, stop: int) -> bytes:
         """A copy of bytes [start, stop). Raises SourceError where they cannot be read."""
 
+    @abc.abstractmethod
     def view(self, file: str, start: int, stop: int) -> Bytes:
         """Bytes [start, stop) as an array that is valid until `close`. Raises SourceError as `read` does."""
 
+    @abc.abstractmethod
     def prefetch(self, ranges: Iterable[Range]) -> None:
         """A hint that these are wanted soon, the first ones first."""
 
-    def release(self, file: str) -> None:
+    def release(self, file: str) -> None:  # noqa: B027 - nothing to release is the rule
         """No more is wanted of a file; `check_unchanged` need not look at it."""
 
-    def check_unchanged(self) -> None:
+    def check_unchanged(self) -> None:  # noqa: B027 - a source that compares each answer with the first has nothing to do
         """After the last byte was read, and before anything that was made of them is committed.
 
         Raises SourceError where a file that was read is no longer the one whose first byte was read.
         """
 
-    def cancel(self) -> None:
+    def cancel(self) -> None:  # noqa: B027 - a disk is not waited for
         """Make calls that wait for bytes, in whatever thread, raise Cancelled soon."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Release what views hold."""
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    ) -> None:
+        self.close()
 
 
 @contextlib.contextmanager
@@ -136,24 +136,17 @@ def merged(ranges: Iterable[Range]) -> Iterator[Range]:
 
 def read_header(source: Source, file: str) -> Header:
     """A safetensors file's header. Raises HeaderError if it must not be trusted."""
-    size = source.files()[file]
-    try:
-        length = header_length(source.read(file, 0, min(size, LENGTH_BYTES)), file, size)
-        return parse_header(source.read(file, 0, LENGTH_BYTES + length), file, size)
-    except HeaderError as error:
-        what = recognised(source.read(file, 0, min(size, PREFIX_BYTES)), file, size, source.files())
-        if what is None:
-            raise
-        raise HeaderError(what) from error
+    files = source.files()
+    return header.read_header(lambda start, stop: source.read(file, start, stop), file, files[file], files)
 
 
 def read_headers(source: Source, files: Sequence[str]) -> dict[str, Header]:
     """The headers of several safetensors files. Raises as `read_header` for the first that cannot be had."""
     found = {}
-    for file, header in try_headers(source, files).items():
-        if isinstance(header, HeaderError):
-            raise header
-        found[file] = header
+    for file, result in try_headers(source, files).items():
+        if isinstance(result, HeaderError):
+            raise result
+        found[file] = result
     return found
 
 

@@ -1,18 +1,19 @@
 """Which files of a folder are the checkpoint's weights. Of two accounts neither is believed: `index` says which."""
 
+import contextlib
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from reshard.errors import SourceError
 from reshard.model.naming import CONFIG
-from reshard.source.base import Source, parse_json_object, read_file
-from reshard.source.numbered import missing_numbers
-from reshard.source.recognise import UNFINISHED, UNFINISHED_FOLDER, rank_files
+from reshard.source.base import MISSING, Source, parse_json_object, read_file
+from reshard.source.recognise import UNFINISHED, UNFINISHED_FOLDER, rank_files, unfinished
 from reshard.source.weights import INDEX_ENDING, SINGLE, SNAPSHOTS, TRANSFORMERS_KEY, WEIGHTS_ENDING, engines
 
 _SHOWN = 3
+_NUMBERED = re.compile(r"(.+-)([0-9]{1,6})-of-([0-9]{1,6})\.safetensors")
 _TELL = "say which is meant with"
 _ADAPTER = "a LoRA adapter, which is not merged into the weights (peft's merge_and_unload does that)"
 _NATIVE = "Mistral's own format of the same weights, which is left aside"
@@ -40,29 +41,28 @@ class Choice:
     """The weights' files, by name, and the index that names them, if one does.
 
     Some of the files may be missing: the index names them, or the numbers in the others' names say that they belong
-    there. told: config.json's TRANSFORMERS_KEY, where nothing was said by `--index`.
+    there. engines: what the engines take of the folder, in words.
     """
 
     files: tuple[str, ...]
     index: str | None = None
     weight_map: Mapping[str, str] | None = None
-    told: str | None = None
     warnings: tuple[str, ...] = ()
+    engines: str = ""
 
 
 def choose(source: Source) -> Choice:
     """Raises SourceError where nothing is there to choose, or nothing says which of two accounts to take."""
-    files = source.files()
     choice = _told(source, source.index) if source.index is not None else _untold(source)
     if ranks := rank_files(choice.files):
         raise SourceError(
             f"{source.origin.name}: {named(ranks[0])}: already cut per rank, by {ranks[1]}; give the original "
             "checkpoint, from which they were made"
         )
-    others = {name: _what(name) for name in sorted(files) if name.endswith(WEIGHTS_ENDING) and name not in choice.files}
     # An index says that what it does not name is left aside; of an adapter that is worth a word all the same.
     worth = {_ADAPTER} if choice.index else {_ADAPTER, _NATIVE}
-    beside = tuple(f"{name} is {what}" for name, what in others.items() if what in worth)
+    others = sorted(name for name in source.files() if name.endswith(WEIGHTS_ENDING) and name not in choice.files)
+    beside = tuple(f"{name} is {_what(name)}" for name in others if _what(name) in worth)
     return replace(choice, warnings=(*choice.warnings, *beside))
 
 
@@ -74,45 +74,37 @@ def _told(source: Source, index: str) -> Choice:
             f"--index {index}: {source.origin.name} has no such index and no such safetensors file; it has "
             f"{named(known) or 'none at all'}"
         )
-    if index.endswith(WEIGHTS_ENDING):
-        return Choice((index,))
-    return _indexed(index, read_index(source, index))
+    choice = Choice((index,)) if index.endswith(WEIGHTS_ENDING) else _indexed(index, read_index(source, index))
+    return replace(choice, engines=engines(files))
 
 
 def _untold(source: Source) -> Choice:
-    told = _told_by_config(source)
-    choice = replace(_by_names(source, told), told=told)
+    """By the files' names; config.json may send transformers to others (TRANSFORMERS_KEY)."""
+    files, told = source.files(), _told_by_config(source)
+    taken = engines(files, told)
+    choice = replace(_by_names(source, taken), engines=taken)
     if told is None or told == choice.index or (told,) == choice.files:
         return choice
-    raise SourceError(_third_account(source.files(), choice, told))
-
-
-def _told_by_config(source: Source) -> str | None:
-    """config.json's TRANSFORMERS_KEY. What is wrong in config.json is said where it is read for itself."""
-    if CONFIG not in source.files():
-        return None
-    raw = read_file(source, CONFIG)
-    try:
-        config = parse_json_object(raw, CONFIG)
-    except SourceError:
-        return None
-    value = config.get(TRANSFORMERS_KEY)
-    return str(PurePosixPath(str(value))) if value is not None else None
-
-
-def _third_account(files: Collection[str], choice: Choice, told: str) -> str:
-    """For a config.json that sends transformers to other weights than the folder's files would."""
     there = "" if told in files else ", which this folder does not have"
-    taken = choice.index or (choice.files[0] if len(choice.files) == 1 else None)
-    named_ways = [f"--index {file}" for file in (told, taken) if file in files]
-    way = f"{_TELL} {' or '.join(named_ways)}" if taken else f"take it out of {CONFIG}"
-    return (
+    other = choice.index or (choice.files[0] if len(choice.files) == 1 else None)
+    ways = " or ".join(f"--index {file}" for file in (told, other) if file in files)
+    raise SourceError(
         f"{CONFIG}: {TRANSFORMERS_KEY} names {told}{there}: another account of the weights than "
-        f"{taken or 'the other files'} ({engines(files, told)}); {way}"
+        f"{other or 'the other files'} ({taken}); {f'{_TELL} {ways}' if other else f'take it out of {CONFIG}'}"
     )
 
 
-def _by_names(source: Source, told: str | None) -> Choice:
+def _told_by_config(source: Source) -> str | None:
+    """What is wrong in config.json is said where it is read for itself."""
+    value = None
+    if CONFIG in source.files():
+        with contextlib.suppress(SourceError):
+            value = parse_json_object(read_file(source, CONFIG), CONFIG).get(TRANSFORMERS_KEY)
+    return str(PurePosixPath(str(value))) if value is not None else None
+
+
+def _by_names(source: Source, taken: str) -> Choice:
+    """taken: what the engines take."""
     files = source.files()
     weights = _own(name for name in files if name.endswith(WEIGHTS_ENDING))
     indexes = _own(name for name in files if name.endswith(INDEX_ENDING))
@@ -128,15 +120,13 @@ def _by_names(source: Source, told: str | None) -> Choice:
         maps = {name: weight_map for name, weight_map in maps.items() if name not in dead}
     if len(maps) > 1:
         first, second, *_ = maps
-        raise SourceError(
-            f"two indexes, {first} and {second}: {engines(files, told)}; {_TELL} --index {first} or --index {second}"
-        )
+        raise SourceError(f"two indexes, {first} and {second}: {taken}; {_TELL} --index {first} or --index {second}")
     if maps:
         ((index, weight_map),) = maps.items()
         if SINGLE in files and SINGLE not in weight_map.values():
             raise SourceError(
                 f"{SINGLE} stands beside {index}, which does not name it: two accounts of the weights "
-                f"({engines(files, told)}); {_TELL} --index {index} or --index {SINGLE}"
+                f"({taken}); {_TELL} --index {index} or --index {SINGLE}"
             )
         return _indexed(index, weight_map, warnings)
     if not weights:
@@ -145,7 +135,21 @@ def _by_names(source: Source, told: str | None) -> Choice:
 
 
 def _indexed(index: str, weight_map: Mapping[str, str], warnings: tuple[str, ...] = ()) -> Choice:
-    return Choice(tuple(sorted(set(weight_map.values()))), index, weight_map, warnings=warnings)
+    return Choice(tuple(sorted(set(weight_map.values()))), index, weight_map, warnings)
+
+
+def missing_numbers(files: Iterable[str]) -> list[str]:
+    """The files that names such as model-00001-of-00003.safetensors say there are, and that are none of `files`."""
+    sets: dict[tuple[str, str], dict[int, str]] = {}
+    for file in files:
+        if match := _NUMBERED.fullmatch(file):
+            sets.setdefault((match[1], match[3]), {})[int(match[2])] = match[2]
+    missing = []
+    for (stem, count), held in sets.items():
+        first, digits = (0 if 0 in held else 1), len(next(iter(held.values())))
+        expected = (number for number in range(first, first + int(count)) if number not in held)
+        missing += [f"{stem}{number:0{digits}d}-of-{count}.safetensors" for number in expected]
+    return missing
 
 
 def _own(names: Iterable[str]) -> list[str]:
@@ -188,6 +192,12 @@ def named(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
+def why_absent(source: Source, file: str, way: str) -> str:
+    """What a file is that is none of the source's, and the way out where it is just missing."""
+    absent = source.absent(file)
+    return f"{absent}; {unfinished(file, source.files()) or way}" if absent == MISSING else absent
+
+
 def read_index(source: Source, file: str) -> dict[str, str]:
     """Tensor -> file, each beside the index. Raises SourceError for a path that is not."""
     weight_map = parse_json_object(read_file(source, file), file).get("weight_map")
@@ -196,11 +206,11 @@ def read_index(source: Source, file: str) -> dict[str, str]:
     return {tensor: _beside(file, tensor, name) for tensor, name in weight_map.items()}
 
 
-def _beside(file: str, tensor: str, name: object) -> str:
+def _beside(index: str, tensor: str, name: object) -> str:
     plain = str(PurePosixPath(name)) if isinstance(name, str) else ""  # without ./
     if plain in {"", ".", ".."} or "/" in plain:
         raise SourceError(
-            f"{file}: {tensor} is said to be in {name!r}, which is no file of this folder; put the file, or a link "
-            "to it, beside the index, and its name into it"
+            f"{index} maps {tensor} to {name!r}, which is no file of this folder; put the file, or a link to it, "
+            "beside the index, and its name into it"
         )
     return plain

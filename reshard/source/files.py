@@ -1,6 +1,6 @@
 """A Hugging Face checkpoint: which files belong to it, and which file holds each tensor."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -8,9 +8,7 @@ from reshard.checkpoint.description import Checkpoint, Identity, Part, SourceFil
 from reshard.errors import SourceError
 from reshard.model.config import read_model_config
 from reshard.model.naming import CONFIG, parse_dense
-from reshard.quantization import Accounts
-from reshard.quantization.description import DESCRIPTION, is_description
-from reshard.quantization.modelopt import FILE as MODELOPT
+from reshard.quantization import DESCRIPTION, MODELOPT, Accounts, is_description
 from reshard.source.base import Source, parse_json_object, read_file, try_headers
 from reshard.source.choice import choose
 from reshard.source.compare import compare
@@ -19,11 +17,11 @@ from reshard.tensors.header import Header
 
 
 def read_checkpoint(source: Source, scheme: str | None = None) -> Checkpoint:
-    """Describe a source of Hugging Face files. Reads the index, the headers and what says how they are quantised.
+    """Describe a source of Hugging Face files. Reads the index, the headers and what says how they are quantized.
 
     Of files that hold no DenseFFN tensor none is needed: what is wrong with them is a warning.
 
-    scheme: what the quantised linears are, where their own accounts do not say it or are wrong (reshard.schemes).
+    scheme: what the quantized linears are, where their own accounts do not say it or are wrong (reshard.schemes).
     """
     choice = choose(source)
     side_files, not_read = _side_files(source)
@@ -81,31 +79,26 @@ def is_side_file(name: str) -> bool:
     return name in {CONFIG, MODELOPT} or is_description(name)
 
 
-def _only_one(files: Iterable[str], wanted: Callable[[str], bool], what: str) -> str | None:
-    found = sorted(name for name in files if wanted(name))
-    if len(found) > 1:
-        raise SourceError(
-            f"two {what} files, {found[0]} and {found[1]}; move the one that is not of these weights to another folder"
-        )
-    return found[0] if found else None
-
-
 def _side_files(source: Source) -> tuple[dict[str, bytes], list[str]]:
     """Those that are read, and a line on each that is not: of several descriptions vllm-ascend reads one name alone."""
-    broken = sorted(filter(is_side_file, source.broken_links()))
-    descriptions = sorted(filter(is_description, (*source.files(), *broken)))
-    unread = [name for name in descriptions if name != DESCRIPTION] if DESCRIPTION in descriptions else []
-    description = _only_one((name for name in descriptions if name not in unread), is_description, "description")
-    there = {*source.files(), *broken}
-    wanted = [name for name in (CONFIG, MODELOPT, description) if name is not None and name in there]
-    for name in wanted:
-        if name in broken:
+    there = {*source.files(), *source.broken_links()}
+    descriptions, unread = sorted(filter(is_description, there)), []
+    if DESCRIPTION in descriptions:
+        unread, descriptions = [name for name in descriptions if name != DESCRIPTION], [DESCRIPTION]
+    if len(descriptions) > 1:
+        raise SourceError(
+            f"two description files, {descriptions[0]} and {descriptions[1]}; move the one that is not of these "
+            "weights to another folder"
+        )
+    names = [name for name in (CONFIG, MODELOPT, *descriptions) if name in there]
+    for name in names:
+        if name not in source.files():
             raise SourceError(f"{name} is {source.absent(name)}")
-    read = {name: read_file(source, name) for name in wanted}
+    read = {name: read_file(source, name) for name in names}
     lines = [
         f"{name} is not read, and differs from {DESCRIPTION}, which is what vllm-ascend reads"
         for name in unread
-        if name in broken or read_file(source, name) != read[DESCRIPTION]
+        if name not in source.files() or read_file(source, name) != read[DESCRIPTION]
     ]
     return read, lines
 

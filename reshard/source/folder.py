@@ -5,23 +5,20 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from reshard.errors import SourceError
-from reshard.source.base import MISSING, Bytes, Origin, Range, merged
+from reshard.source.base import MISSING, Bytes, Origin, Range, Source, merged
 from reshard.source.opened import Opened, reason, unfollowed
 from reshard.source.weights import SNAPSHOTS, WEIGHTS_ENDING
 from reshard.tensors.mapped import MappedFile
 
 _PLACES = ("*", f"{SNAPSHOTS}/*", f"models--*/{SNAPSHOTS}/*")
-_WAY_OUT = "see to its owner, its mode and its disk"
 
 
-class FolderSource:
+class FolderSource(Source):
     """The files directly in a folder, symbolic links followed wherever they lead.
 
     A file is opened once: header and data come from one descriptor.
@@ -34,14 +31,10 @@ class FolderSource:
             raise SourceError(f"{path}: not a folder; give the folder that holds the checkpoint's files")
         self.path = path
         self.index = index
+        self.origin = Origin("folder", path.resolve().name)
         self._opened: dict[str, Opened] = {}
         self._maps: dict[str, MappedFile] = {}
         self._lock = threading.Lock()
-
-    @property
-    def origin(self) -> Origin:
-        """The folder's name."""
-        return Origin("folder", self.path.resolve().name)
 
     @cached_property
     def _listed(self) -> tuple[dict[str, int], dict[str, str]]:
@@ -63,32 +56,25 @@ class FolderSource:
         return files, broken
 
     def files(self) -> Mapping[str, int]:
-        """Every file's name and size in bytes."""
         return self._listed[0]
 
     def broken_links(self) -> Collection[str]:
-        """Names that are links to no file."""
         return self._listed[1].keys()
 
     def folders(self) -> Collection[str]:
-        """Folders within that hold weights: directly, and in a Hugging Face cache."""
+        """Those that hold weights directly, and those in a Hugging Face cache."""
         found = (path for place in _PLACES for path in self.path.glob(f"{place}/*{WEIGHTS_ENDING}"))
         return sorted({str(path.parent.relative_to(self.path)) for path in found})
 
     def absent(self, file: str) -> str:
-        """Why a file is none of `files`."""
         return self._listed[1].get(file) or ("a folder" if (self.path / file).is_dir() else MISSING)
 
     def read(self, file: str, start: int, stop: int) -> bytes:
-        """A copy of bytes [start, stop)."""
-        opened = self._open(file)
-        try:
-            data = opened.read(start, stop)
-        except OSError as error:
-            raise self._unreadable(file, reason(error)) from error
+        with self._named(file):
+            data = self._open(file).read(start, stop)
         if len(data) < stop - start:
             raise SourceError(
-                f"{self.path / file}: ends at byte {start + len(data)}, {stop} are wanted; it changed or is cut short"
+                f"{self.path / file}: ends at byte {start + len(data)}, expected {stop}; it changed or is cut short"
             )
         return data
 
@@ -109,7 +95,6 @@ class FolderSource:
                 opened.close()
 
     def check_unchanged(self) -> None:
-        """Raises SourceError where a file that is open is no longer what it was when it was opened."""
         with self._lock:
             opened = dict(self._opened)
         for file, one in opened.items():
@@ -119,9 +104,6 @@ class FolderSource:
                     "writes there any more"
                 )
 
-    def cancel(self) -> None:
-        """Nothing here waits for long."""
-
     def close(self) -> None:
         """Drop the maps; each is unmapped with its last view."""
         self._maps.clear()
@@ -129,35 +111,29 @@ class FolderSource:
             opened.close()
         self._opened.clear()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def _map(self, file: str) -> MappedFile:
         opened = self._open(file)
-        with self._lock:
+        with self._lock, self._named(file):
             if file not in self._maps:
-                try:
-                    self._maps[file] = MappedFile(opened.descriptor, str(self.path / file))
-                except (OSError, ValueError) as error:
-                    raise self._unreadable(file, reason(error) if isinstance(error, OSError) else error) from error
+                self._maps[file] = MappedFile(opened.descriptor, str(self.path / file))
             return self._maps[file]
 
     def _open(self, file: str) -> Opened:
         """The file, opened once."""
         if Path(file).name != file or file in {"", ".", ".."}:
             raise SourceError(f"{self.path}: {file!r} is no plain file name in this folder")
-        with self._lock:
+        with self._lock, self._named(file):
             if file not in self._opened:
-                try:
-                    self._opened[file] = Opened(self.path / file)
-                except OSError as error:
-                    raise self._unreadable(file, reason(error)) from error
+                self._opened[file] = Opened(self.path / file)
             return self._opened[file]
 
-    def _unreadable(self, file: str, why: object) -> SourceError:
-        return SourceError(f"{self.path / file}: cannot be read: {why}; {_WAY_OUT}")
+    @contextlib.contextmanager
+    def _named(self, file: str) -> Iterator[None]:
+        """What the system says of a file, with its path and the way out."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            why = reason(error) if isinstance(error, OSError) else error
+            raise SourceError(
+                f"{self.path / file}: cannot be read: {why}; check its owner, permissions and disk"
+            ) from error

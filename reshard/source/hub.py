@@ -1,16 +1,16 @@
 """A model repository on the Hugging Face Hub, or on what HF_ENDPOINT names: byte ranges of the files of one commit.
 
-All requests go through huggingface_hub's own client, with its token and endpoint. Its waiting between tries does not:
-that one can neither be cut off nor go on within a range. Endpoints: /api/models/{repo}/revision/{revision}?blobs=true
-gives the commit and every file's size in one answer, /{repo}/resolve/{commit}/{file} redirects to the bytes.
+All requests go through huggingface_hub's own client, with its token and endpoint. Not its HfFileSystem: that one takes
+any answer to a range for the range (a whole file, another commit's, another length), and waits between tries as long as
+a server likes, deaf to Ctrl-C. Endpoints: /api/models/{repo}/revision/{revision}?blobs=true gives the commit and every
+file's size in one answer, /{repo}/resolve/{commit}/{file} redirects to the bytes.
 """
 
-import contextlib
-import socket
-import threading
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
+from typing import Any
 
 from huggingface_hub import HfApi, constants, get_token, hf_hub_url
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
@@ -19,195 +19,147 @@ from huggingface_hub.utils import build_hf_headers, get_session, httpx, parse_ra
 from reshard import __version__
 from reshard.errors import SourceError
 from reshard.source.address import redacted
-from reshard.source.base import Cancelled, Origin
+from reshard.source.base import Origin
 from reshard.source.retry import MAY_PASS, Fault
 
-_LIBRARY = "reshard"
+_CLIENT: dict[str, Any] = {"library_name": "reshard", "library_version": __version__}
 _COMMIT = "X-Repo-Commit"
 _LINKED_ETAG = "X-Linked-Etag"  # of the file, at the hub's redirect; the store behind it has ETags of its own
 
 
+@dataclass(frozen=True)
 class HubFiles:
-    """The files at the top of a model repository. `revision` is resolved to a commit once, with the list of them.
+    """The files at the top of a model repository, of one commit."""
 
-    endpoint: the hub's address; None for what HF_ENDPOINT says.
-    """
-
-    def __init__(self, repo: str, revision: str | None, endpoint: str | None = None) -> None:
-        self._repo = repo
-        self._revision = revision
-        self._endpoint = endpoint or constants.ENDPOINT
-        self._commit: str | None = None
-        self._sizes: dict[str, int] = {}
-        self._etags: dict[str, str] = {}
-        self._lock = threading.Lock()
-        self._open: set[httpx.Response] = set()
-        self._cancelled = False
+    repo: str
+    endpoint: str
+    commit: str
+    sizes: Mapping[str, int]
+    _etags: dict[str, str] = field(default_factory=dict)
 
     @property
     def origin(self) -> Origin:
-        """The repository and, once its files are listed, the commit."""
-        return Origin("hub", self._repo, self._commit)
-
-    def sizes(self) -> Mapping[str, int]:
-        """Every file's name and size in bytes."""
-        if self._commit is None:
-            self._list()
-        return self._sizes
-
-    def _list(self) -> None:
-        api = HfApi(self._endpoint, library_name=_LIBRARY, library_version=__version__)
-        try:
-            info = api.model_info(
-                self._repo, revision=self._revision, files_metadata=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
-            )
-        except httpx.ConnectError as error:
-            raise SourceError(
-                f"{self._repo}: no folder is called so, and {self._endpoint} cannot be reached ({_said(error)}); "
-                "see to the name, the network and HF_ENDPOINT"
-            ) from None
-        except httpx.HTTPError as error:
-            response = getattr(error, "response", None)  # HfHubHTTPError has one
-            raise (Fault(_said(error)) if response is None else self._refusal(response)) from None
-        except OfflineModeIsEnabled:
-            raise SourceError(
-                f"{self._repo}: no folder is called so, and HF_HUB_OFFLINE forbids to ask {self._endpoint}; see to the "
-                "name, or unset it"
-            ) from None
-        except (HFValidationError, httpx.InvalidURL) as error:
-            raise SourceError(f"{self._repo}: no folder is called so, and no repository: {_said(error)}") from None
-        except UnicodeEncodeError:
-            raise SourceError(
-                f"{self._repo}: the token of this account holds what no token can; see to HF_TOKEN, or `hf auth login`"
-            ) from None
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise SourceError(
-                f"{self._repo}: {self._endpoint} answers with no description of a model ({_said(error)}); does "
-                "HF_ENDPOINT name a hub?"
-            ) from None
-        top = {file.rfilename: file.size for file in info.siblings or () if "/" not in file.rfilename}
-        self._sizes = {name: size for name, size in top.items() if size is not None}
-        if top and not self._sizes:
-            raise SourceError(
-                f"{self._repo}: {self._endpoint} does not say how large its files are; see to HF_ENDPOINT"
-            )
-        if not info.sha:
-            raise SourceError(f"{self._repo}: {self._endpoint} names no commit; does HF_ENDPOINT name a hub?")
-        self._commit = info.sha
+        return Origin("hub", self.repo, self.commit)
 
     def fetch(self, file: str, start: int, stop: int) -> Iterator[bytes]:
         """Bytes [start, stop) as they come."""
-        url = hf_hub_url(self._repo, file, revision=self._commit, endpoint=self._endpoint)
-        headers = {
-            **build_hf_headers(library_name=_LIBRARY, library_version=__version__),
-            "range": f"bytes={start}-{stop - 1}",
-            "accept-encoding": "identity",
-        }
-        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        url = hf_hub_url(self.repo, file, revision=self.commit, endpoint=self.endpoint)
+        wanted = {"range": f"bytes={start}-{stop - 1}", "accept-encoding": "identity"}
+        headers, timeout = build_hf_headers(**_CLIENT) | wanted, constants.HF_HUB_DOWNLOAD_TIMEOUT
         try:
-            with (
-                get_session().stream("GET", url, headers=headers, timeout=timeout) as response,
-                self._listed(response),
-            ):
-                self._check(response, file, start, stop)
+            with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
+                if response.status_code not in (200, 206):
+                    raise _refusal(response, self.repo, self.endpoint, self.commit, file)
+                if wrong := _not_the_range(response, start, stop, self.sizes[file]):
+                    raise Fault(wrong)
+                self._check_unchanged(response, file)
                 yield from response.iter_raw()
         except httpx.HTTPError as error:
             raise Fault(_said(error)) from None
         except (OfflineModeIsEnabled, httpx.InvalidURL) as error:
-            raise SourceError(f"{self._repo}: {_said(error)}") from None
-
-    def cancel(self) -> None:
-        """Hang up. A server that has fallen silent would be waited for until the timeout."""
-        with self._lock:
-            self._cancelled = True
-            for response in self._open:
-                stream = response.extensions.get("network_stream")
-                if stream is not None:
-                    with contextlib.suppress(OSError):
-                        socket.socket.shutdown(stream.get_extra_info("socket"), socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        """Nothing is held: the client is huggingface_hub's."""
-
-    @contextlib.contextmanager
-    def _listed(self, response: httpx.Response) -> Iterator[None]:
-        """An answer that `cancel` may cut off."""
-        with self._lock:
-            if self._cancelled:
-                raise Cancelled
-            self._open.add(response)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._open.discard(response)
-
-    def _check(self, response: httpx.Response, file: str, start: int, stop: int) -> None:
-        """Whether an answer is the range of the file of the commit, before any of its bytes is taken."""
-        if response.status_code not in (200, 206):
-            raise self._refusal(response, file)
-        for step in (*response.history, response):
-            commit = step.headers.get(_COMMIT)
-            if commit is not None and commit != self._commit:
-                raise SourceError(
-                    f"{self._repo}: {file}: the answer is of commit {commit}, {self._commit} was asked for; nothing of "
-                    "it is taken: see to HF_ENDPOINT"
-                )
-        size = self._sizes[file]
-        if response.status_code == 200 and (start, stop) != (0, size):
-            raise Fault(f"the server answers the range {start} to {stop} with the whole file")
-        wanted, got = f"bytes {start}-{stop - 1}/{size}", response.headers.get("Content-Range")
-        if response.status_code == 206 and got != wanted:
-            raise Fault(f"the server answers with {got or 'no Content-Range'}, {wanted} is wanted")
-        length = response.headers.get("Content-Length")
-        if length is not None and length != str(stop - start):
-            raise Fault(f"the answer has {length} bytes, {stop - start} are wanted")
-        encoding = response.headers.get("Content-Encoding", "identity")
-        if encoding != "identity":
-            raise Fault(f"the answer is encoded as {encoding}, identity was asked for")
-        self._check_unchanged(response, file)
+            raise SourceError(f"{self.repo}: {_said(error)}") from None
 
     def _check_unchanged(self, response: httpx.Response, file: str) -> None:
         """The commit pins a file at the hub; a mirror may serve what it likes, and then its ETag tells."""
-        linked = (step.headers.get(_LINKED_ETAG) for step in response.history)
-        etag = next(filter(None, linked), None) or response.headers.get("ETag")
-        if etag is None:
-            return
-        first = self._etags.setdefault(file, etag.removeprefix("W/"))
-        if first != etag.removeprefix("W/"):
+        steps = (*response.history, response)
+        for commit in filter(None, (step.headers.get(_COMMIT) for step in steps)):
+            if commit != self.commit:
+                raise SourceError(
+                    f"{self.repo}: {file}: the answer is of commit {commit}, {self.commit} was asked for; nothing of "
+                    "it is taken: check HF_ENDPOINT"
+                )
+        linked = filter(None, (step.headers.get(_LINKED_ETAG) for step in response.history))
+        etag = next(linked, response.headers.get("ETag", "")).removeprefix("W/")
+        if etag and (first := self._etags.setdefault(file, etag)) != etag:
             raise SourceError(
-                f"{self._repo}: {file}: has changed since it was first read (its ETag was {first} and is {etag}); "
+                f"{self.repo}: {file}: has changed since it was first read (its ETag was {first} and is {etag}); "
                 "start again"
             )
 
-    def _refusal(self, response: httpx.Response, file: str | None = None) -> Fault | SourceError:
-        """What an answer that brings nothing means."""
-        status, code = response.status_code, response.headers.get("X-Error-Code", "")
-        why = ", ".join(filter(None, (f"HTTP {status}", redacted(response.headers.get("X-Error-Message", "")))))
-        if status in MAY_PASS:
-            return Fault(f"HTTP {status} {response.reason_phrase}".rstrip(), _retry_after(response))
-        if code == "GatedRepo":
-            return SourceError(
-                f"{self._repo}: is gated: accept its terms at {self._endpoint}/{self._repo}, then {self._way_in()}"
-            )
-        if code == "RevisionNotFound":
-            revision = self._commit or self._revision or "main"
-            return SourceError(f"{self._repo}: has no revision {revision}; see to --revision")
-        if status == 404 and file is not None:
-            return SourceError(f"{self._repo}: {file}: is listed and not there (HTTP 404); try again")
-        if status in (401, 403) and file is not None:
-            return SourceError(f"{self._repo}: {file}: is listed and may not be read ({why}): {self._way_in()}")
-        if status in (401, 403, 404):
-            return SourceError(
-                f"{self._repo}: no folder is called so, and {self._endpoint} knows no such repository, or it is "
-                f"private ({why}): see to the name, or {self._way_in()}"
-            )
-        return SourceError(f"{self._repo}: {file or self._endpoint}: {why}")
 
-    def _way_in(self) -> str:
-        if get_token():
-            return "take a token that may read it (`hf auth login`, or HF_TOKEN)"
-        return "log in with `hf auth login`, or set HF_TOKEN"
+def find_repository(repo: str, revision: str | None, endpoint: str | None = None) -> HubFiles:
+    """The files of a revision, by its commit. Raises Fault or SourceError.
+
+    endpoint: the hub's address; None for what HF_ENDPOINT says.
+    """
+    endpoint = endpoint or constants.ENDPOINT
+    try:
+        info = HfApi(endpoint, **_CLIENT).model_info(
+            repo, revision=revision, files_metadata=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+        )
+        top = {file.rfilename: file.size for file in info.siblings or () if "/" not in file.rfilename}
+    except httpx.ConnectError as error:
+        raise _no_folder(
+            repo, f"{endpoint} cannot be reached ({_said(error)}); check the name, the network and HF_ENDPOINT"
+        ) from None
+    except httpx.HTTPError as error:
+        response = getattr(error, "response", None)  # HfHubHTTPError has one
+        if response is None:
+            raise Fault(_said(error)) from None
+        raise _refusal(response, repo, endpoint, revision) from None
+    except OfflineModeIsEnabled:
+        raise _no_folder(repo, f"HF_HUB_OFFLINE forbids to ask {endpoint}; check the name, or unset it") from None
+    except (HFValidationError, httpx.InvalidURL) as error:
+        raise _no_folder(repo, f"no repository: {_said(error)}") from None
+    except UnicodeEncodeError:
+        raise SourceError(
+            f"{repo}: the token of this account has characters that no token has; check HF_TOKEN, or `hf auth login`"
+        ) from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise SourceError(
+            f"{repo}: {endpoint} answers with no description of a model ({_said(error)}); is HF_ENDPOINT a hub?"
+        ) from None
+    sizes = {name: size for name, size in top.items() if size is not None}
+    if top and not sizes:
+        raise SourceError(f"{repo}: {endpoint} does not say how large its files are; check HF_ENDPOINT")
+    if not info.sha:
+        raise SourceError(f"{repo}: {endpoint} names no commit; is HF_ENDPOINT a hub?")
+    return HubFiles(repo, endpoint, info.sha, sizes)
+
+
+def _not_the_range(response: httpx.Response, start: int, stop: int, size: int) -> str | None:
+    """What is wrong with an answer, by its head."""
+    expected, got = f"bytes {start}-{stop - 1}/{size}", response.headers.get("Content-Range")
+    if response.status_code == 200 and (start, stop) != (0, size):
+        return f"the server answers the range {start} to {stop} with the whole file"
+    if response.status_code == 206 and got != expected:
+        return f"the server answers with {got or 'no Content-Range'}, expected {expected}"
+    if (length := response.headers.get("Content-Length")) not in (None, str(stop - start)):
+        return f"the answer has {length} bytes, expected {stop - start}"
+    if (encoding := response.headers.get("Content-Encoding", "identity")) != "identity":
+        return f"the answer is encoded as {encoding}, identity was asked for"
+    return None
+
+
+def _refusal(
+    response: httpx.Response, repo: str, endpoint: str, revision: str | None, file: str | None = None
+) -> Fault | SourceError:
+    """What an answer that brings nothing means."""
+    status, code = response.status_code, response.headers.get("X-Error-Code", "")
+    why = ", ".join(filter(None, (f"HTTP {status}", redacted(response.headers.get("X-Error-Message", "")))))
+    way_in = "take a token that may read it (`hf auth login`, or HF_TOKEN)"
+    if not get_token():
+        way_in = "log in with `hf auth login`, or set HF_TOKEN"
+    if status in MAY_PASS:
+        return Fault(f"HTTP {status} {response.reason_phrase}".rstrip(), _retry_after(response))
+    if code == "GatedRepo":
+        return SourceError(f"{repo}: is gated: accept its terms at {endpoint}/{repo}, then {way_in}")
+    if code == "RevisionNotFound":
+        return SourceError(f"{repo}: has no revision {revision or 'main'}; check --revision")
+    if status == 404 and file is not None:
+        return SourceError(f"{repo}: {file}: is listed and not there (HTTP 404); try again")
+    if status in (401, 403) and file is not None:
+        return SourceError(f"{repo}: {file}: is listed and may not be read ({why}): {way_in}")
+    if status in (401, 403, 404):
+        return _no_folder(
+            repo, f"{endpoint} knows no such repository, or it is private ({why}): check the name, or {way_in}"
+        )
+    return SourceError(f"{repo}: {file or endpoint}: {why}")
+
+
+def _no_folder(repo: str, why: str) -> SourceError:
+    """For ORG/NAME, which may be meant as a folder."""
+    return SourceError(f"{repo}: no local folder with that name, and {why}")
 
 
 def _said(error: Exception) -> str:

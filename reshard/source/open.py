@@ -1,6 +1,9 @@
 """From an address to a source and its description."""
 
 import os
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -8,19 +11,15 @@ from urllib.parse import urlsplit
 from reshard.checkpoint.description import Checkpoint
 from reshard.errors import MissingDependencyError, SourceError, UsageError
 from reshard.model.naming import MANIFEST, parse_shard_file
-from reshard.source.address import parse_address, redacted
+from reshard.source.address import FOLDER, HUBS, Hub, parse_address, redacted, shown
 from reshard.source.base import Source
 from reshard.source.files import read_checkpoint
 from reshard.source.folder import FolderSource
-from reshard.source.retry import Notify, Patience
+from reshard.source.retry import Notify, RetryPolicy
 from reshard.source.shardset import read_shard_set, require_shard_set
 
 if TYPE_CHECKING:
-    from reshard.source.hub import HubFiles
-
-# The first huggingface_hub that names its own HTTP client, httpx or httpx2. The project asks for no version of it: an
-# engine's environment may want an older one, and only here is it used.
-_HUB = "1.31"
+    from reshard.source.range_cache import Remote
 
 
 def open_source(
@@ -29,7 +28,7 @@ def open_source(
     *,
     index: str | None = None,
     notify: Notify = lambda line: None,
-    patience: Patience | None = None,
+    policy: RetryPolicy | None = None,
 ) -> Source:
     """The source at an address (see reshard.source.address).
 
@@ -39,47 +38,48 @@ def open_source(
     reshard.source.choice. notify: takes a line for each wait after a fault.
     """
     found = parse_address(address, revision)
-    if found.kind == "folder":
+    if found.kind == FOLDER:
         return FolderSource(Path(found.place), index)
     # Only here: huggingface_hub and fsspec take longer to import than a folder to open.
     from reshard.source.range_cache import StagedSource
 
-    if found.kind == "hub":
-        _check_endpoint()
-        return StagedSource(_hub_files(found.place, found.revision), patience or Patience(), notify, index)
-    from reshard.source.remote import RemoteFiles
+    find: Callable[[], Remote]
+    if found.kind in HUBS:
+        find = partial(_finder(HUBS[found.kind], found.place), found.place, found.revision)
+    else:
+        from reshard.source.remote import find_folder
 
-    return StagedSource(RemoteFiles(found.place), patience or Patience(), notify, index)
+        find = partial(find_folder, found.place)
+    return StagedSource(shown(found.place), find, policy or RetryPolicy(), notify, index)
 
 
-def _check_endpoint() -> None:
-    """Raises SourceError for an HF_ENDPOINT that is no address; with some, huggingface_hub cannot be imported."""
-    text = os.environ.get("HF_ENDPOINT")
-    if text is None:
-        return
+def _finder(hub: Hub, repo: str) -> "Callable[[str, str | None], Remote]":
+    """A hub's `find_repository`. Raises SourceError for an endpoint that is no address, MissingDependencyError."""
+    endpoint = os.environ.get(hub.endpoint)
+    if endpoint is not None and not _is_host(endpoint):
+        raise SourceError(
+            f"{hub.endpoint}={redacted(endpoint)}: is no hub's address; write it as https://HOST, or unset it"
+        )
     try:
-        parts = urlsplit(text)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable:
-        raise SourceError(f"HF_ENDPOINT={redacted(text)}: is no hub's address; write it as https://HOST, or unset it")
-
-
-def _hub_files(repo: str, revision: str | None) -> "HubFiles":
-    try:
-        from reshard.source.hub import HubFiles
+        find: Callable[[str, str | None], Remote] = import_module(hub.module).find_repository
     except ImportError as error:
         raise MissingDependencyError(
-            f"{repo}: no folder is called so, and a repository on the Hub is read with huggingface_hub {_HUB} or "
-            f"later, installed is {_installed('huggingface_hub')} ({error}); pip install -U 'huggingface_hub>={_HUB}'"
+            f"{repo}: no local folder with that name, and a repository on the Hub is read with {hub.package} "
+            f"{hub.since} or later, installed is {_installed(hub.package)} ({error}); "
+            f"pip install -U '{hub.package}>={hub.since}'"
         ) from None
-    return HubFiles(repo, revision)
+    return find
+
+
+def _is_host(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def _installed(package: str) -> str:
-    from importlib import metadata
-
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

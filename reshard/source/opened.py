@@ -7,6 +7,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
+MISSING = "missing"
+"""Why a file is not there, where nothing stands in its place."""
+
 
 class _Identity(NamedTuple):
     device: int

@@ -51,10 +51,9 @@ def _lost(source: Source, missing: Sequence[str]) -> tuple[str, str]:
     """What is not there, and the way out."""
     first = next((file for file in missing if source.absent(file) != MISSING), missing[0])
     absent, them = source.absent(first), "it" if len(missing) == 1 else "them"
-    if len(missing) == 1:
-        gone = f"{first} is {absent}"
-    else:
-        gone = f"{named(missing)} are not there{'' if absent == MISSING else f' ({first} is {absent})'}"
+    gone = f"{first} is {absent}"
+    if len(missing) > 1:
+        gone = f"{named(missing)} are not there{'' if absent == MISSING else f' ({gone})'}"
     get = f"download {them}" if absent == MISSING else f"put {them} there"
     way = unfinished(first, source.files()) or f"{get}, or the index of these files (*{INDEX_ENDING})"
     return f"{gone}, and no index says what is in {them}", way
@@ -86,8 +85,8 @@ def _may_have(variant: Variant, told: bool) -> frozenset[str]:
     told: whether a description says what kind it is; else it may be of any with such a weight (ModelSlim's weights are
     served with a config.json of compressed-tensors, too).
     """
-    weights = variant.tensors[0].dtypes
-    alike = (v for v in VARIANTS if (v.kind == variant.kind if told else v.tensors[0].dtypes & weights))
+    weights = set(variant.tensors[0].dtypes)
+    alike = (v for v in VARIANTS if (v.kind == variant.kind if told else weights & {*v.tensors[0].dtypes}))
     return frozenset().union(
         *(other.suffixes - variant.suffixes for other in alike if other.suffixes > variant.suffixes)
     )

@@ -4,6 +4,8 @@ Why a disk and not memory: a rank's columns of a row-parallel weight lie in ever
 last rank is written. Bounded memory would mean to fetch it again and again; a file's pages the kernel can drop. The
 stage is a sparse file for each remote one, in the folder that TMPDIR names, with its bytes in the same places. It has
 no name, so that nothing is left of it however the process ends.
+
+Why not fsspec's caches: they fetch blocks, and so parts of tensors that nobody asked for.
 """
 
 import bisect
@@ -12,19 +14,20 @@ import errno
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import cached_property
-from types import TracebackType
-from typing import IO, Self, TypeVar
+from functools import partial
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from reshard.errors import SourceError, SpaceError
 from reshard.interruptible import interruptible
-from reshard.source.base import MISSING, Bytes, Cancelled, Origin, Range, merged
-from reshard.source.retry import Fault, Notify, Patience, Pauses, Remote
+from reshard.source.base import MISSING, Bytes, Origin, Range, Source, merged
+from reshard.source.fetchers import Fetchers, result_of
+from reshard.source.retry import Backoff, Fault, Notify, RetryPolicy
 from reshard.tensors.mapped import MappedFile
 
 _CONNECTIONS = 8
@@ -32,6 +35,24 @@ _REQUEST_BYTES = 8 << 20
 _PROGRESS_BYTES = 1 << 16  # a try that brought less has failed
 
 _T = TypeVar("_T")
+
+
+class Remote(Protocol):
+    """A listing of files elsewhere, of one state of them. Safe to use from several threads."""
+
+    @property
+    def origin(self) -> Origin:
+        """Where this is, for the manifest."""
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Every file's name and size in bytes."""
+
+    def fetch(self, file: str, start: int, stop: int) -> Iterator[bytes]:
+        """Bytes [start, stop) in order, in pieces of any size. May end early.
+
+        Raises Fault for what may pass, SourceError for what does not: a file that has changed, too.
+        """
 
 
 @dataclass(frozen=True)
@@ -43,52 +64,38 @@ class _Piece:
     done: Future[None]
 
 
-@dataclass
-class _Staged:
+@dataclass(eq=False)
+class _Stage:
     """A file's stage and the pieces that were asked for: disjoint, in order."""
 
-    stream: IO[bytes]
+    descriptor: int
     mapped: MappedFile
     pieces: list[_Piece] = field(default_factory=list)
 
+    def write(self, at: int, chunk: bytes) -> None:
+        write_staged(self.descriptor, at, chunk)
 
-class StagedSource:
-    """What a remote offers, as a source. `notify` takes a line for each wait after a fault."""
 
-    def __init__(self, remote: Remote, patience: Patience, notify: Notify, index: str | None = None) -> None:
+class StagedSource(Source):
+    """Files elsewhere as a source. `find` lists them, or raises Fault or SourceError.
+
+    notify: takes a line for each wait after a fault.
+    """
+
+    def __init__(
+        self, name: str, find: Callable[[], Remote], policy: RetryPolicy, notify: Notify, index: str | None = None
+    ) -> None:
         self.index = index
-        self._remote = remote
-        self._pauses = Pauses(patience, notify)
-        self._pool = ThreadPoolExecutor(_CONNECTIONS, thread_name_prefix="fetch")
+        self._backoff = Backoff(policy, notify)
+        self._fetchers = Fetchers(_CONNECTIONS)
         self._lock = threading.Lock()
-        self._staged: dict[str, _Staged] = {}
+        self._stages: dict[str, _Stage] = {}
         self._read: dict[Range, bytes] = {}
-        self._files  # noqa: B018 - a source that is not there is an error here
-
-    @property
-    def origin(self) -> Origin:
-        """Where the remote says that it is."""
-        return self._remote.origin
-
-    @cached_property
-    def _files(self) -> Mapping[str, int]:
-        return self._waited(lambda: self._persist(self._remote.sizes, self.origin.name))
+        self._remote = self._waited(lambda: self._fetchers.now(lambda: self._persist(find, name)))
+        self.origin = self._remote.origin
 
     def files(self) -> Mapping[str, int]:
-        """Every file's name and size in bytes, listed once."""
-        return self._files
-
-    def folders(self) -> Collection[str]:
-        """Folders within are not listed."""
-        return ()
-
-    def broken_links(self) -> Collection[str]:
-        """Links are not listed."""
-        return ()
-
-    def absent(self, file: str) -> str:
-        """It is not listed."""
-        return MISSING
+        return self._remote.sizes
 
     def read(self, file: str, start: int, stop: int) -> bytes:
         """A copy of bytes [start, stop), kept: what was read once stays what it was."""
@@ -100,7 +107,7 @@ class StagedSource:
             def put(at: int, chunk: bytes) -> None:
                 out[at - start : at - start + len(chunk)] = chunk
 
-            self._waited(lambda: self._fetch(file, start, stop, put))
+            self._waited(lambda: self._fetchers.now(lambda: self._fetch(file, start, stop, put)))
             self._read[key] = bytes(out)
         return self._read[key]
 
@@ -109,16 +116,14 @@ class StagedSource:
         if start >= stop:
             return np.empty(0, np.uint8)
         self._check_within(file, stop)
-        return self._waited(lambda: self._view(file, start, stop))
 
-    def _view(self, file: str, start: int, stop: int) -> Bytes:
-        staged, pieces = self._claim(file, start, stop)
-        for piece in pieces:
-            try:
-                piece.done.result()
-            except CancelledError as error:
-                raise Cancelled from error
-        return staged.mapped.view(start, stop)
+        def wait() -> Bytes:
+            stage, pieces = self._claim(file, start, stop)
+            for piece in pieces:
+                result_of(piece.done)
+            return stage.mapped.view(start, stop)
+
+        return self._waited(wait)
 
     def prefetch(self, ranges: Iterable[Range]) -> None:
         """Fetch them in the background, each byte that is not asked for yet.
@@ -128,117 +133,75 @@ class StagedSource:
         wanted = list(merged(ranges))
         with self._lock:
             missing = sum(b - a for file, start, stop in wanted for a, b in self._gaps(file, start, stop))
-        self._check_space(missing)
+        _check_space(missing)
         for file, _, stop in wanted:
             self._check_within(file, stop)
         self._waited(lambda: [self._claim(*piece) for piece in wanted])
 
-    def release(self, file: str) -> None:
-        """Nothing is held of it but what was read."""
-
-    def check_unchanged(self) -> None:
-        """Nothing is left to do: the remote compares each answer with the first one."""
-
     def cancel(self) -> None:
         """Make calls that wait raise Cancelled; what is being fetched is dropped."""
-        self._pauses.stop()
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        self._remote.cancel()
+        self._backoff.stop()
+        self._fetchers.cancel()
 
     def close(self) -> None:
-        """End what is being fetched; a stage goes with its last view."""
+        """Drop what is being fetched; a stage goes with its last view."""
         self.cancel()
-        self._pool.shutdown()
-        for staged in self._staged.values():
-            staged.stream.close()
-        self._staged.clear()
-        self._remote.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        self._stages.clear()
 
     def _waited(self, call: Callable[[], _T]) -> _T:
-        """Call what waits for the pool's threads or locks a lock of theirs: a Ctrl-C must not leave it locked."""
+        """Call what waits for threads or locks a lock of theirs: a Ctrl-C must not leave it locked."""
         if threading.current_thread() is threading.main_thread():
             return interruptible(call, self.cancel)
         return call()
 
-    def _claim(self, file: str, start: int, stop: int) -> tuple[_Staged, list[_Piece]]:
+    def _claim(self, file: str, start: int, stop: int) -> tuple[_Stage, list[_Piece]]:
         """The pieces that cover a range; those that nobody asked for yet are begun."""
         with self._lock:
-            self._pauses.check()
-            staged = self._staged.get(file) or self._stage(file)
+            if file not in self._stages:
+                self._stages[file] = _stage(file, self._remote.sizes[file])
+            stage = self._stages[file]
             for first, last in list(self._gaps(file, start, stop)):
                 for at in range(first, last, _REQUEST_BYTES):
                     end = min(at + _REQUEST_BYTES, last)
-                    done = self._pool.submit(self._fetch, file, at, end, _Writer(staged.stream.fileno()))
-                    bisect.insort(staged.pieces, _Piece(at, end, done), key=_start)
-            return staged, list(_overlapping(staged.pieces, start, stop))
+                    done = self._fetchers.soon(partial(self._fetch, file, at, end, stage.write))
+                    bisect.insort(stage.pieces, _Piece(at, end, done), key=_start)
+            return stage, list(_overlapping(stage.pieces, start, stop))
 
     def _gaps(self, file: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """The parts of a range that no piece covers."""
-        staged = self._staged.get(file)
+        stage = self._stages.get(file)
         at = start
-        for piece in _overlapping(staged.pieces, start, stop) if staged else ():
+        for piece in _overlapping(stage.pieces, start, stop) if stage else ():
             if at < piece.start:
                 yield at, piece.start
             at = piece.stop
         if at < stop:
             yield at, stop
 
-    def _stage(self, file: str) -> _Staged:
-        try:
-            with contextlib.ExitStack() as undo:
-                stream = undo.enter_context(tempfile.TemporaryFile(buffering=0, dir=_folder()))
-                os.truncate(stream.fileno(), self._files[file])
-                staged = _Staged(stream, MappedFile(stream.fileno(), file))
-                undo.pop_all()
-        except OSError as error:
-            raise _stage_error(error) from error
-        self._staged[file] = staged
-        return staged
-
     def _check_within(self, file: str, stop: int) -> None:
-        size = self._files.get(file)
+        size = self._remote.sizes.get(file)
         if size is None or stop > size:
-            there = "is not there" if size is None else f"{size} bytes, {stop} are wanted"
+            there = MISSING if size is None else f"{size} bytes, expected {stop} or more"
             raise SourceError(f"{self.origin.name}: {file}: {there}")
-
-    def _check_space(self, wanted: int) -> None:
-        try:
-            folder = os.statvfs(_folder())
-        except OSError as error:
-            raise _stage_error(error) from error
-        free = folder.f_bavail * folder.f_frsize
-        if wanted > free:
-            raise SpaceError(
-                f"{_folder()}: {wanted:,} bytes are to be staged there, {free:,} are free; let TMPDIR name a folder "
-                "with more room"
-            )
 
     def _fetch(self, file: str, start: int, stop: int, put: Callable[[int, bytes], None]) -> None:
         """Fetch a range; after a fault, from where it broke off."""
         at, failures = start, 0
         while at < stop:
             before = at
-            self._pauses.check()
+            self._backoff.check()
             try:
                 for chunk in self._remote.fetch(file, at, stop):
-                    self._pauses.check()
+                    self._backoff.check()
                     if len(chunk) > stop - at:
                         raise SourceError(f"{file}: the answer is longer than the {stop - before} bytes asked for")
                     put(at, chunk)
                     at += len(chunk)
                 if at < stop:
-                    raise Fault(f"the answer ends at byte {at}, {stop} are wanted")
+                    raise Fault(f"the answer ends at byte {at}, expected {stop}")
             except Fault as fault:
                 failures = 1 if at - before >= _PROGRESS_BYTES else failures + 1
-                self._pauses.after(fault, failures, f"{self.origin.name}: {file}")
+                self._backoff.after(fault, failures, f"{self.origin.name}: {file}")
 
     def _persist(self, attempt: Callable[[], _T], what: str) -> _T:
         failures = 0
@@ -247,29 +210,50 @@ class StagedSource:
                 return attempt()
             except Fault as fault:
                 failures += 1
-                self._pauses.after(fault, failures, what)
+                self._backoff.after(fault, failures, what)
 
 
-class _Writer:
-    """Puts bytes where they belong in a stage."""
+def _stage(file: str, size: int) -> _Stage:
+    try:
+        with contextlib.ExitStack() as undo:
+            stream = undo.enter_context(tempfile.TemporaryFile(buffering=0, dir=_folder()))
+            os.truncate(stream.fileno(), size)
+            stage = _Stage(stream.fileno(), MappedFile(stream.fileno(), file))
+            undo.pop_all()
+    except OSError as error:
+        raise _stage_error(error) from error
+    weakref.finalize(stage, stream.close).atexit = False  # not before the last thread that writes to it has gone
+    return stage
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
 
-    def __call__(self, at: int, chunk: bytes) -> None:
-        rest = memoryview(chunk)
-        try:
-            while rest:
-                done = os.pwrite(self._descriptor, rest, at)
-                at, rest = at + done, rest[done:]
-        except OSError as error:
-            raise _stage_error(error) from error
+def write_staged(descriptor: int, at: int, chunk: bytes) -> None:
+    """Put bytes where they belong in a stage. Raises SpaceError, SourceError."""
+    rest = memoryview(chunk)
+    try:
+        while rest:
+            done = os.pwrite(descriptor, rest, at)
+            at, rest = at + done, rest[done:]
+    except OSError as error:
+        raise _stage_error(error) from error
+
+
+def _check_space(wanted: int) -> None:
+    try:
+        folder = os.statvfs(_folder())
+    except OSError as error:
+        raise _stage_error(error) from error
+    free = folder.f_bavail * folder.f_frsize
+    if wanted > free:
+        raise SpaceError(
+            f"{_folder()}: {wanted:,} bytes are to be staged there, {free:,} are free; let TMPDIR name a folder "
+            "with more room"
+        )
 
 
 def _stage_error(error: OSError) -> SourceError | SpaceError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return SpaceError(f"{_folder()}: the disk is full ({error.strerror}); let TMPDIR name a folder with more room")
-    return SourceError(f"{_folder()}: what is fetched cannot be staged there: {error.strerror}; see to TMPDIR")
+    return SourceError(f"{_folder()}: what is fetched cannot be staged there: {error.strerror}; check TMPDIR")
 
 
 def _folder() -> str:

@@ -1,13 +1,12 @@
-"""What a source elsewhere must offer, and how faults that may pass are borne."""
+"""How faults that may pass are borne: a busy server, a connection that broke."""
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from reshard.errors import SourceError
-from reshard.source.base import Cancelled, Origin
+from reshard.source.base import Cancelled
 
 Notify = Callable[[str], None]
 
@@ -15,43 +14,19 @@ MAY_PASS = frozenset({408, 429, 500, 502, 503, 504})  # HTTP statuses after whic
 
 
 class Fault(Exception):
-    """What may pass: a connection that broke, a server that is busy. `retry_after`: the seconds that it asks for."""
+    """What may pass. `retry_after`: the seconds that the server asks for."""
 
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
 
 
-class Remote(Protocol):
-    """Files elsewhere. Safe to use from several threads."""
-
-    @property
-    def origin(self) -> Origin:
-        """Where this is, for the manifest."""
-
-    def sizes(self) -> Mapping[str, int]:
-        """Every file's name and size in bytes. Raises Fault or SourceError."""
-
-    def fetch(self, file: str, start: int, stop: int) -> Iterator[bytes]:
-        """Bytes [start, stop) in order, in pieces of any size. May end early.
-
-        Raises Fault for what may pass, SourceError for what does not.
-        """
-
-    def cancel(self) -> None:
-        """Make calls of `fetch` that wait for a server end soon, in whatever way."""
-
-    def close(self) -> None:
-        """Release what is held."""
-
-
 @dataclass(frozen=True)
-class Patience:
-    """How faults are borne. After `tries` in a row that brought nothing it is over.
+class RetryPolicy:
+    """After `tries` in a row that brought nothing it is over.
 
     The seconds between them double from `first` to `longest`, and are more where a server asks for more, up to
-    `bearable`.
-    sleep: for tests; the real one ends early when the source is cancelled.
+    `bearable`. sleep: for tests; the real one ends early when the source is cancelled.
     """
 
     tries: int = 6
@@ -60,12 +35,19 @@ class Patience:
     bearable: float = 600.0
     sleep: Callable[[float], None] | None = None
 
+    def delay(self, fault: Fault, failures: int) -> float:
+        """Seconds to wait after the n-th failure in a row.
 
-class Pauses:
+        A server's wish only makes it longer: a date that it gives lies in the past where this host's clock is fast.
+        """
+        return max(fault.retry_after or 0.0, min(self.longest, self.first * 2.0 ** (failures - 1)))
+
+
+class Backoff:
     """The waiting between tries, for all threads of a source."""
 
-    def __init__(self, patience: Patience, notify: Notify) -> None:
-        self._patience = patience
+    def __init__(self, policy: RetryPolicy, notify: Notify) -> None:
+        self._policy = policy
         self._notify = notify
         self._stopped = threading.Event()
         self._lock = threading.Lock()
@@ -82,20 +64,16 @@ class Pauses:
 
     def after(self, fault: Fault, failures: int, what: str) -> None:
         """Wait after the n-th failure in a row. Raises SourceError where that was the last one."""
-        patience = self._patience
         self.check()
-        if failures >= patience.tries:
+        policy, asked = self._policy, fault.retry_after
+        if failures >= policy.tries:
             raise SourceError(f"{what}: {fault}; given up after {failures} tries: try again later")
-        asked = fault.retry_after
-        if asked is not None and asked > patience.bearable:
-            raise SourceError(f"{what}: {fault}; the server asks for {asked:.0f} s of patience: try again then")
-        # Not less than its own: a date that a server gives lies in the past where this clock is fast.
-        delay = max(asked or 0.0, min(patience.longest, patience.first * 2 ** (failures - 1)))
+        if asked is not None and asked > policy.bearable:
+            raise SourceError(f"{what}: {fault}; the server asks to wait {asked:.0f} s: try again then")
+        delay = policy.delay(fault, failures)
         self._say(f"{what}: {fault}; again in {delay:g} s", delay)
-        if patience.sleep is not None:
-            patience.sleep(delay)
-        else:
-            self._stopped.wait(delay)
+        sleep = policy.sleep if policy.sleep is not None else self._stopped.wait
+        sleep(delay)
         self.check()
 
     def _say(self, line: str, delay: float) -> None:

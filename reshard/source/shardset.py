@@ -4,18 +4,17 @@ from collections.abc import Iterable
 from dataclasses import replace
 from math import prod
 
-from blake3 import blake3
-
 from reshard.checkpoint.describe import describe_layers
 from reshard.checkpoint.description import Checkpoint, Conversion, Identity, Layer, Model, Part, SourceFile, Tensor
 from reshard.errors import ManifestError, SourceError
+from reshard.fit import fit_files, fit_side_file, fit_tensors, require
 from reshard.manifest import Manifest, ShardTensor, SideFile, Slice, parse_manifest
 from reshard.model.naming import CONFIG, DOWN, GATE, GATE_UP, MANIFEST, UP, mlp_name, parse_shard_file
 from reshard.quantization import Recorded
-from reshard.source.base import MISSING, Source, read_file, read_headers
+from reshard.source.base import Source, read_file, read_headers
 from reshard.source.files import read_accounts
 from reshard.tensors.dtypes import itemsize
-from reshard.tensors.header import Header, TensorInfo
+from reshard.tensors.header import TensorInfo
 
 
 def is_shard_set(source: Source) -> bool:
@@ -45,21 +44,8 @@ def read_manifest_only(source: Source) -> Manifest:
 def read_manifest(source: Source) -> Manifest:
     """The set's manifest, its files there in the sizes it names."""
     manifest = read_manifest_only(source)
-    sizes = source.files()
-    named = [(shard.file, shard.size) for shard in manifest.shards]
-    named += [(file.name, file.size) for file in manifest.files]
-    for name, size in named:
-        if name not in sizes:
-            raise SourceError(f"{name}: {not_there(source, name)}")
-        if sizes[name] != size:
-            raise SourceError(f"{name}: {sizes[name]} bytes, {MANIFEST} says {size}; copy it again")
+    require(fit_files(manifest, source.files(), source.absent), SourceError)
     return manifest
-
-
-def not_there(source: Source, file: str) -> str:
-    """Of a file that the manifest names: why there is none, and the way out."""
-    absent = source.absent(file)
-    return f"{MANIFEST} names it and it is {absent}{'; copy the whole set' if absent == MISSING else ''}"
 
 
 def read_shard_set(source: Source) -> Checkpoint:
@@ -107,9 +93,7 @@ def _check_activations(manifest: Manifest, layers: Iterable[Layer]) -> None:
 
 def _side_file(source: Source, file: SideFile) -> bytes:
     data = read_file(source, file.name)
-    digest = blake3(data).hexdigest()
-    if digest != file.blake3:
-        raise SourceError(f"{file.name}: BLAKE3 is {digest}, {MANIFEST} says {file.blake3}; copy it again")
+    require(fit_side_file(file, data), SourceError)
     return data
 
 
@@ -120,21 +104,6 @@ def identity(manifest: Manifest) -> Identity:
     return Identity(source.kind, source.name, source.commit, files, source.sample_blake3)
 
 
-def check_header(header: Header, tensors: Iterable[ShardTensor], file: str) -> None:
-    """A shard's header against the manifest. Raises SourceError naming the tensor and both sides."""
-    wanted = {tensor.name: (tensor.dtype, tuple(tensor.shape)) for tensor in tensors}
-    for name in sorted(wanted.keys() ^ header.tensors.keys()):
-        side = f"{MANIFEST} names it, the file lacks it" if name in wanted else f"the file has it, {MANIFEST} does not"
-        raise SourceError(f"{file}: {name}: {side}; copy the set again")
-    for name, (dtype, shape) in wanted.items():
-        info = header.tensors[name]
-        if (info.dtype, info.shape) != (dtype, shape):
-            raise SourceError(
-                f"{file}: {name}: is {info.dtype} {list(info.shape)}, {MANIFEST} says {dtype} {list(shape)}; "
-                "copy the set again"
-            )
-
-
 def _assemble(source: Source, manifest: Manifest) -> dict[str, Tensor]:
     """Every source tensor that slices name, covered by rectangles of the shards."""
     shapes: dict[str, tuple[str, tuple[int, ...], Conversion | None]] = {}
@@ -143,7 +112,7 @@ def _assemble(source: Source, manifest: Manifest) -> dict[str, Tensor]:
     headers = read_headers(source, [shard.file for shard in manifest.shards])
     for shard in manifest.shards:
         header = headers[shard.file]
-        check_header(header, shard.tensors, shard.file)
+        require(fit_tensors(header, shard), SourceError)
         for tensor in shard.tensors:
             for piece in tensor.slices:
                 conversion = _conversion(tensor, piece.tensor)

@@ -1,1 +1,1 @@
-"""Synthetic checkpoints: every tensor of a model, named, shaped and quantised as in a real one."""
+"""Synthetic checkpoints: every tensor of a model, named, shaped and quantized as in a real one."""

@@ -6,7 +6,7 @@ from math import floor
 from typing import Any
 
 from reshard.errors import SourceError, UsageError
-from reshard.model.config import read_model_config
+from reshard.model.config import experts_key, read_model_config
 from reshard.model.naming import CONFIG
 
 Config = Mapping[str, Any]
@@ -21,7 +21,6 @@ _TILED = (
     "kv_lora_rank",
     "vocab_size",
 )
-_EXPERTS = ("n_routed_experts", "num_experts")
 _PER_LAYER = ("mlp_layer_types", "layer_types", "moe_layer_freq")
 
 
@@ -33,11 +32,6 @@ def size(config: Config, key: str, default: int | None = None) -> int:
     if type(value) is not int or value < 1:
         raise SourceError(f"{CONFIG}: {key} is {value!r}, a whole number from 1 is wanted")
     return value
-
-
-def experts_key(config: Config) -> str | None:
-    """The key that counts a model's routed experts, None for a dense model."""
-    return next((key for key in _EXPERTS if config.get(key)), None)
 
 
 def shrink(config: Config, scale: Fraction, layers: int | None) -> dict[str, Any]:
@@ -92,7 +86,7 @@ def _scale(config: dict[str, Any], scale: Fraction) -> None:
 
 
 def _scale_experts(config: dict[str, Any], scale: Fraction) -> None:
-    key = experts_key(config)
+    key = experts_key(config, named=True)
     if key is None:
         return
     before = size(config, key)

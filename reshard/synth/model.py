@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from enum import Enum
 
 from reshard.errors import SourceError
-from reshard.model.config import ModelConfig, known_dense_layers, read_model_config
+from reshard.model.config import ModelConfig, experts_key, known_dense_layers, read_model_config
 from reshard.model.naming import CONFIG, DOWN, GATE, PREFIX, UP, layer_name
-from reshard.synth.config import Config, experts_key, size
+from reshard.synth.config import Config, size
 
 
 class Kind(Enum):
-    """What a parameter is: this decides whether a tool quantises it, and what its values are like."""
+    """What a parameter is: this decides whether a tool quantizes it, and what its values are like."""
 
-    LINEAR = "a linear that every tool quantises"
+    LINEAR = "a linear that every tool quantizes"
     ABSORBED = "a linear that ModelSlim's recipes leave out: kv_b_proj and the indexer's"
-    HEAD = "a linear that no tool quantises: routers, output heads, eh_proj"
+    HEAD = "a linear that no tool quantizes: routers, output heads, eh_proj"
     EMBEDDING = "token embeddings"
     NORM = "a norm's weight"
     BIAS = "a bias"
@@ -90,7 +90,7 @@ class _Model:
         self._family = family
         self._dense = known_dense_layers(self._model)
         self._hidden = self._model.hidden_size
-        key = experts_key(config)
+        key = experts_key(config, named=True)
         self._experts = size(config, key) if key else 0
 
     def parameters(self) -> Iterator[Parameter]:
@@ -102,7 +102,7 @@ class _Model:
         yield self._norm(f"{self._prefix}norm")
         if not self._config.get("tie_word_embeddings"):
             yield Parameter(f"{self._head()}lm_head.weight", table, Kind.HEAD)
-        for layer in range(last, last + self._model.prediction_layers):
+        for layer in range(last, last + self._model.mtp_layers):
             prefix = layer_name(self._prefix, layer)
             yield Parameter(f"{prefix}.embed_tokens.weight", table, Kind.EMBEDDING)
             yield self._norm(f"{prefix}.enorm")

@@ -12,14 +12,15 @@ import numpy as np
 from blake3 import blake3
 
 from reshard.model.naming import GATE, UP
+from reshard.schemes import Operand
 from reshard.synth.schemes import Fill, TensorSpec
-from reshard.tensors.numeric import F32, Array, f32_to_bf16, storage, to_f32
+from reshard.tensors.numeric import F32, Array, from_f32, storage
 
 _BLOCK_ELEMENTS = 1 << 20
 _TABLE = 1 << 16  # entries: one for each value of 16 random bits
 _WEIGHT_DEVIATION = 0.02
 _FP8_DEVIATION = 64.0  # times a scale of about 1e-3; the largest draw, 4.3 deviations, is still below 448
-_NORM_DEVIATION = 0.1
+_NORM_DEVIATION = np.float32(0.1)
 _SCALE = 1e-3
 _INPUT_SCALE = 1e-2
 _LARGEST_OFFSET = 32
@@ -29,22 +30,29 @@ def blocks(tensor: TensorSpec, seed: int) -> Iterator[Array]:
     """The tensor's elements in order, a few megabytes at a time."""
     module = tensor.name.rpartition(".")[0]
     match tensor.fill:
-        case Fill.WEIGHT if tensor.dtype == "I8":
+        case Operand.WEIGHT if tensor.dtype == "I8":
             yield from _int8_rows(tensor.name, tensor.shape, seed)
-        case Fill.WEIGHT | Fill.NORM | Fill.SCALE:
-            yield from _from_table(tensor.name, _table(tensor.fill, tensor.dtype), tensor.shape, seed)
-        case Fill.ZERO:
+        case Operand.WEIGHT | Fill.WEIGHT:
+            yield from _from_table(tensor.name, _weights(tensor.dtype), tensor.shape, seed)
+        case Fill.NORM:
+            yield from _from_table(
+                tensor.name, from_f32(1 + _normal() * _NORM_DEVIATION, tensor.dtype), tensor.shape, seed
+            )
+        case Operand.SCALE if tensor.shape == (1,):
+            yield from _from_table(f"{_input_of(module)}.weight_scale", _scales(tensor.dtype), tensor.shape, seed)
+        case Operand.SCALE | Fill.FREQUENCIES:
+            yield from _from_table(tensor.name, _scales(tensor.dtype), tensor.shape, seed)
+        case Operand.OFFSET:
             yield np.zeros(tensor.shape, storage(tensor.dtype))
-        case Fill.INPUT_SCALE:
-            yield np.array([_input_scale(module, seed)], np.float32)
-        case Fill.INPUT_OFFSET:
-            yield np.array([_input_offset(module, seed)], np.float32)
-        case Fill.QUANT_BIAS:
+        case Operand.INPUT_SCALE:
+            yield from_f32(np.array([_input_scale(module, seed)], np.float32), tensor.dtype)
+        case Operand.INPUT_OFFSET:
+            yield from_f32(np.array([_input_offset(module, seed)], np.float32), tensor.dtype)
+        case Operand.BIAS:
             for rows in _int8_rows(f"{module}.weight", tensor.weight, seed):
                 yield (rows.sum(axis=1, dtype=np.int64) * -_input_offset(module, seed)).astype(np.int32)
-        case Fill.DEQ_SCALE:
-            table = _table(Fill.SCALE, "F32")
-            for scale in _from_table(f"{module}.weight_scale", table, (tensor.weight[0], 1), seed):
+        case Operand.OUTPUT_SCALE:
+            for scale in _from_table(f"{module}.weight_scale", _scales("F32"), (tensor.weight[0], 1), seed):
                 yield scale[:, 0] * _input_scale(module, seed)
 
 
@@ -80,7 +88,7 @@ def _from_table(name: str, table: Array, shape: tuple[int, ...], seed: int) -> I
 
 
 def _input_of(module: str) -> str:
-    """The module whose name stands for the input: gate's and up's is the same."""
+    """The module whose name stands for what gate and up share."""
     parent, _, role = module.rpartition(".")
     return f"{parent}.{GATE}" if role == UP else module
 
@@ -105,20 +113,10 @@ def _normal() -> F32:
 
 
 @cache
-def _table(fill: Fill, dtype: str) -> Array:
-    if fill is Fill.SCALE:
-        values = ((np.arange(_TABLE) / _TABLE + 0.5) * _SCALE).astype(np.float32)
-    elif fill is Fill.NORM:
-        values = 1 + _normal() * np.float32(_NORM_DEVIATION)
-    elif dtype == "F8_E4M3":
-        return _to_e4m3(_normal() * np.float32(_FP8_DEVIATION))
-    else:
-        values = _normal() * np.float32(_WEIGHT_DEVIATION)
-    return f32_to_bf16(values) if dtype == "BF16" else values.astype(storage(dtype))
+def _weights(dtype: str) -> Array:
+    return from_f32(_normal() * np.float32(_FP8_DEVIATION if dtype == "F8_E4M3" else _WEIGHT_DEVIATION), dtype)
 
 
-def _to_e4m3(values: F32) -> Array:
-    """The nearest F8_E4M3 of values up to 448."""
-    magnitudes = to_f32(np.arange(127, dtype=np.uint8), "F8_E4M3")
-    codes = np.searchsorted((magnitudes[1:] + magnitudes[:-1]) / 2, np.abs(values)).astype(np.uint8)
-    return codes | np.where(values < 0, np.uint8(0x80), np.uint8(0))
+@cache
+def _scales(dtype: str) -> Array:
+    return from_f32(((np.arange(_TABLE) / _TABLE + 0.5) * _SCALE).astype(np.float32), dtype)

@@ -7,13 +7,14 @@ hold. https://github.com/huggingface/safetensors#format
 import json
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from blake3 import blake3
 
 from reshard.errors import HeaderError
+from reshard.source.recognise import PREFIX_BYTES, recognised
 from reshard.tensors.dtypes import BITS
 
 MAX_HEADER = 100_000_000  # the format's own limit
@@ -42,6 +43,26 @@ class Header:
     digest: str
     data_start: int
     file_size: int
+
+
+ReadBytes = Callable[[int, int], bytes]
+"""Bytes [start, stop) of a file."""
+
+
+def read_header(read: ReadBytes, file: str, file_size: int, beside: Collection[str] = ()) -> Header:
+    """A file's header. Raises HeaderError if it must not be trusted. beside: the names of the other files there."""
+    try:
+        return parse_header(read_raw_header(read, file, file_size), file, file_size)
+    except HeaderError as error:
+        what = recognised(read(0, min(file_size, PREFIX_BYTES)), file, file_size, beside)
+        if what is None:
+            raise
+        raise HeaderError(what) from error
+
+
+def read_raw_header(read: ReadBytes, file: str, file_size: int) -> bytes:
+    """The file's first 8 + length bytes. Raises HeaderError if the file cannot hold them."""
+    return read(0, LENGTH_BYTES + header_length(read(0, min(file_size, LENGTH_BYTES)), file, file_size))
 
 
 def header_length(prefix: bytes, file: str, file_size: int) -> int:
@@ -145,7 +166,7 @@ def _entries(text: bytes, file: str) -> dict[str, Any]:
 def _tensor(entry: Any, name: str, file: str, data_start: int) -> TensorInfo:
     if not isinstance(entry, dict) or entry.keys() != _FIELDS:
         got = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
-        raise _refusal(file, f"{name}: the entry has {got}, the format wants dtype, shape, data_offsets")
+        raise _refusal(file, f"{name}: the entry has {got}, expected dtype, shape, data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     bits = BITS.get(dtype) if isinstance(dtype, str) else None
     if bits is None:

@@ -1,8 +1,9 @@
-"""Element types that numpy lacks, as bit patterns: BF16 as uint16, F8_E4M3 as uint8."""
+"""Values of stored elements, in numpy: of types that it lacks, by ml_dtypes."""
 
 from functools import cache
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -11,54 +12,48 @@ F32 = npt.NDArray[np.float32]
 
 _BF16_NAN = 0x7FC0
 
-_STORAGE: dict[str, type[np.generic]] = {
-    "BF16": np.uint16,
-    "F8_E4M3": np.uint8,
+_TYPES: dict[str, Any] = {
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+    "U8": ml_dtypes.float8_e8m0fnu,  # in the table of schemes only exponents, by tools that lack the type
     "F32": np.float32,
     "F16": np.float16,
     "I8": np.int8,
     "I32": np.int32,
     "I64": np.int64,
 }
+_BITS: dict[int, type[np.generic]] = {1: np.uint8, 2: np.uint16}
 
 
 def storage(dtype: str) -> type[np.generic]:
-    """The numpy type that holds a safetensors type's bits."""
-    return _STORAGE[dtype]
+    """The numpy type that holds a safetensors type's bits: unsigned integers for what numpy lacks."""
+    found = np.dtype(_TYPES[dtype])
+    return found.type if found.kind in "fi" else _BITS[found.itemsize]
 
 
-def bf16_to_f32(bits: Array) -> F32:
-    """Widen BF16, exactly."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
+def from_f32(values: F32, dtype: str) -> Array:
+    """Round to the nearest of a type, ties to even, as bits."""
+    return values.astype(_TYPES[dtype]).view(storage(dtype))
 
 
 def f32_to_bf16(values: F32) -> Array:
-    """Round to the nearest BF16, ties to even; whatever is no number becomes the one NaN 0x7FC0."""
-    bits = values.view(np.uint32)
-    # A carry out of the lower half rounds up. Half of it is 0x8000, which an even upper half must stay short of.
-    rounded = bits >> 16
-    rounded &= 1
-    rounded += 0x7FFF
-    rounded += bits
-    rounded >>= 16
+    """BF16; whatever is no number becomes the one NaN 0x7FC0."""
+    rounded = from_f32(values, "BF16")
     rounded[np.isnan(values)] = _BF16_NAN
-    return rounded.astype(np.uint16)
+    return rounded
 
 
 @cache
-def _e4m3_values() -> F32:
-    """The 256 values of F8_E4M3 (OCP 8-bit floating point, E4M3: bias 7, no infinity, S.1111.111 is NaN)."""
-    code = np.arange(256, dtype=np.int64)
-    exponent, mantissa = (code >> 3) & 15, (code & 7).astype(np.float64)
-    magnitude = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
-    magnitude[(code & 127) == 127] = np.nan
-    return np.where(code > 127, -magnitude, magnitude).astype(np.float32)
+def _values_of_bytes(dtype: str) -> F32:
+    """The 256 values of a type of one byte: looking them up is faster than ml_dtypes' conversion."""
+    values: F32 = np.arange(256, dtype=np.uint8).view(_TYPES[dtype]).astype(np.float32)
+    return values
 
 
 def to_f32(bits: Array, dtype: str) -> F32:
-    """Values of a stored array as float32: exact for BF16, F16, F32, F8_E4M3 and I8."""
-    if dtype == "BF16":
-        return bf16_to_f32(bits)
-    if dtype == "F8_E4M3":
-        return _e4m3_values()[bits]
-    return bits.astype(np.float32)
+    """Values of a stored array as float32: exact for all but I32 and I64."""
+    if bits.dtype == np.uint8:
+        return _values_of_bytes(dtype).take(bits)
+    values: F32 = bits.view(_TYPES[dtype]).astype(np.float32)
+    return values

@@ -12,6 +12,12 @@ from math import gcd
 
 from reshard.model.naming import GATE_UP
 
+LAST_DIM_LIMIT = 65_535
+"""Of npu_quant_matmul's operands."""
+
+TILES = {"BF16": ("BF16", (16, 16)), "F16": ("FP16", (16, 16)), "I8": ("INT8", (16, 32))}
+"""FRACTAL_NZ's number and tile (rows, columns) by the weight's type."""
+
 
 def tile_faults(role: str, share: int, hidden_size: int, tile: Sequence[int], number: str) -> Iterator[str]:
     """A line for each of L = `share` and H for which gate_up_proj or down_proj is no whole tiles of (rows, columns)."""

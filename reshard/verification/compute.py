@@ -23,13 +23,13 @@ from reshard.errors import MismatchError
 from reshard.manifest import Manifest
 from reshard.model.activation import Activation, not_computed
 from reshard.model.naming import CONFIG, DOWN, GATE, GATE_UP, UP
+from reshard.schemes import Arithmetic, Operand
 from reshard.source.base import Source
 from reshard.tensors.header import Header, TensorInfo
 from reshard.verification.expect import expect, groups, misfits, read_headers
 from reshard.verification.gate import F64, carried, gated
 from reshard.verification.reference import (
     BLOCK_ELEMENTS,
-    SCALES,
     WORKERS,
     Grid,
     LinearGrids,
@@ -69,6 +69,15 @@ class _Sum:
     terms: F64
 
 
+@dataclass(frozen=True)
+class _Run:
+    """`exact`: no token is quantized. `terms`: whether those of `_Sum` are computed."""
+
+    tick: Tick = lambda n: None
+    exact: bool = False
+    terms: bool = True
+
+
 @np.errstate(all="ignore")  # what is no number is a finding, not a warning
 def compare_computation(
     shards: Source,
@@ -104,10 +113,10 @@ def compare_computation(
         except MismatchError as error:
             findings.append(Finding("computation", module, f"not computed: {error}"))
             continue
-        unsplit = unsplit_layer(whole, activation, x_HT, tick)
+        unsplit = _unsplit(whole, activation, x_HT, _Run(tick))
         split_HT = np.zeros_like(unsplit.value)
         for tp_rank in headers:
-            split_HT += _rank_output(ranks[tp_rank], activation, x_HT, tick)
+            split_HT += _rank_output(ranks[tp_rank], activation, x_HT, _Run(tick, terms=False))
         # Either side's error is at most the roundings that a result goes through, one after the other (those of the two
         # sums, of the ranks' sum, a few for the activation and scales), times 2^-53 of its terms; eps is twice that.
         additions = len(x_HT) + whole[GATE].tensors["weight"].rows + manifest.tp_size + _OTHER_ROUNDINGS
@@ -164,7 +173,7 @@ def _rank_linears(
             file = manifest.shards[rank].file
             infos = [(tensor.name, headers[rank].tensors[tensor.name]) for tensor in tensors]
             grids = {name.rpartition(".")[2]: _shard_grid(shards, file, name, info) for name, info in infos}
-            ranks[rank][group.module] = LinearGrids(like.scheme, like.block, grids)
+            ranks[rank][group.module] = LinearGrids(like.variant, like.block, grids)
     return ranks
 
 
@@ -174,80 +183,84 @@ def _shard_grid(shards: Source, file: str, name: str, info: TensorInfo) -> Grid:
     return stored_grid(shards, replace(bare, parts=(part,)))
 
 
-def unsplit_layer(linears: Mapping[str, LinearGrids], activation: Activation, x_HT: F64, tick: Tick) -> _Sum:
-    """The layer from its unsplit linears by role, [H, T]."""
+def unsplit_layer(linears: Mapping[str, LinearGrids], activation: Activation, x_HT: F64, exact: bool = False) -> F64:
+    """down(act(gate x) * up x), [H, T], of unsplit linears by role; `exact`: with no token quantized."""
+    return _unsplit(linears, activation, x_HT, _Run(exact=exact)).value
+
+
+def _unsplit(linears: Mapping[str, LinearGrids], activation: Activation, x_HT: F64, run: _Run) -> _Sum:
     x = _Sum(x_HT, np.abs(x_HT))
-    gate, up = (_apply(linears[role], x, tick) for role in (GATE, UP))
+    gate, up = (_apply(linears[role], x, run) for role in (GATE, UP))
     h = _Sum(gated(activation, gate.value, up.value), carried(activation, gate.value, up.value, gate.terms, up.terms))
-    return _apply(linears[DOWN], h, tick, is_down=True)
+    return _apply(linears[DOWN], h, run, is_down=True)
 
 
-def _rank_output(linears: Mapping[str, LinearGrids], activation: Activation, x_HT: F64, tick: Tick) -> F64:
+def _rank_output(linears: Mapping[str, LinearGrids], activation: Activation, x_HT: F64, run: _Run) -> F64:
     """One rank's partial sum, [H, T]."""
     x = _Sum(x_HT, np.zeros_like(x_HT))
     if GATE_UP in linears:
-        gate_LT, up_LT = np.split(_apply(linears[GATE_UP], x, tick, with_terms=False).value, 2)
+        gate_LT, up_LT = np.split(_apply(linears[GATE_UP], x, run).value, 2)
     else:
-        gate_LT, up_LT = (_apply(linears[role], x, tick, with_terms=False).value for role in (GATE, UP))
+        gate_LT, up_LT = (_apply(linears[role], x, run).value for role in (GATE, UP))
     h_LT = gated(activation, gate_LT, up_LT)
-    return _apply(linears[DOWN], _Sum(h_LT, np.zeros_like(h_LT)), tick, is_down=True, with_terms=False).value
+    return _apply(linears[DOWN], _Sum(h_LT, np.zeros_like(h_LT)), run, is_down=True).value
 
 
-def _apply(linear: LinearGrids, x: _Sum, tick: Tick, is_down: bool = False, with_terms: bool = True) -> _Sum:
+def _apply(linear: LinearGrids, x: _Sum, run: _Run, is_down: bool = False) -> _Sum:
     """W x for x [in, T], as the linear's scheme computes it."""
-    if linear.scheme == "w8a8_static":
-        return _apply_static(linear, x, tick, with_terms)
-    if linear.scheme in {"w8a8_dynamic", "w8a8_mix"}:  # mix carries both sets; engines take the dynamic one
-        return _apply_dynamic(linear, x, tick, is_down, with_terms)
-    # Weights alone are quantised: engines that round activations too do so to each slice on its own.
-    scale = next((linear.tensors[suffix] for suffix in SCALES if suffix in linear.tensors), None)
-    weight = linear.tensors["weight"]
-    return _product(weight, scaled(weight, scale, linear.block), x, tick, with_terms)
+    arithmetic, of = linear.scheme.arithmetics[0], linear.operands
+    if arithmetic is Arithmetic.STATIC:
+        return _apply_static(of, x, run)
+    if arithmetic is Arithmetic.DYNAMIC:
+        return _apply_dynamic(of, x, run, is_down)
+    # Weights alone are quantized: engines that round activations too do so to each slice on its own.
+    weight = of[Operand.WEIGHT]
+    return _product(weight, scaled(weight, of.get(Operand.SCALE), linear.block), x, run)
 
 
-def _apply_dynamic(linear: LinearGrids, x: _Sum, tick: Tick, is_down: bool, with_terms: bool) -> _Sum:
-    """int8 weights, one scale for each output channel; x is quantised with one scale for each token.
+def _apply_dynamic(of: Mapping[Operand, Grid], x: _Sum, run: _Run, is_down: bool) -> _Sum:
+    """int8 weights, one scale for each output channel; x is quantized with one scale for each token.
 
     Not down's x: the scale of a slice is the slice's own maximum, not that of the whole, so that split and unsplit
     would be two different roundings and no comparison of the cut.
     """
-    tensors = linear.tensors
-    if not is_down:
+    quantize = not (is_down or run.exact)
+    if quantize:
         largest = np.abs(x.value).max(axis=0, keepdims=True)
         step = np.where(largest == 0, 1.0, largest / _INT8_MAX)
         levels = np.rint(x.value / step)
         x = _Sum(levels, np.abs(levels))
-    offset = tensors.get("weight_offset")
-    total = _product(tensors["weight"], _levels(tensors["weight"], offset), x, tick, with_terms)
-    scale = _column(tensors["weight_scale"])  # after the weight: where it is computed, it is known by then
-    if not is_down:
+    weight = of[Operand.WEIGHT]
+    total = _product(weight, _levels(weight, of.get(Operand.OFFSET)), x, run)
+    scale = _column(of[Operand.SCALE])  # after the weight: where it is computed, it is known by then
+    if quantize:
         scale = scale * step
     return _Sum(total.value * scale, total.terms * np.abs(scale))
 
 
-def _apply_static(linear: LinearGrids, x: _Sum, tick: Tick, with_terms: bool) -> _Sum:
+def _apply_static(of: Mapping[Operand, Grid], x: _Sum, run: _Run) -> _Sum:
     """int8 weights and activations, one scale and zero point for all of x: ModelSlim's or compressed-tensors'."""
-    tensors = linear.tensors
-    zero_point = tensors.get("input_offset") or tensors.get("input_zero_point")
+    weight, zero_point = of[Operand.WEIGHT], of.get(Operand.INPUT_OFFSET)
     offset = float(zero_point.all_values()[0, 0]) if zero_point else 0.0
-    input_scale = float(tensors["input_scale"].all_values()[0, 0])
-    # Where gate and up are floats, split and unsplit may differ in x's last bits: that they then round to different
-    # levels has a chance of about 1e-12 for each element, and is a finding.
-    levels = np.clip(np.rint(x.value / input_scale + offset), _INT8_MIN, _INT8_MAX)
-    weight = tensors["weight"]
-    if "deq_scale" in tensors:
-        total = _product(weight, weight.values, _Sum(levels, np.abs(levels)), tick, with_terms)
+    input_scale = float(of[Operand.INPUT_SCALE].all_values()[0, 0])
+    levels = x.value / input_scale + offset
+    if not run.exact:
+        # Where gate and up are floats, split and unsplit may differ in x's last bits: that they then round to different
+        # levels has a chance of about 1e-12 for each element, and is a finding.
+        levels = np.clip(np.rint(levels), _INT8_MIN, _INT8_MAX)
+    if Operand.OUTPUT_SCALE in of:
+        total = _product(weight, weight.values, _Sum(levels, np.abs(levels)), run)
         # It takes back what the offset adds over the full input dimension: in a row-parallel cut once for all ranks.
-        bias = tensors["quant_bias"].fetch(0, weight.rows).view(np.int32).astype(np.float64)
-        scale = _deq_scale(tensors["deq_scale"])
+        bias = of[Operand.BIAS].fetch(0, weight.rows).view(np.int32).astype(np.float64)
+        scale = _deq_scale(of[Operand.OUTPUT_SCALE])
         return _Sum((total.value + bias) * scale, (total.terms + np.abs(bias)) * np.abs(scale))
     levels -= offset
-    total = _product(weight, weight.values, _Sum(levels, np.abs(levels)), tick, with_terms)
-    scale = _column(tensors["weight_scale"]) * input_scale
+    total = _product(weight, weight.values, _Sum(levels, np.abs(levels)), run)
+    scale = _column(of[Operand.SCALE]) * input_scale
     return _Sum(total.value * scale, total.terms * np.abs(scale))
 
 
-def _product(weight: Grid, values: Values, x: _Sum, tick: Tick, with_terms: bool) -> _Sum:
+def _product(weight: Grid, values: Values, x: _Sum, run: _Run) -> _Sum:
     """W x, [out, T], a few rows at a time: a whole matrix in float64 is 1 GB."""
     shape = (weight.rows, x.value.shape[1])
     value, terms = np.empty(shape), np.zeros(shape)
@@ -256,13 +269,13 @@ def _product(weight: Grid, values: Values, x: _Sum, tick: Tick, with_terms: bool
         with np.errstate(all="ignore"):  # a thread has its own
             block = values(top, bottom).astype(np.float64)
             _matmul(block, x.value, value[top:bottom])
-            if with_terms:
+            if run.terms:
                 _matmul(np.abs(block, out=block), x.terms, terms[top:bottom])
         return (bottom - top) * weight.row_bytes
 
     with ThreadPoolExecutor(WORKERS) as pool:
         for nbytes in pool.map(multiply, *zip(*weight.blocks(weight.columns, BLOCK_ELEMENTS), strict=True)):
-            tick(nbytes // 2)
+            run.tick(nbytes // 2)
     return _Sum(value, terms)
 
 

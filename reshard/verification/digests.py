@@ -7,11 +7,10 @@ from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 
 from reshard.checks.finding import Finding
-from reshard.errors import SourceError
+from reshard.errors import HeaderError
+from reshard.fit import Misfit, fit_digest, fit_files, fit_names, fit_rank, fit_side_file, fit_tensors
 from reshard.manifest import Manifest, Shard
-from reshard.model.naming import MANIFEST, parse_shard_file
 from reshard.source.base import Source, read_file, read_header, threads
-from reshard.source.shardset import check_header, not_there
 from reshard.tensors.header import Header
 
 Tick = Callable[[int], None]
@@ -20,47 +19,37 @@ _BLOCK = 1 << 20
 
 def verify_digests(source: Source, manifest: Manifest, workers: int, tick: Tick) -> list[Finding]:
     """What differs from the manifest; nothing is changed."""
-    findings = list(_check_files(source, manifest))
+    misfits = list(_misfits(source, manifest))
+    wrong = {misfit.file for misfit in misfits}
+    shards = [shard for shard in manifest.shards if shard.file not in wrong]
     with threads(workers, source) as pool:
-        for found in pool.map(lambda shard: list(_check_shard(source, shard, tick)), manifest.shards):
-            findings += found
-    return findings
+        for found in pool.map(lambda shard: list(_check_shard(source, shard, manifest.tp_size, tick)), shards):
+            misfits += found
+    return [Finding(misfit.rule, misfit.file, misfit.message) for misfit in misfits]
 
 
-def _check_files(source: Source, manifest: Manifest) -> Iterator[Finding]:
+def _misfits(source: Source, manifest: Manifest) -> Iterator[Misfit]:
     files = source.files()
+    yield from fit_files(manifest, files, source.absent)
+    yield from fit_names(manifest, files)
     for file in manifest.files:
-        if file.name not in files:
-            yield Finding("file", file.name, not_there(source, file.name))
-            continue
-        digest = blake3(read_file(source, file.name)).hexdigest()
-        if digest != file.blake3:
-            yield Finding("file", file.name, f"BLAKE3 is {digest}, {MANIFEST} says {file.blake3}")
-    named = {shard.file for shard in manifest.shards}
-    for name in sorted(files):
-        if parse_shard_file(name) and name not in named:
-            yield Finding("file", name, f"a shard that {MANIFEST} does not name")
+        if files.get(file.name) == file.size:
+            yield from fit_side_file(file, read_file(source, file.name))
 
 
-def _check_shard(source: Source, shard: Shard, tick: Tick) -> Iterator[Finding]:
-    size = source.files().get(shard.file)
-    if size is None:
-        yield Finding("file", shard.file, not_there(source, shard.file))
-        return
-    if size != shard.size:
-        yield Finding("size", shard.file, f"{size} bytes, {MANIFEST} says {shard.size}")
-        return
-    source.prefetch([(shard.file, 0, size)])
+def _check_shard(source: Source, shard: Shard, tp_size: int, tick: Tick) -> Iterator[Misfit]:
+    source.prefetch([(shard.file, 0, shard.size)])
     try:
         header = read_header(source, shard.file)
-        check_header(header, shard.tensors, shard.file)
-        if not _read_alike(source, header, shard.file):
-            yield Finding("header", shard.file, "safetensors' own reader sees other tensors or metadata")
-    except (SourceError, SafetensorError) as error:
-        yield Finding("header", shard.file, str(error))
-        return
-    yield from _check_rank(header, shard)
-    yield from _check_digests(source, header, shard, tick)
+        misfits = list(fit_tensors(header, shard))
+        if not misfits and not _read_alike(source, header, shard.file):
+            misfits = [Misfit("header", shard.file, "safetensors' own reader sees other tensors or metadata")]
+    except (HeaderError, SafetensorError) as error:
+        misfits = [Misfit("header", shard.file, str(error).removeprefix(f"{shard.file}: "))]
+    yield from misfits
+    if not misfits:
+        yield from fit_rank(header, shard, tp_size)
+        yield from _check_digests(source, header, shard, tick)
 
 
 def _read_alike(source: Source, header: Header, file: str) -> bool:
@@ -72,13 +61,7 @@ def _read_alike(source: Source, header: Header, file: str) -> bool:
             return opened.metadata() == dict(header.metadata) and set(opened.keys()) == set(header.tensors)
 
 
-def _check_rank(header: Header, shard: Shard) -> Iterator[Finding]:
-    rank = header.metadata.get("tp_rank")
-    if rank != str(shard.tp_rank):
-        yield Finding("header", shard.file, f"its header says tp_rank {rank}, its name {shard.tp_rank}")
-
-
-def _check_digests(source: Source, header: Header, shard: Shard, tick: Tick) -> Iterator[Finding]:
+def _check_digests(source: Source, header: Header, shard: Shard, tick: Tick) -> Iterator[Misfit]:
     whole = blake3(source.view(shard.file, 0, header.data_start).data)
     tensors = {tensor.name: tensor for tensor in shard.tensors}
     for name, info in sorted(header.tensors.items(), key=lambda item: item[1].start):
@@ -88,11 +71,5 @@ def _check_digests(source: Source, header: Header, shard: Shard, tick: Tick) -> 
             own.update(block.data)
             whole.update(block.data)
             tick(block.size)
-        if own.hexdigest() != tensors[name].blake3:
-            yield Finding(
-                "digest",
-                f"{shard.file}: {name}",
-                f"BLAKE3 is {own.hexdigest()}, {MANIFEST} says {tensors[name].blake3}",
-            )
-    if whole.hexdigest() != shard.blake3:
-        yield Finding("digest", shard.file, f"BLAKE3 is {whole.hexdigest()}, {MANIFEST} says {shard.blake3}")
+        yield from fit_digest(f"{shard.file}: {name}", own.hexdigest(), tensors[name].blake3)
+    yield from fit_digest(shard.file, whole.hexdigest(), shard.blake3)

@@ -1,7 +1,8 @@
 """What every tensor of a shard must hold, from tp_size, layout, padding and tp_rank alone.
 
-These are verify's own rules. The plan, the split table and the slices that a manifest records take no part in them,
-so that a mistake there is a difference here.
+These are verify's own rules, from what a tensor is (the operand, its shape). The plan, the placements of
+the table of schemes and the slices that a manifest records take no part in them, so that a mistake there is a
+difference here.
 
 R tp_size, r tp_rank, I intermediate_size, H hidden_size, L = I/R the rank's share (of the padded I where the set is
 padded). A tensor is a grid: rows are dim 0, columns the elements of a row.
@@ -11,15 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from reshard.checks.finding import Finding
-from reshard.errors import HeaderError, MismatchError, SchemeError
+from reshard.errors import HeaderError, MismatchError
 from reshard.manifest import Manifest
 from reshard.model.naming import DOWN, GATE, GATE_UP, MANIFEST, UP
+from reshard.schemes import Operand, Shape, TensorRule
 from reshard.source.base import Source, read_header
 from reshard.tensors.header import Header
-from reshard.verification.reference import SCALES, Grid, LinearGrids
-
-_BY_CHANNEL = frozenset({"weight_scale", "weight_offset", "deq_scale"})
-_BY_INPUT = frozenset({"input_scale", "input_offset", "input_zero_point"})
+from reshard.verification.reference import Grid, LinearGrids
 
 
 @dataclass(frozen=True)
@@ -73,14 +72,16 @@ def expect(
     """
     share = _share(manifest, linears[0], group.is_down)
     found = []
-    for suffix, grid in linears[0].tensors.items():
-        grids = [linear.tensors[suffix] for linear in linears]
-        in_blocks = linears[0].block is not None and suffix in SCALES
-        if group.is_down:
-            shape, pieces = _down(grid, suffix, linears[0].block if in_blocks else None, share, tp_rank)
+    for rule in linears[0].variant.tensors:
+        grids = [linear.tensors[rule.suffix] for linear in linears]
+        block = linears[0].block if rule.in_blocks else None
+        if rule.shape is Shape.ONE:  # of the whole linear, that of gate and of up
+            shape, pieces = grids[0].shape, [_whole(grid) for grid in grids]
+        elif group.is_down:
+            shape, pieces = _down(grids[0], rule, block, share, tp_rank)
         else:
-            shape, pieces = _gate_up(grids, suffix, linears[0].block if in_blocks else None, share, tp_rank)
-        found.append(Expected(f"{module}.{suffix}", grid.dtype, shape, tuple(pieces)))
+            shape, pieces = _gate_up(grids, block, share, tp_rank)
+        found.append(Expected(f"{module}.{rule.suffix}", grids[0].dtype, shape, tuple(pieces)))
     return found
 
 
@@ -103,14 +104,10 @@ def _share(manifest: Manifest, linear: LinearGrids, is_down: bool) -> int:
 
 
 def _gate_up(
-    grids: Sequence[Grid], suffix: str, block: tuple[int, int] | None, share: int, tp_rank: int
+    grids: Sequence[Grid], block: tuple[int, int] | None, share: int, tp_rank: int
 ) -> tuple[tuple[int, ...], list[Piece]]:
     """How gate and up are cut: along their rows, then stacked: the rank's rows of gate, then the same rows of up."""
     shape, columns = grids[0].shape, grids[0].columns
-    if suffix in _BY_INPUT:  # one value, that of gate and of up
-        return shape, [_whole(grid) for grid in grids]
-    if suffix not in {"weight", "quant_bias", *SCALES, *_BY_CHANNEL}:
-        raise SchemeError(f"{grids[0].name}: verify has no rule for a {suffix} of a column-parallel linear")
     local = -(-share // block[0]) if block else share
     pieces = []
     for position, grid in enumerate(grids):
@@ -122,16 +119,14 @@ def _gate_up(
 
 
 def _down(
-    grid: Grid, suffix: str, block: tuple[int, int] | None, share: int, tp_rank: int
+    grid: Grid, rule: TensorRule, block: tuple[int, int] | None, share: int, tp_rank: int
 ) -> tuple[tuple[int, ...], list[Piece]]:
     """How down is cut: along its columns; what belongs to its rows, the output channels, every rank holds whole."""
-    if suffix == "quant_bias":
+    if rule.operand is Operand.BIAS:
         # The ranks' results are added, and a bias may be added only once.
         return grid.shape, [_whole(grid) if tp_rank == 0 else Piece(0, 0, grid.rows, grid.columns)]
-    if suffix in _BY_INPUT or (suffix in _BY_CHANNEL and block is None):
+    if rule.shape in (Shape.CHANNEL, Shape.OUT):
         return grid.shape, [_whole(grid)]
-    if suffix not in {"weight", *SCALES}:
-        raise SchemeError(f"{grid.name}: verify has no rule for a {suffix} of a row-parallel linear")
     local = -(-share // block[1]) if block else share
     start = min(tp_rank * local, grid.columns)
     columns = min(local, grid.columns - start)

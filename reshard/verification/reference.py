@@ -1,6 +1,6 @@
 """What a set's tensors are to be made of: the source's, converted where the set says so, as rows of bytes.
 
-Nothing here comes from the code that plans and writes shards. Files are read by this module's own account of `Part`,
+Nothing here comes from the code that plans and writes shards. Files are read by this module's own account of `Operand`,
 and converted values are computed in numpy, where the writer uses torch. float32 throughout, one rounding at the end.
 
 Shapes: [out, in] is a linear's weight, n rows of it are [n, in]; (b, k) is its scale block.
@@ -15,10 +15,12 @@ from math import prod
 import numpy as np
 
 from reshard.checkpoint.description import Linear, Tensor
-from reshard.convert.rules import CAST, DEQUANTISE, QUANTISE
+from reshard.convert.rules import BF16, CAST, DEQUANTIZE, MODELSLIM, QUANTIZE, W8A8, target
 from reshard.errors import MismatchError, SourceError
 from reshard.manifest import Manifest
 from reshard.model.naming import MANIFEST
+from reshard.schemes import SCHEMES, Operand, Scheme, Variant
+from reshard.schemes.declare import COMPRESSED_TENSORS
 from reshard.source.base import Bytes, Source
 from reshard.tensors.dtypes import itemsize
 from reshard.tensors.numeric import F32, Array, f32_to_bf16, storage, to_f32
@@ -27,7 +29,6 @@ BLOCK_BYTES = 1 << 20
 BLOCK_ELEMENTS = 1 << 18  # of computed values: their float32 and float64 copies fit into a core's cache
 WORKERS = min(8, len(os.sched_getaffinity(0)))  # each at its own block: memory stays at WORKERS times a few MB
 
-SCALES = ("weight_scale_inv", "weight_scale")
 _INT8_MAX = np.float32(127)
 
 Values = Callable[[int, int], F32]
@@ -76,11 +77,21 @@ class Grid:
 
 @dataclass(frozen=True)
 class LinearGrids:
-    """A linear's tensors by suffix. `scheme` says how to compute with them; with a `block`, scales are in blocks."""
+    """A linear's tensors by suffix, which are those of `variant`; with a `block`, scales are in blocks."""
 
-    scheme: str
+    variant: Variant
     block: tuple[int, int] | None
     tensors: Mapping[str, Grid]
+
+    @property
+    def scheme(self) -> Scheme:
+        """How to compute with them."""
+        return SCHEMES[self.variant.scheme]
+
+    @property
+    def operands(self) -> dict[Operand, Grid]:
+        """The tensors by what they are."""
+        return {rule.operand: self.tensors[rule.suffix] for rule in self.variant.tensors}
 
 
 def stored_grid(source: Source, tensor: Tensor) -> Grid:
@@ -110,6 +121,12 @@ def _fetch(source: Source, tensor: Tensor, top: int, bottom: int) -> Bytes:
     return out
 
 
+def stored_linear(source: Source, linear: Linear) -> LinearGrids:
+    """A linear as the source has it, not converted."""
+    grids = {suffix: stored_grid(source, tensor) for suffix, tensor in linear.tensors.items()}
+    return LinearGrids(linear.variant, linear.block, grids)
+
+
 class Reference:
     """A source's linears, as a manifest says that they were converted."""
 
@@ -132,39 +149,41 @@ class Reference:
             both = " and ".join(sorted(str(rule) for rule in rules))
             raise MismatchError(f"{MANIFEST} gives its tensors different conversions: {both}")
         (rule,) = rules
-        stored = {suffix: stored_grid(self._source, tensor) for suffix, tensor in linear.tensors.items()}
-        before = linear.tensors["weight"].conversion
+        found = stored_linear(self._source, linear)
+        stored, before = found.tensors, linear.tensors["weight"].conversion
         if rule is None or (before and before.rule == rule):  # a source that is a converted set itself
-            return LinearGrids(linear.variant.scheme, linear.block, stored)
-        scale = next((stored[suffix] for suffix in SCALES if suffix in stored), None)
-        _check_rule(rule, stored, linear.block)
-        values = scaled(stored["weight"], scale, linear.block)
-        if rule == QUANTISE:
+            return found
+        _check_rule(rule, found)
+        values = scaled(stored["weight"], found.operands.get(Operand.SCALE), linear.block)
+        if rule == QUANTIZE:
             with_offset = f"{module}.weight_offset" in self._names
-            return LinearGrids("w8a8_dynamic", None, _Quantised(stored["weight"], values, with_offset).grids())
+            made_in = target(W8A8, MODELSLIM if with_offset else COMPRESSED_TENSORS)
+            return LinearGrids(made_in, None, _Quantized(stored["weight"], values, with_offset).grids())
         weight = stored["weight"]
         made = Grid(
             weight.name, "BF16", weight.shape, lambda top, bottom: _bytes(f32_to_bf16(values(top, bottom))), rule
         )
-        return LinearGrids("bf16", None, {"weight": made})
+        return LinearGrids(target(BF16), None, {"weight": made})
 
 
-def _check_rule(rule: str, stored: Mapping[str, Grid], block: tuple[int, int] | None) -> None:
-    """Whether the linear's values are weight * scale, in the form that the rule starts from."""
-    weight, others = stored["weight"], stored.keys() - {"weight"}
-    weight_only = others <= set(SCALES) and (weight.dtype != "I8" or block is not None)
+def _check_rule(rule: str, linear: LinearGrids) -> None:
+    """Whether the linear's values are in the form that the rule starts from."""
+    weight, scheme = linear.tensors["weight"], linear.scheme
     fits = {
-        QUANTISE: weight_only,
-        DEQUANTISE: weight_only and bool(others),
-        CAST: not others and weight.dtype in {"F16", "F32"},
+        QUANTIZE: bool(scheme.becomes),
+        DEQUANTIZE: bool(scheme.becomes) and not scheme.is_float,
+        CAST: scheme.is_float and weight.dtype in {"F16", "F32"},
     }
     if not fits.get(rule, False):
-        having = ", ".join(f"{suffix} {grid.dtype}" for suffix, grid in stored.items())
+        having = ", ".join(f"{suffix} {grid.dtype}" for suffix, grid in linear.tensors.items())
         raise MismatchError(f"{MANIFEST} says {rule}, which does not apply to the source's {weight.name} ({having})")
 
 
 def scaled(weight: Grid, scale: Grid | None, block: tuple[int, int] | None) -> Values:
-    """The values weight * scale, float32. scale: none, [out, 1] or [out], or with a block [ceil(out/b), ceil(in/k)]."""
+    """The values weight * scale, float32.
+
+    scale: none, [1], [out, 1] or [out], or with a block [ceil(out/b), ceil(in/k)].
+    """
     if scale is None:
         return weight.values
     factors = scale.all_values()  # [out, 1], or one a block
@@ -172,7 +191,7 @@ def scaled(weight: Grid, scale: Grid | None, block: tuple[int, int] | None) -> V
     def values(top: int, bottom: int) -> F32:
         found = weight.values(top, bottom)
         if block is None:
-            found *= factors[top:bottom]
+            found *= factors if len(factors) == 1 else factors[top:bottom]
             return found
         tall = factors[np.arange(top, bottom) // block[0]]
         found *= np.repeat(tall, block[1], axis=1)[:, : weight.columns]
@@ -181,7 +200,7 @@ def scaled(weight: Grid, scale: Grid | None, block: tuple[int, int] | None) -> V
     return values
 
 
-class _Quantised:
+class _Quantized:
     """int8 with one scale per output channel: scale = max|w| / 127 over the row, q = round(w / scale), symmetric.
 
     With an offset (ModelSlim's form) the scale is F32, without it BF16, and rounded to that before it divides.
@@ -198,11 +217,11 @@ class _Quantised:
         module = name.rpartition(".")[0]
         channel = (rows, 1)
         grids = {
-            "weight": Grid(name, "I8", self._weight.shape, self._levels, QUANTISE),
-            "weight_scale": Grid(f"{module}.weight_scale", self._form, channel, self._scale, QUANTISE),
+            "weight": Grid(name, "I8", self._weight.shape, self._levels, QUANTIZE),
+            "weight_scale": Grid(f"{module}.weight_scale", self._form, channel, self._scale, QUANTIZE),
         }
         if self._form == "F32":
-            zeros = Grid(f"{module}.weight_offset", "F32", channel, _zeros, QUANTISE)
+            zeros = Grid(f"{module}.weight_offset", "F32", channel, _zeros, QUANTIZE)
             grids["weight_offset"] = zeros
         return grids
 

@@ -219,9 +219,11 @@ def _shown(block: Bytes, row: int, column: int, dtype: str) -> str:
 def _check_scheme(manifest: Manifest, index: int, group: Group, linear: LinearGrids) -> Iterator[Finding]:
     for layer in manifest.layers:
         recorded = layer.down_proj if group.is_down else layer.gate_up_proj
-        if layer.index == index and recorded != linear.scheme:
+        if layer.index == index and recorded != linear.scheme.name:
             where = f"{mlp_name(manifest.model.prefix, index)}.{group.module}"
-            yield Finding("model", where, f"{MANIFEST} says that it is {recorded}, the source makes it {linear.scheme}")
+            yield Finding(
+                "model", where, f"{MANIFEST} says that it is {recorded}, the source makes it {linear.scheme.name}"
+            )
         block = layer.down_block if group.is_down else layer.gate_up_block
         sizes = block and (block.rows, block.columns)
         if layer.index == index and sizes != linear.block:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from reshard.source.address import parse_target
+from reshard.source.address import FOLDER, parse_target
 from reshard.writer.folder import OutputFolder
 from reshard.writer.target import Target
 
@@ -12,9 +12,9 @@ def open_target(address: str | Path) -> Target:
     """The target at a folder's path or an address. Raises UsageError or MissingDependencyError."""
     if isinstance(address, Path):
         return OutputFolder(address)
-    place = parse_target(address).place
-    scheme = address.partition("://")[0].lower() if "://" in address else "file"
-    return _TARGETS.get(scheme, _fsspec)(place)
+    found = parse_target(address)
+    scheme = FOLDER if found.kind == FOLDER else address.partition("://")[0].lower()
+    return TARGETS.get(scheme, _fsspec)(found.place)
 
 
 def _folder(place: str) -> Target:
@@ -28,4 +28,4 @@ def _fsspec(place: str) -> Target:
 
 
 # scheme -> what opens it; any other is a file system that fsspec knows
-_TARGETS: Mapping[str, Callable[[str], Target]] = {"file": _folder, "local": _folder}
+TARGETS: Mapping[str, Callable[[str], Target]] = {FOLDER: _folder}

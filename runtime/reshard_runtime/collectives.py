@@ -9,13 +9,11 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from reshard.tensors.dtypes import RANKS_IN_OWN_TYPE
+
 # torch 2.13 renamed them, and warns of the names that torch before it has.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-# Adding R partial sums in BF16, one after another, against the unsplit BF16 layer's own error (benchmarks/accuracy.py):
-# 1.12 times at R = 4, 1.29 at 8, 1.55 at 16; in float32 0.99 everywhere, for twice the bytes.
-_RANKS_IN_OWN_TYPE = 8
 
 
 class Collectives(Protocol):
@@ -89,7 +87,7 @@ def reduce_dtype_for(collectives: Collectives | None, tp_size: int, own: torch.d
 
     Many is more than 8, where the collective adds in the type that travels.
     """
-    rounds_often = not (collectives and collectives.in_float32) and tp_size > _RANKS_IN_OWN_TYPE
+    rounds_often = not (collectives and collectives.in_float32) and tp_size > RANKS_IN_OWN_TYPE
     return torch.float32 if rounds_often else own
 
 

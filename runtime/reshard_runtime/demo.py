@@ -3,8 +3,9 @@
     python -m reshard_runtime.demo SHARDS
     torchrun --nproc-per-node 4 -m reshard_runtime.demo SHARDS      (as many as the set has ranks)
 
-Each rank loads its own shard, brings its own tokens and says what it holds; rank 0 then reads every shard, puts the
-unsplit layers together and says how far the split results are from them.
+Each rank loads its own shard, brings its own tokens and says what it holds. Rank 0 then says how far the split results
+are from the layer in float64, by what verify computes with, and from that of a group of 1, for which it cuts the set
+again in a temporary folder.
 """
 
 import os
@@ -12,6 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,9 +24,13 @@ import typer
 
 from reshard.errors import GroupError, ReshardError, ShardError
 from reshard.model.activation import not_computed
+from reshard.plan.pipeline import Cut, prepare
+from reshard.source.open import describe, open_source
+from reshard.verification.compute import unsplit_layer
+from reshard.verification.reference import stored_linear
+from reshard.writer.split import SplitOptions, write_shards
 from reshard_runtime.ffn import DenseFFN
 from reshard_runtime.loader import load_shard, read_manifest
-from reshard_runtime.reference import exact, unsplit
 
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 _TIMEOUT = timedelta(seconds=300)
@@ -39,36 +45,48 @@ def main(
 ) -> None:
     """Run the split layers of a shard set and compare them with the unsplit ones."""
     try:
-        manifest, _ = read_manifest(shards)
-        tp_size = manifest.tp_size
-        for layer in manifest.layers:
-            problem = not_computed(layer.read_activation())
-            if problem is not None:
-                raise ShardError(f"{shards}: layer {layer.index}: {problem}")
+        tp_size = _tp_size(shards)
         if device not in _BACKENDS:
             raise GroupError(f"--device is {device}; it may be {', '.join(_BACKENDS)}")
         if "RANK" in os.environ:
             started = int(os.environ["WORLD_SIZE"])
             if started != tp_size:
                 raise GroupError(f"{shards} is cut for {tp_size} ranks, torchrun started {started} processes")
-            _rank(int(os.environ["RANK"]), tp_size, "env://", shards, tokens, device)
+            _process(int(os.environ["RANK"]), tp_size, "env://", shards, tokens, device)
         else:
             with tempfile.TemporaryDirectory() as folder:
                 place = (tp_size, f"file://{folder}/ranks", shards, tokens, device)
-                torch.multiprocessing.spawn(_rank, place, nprocs=tp_size)
+                torch.multiprocessing.spawn(_process, place, nprocs=tp_size)
     except ReshardError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         raise typer.Exit(error.exit_code) from None
 
 
-def _rank(rank: int, tp_size: int, meeting: str, shards: Path, tokens: int, device: str) -> None:
-    """One process of the group."""
+def _tp_size(shards: Path) -> int:
+    """The set's. Raises ShardError where a layer cannot be computed."""
+    manifest, _ = read_manifest(shards)
+    for layer in manifest.layers:
+        problem = not_computed(layer.read_activation())
+        if problem is not None:
+            raise ShardError(f"{shards}: layer {layer.index}: {problem}")
+    return manifest.tp_size
+
+
+def _process(rank: int, tp_size: int, meeting: str, shards: Path, tokens: int, device: str) -> None:
+    """One of the group."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // tp_size))
     place = torch.device(device if device == "cpu" else f"{device}:{os.environ.get('LOCAL_RANK', rank)}")
     dist.init_process_group(_BACKENDS[device], init_method=meeting, rank=rank, world_size=tp_size, timeout=_TIMEOUT)
-    group = dist.group.WORLD
-    start = time.perf_counter()
-    shard = load_shard(shards, rank, place, tp_size=tp_size)
+    for line in run(dist.group.WORLD, shards, tokens, place):
+        print(line)  # noqa: T201
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run(group: dist.ProcessGroup, shards: Path, tokens: int, place: torch.device) -> list[str]:
+    """Run every layer with `tokens` tokens of each rank; what is to be said of it, on rank 0."""
+    rank, start = group.rank(), time.perf_counter()
+    shard = load_shard(shards, rank, place, tp_size=group.size())
     layers = {index: DenseFFN(layer, group) for index, layer in shard.layers.items()}
     loaded = time.perf_counter() - start
     outputs, seconds = {}, {}
@@ -76,17 +94,17 @@ def _rank(rank: int, tp_size: int, meeting: str, shards: Path, tokens: int, devi
         for index, ffn in layers.items():
             x_TH = _tokens(rank, index, tokens, ffn)
             outputs[index] = ffn(x_TH).cpu()
-            seconds[index] = _time(ffn, x_TH, place)
+            seconds[index] = _time(ffn, x_TH)
     fact = (
         f"rank {rank}: {shard.file}, {shard.nbytes / _MIB:.2f} MiB in {len(layers)} layers, loaded in "
         f"{loaded * 1e3:.0f} ms; the process holds {_memory()}"
     )
-    said: list[Any] = [None] * tp_size
+    said: list[Any] = [None] * group.size()
     dist.all_gather_object(said, (fact, outputs, seconds), group=group)
-    if rank == 0:
-        _report(shards, said, layers, tokens)
-    dist.barrier()
-    dist.destroy_process_group()
+    if rank:
+        return []
+    lines = [*(fact for fact, _, _ in said), *_compared(shards, said, layers, tokens)]
+    return [*lines, "error: root mean square, relative to the unsplit layer in float64"]
 
 
 def _tokens(rank: int, index: int, count: int, ffn: DenseFFN) -> torch.Tensor:
@@ -95,9 +113,9 @@ def _tokens(rank: int, index: int, count: int, ffn: DenseFFN) -> torch.Tensor:
     return torch.randn(count, ffn.hidden_size, generator=generator).to(ffn.dtype).to(ffn.device)
 
 
-def _time(ffn: DenseFFN, x_TH: torch.Tensor, place: torch.device) -> float:
+def _time(ffn: DenseFFN, x_TH: torch.Tensor) -> float:
     """Median seconds of a call, the device's work included."""
-    wait = (lambda: None) if place.type == "cpu" else getattr(torch, place.type).synchronize
+    wait = (lambda: None) if x_TH.is_cpu else getattr(torch, x_TH.device.type).synchronize
     rounds = []
     for _ in range(_ROUNDS):
         start = time.perf_counter()
@@ -114,26 +132,27 @@ def _memory() -> str:
     return f"{own:.0f} MiB of its own and maps {mapped:.0f} MiB of files"
 
 
-def _report(shards: Path, said: list[Any], layers: dict[int, DenseFFN], tokens: int) -> None:
-    for fact, _, _ in said:
-        print(fact)  # noqa: T201
-    tp_size = len(said)
-    parts = [load_shard(shards, rank) for rank in range(tp_size)]
-    for index, ffn in layers.items():
-        x_TH = torch.cat([_tokens(rank, index, tokens, ffn).cpu() for rank in range(tp_size)])
-        split_TH = torch.cat([outputs[index] for _, outputs, _ in said])
-        layer = unsplit([part.layer(index) for part in parts])
-        reference = exact(layer, x_TH)
-        with torch.inference_mode():
-            whole = DenseFFN(layer, dtype=ffn.dtype)
-            whole_TH, took = whole(x_TH), _time(whole, x_TH[:tokens], torch.device("cpu"))
-        slowest = max(seconds[index] for _, _, seconds in said)
-        print(  # noqa: T201
-            f"layer {index}: {tp_size} ranks, {tokens} tokens each: error {_error(split_TH, reference):.2e} split, "
-            f"{_error(whole_TH, reference):.2e} unsplit, {_error(split_TH, whole_TH.double()):.2e} between them; "
-            f"{slowest * 1e3:.2f} ms a call, unsplit on the CPU {took * 1e3:.2f}"
-        )
-    print("error: root mean square, relative to the unsplit layer in float64")  # noqa: T201
+def _compared(shards: Path, said: list[Any], layers: dict[int, DenseFFN], tokens: int) -> Iterator[str]:
+    """A line for each layer. said: each rank's (…, outputs, seconds) by layer."""
+    with open_source(str(shards)) as source, tempfile.TemporaryDirectory() as folder:
+        write_shards(prepare(source, Cut(1, pad=True)), Path(folder, "tp1"), SplitOptions())
+        whole = load_shard(Path(folder, "tp1"), 0)
+        for layer in describe(source).layers:
+            index, ffn = layer.index, layers[layer.index]
+            x_TH = torch.cat([_tokens(rank, index, tokens, ffn).cpu() for rank in range(len(said))])
+            split_TH = torch.cat([outputs[index] for _, outputs, _ in said])
+            linears = {role: stored_linear(source, linear) for role, linear in layer.linears.items()}
+            exact_HT = unsplit_layer(linears, ffn.activation, x_TH.double().t().numpy(), exact=True)
+            exact_TH = torch.from_numpy(exact_HT).t()
+            with torch.inference_mode():
+                unsplit = DenseFFN(whole.layer(index), dtype=ffn.dtype)
+                unsplit_TH, took = unsplit(x_TH), _time(unsplit, x_TH[:tokens])
+            slowest = max(seconds[index] for _, _, seconds in said)
+            yield (
+                f"layer {index}: {len(said)} ranks, {tokens} tokens each: error {_error(split_TH, exact_TH):.2e} "
+                f"split, {_error(unsplit_TH, exact_TH):.2e} unsplit, {_error(split_TH, unsplit_TH.double()):.2e} "
+                f"between them; {slowest * 1e3:.2f} ms a call, unsplit on the CPU {took * 1e3:.2f}"
+            )
 
 
 def _error(y_TH: torch.Tensor, reference: torch.Tensor) -> float:

@@ -11,17 +11,17 @@ from dataclasses import replace
 import torch
 
 from reshard.errors import ShardError
+from reshard.schemes import UNQUANTIZED, Arithmetic, Operand, scheme_named, variant_with
 from reshard_runtime.kernels import Kernels
+from reshard_runtime.linear import operands
 from reshard_runtime.shard import LayerShard, LinearShard
 
 _log = logging.getLogger(__name__)
 _CHUNK_ELEMENTS = 1 << 22
-_BY_BLOCK = {"fp8_block", "int8_block"}
-_SCALES = ("weight_scale_inv", "weight_scale")
 _GIB = 1 << 30
 
 
-def dequantised(layers: Mapping[int, LayerShard], kernels: Kernels) -> dict[int, LayerShard]:
+def dequantized(layers: Mapping[int, LayerShard], kernels: Kernels) -> dict[int, LayerShard]:
     """The layers with every linear in a scheme that `kernels` has; one line of the log for all that were changed."""
     found = {
         index: replace(layer, gate_up=_linear(layer.gate_up, kernels), down=_linear(layer.down, kernels))
@@ -50,40 +50,47 @@ def dequantised(layers: Mapping[int, LayerShard], kernels: Kernels) -> dict[int,
 
 
 def _linear(linear: LinearShard, kernels: Kernels) -> LinearShard:
-    if kernels.has(linear.scheme):
+    scheme = scheme_named(linear.scheme, linear.name)
+    if kernels.name in scheme.native:
         return linear
-    scales = [linear.tensors[suffix] for suffix in _SCALES if suffix in linear.tensors]
-    if linear.tensors.keys() - {"weight", *_SCALES} or len(scales) != 1 or "weight" not in linear.tensors:
-        raise ShardError(
-            f"{linear.name}: {linear.scheme} with {', '.join(sorted(linear.tensors))}; wanted are weight and one scale"
-        )
-    weight, scale = linear.tensors["weight"], scales[0]
-    if linear.scheme in _BY_BLOCK:
-        if linear.block is None:
-            raise ShardError(
-                f"{linear.name}: {linear.scheme}, and manifest.json gives no block size; cut the set again"
-            )
-        block = linear.block
-    else:
-        block = (1, weight.shape[1])
+    if scheme.arithmetics != (Arithmetic.SCALED,):
+        raise ShardError(f"{linear.name}: {kernels.name} has no kernel for {scheme.name}")
+    variant, of = variant_with(linear.scheme, linear.tensors.keys(), linear.name), operands(linear)
+    weight, scale = of[Operand.WEIGHT], of[Operand.SCALE]
+    if variant.in_blocks and linear.block is None:
+        raise ShardError(f"{linear.name}: {linear.scheme}, and manifest.json gives no block size; cut the set again")
+    # One for each row, or one each for gate and up, or one for all.
+    block = (
+        linear.block if variant.in_blocks and linear.block else (max(1, len(weight) // scale.numel()), weight.shape[1])
+    )
     grid = [-(-size // extent) for size, extent in zip(weight.shape, block, strict=True)]
     if scale.numel() != grid[0] * grid[1]:
         raise ShardError(
             f"{linear.name}: a scale of {list(scale.shape)} for a weight of {list(weight.shape)} in blocks of "
-            f"{list(block)}, wanted is {grid}; cut the set again"
+            f"{list(block)}, expected {grid}; cut the set again"
         )
-    value = dequantise_blocks(weight, scale.reshape(grid), block)
-    return LinearShard(linear.name, "bf16", None, {"weight": value})
+    value = dequantize_blocks(weight, _float32(scale).reshape(grid), block)
+    return LinearShard(linear.name, UNQUANTIZED, None, {"weight": value})
 
 
-def dequantise_blocks(weight_NK: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """[N, K] BF16. scale: [ceil(N/b), ceil(K/k)], one value for each block of `block` = (b, k)."""
+def _float32(scale: torch.Tensor) -> torch.Tensor:
+    """A scale's values; of one byte it is the exponent of 2, biased by 127, and 255 is NaN (OCP MX, E8M0)."""
+    if scale.element_size() > 1:
+        return scale.float()
+    exponents = scale.view(torch.uint8).to(torch.int32)
+    return torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents - 127).masked_fill_(
+        exponents == 255, float("nan")
+    )
+
+
+def dequantize_blocks(weight_NK: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    """[N, K] BF16. scale: float32 [ceil(N/b), ceil(K/k)], one value for each block of `block` = (b, k)."""
     value = torch.empty_like(weight_NK, dtype=torch.bfloat16)
     rows, columns = weight_NK.shape
     height = max(1, _CHUNK_ELEMENTS // max(1, columns))
     for top in range(0, rows, height):
         stop = min(rows, top + height)
-        of_row = scale[torch.arange(top, stop, device=scale.device) // block[0]].float()
+        of_row = scale[torch.arange(top, stop, device=scale.device) // block[0]]
         spread = of_row.repeat_interleave(block[1], dim=1)[:, :columns]
         value[top:stop] = weight_NK[top:stop].float().mul_(spread)
     return value

@@ -1,7 +1,7 @@
 """DenseFFN: a dense layer split over the ranks of a group.
 
     x_TH  own tokens                     [T, H]
-      quantise, all_gather               [R*P, H] or, W8A8, [R*P, H + 4] bytes
+      quantize, all_gather               [R*P, H] or, W8A8, [R*P, H + 4] bytes
       gate_up, this rank's rows          [R*P, 2L]
       act(gate) * up                     [R*P, L]
       down, this rank's columns          [R*P, H], a partial sum
@@ -24,7 +24,7 @@ from reshard_runtime.kernels import Kernels
 from reshard_runtime.linear import Mix
 from reshard_runtime.partial import PartialFFN
 from reshard_runtime.shard import LayerShard
-from reshard_runtime.tokens import deal, pad
+from reshard_runtime.tokens import pad, token_layout
 
 Deal = Literal["scattered", "replicated"]
 REDUCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -42,7 +42,7 @@ class DenseFFN(PartialFFN):
             whatever the counts, and computes R * max_tokens rows.
         reduce_dtype: the type in which partial sums travel. None: the tokens' own, but float32 for more than 8 ranks
             whose collective adds in the type that travels (nccl, hccl; gloo's are added here, in float32).
-        dtype: the type of the tokens and of the result. None: the unquantised weights' own, else BF16.
+        dtype: the type of the tokens and of the result. None: the unquantized weights' own, else BF16.
         mix: which of W8A8_MIX's two sets is run.
         kernels: the backend; None: the one of the device that the shard is on.
 
@@ -95,24 +95,24 @@ class DenseFFN(PartialFFN):
         """
         shape = x_TH.shape
         problem, own = self._problem(x_TH, tokens_per_rank)
-        dealt = deal(own, self.tp_size, tokens_per_rank, self.max_tokens)
+        layout = token_layout(own, self.tp_size, tokens_per_rank, self.max_tokens)
         if self._replicated and tokens_per_rank is not None:
             raise TokensError("tokens_per_rank is for scattered tokens; replicated ones are the same on every rank")
         if problem is not None:
             if self._collectives is None:
                 raise problem
-            x_TH = torch.zeros(dealt.rows, self.hidden_size, dtype=self.dtype, device=self.device)
+            x_TH = torch.zeros(layout.rows, self.hidden_size, dtype=self.dtype, device=self.device)
         x_TH = x_TH.reshape(-1, self.hidden_size)
-        if dealt.total == 0:
+        if layout.total == 0:
             y_TH = x_TH
         elif self._collectives is None:
-            y_TH = self.of(x_TH, self.dtype)
+            y_TH = self.forward_local(x_TH, self.dtype)
         elif self._replicated:
-            y_TH = self._collectives.all_reduce(self.of(pad(x_TH, dealt.rows), self.reduce_dtype))
+            y_TH = self._collectives.all_reduce(self.forward_local(pad(x_TH, layout.rows), self.reduce_dtype))
         else:
-            gathered = self._collectives.gather(self.pack(pad(x_TH, dealt.rows)))
-            partial = self.of_packed(dealt.drop_padding(gathered), self.reduce_dtype)
-            y_TH = self._collectives.reduce_scatter(dealt.restore_padding(partial))
+            gathered = self._collectives.gather(self.pack(pad(x_TH, layout.rows)))
+            partial = self.forward_packed(layout.drop_padding(gathered), self.reduce_dtype)
+            y_TH = self._collectives.reduce_scatter(layout.restore_padding(partial))
         if problem is not None:
             raise problem
         return y_TH[:own].to(self.dtype).reshape(shape)

@@ -3,31 +3,19 @@
 Shapes: T tokens, K in_features, N out_features of this rank's part.
 """
 
+from math import prod
 from typing import Literal
 
 import torch
 
 from reshard.errors import ShardError
+from reshard.schemes import Arithmetic, Operand, scheme_named, variant_with
+from reshard.tensors.dtypes import TORCH
 from reshard_runtime.kernels import Kernels
 from reshard_runtime.shard import LinearShard
 from reshard_runtime.tokens import pack, unpack
 
 Mix = Literal["dynamic", "static"]
-
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-_STATIC_SLIM = {"input_scale", "input_offset", "quant_bias", "deq_scale"}
-_CHANNEL = {"weight_scale", "weight_offset"}
-_SUFFIXES = {
-    "bf16": ({"weight"},),
-    "w8a8_dynamic": ({"weight", "weight_scale"}, {"weight", *_CHANNEL}),
-    "w8a8_static": (
-        {"weight", *_STATIC_SLIM},
-        {"weight", *_STATIC_SLIM, *_CHANNEL},
-        {"weight", "weight_scale", "input_scale"},
-        {"weight", "weight_scale", "input_scale", "input_zero_point"},
-    ),
-    "w8a8_mix": ({"weight", *_STATIC_SLIM, *_CHANNEL},),
-}
 
 Tokens = tuple[torch.Tensor, ...]
 """Tokens as a linear multiplies them: (x_TK,), (q_TK,) or (q_TK, scale_T)."""
@@ -38,12 +26,12 @@ class Linear(torch.nn.Module):
 
     def __init__(self, shard: LinearShard, kernels: Kernels) -> None:
         super().__init__()
-        weight = shard.tensors["weight"]
+        weight = operands(shard)[Operand.WEIGHT]
         self.kernels = kernels
         self.shape = tuple(weight.shape)
         self.weight = _constant(kernels.weight(f"{shard.name}.weight", weight))
 
-    def quantise(self, x_TK: torch.Tensor) -> Tokens:
+    def quantize(self, x_TK: torch.Tensor) -> Tokens:
         """The tokens as this linear multiplies them."""
         raise NotImplementedError
 
@@ -61,9 +49,9 @@ class Linear(torch.nn.Module):
 
 
 class FloatLinear(Linear):
-    """Not quantised; accumulated in float32, rounded to the weight's type."""
+    """Not quantized; accumulated in float32, rounded to the weight's type."""
 
-    def quantise(self, x_TK: torch.Tensor) -> Tokens:
+    def quantize(self, x_TK: torch.Tensor) -> Tokens:
         """As they are."""
         return (x_TK,)
 
@@ -80,11 +68,11 @@ class DynamicLinear(Linear):
 
     def __init__(self, shard: LinearShard, kernels: Kernels) -> None:
         super().__init__(shard, kernels)
-        self.weight_scale = _constant(shard.tensors["weight_scale"].reshape(-1).float())
+        self.weight_scale = _constant(operands(shard)[Operand.SCALE].reshape(-1).float())
 
-    def quantise(self, x_TK: torch.Tensor) -> Tokens:
+    def quantize(self, x_TK: torch.Tensor) -> Tokens:
         """(q_TK, scale_T)."""
-        return self.kernels.quantise_dynamic(x_TK)
+        return self.kernels.quantize_dynamic(x_TK)
 
     def pack(self, tokens: Tokens) -> torch.Tensor:
         """[T, K + 4] bytes."""
@@ -111,27 +99,27 @@ class StaticLinear(Linear):
 
     def __init__(self, shard: LinearShard, kernels: Kernels, dtype: torch.dtype) -> None:
         super().__init__(shard, kernels)
-        tensors, weight = shard.tensors, shard.tensors["weight"]
-        input_scale = tensors["input_scale"].float()
-        offset = tensors.get("input_offset", tensors.get("input_zero_point", torch.zeros_like(input_scale))).float()
+        of = operands(shard)
+        input_scale = of[Operand.INPUT_SCALE].float()
+        offset = of.get(Operand.INPUT_OFFSET, torch.zeros_like(input_scale)).float()
         if not input_scale.is_meta and not bool((input_scale > 0).all()):
             raise ShardError(f"{shard.name}.input_scale is {input_scale.tolist()}; a scale must be above 0")
-        if "deq_scale" in tensors:
-            deq_scale = _deq_scale(tensors["deq_scale"])
-            bias: torch.Tensor | None = tensors["quant_bias"].clone()
+        if Operand.OUTPUT_SCALE in of:
+            deq_scale = _deq_scale(of[Operand.OUTPUT_SCALE])
+            bias: torch.Tensor | None = of[Operand.BIAS].clone()
         else:
-            deq_scale = input_scale * tensors["weight_scale"].reshape(-1).float()
+            deq_scale = input_scale * of[Operand.SCALE].reshape(-1).float()
             bias = None
             if _has_values(offset):
-                bias = -weight.sum(dim=1, dtype=torch.int32) * offset.to(torch.int32)
+                bias = -of[Operand.WEIGHT].sum(dim=1, dtype=torch.int32) * offset.to(torch.int32)
         self.reciprocal = _constant(1.0 / input_scale)
         self.offset = _constant(offset)
         self.scale = _constant(kernels.output_scale(deq_scale, dtype))
         self.bias = None if bias is None else _constant(bias)
 
-    def quantise(self, x_TK: torch.Tensor) -> Tokens:
+    def quantize(self, x_TK: torch.Tensor) -> Tokens:
         """(q_TK,)."""
-        return (self.kernels.quantise_static(x_TK, self.reciprocal, self.offset),)
+        return (self.kernels.quantize_static(x_TK, self.reciprocal, self.offset),)
 
     def multiply(self, tokens: Tokens, dtype: torch.dtype) -> torch.Tensor:
         """[T, N]."""
@@ -141,42 +129,43 @@ class StaticLinear(Linear):
 def make_linear(shard: LinearShard, kernels: Kernels, mix: Mix, dtype: torch.dtype) -> Linear:
     """The linear of a shard in its scheme; `mix` says which of W8A8_MIX's two sets is run.
 
-    Raises ShardError for a scheme without a kernel, tensors that the scheme does not have, an asymmetric weight.
+    Raises ShardError for a scheme without a kernel or an asymmetric weight, SchemeError for tensors that are none of
+    the scheme's.
     """
-    scheme, tensors = shard.scheme, shard.tensors
-    if scheme not in _SUFFIXES or not kernels.has(scheme):
-        raise ShardError(f"{shard.name}: {kernels.name} has no kernel for {scheme}; load it with load_shard")
-    if tensors.keys() not in _SUFFIXES[scheme]:
-        raise ShardError(
-            f"{shard.name}: {scheme} with {', '.join(sorted(tensors))}; wanted are "
-            + " or ".join(", ".join(sorted(names)) for names in _SUFFIXES[scheme])
-        )
+    scheme = scheme_named(shard.scheme, shard.name)
+    if kernels.name not in scheme.native:
+        raise ShardError(f"{shard.name}: {kernels.name} has no kernel for {scheme.name}; load it with load_shard")
     _check_types(shard)
-    if scheme == "bf16":
-        return FloatLinear(shard, kernels)
-    if scheme == "w8a8_static" or (scheme == "w8a8_mix" and mix == "static"):
+    option = Arithmetic.STATIC if mix == "static" else Arithmetic.DYNAMIC
+    arithmetic = option if option in scheme.arithmetics else scheme.arithmetics[0]
+    if arithmetic is Arithmetic.STATIC:
         return StaticLinear(shard, kernels, dtype)
-    return DynamicLinear(shard, kernels)
+    return (DynamicLinear if arithmetic is Arithmetic.DYNAMIC else FloatLinear)(shard, kernels)
+
+
+def operands(shard: LinearShard) -> dict[Operand, torch.Tensor]:
+    """A linear's tensors by what they are. Raises SchemeError where they are none of its scheme's."""
+    variant = variant_with(shard.scheme, shard.tensors.keys(), shard.name)
+    return {rule.operand: shard.tensors[rule.suffix] for rule in variant.tensors}
 
 
 def _check_types(shard: LinearShard) -> None:
     weight = shard.tensors["weight"]
-    wanted = FLOATS if shard.scheme == "bf16" else (torch.int8,)
-    if weight.dtype not in wanted:
-        names = ", ".join(str(dtype) for dtype in wanted)
-        raise ShardError(f"{shard.name}.weight is {weight.dtype}, {shard.scheme} has {names}")
-    for suffix, tensor in shard.tensors.items():
-        sizes = {"weight": weight.numel(), "input_scale": 1, "input_offset": 1, "input_zero_point": 1}
-        if tensor.numel() != sizes.get(suffix, weight.shape[0]):
+    for rule in variant_with(shard.scheme, shard.tensors.keys(), shard.name).tensors:
+        tensor, name = shard.tensors[rule.suffix], f"{shard.name}.{rule.suffix}"
+        if tensor.dtype not in {getattr(torch, TORCH[dtype]) for dtype in rule.dtypes}:
+            raise ShardError(f"{name} is {tensor.dtype}, {shard.scheme} has {' or '.join(rule.dtypes)}")
+        expected = prod(rule.shape.sizes(tuple(weight.shape), shard.block)[0])
+        if tensor.numel() != expected:
             raise ShardError(
-                f"{shard.name}.{suffix} is {list(tensor.shape)}, the weight {list(weight.shape)} wants "
-                f"{sizes.get(suffix, weight.shape[0])} of them; cut the set again"
+                f"{name} is {list(tensor.shape)}, expected {expected} of them for the weight {list(weight.shape)}; cut "
+                "the set again"
             )
-    offset = shard.tensors.get("weight_offset")
+    offset = operands(shard).get(Operand.OFFSET)
     if offset is not None and _has_values(offset):
         raise ShardError(
             f"{shard.name}.weight_offset is not zero (the largest is {offset.abs().max().item():g}); weights with an "
-            "offset are not supported: quantise them symmetrically"
+            "offset are not supported: quantize them symmetrically"
         )
 
 

@@ -7,9 +7,8 @@ import torch
 from reshard.errors import ShardError
 from reshard.manifest import Block, LayerSchemes
 from reshard.model.naming import DOWN, GATE, GATE_UP, UP
+from reshard.schemes import Arithmetic, Placement, scheme_named, variant_with
 from reshard_runtime.shard import LinearShard
-
-_CUT_BY_ROWS = frozenset({"weight", "weight_scale", "weight_scale_inv", "weight_offset", "quant_bias", "deq_scale"})
 
 
 def linears_of(
@@ -31,7 +30,7 @@ def linears_of(
                 f"{file}: {name}: {len(gate['weight'])} rows of gate are no multiple of the {rows}-row scale block, so "
                 "up cannot be stacked below them; cut the set again with --layout fused"
             )
-        gate_up = _stacked(name, gate, up, file)
+        gate_up = _stacked(name, layer.gate_up_proj, gate, up, file)
     return (
         LinearShard(name, layer.gate_up_proj, _block(layer.gate_up_block), gate_up),
         LinearShard(f"{mlp}.{DOWN}", layer.down_proj, _block(layer.down_block), of(DOWN)),
@@ -43,21 +42,27 @@ def _block(block: Block | None) -> tuple[int, int] | None:
 
 
 def _stacked(
-    name: str, gate: Mapping[str, torch.Tensor], up: Mapping[str, torch.Tensor], file: str
+    name: str, scheme: str, gate: Mapping[str, torch.Tensor], up: Mapping[str, torch.Tensor], file: str
 ) -> dict[str, torch.Tensor]:
-    """Gate above up. What the two share they must agree in: one quantisation of the tokens serves both."""
+    """Gate above up. What is of the tokens the two must agree in where one quantization of the tokens serves both.
+
+    Where only weights are multiplied, values of a whole linear that differ stand one after the other.
+    """
     if gate.keys() != up.keys():
         raise ShardError(f"{file}: {name}: gate has {', '.join(sorted(gate))}, up has {', '.join(sorted(up))}")
     stacked = {}
-    for suffix, one in gate.items():
-        other = up[suffix]
-        if suffix in _CUT_BY_ROWS:
+    apart = scheme_named(scheme, name).arithmetics == (Arithmetic.SCALED,)
+    for rule in variant_with(scheme, gate.keys(), name).tensors:
+        suffix, one, other = rule.suffix, gate[rule.suffix], up[rule.suffix]
+        if rule.column is Placement.ROWS:
             stacked[suffix] = torch.cat([one.view(torch.uint8), other.view(torch.uint8)]).view(one.dtype)
         elif torch.equal(one, other):
             stacked[suffix] = one
+        elif apart:
+            stacked[suffix] = torch.cat([one.reshape(1), other.reshape(1)])
         else:
             raise ShardError(
                 f"{file}: {name}.{suffix}: gate's is {one.flatten().tolist()[:4]}, up's {other.flatten().tolist()[:4]}"
-                "; tokens are quantised once for both, so they must be the same"
+                "; tokens are quantized once for both, so they must be the same"
             )
     return stacked

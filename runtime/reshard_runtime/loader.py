@@ -4,29 +4,27 @@ What is loaded is what the manifest says: version, sizes, names, shapes and type
 before any tensor is read, and nothing is narrowed, padded or cast to fit.
 """
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 
-from reshard.errors import ManifestError, ShardError
+from reshard.errors import HeaderError, ManifestError, ShardError
+from reshard.fit import fit_digest, fit_header, fit_size, require
 from reshard.manifest import Manifest, ShardTensor, parse_manifest
 from reshard.manifest import Shard as ShardEntry
 from reshard.model.naming import DOWN, GATE, GATE_UP, MANIFEST, UP, mlp_name, parse_dense
 from reshard.source.opened import Opened, reason, unfollowed
-from reshard.source.recognise import PREFIX_BYTES, recognised
-from reshard_runtime.dequantize import dequantised
+from reshard.tensors.header import read_header
+from reshard_runtime.dequantize import dequantized
 from reshard_runtime.kernels import device_of, kernels_for
 from reshard_runtime.linears import linears_of
 from reshard_runtime.shard import LayerShard, Shard
 
 Verify = Literal["header", "digest"]
-
-_LENGTH_BYTES = 8
 
 
 def load_shard(
@@ -37,7 +35,7 @@ def load_shard(
     tp_size: int | None = None,
     layers: Iterable[int] | None = None,
     verify: Verify = "header",
-    dequantise: bool = True,
+    dequantize: bool = True,
 ) -> Shard:
     """A rank's tensors on `device`, ready for `DenseFFN`.
 
@@ -45,8 +43,8 @@ def load_shard(
     these dense layers (each pipeline stage has its own), else all. `verify="digest"` compares the BLAKE3 digest of
     every tensor that is loaded: it alone tells shards of one shape apart, say two fine-tunes' of one model.
 
-    FP8 and block-INT8 weights are dequantised to BF16 where the device's backend has no kernel for them; one line of
-    the log says so, and what it costs. `dequantise=False` leaves them as they are, for kernels of an engine's own.
+    FP8 and block-INT8 weights are dequantized to BF16 where the device's backend has no kernel for them; one line of
+    the log says so, and what it costs. `dequantize=False` leaves them as they are, for kernels of an engine's own.
 
     On the CPU, tensors are maps of the file: pages come in as they are used, and shared with other processes. The
     writer replaces files by renaming, so a set that is written again does not change what is loaded.
@@ -87,7 +85,7 @@ def load_shard(
         manifest.model.hidden_size,
         manifest.model.intermediate_size,
         set_digest,
-        dequantised(found, kernels) if dequantise else found,
+        dequantized(found, kernels) if dequantize else found,
     )
 
 
@@ -167,14 +165,15 @@ def _tensors(
     verify: Verify,
 ) -> dict[str, torch.Tensor]:
     path = opened.path
-    if opened.size != entry.size:
-        raise ShardError(f"{path}: {opened.size} bytes, {MANIFEST} says {entry.size}; copy the shard again")
-    metadata, header = _header(opened)
-    own = {"denseffn": "shard", "tp_rank": str(entry.tp_rank), "tp_size": str(manifest.tp_size)}
-    for key, value in own.items():
-        if metadata.get(key) != value:
-            raise ShardError(f"{path}: its header says {key} {metadata.get(key)!r}, wanted is {value!r}")
-    _compare(path, header, entry.tensors)
+    file = str(path)
+    require(fit_size(file, opened.size, entry.size), ShardError)
+    try:
+        header = read_header(opened.read, file, opened.size)
+    except HeaderError as error:
+        raise ShardError(str(error)) from error
+    except OSError as error:
+        raise ShardError(f"{path}: cannot be read: {reason(error)}; copy the shard again") from error
+    require(fit_header(header, entry, manifest.tp_size, file), ShardError)
     _check_shapes(path, entry, manifest)
     first = torch.device("cpu") if verify == "digest" else device
     tensors: dict[str, torch.Tensor] = {}
@@ -187,42 +186,6 @@ def _tensors(
     except (SafetensorError, OSError) as error:
         raise ShardError(f"{path}: cannot be read: {error}; copy the shard again") from error
     return tensors
-
-
-def _header(opened: Opened) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(`__metadata__`, entries) of a safetensors header; safe_open checks the rest of it when it opens the file."""
-    path = opened.path
-    try:
-        length = int.from_bytes(opened.read(0, _LENGTH_BYTES), "little")
-        raw = opened.read(_LENGTH_BYTES, _LENGTH_BYTES + length) if length <= opened.size else b""
-        start = opened.read(0, PREFIX_BYTES)
-    except OSError as error:
-        raise ShardError(f"{path}: cannot be read: {reason(error)}; copy the shard again") from error
-    try:
-        header = json.loads(raw)
-        metadata = header.pop("__metadata__", {})
-        {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()}
-        metadata.get("denseffn")
-    except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
-        what = recognised(start, str(path), opened.size)
-        raise ShardError(
-            what or f"{path}: no safetensors header of {length} bytes in it; copy the shard again"
-        ) from None
-    return metadata, header
-
-
-def _compare(path: Path, header: Mapping[str, Any], tensors: Iterable[ShardTensor]) -> None:
-    expected = {tensor.name: tensor for tensor in tensors}
-    for name in sorted(expected.keys() ^ header.keys()):
-        there, where = (MANIFEST, "the file") if name in expected else ("the file", MANIFEST)
-        raise ShardError(f"{path}: {name} is in {there} and not in {where}; copy the shard again")
-    for name, tensor in expected.items():
-        found, wanted = (header[name]["dtype"], list(header[name]["shape"])), (tensor.dtype, list(tensor.shape))
-        if found != wanted:
-            raise ShardError(
-                f"{path}: {name} is {found[0]} {found[1]}, {MANIFEST} says {wanted[0]} {wanted[1]}; "
-                "copy the shard again"
-            )
 
 
 def _check_shapes(path: Path, entry: ShardEntry, manifest: Manifest) -> None:
@@ -244,10 +207,6 @@ def _check_shapes(path: Path, entry: ShardEntry, manifest: Manifest) -> None:
 
 def _value(path: Path, value: torch.Tensor, tensor: ShardTensor, device: torch.device, verify: Verify) -> torch.Tensor:
     if verify == "digest":
-        found = blake3(value.reshape(-1).view(torch.uint8).numpy()).hexdigest()
-        if found != tensor.blake3:
-            raise ShardError(
-                f"{path}: {tensor.name} has BLAKE3 {found[:16]}…, {MANIFEST} says {tensor.blake3[:16]}…; copy the "
-                "shard again"
-            )
+        digest = blake3(value.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+        require(fit_digest(f"{path}: {tensor.name}", digest, tensor.blake3), ShardError)
     return value.to(device)

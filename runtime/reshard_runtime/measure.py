@@ -1,17 +1,18 @@
 """How fast this machine runs the runtime's kernels and gloo: a rank of a group of processes that all measure at once.
 
-`python -m reshard_runtime.measure RANK SIZE THREADS FILE` (FILE: where the ranks meet) prints a JSON object: seconds,
-and bytes or operations a second, each from the shortest of several runs, which other work on the machine disturbed
-least. The ranks work at the same time, as they do when they serve, so that what they share (memory, caches) is shared
-here too.
+`python -m reshard_runtime.measure PROCESSES THREADS` prints what each of them found, a JSON object: seconds, and bytes
+or operations a second, each from the shortest of several runs, which other work on the machine disturbed least. The
+ranks work at the same time, as they do when they serve, so that what they share (memory, caches) is shared here too.
 """
 
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -113,15 +114,20 @@ def _shortest(group: dist.ProcessGroup, call: Callable[[], object]) -> float:
     return min(took[1:])
 
 
-def main() -> None:
-    """Meet the others, measure, print."""
-    rank, size, threads = (int(argument) for argument in sys.argv[1:4])
-    meeting = sys.argv[4]
+def _rank(rank: int, size: int, threads: int, folder: str) -> None:
+    """Meet the others in a folder, measure, and leave the figures there."""
     torch.set_num_threads(threads)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=_TIMEOUT)
-    found = measure(dist.group.WORLD)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size, timeout=_TIMEOUT)
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(measure(dist.group.WORLD)))
     dist.destroy_process_group()
-    print(json.dumps(found))  # noqa: T201
+
+
+def main() -> None:
+    """Measure in processes of their own; where one fails, the others are ended."""
+    size, threads = (int(argument) for argument in sys.argv[1:])
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_rank, (size, threads, folder), size)
+        print(json.dumps([json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(size)]))  # noqa: T201
 
 
 if __name__ == "__main__":

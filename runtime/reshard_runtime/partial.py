@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from reshard.errors import UsageError
+from reshard.schemes import scheme_named
 from reshard_runtime.kernels import Kernels, kernels_for
 from reshard_runtime.linear import DynamicLinear, Mix, Tokens, make_linear
 from reshard_runtime.shard import LayerShard
@@ -36,16 +37,16 @@ class PartialFFN(nn.Module):
         self._gated_int8 = self.kernels.gated_int8(self.activation) if both_dynamic else None
 
     def pack(self, x_TH: torch.Tensor) -> torch.Tensor:
-        """The tokens as they travel, quantised if the layer is: [T, W], W = H values, or H bytes and maybe a scale."""
-        return self.gate_up_proj.pack(self.gate_up_proj.quantise(x_TH))
+        """The tokens as they travel, quantized if the layer is: [T, W], W = H values, or H bytes and maybe a scale."""
+        return self.gate_up_proj.pack(self.gate_up_proj.quantize(x_TH))
 
-    def of_packed(self, rows_TW: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def forward_packed(self, rows_TW: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The partial sums [T, H] in `dtype` of tokens that have travelled."""
         return self._of(self.gate_up_proj.unpack(rows_TW), dtype)
 
-    def of(self, x_TH: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def forward_local(self, x_TH: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The partial sums [T, H] in `dtype` of tokens that are here."""
-        return self._of(self.gate_up_proj.quantise(x_TH), dtype)
+        return self._of(self.gate_up_proj.quantize(x_TH), dtype)
 
     def _of(self, tokens: Tokens, dtype: torch.dtype) -> torch.Tensor:
         gate_up, down = self.gate_up_proj, self.down_proj
@@ -54,7 +55,7 @@ class PartialFFN(nn.Module):
             sums_T2L = self.kernels.int8_matmul(q_TH, gate_up.weight)
             return down.multiply(self._gated_int8(sums_T2L, gate_up.weight_scale, scale_T), dtype)
         h_TL = self._gated(gate_up.multiply(tokens, self.dtype))
-        return down.multiply(down.quantise(h_TL), dtype)
+        return down.multiply(down.quantize(h_TL), dtype)
 
     def _apply(self, fn: object, recurse: bool = True) -> "PartialFFN":
         """Nothing: a model's `.to(dtype)` would round the scales."""
@@ -62,11 +63,11 @@ class PartialFFN(nn.Module):
 
 
 def _dtype_of(layer: LayerShard, dtype: torch.dtype | None) -> torch.dtype:
-    """The tokens' type: that of the weights that are not quantised."""
+    """The tokens' type: that of the weights that are not quantized."""
     for linear in (layer.gate_up, layer.down):
-        own = linear.tensors["weight"].dtype
-        if linear.scheme == "bf16" and dtype not in (None, own):
+        own, is_float = linear.tensors["weight"].dtype, scheme_named(linear.scheme, linear.name).is_float
+        if is_float and dtype not in (None, own):
             raise UsageError(f"dtype is {dtype}, {linear.name}.weight is {own}; weights are not cast")
-        if linear.scheme == "bf16":
+        if is_float:
             dtype = own
     return dtype or torch.bfloat16

@@ -10,19 +10,11 @@ import torch
 
 from reshard.errors import ReshardError
 from reshard.model.activation import Activation
+from reshard.schemes import UNQUANTIZED, scheme_named
+from reshard.tensors.dtypes import TORCH
 from reshard_runtime.kernels import Kernels
 from reshard_runtime.partial import PartialFFN
 from reshard_runtime.shard import LayerShard, LinearShard
-
-_DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "I8": torch.int8,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-}
 
 
 @dataclass(frozen=True)
@@ -55,7 +47,7 @@ def forward_on_meta(
         ffn = PartialFFN(layer, kernels, _dtype(down), "dynamic")
         for count in tokens:
             rows_TW = ffn.pack(torch.empty(count, hidden_size, dtype=ffn.dtype, device="meta"))
-            result = ffn.of_packed(rows_TW.repeat(tp_size, 1), ffn.dtype)
+            result = ffn.forward_packed(rows_TW.repeat(tp_size, 1), ffn.dtype)
             if tuple(result.shape) != (count * tp_size, hidden_size):
                 return f"{count} tokens of {tp_size} ranks give {list(result.shape)}, not [.., {hidden_size}]"
     except (RuntimeError, ValueError, TypeError, ReshardError) as error:  # as shape functions raise
@@ -64,11 +56,13 @@ def forward_on_meta(
 
 
 def _shard(linear: Linear, kernels: Kernels) -> LinearShard:
-    described = {suffix: (_DTYPES[dtype], shape) for suffix, (dtype, shape) in linear.tensors.items()}
-    scheme = linear.scheme
-    if not kernels.has(scheme):
-        scheme, described = "bf16", {"weight": (torch.bfloat16, linear.tensors["weight"][1])}
-    tensors = {suffix: torch.empty(shape, dtype=dtype, device="meta") for suffix, (dtype, shape) in described.items()}
+    scheme, described = linear.scheme, linear.tensors
+    if kernels.name not in scheme_named(scheme, linear.name).native:
+        scheme, described = UNQUANTIZED, {"weight": ("BF16", linear.tensors["weight"][1])}
+    tensors = {
+        suffix: torch.empty(shape, dtype=getattr(torch, TORCH[dtype]), device="meta")
+        for suffix, (dtype, shape) in described.items()
+    }
     return LinearShard(linear.name, scheme, None, tensors)
 
 

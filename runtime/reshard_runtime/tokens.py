@@ -1,6 +1,6 @@
 """How many tokens each rank brings, and the rows they take on the way.
 
-A row is a token, or a quantised one's integers and its scale, so that one collective takes both.
+A row is a token, or a quantized one's integers and its scale, so that one collective takes both.
 
 Collectives want the same number of rows P from every rank: the largest count, or a fixed one for graph capture. All of
 this is integers of the host, the same on every rank: nothing here waits for a device.
@@ -17,7 +17,7 @@ _SCALE_BYTES = 4
 
 
 @dataclass(frozen=True)
-class Dealt:
+class TokenLayout:
     """`rows` P of every rank, of which the first `counts[r]` are rank r's tokens. `dense`: there is no padding."""
 
     rows: int
@@ -45,7 +45,7 @@ class Dealt:
         return padded
 
 
-def deal(own: int, tp_size: int, tokens_per_rank: Sequence[int] | None, max_tokens: int | None) -> Dealt:
+def token_layout(own: int, tp_size: int, tokens_per_rank: Sequence[int] | None, max_tokens: int | None) -> TokenLayout:
     """The rows that all ranks bring: `max_tokens` each, else the largest count, else as many as this rank's `own`.
 
     With fixed rows every row is computed, padding too, so that no size depends on the counts.
@@ -55,9 +55,9 @@ def deal(own: int, tp_size: int, tokens_per_rank: Sequence[int] | None, max_toke
     """
     counts = (own,) * tp_size if tokens_per_rank is None else _checked(tokens_per_rank, tp_size, max_tokens)
     if max_tokens is not None:
-        return Dealt(max_tokens, (max_tokens,) * tp_size, True)
+        return TokenLayout(max_tokens, (max_tokens,) * tp_size, True)
     rows = max(counts)
-    return Dealt(rows, counts, counts == (rows,) * tp_size)
+    return TokenLayout(rows, counts, counts == (rows,) * tp_size)
 
 
 def _checked(tokens_per_rank: Sequence[int], tp_size: int, max_tokens: int | None) -> tuple[int, ...]:

@@ -60,7 +60,7 @@ def made_of(name: str, folder: Path) -> Model:
 
 def around(checkpoint: Path, folder: Path) -> Path:
     """A model with the dense layers of `checkpoint`: their tensors, in files of their names, and what config.json and
-    the description say of their quantisation. Everything else is random BF16, and said not to be quantised.
+    the description say of their quantization. Everything else is random BF16, and said not to be quantized.
     """
     theirs = json.loads((checkpoint / "config.json").read_text())
     dense = theirs["first_k_dense_replace"]

@@ -71,7 +71,7 @@ def travel(group: dist.ProcessGroup, served: Served, counts: list[int]) -> dict[
     """Layer by layer: how tokens travelled, the bytes of a row, the result, and that of gathering them as they are."""
     config, model = inside.loaded(served)
     from reshard_runtime.serving.vllm.model_layers import dense_mlps
-    from reshard_runtime.serving.vllm.token_codec import AsTheyAre
+    from reshard_runtime.serving.vllm.token_codec import Passthrough
 
     rank = inside.data_parallel_rank(config)
     x = tokens(rank, counts[rank], config.model_config.hf_config.hidden_size, config.model_config.dtype)
@@ -82,7 +82,7 @@ def travel(group: dist.ProcessGroup, served: Served, counts: list[int]) -> dict[
                 result = mlp(x).clone()
             ((rows, nbytes),) = sent
             way = type(mlp._travel).__name__
-            mlp._travel = AsTheyAre(mlp.gate_up_proj)
+            mlp._travel = Passthrough(mlp.gate_up_proj)
             found.append({"way": way, "row": nbytes / rows, "result": result, "as they are": mlp(x).clone()})
     return {"layers": found, "hidden": x.shape[1]}
 

@@ -83,7 +83,7 @@ def test_the_layers_of_tensor_parallelism(two: Ranks, model: Callable[[str], Mod
 
 
 def test_mix_in_a_decode_node(two: Ranks, model: Callable[[str], Model]) -> None:
-    """There its layers quantise tokens by one scale, elsewhere each by its own."""
+    """There its layers quantize tokens by one scale, elsewhere each by its own."""
     _compare(two, model("mix"), [[5, 5], [1, 1]], **MLP, engine=DECODE_NODE)
 
 

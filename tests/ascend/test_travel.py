@@ -1,4 +1,4 @@
-"""How tokens travel to vllm-ascend's linears: quantised by its own operators, and its own result all the same."""
+"""How tokens travel to vllm-ascend's linears: quantized by its own operators, and its own result all the same."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from tests.support.distributed import Ranks
 
 OPTION = {"data": 2, "option": 2}
 COUNTS = [3, 17]
-DYNAMIC, STATIC, PLAIN = "AscendDynamic", "AscendStatic", "AsTheyAre"
+DYNAMIC, STATIC, PLAIN = "AscendDynamic", "AscendStatic", "Passthrough"
 
 
 @pytest.mark.parametrize(

@@ -147,8 +147,8 @@ def test_ranks_that_were_exchanged(shards: Path) -> None:
     second.rename(first)
     parked.rename(second)
     assert failed(shards) == [
-        ("headers", f"{shard_file(0, 2)}: its header says tp_rank '1', manifest.json makes it '0'; copy it again"),
-        ("headers", f"{RANK_1}: its header says tp_rank '0', manifest.json makes it '1'; copy it again"),
+        ("headers", f"{shard_file(0, 2)}: its header says tp_rank '1', manifest.json says '0'; copy it again"),
+        ("headers", f"{RANK_1}: its header says tp_rank '0', manifest.json says '1'; copy it again"),
     ]
 
 

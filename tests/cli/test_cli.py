@@ -37,9 +37,12 @@ def test_version() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str) -> None:
+    """Its first line stands whole in the program's own help, too."""
     done = reshard(command, "--help")
     assert done.code == 0
-    assert "Usage: " in done.out
+    usage, _, summary, *_ = done.out.splitlines()
+    assert usage.startswith("Usage: ")
+    assert f"  {command:<8}  {summary.strip()}\n" in reshard("--help").out
 
 
 def test_the_module_runs_too() -> None:
@@ -221,9 +224,9 @@ def test_verify_lists_what_differs_and_ends_with_3(shards: Path) -> None:
     ]
     assert [line for line in lines if line.startswith(f"digest: {first.name}: BLAKE3 is ")]
     assert [line for line in lines if line.startswith(f"file: {second.name}: manifest.json names it and it is missing")]
-    assert [line for line in lines if line.startswith("file: config.json: BLAKE3 is ")]
+    assert [line for line in lines if line.startswith("size: config.json: 2 bytes, manifest.json says ")]
     document = reshard("verify", shards, "--format", "json").document
-    assert {finding["check"] for finding in document["findings"]} == {"digest", "file"}
+    assert {finding["check"] for finding in document["findings"]} == {"digest", "file", "size"}
 
 
 def test_verify_sees_a_header_that_was_changed(shards: Path) -> None:
@@ -239,7 +242,7 @@ def test_verify_sees_a_shard_of_another_rank(shards: Path) -> None:
     first.write_bytes(second.read_bytes())
     done = reshard("verify", shards)
     assert done.code == 3
-    assert "its header says tp_rank 1, its name 0" in done.out
+    assert "its header says tp_rank '1', manifest.json says '0'" in done.out
 
 
 def test_warnings_go_to_stderr(tmp_path: Path) -> None:

@@ -68,8 +68,8 @@ def reference(dense: dict[str, Raw], weights: str, quant_format: str) -> dict[st
         else:
             made[f"{module}.weight_scale"] = to_raw("F32", scale)
             made[f"{module}.weight_offset"] = to_raw("F32", torch.zeros_like(scale))
-        quantised = (values / scale.float()).round().clamp(-127, 127).to(torch.int8)
-        made[f"{module}.weight"] = to_raw("I8", quantised)
+        quantized = (values / scale.float()).round().clamp(-127, 127).to(torch.int8)
+        made[f"{module}.weight"] = to_raw("I8", quantized)
     return made
 
 

@@ -24,7 +24,7 @@ MODULES = [f"model.layers.{layer}.mlp.{role}_proj" for layer in (0, 1) for role 
 
 @pytest.mark.parametrize("quant_format", FORMATS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_no_number_is_not_quantised(tmp_path: Path, value: float, quant_format: str) -> None:
+def test_what_is_no_number_is_not_quantized(tmp_path: Path, value: float, quant_format: str) -> None:
     source, name = tmp_path / "source", "model.layers.1.mlp.down_proj.weight"
     dense = dense_only(build(source, one_file("bf16")))
     values = to_torch(dense[name]).float()
@@ -130,7 +130,7 @@ def test_converted_to_compressed_tensors(tmp_path: Path, recipe: str) -> None:
 
 
 @pytest.mark.parametrize("gate_up", ["modelslim_dynamic", "modelslim_v0_dynamic"])
-def test_a_mixed_checkpoint_keeps_what_is_quantised(tmp_path: Path, gate_up: str) -> None:
+def test_a_mixed_checkpoint_keeps_what_is_quantized(tmp_path: Path, gate_up: str) -> None:
     dense = dense_only(build(tmp_path / "source", Spec(gate_up, down_recipe="bf16")))
     floats = {name: raw for name, raw in dense.items() if ".down_proj." in name}
     wanted = {**dense, **reference(floats, "w8a8", "modelslim")}

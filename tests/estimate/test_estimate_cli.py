@@ -99,7 +99,7 @@ def test_a_narrow_terminal_gets_shorter_bars_and_whole_figures(columns: int, ter
 def test_where_the_locale_has_no_blocks_bars_are_ascii() -> None:
     done = reshard_process("estimate", "--config", CONFIG, "--tp", "5,8", PYTHONIOENCODING="ascii")
     assert (done.code, done.err) == (0, "")
-    assert "# matmuls  + quantise, SwiGLU, copies  = all_gather  - reduce_scatter" in done.out
+    assert "# matmuls  + quantize, SwiGLU, copies  = all_gather  - reduce_scatter" in done.out
     assert "24, 32, \\u2026; or --pad" in done.out
 
 
@@ -201,6 +201,7 @@ def test_fixed_rows() -> None:
         "rows_per_layer": 192,
         "gather_bytes_per_layer": 1_204_896,
         "scatter_bytes_per_layer": 2_408_448,
+        "messages_per_layer": 14,
     }
     assert cost["fixed"]["step_seconds"] == eight["gathered_as_int8"]["step_seconds"]
     assert cost["fixed"]["layer_seconds"] == pytest.approx(cost["fixed"]["step_seconds"] / 3)
@@ -220,7 +221,7 @@ def test_a_group_over_tensor_parallel_ranks_too() -> None:
         ["4", "0.092", "0.000", "21,504", "-", "6", "0.128", "-"],
         ["16", "0.023", "0.069", "107,520", "86,028", "10", "0.201", "0.178"],
     ]
-    assert "w8a8_dynamic tp 6: not possible: it counts tensor-parallel ranks, too: a multiple of 4 is wanted" in lines
+    assert "w8a8_dynamic tp 6: not possible: it counts tensor-parallel ranks, too: expected a multiple of 4" in lines
     document = reshard("estimate", *arguments, "--tp", 8, "--format", "json").document
     assert document["tensor_parallel_size"] == 4
     (scheme,) = document["schemes"]
@@ -309,7 +310,11 @@ def test_any_model_s_config_will_do(tmp_path: Path) -> None:
         (("--config", CONFIG, "--tp", "8,"), 2, "--tp 8,: '' is no group size"),
         (("--config", CONFIG, "--tp", "8,zero"), 2, "--tp 8,zero: 'zero' is no group size"),
         (("--config", CONFIG, "--tp", "0"), 2, "--tp 0: '0' is no group size"),
-        (("--config", CONFIG, "--tp", "8", "--set", "speed=1"), 2, "--set speed=1: no key of the profile"),
+        (
+            ("--config", CONFIG, "--tp", "8", "--set", "speed=1"),
+            2,
+            "--set speed=1: expected KEY=VALUE, such as ",
+        ),
         (("--config", CONFIG, "--tp", "9" * 5000), 2, "--tp 9999999"),
         (
             ("--config", CONFIG, "--tp", "8", "--set", "compute.bf16_tflops=1e-310"),
@@ -384,6 +389,7 @@ def test_measuring_without_torch_says_how_to_get_it() -> None:
 
 def test_this_machine_is_measured_and_estimated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two real processes, whatever lies in the current folder; what comes out is a profile, and more than nothing."""
+    monkeypatch.setattr("reshard.estimate.measure.MODULE", "tests.support.measure_little")
     (tmp_path / "reshard_runtime").mkdir()
     (tmp_path / "reshard_runtime" / "__init__.py").write_text("raise RuntimeError('another runtime')")
     monkeypatch.chdir(tmp_path)
@@ -401,3 +407,10 @@ def test_this_machine_is_measured_and_estimated(tmp_path: Path, monkeypatch: pyt
         "estimate", "--config", CONFIG, "--tp", "1,2", "--device", tmp_path / "local.toml", "--format", "json"
     )
     assert [size["tp_size"] for size in done.document["schemes"][0]["sizes"]] == [1, 2]
+
+
+def test_the_process_that_fails_first_is_the_error_and_the_others_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reshard.estimate.measure.MODULE", "tests.support.measure_little")
+    monkeypatch.setenv("MEASURE_FAILS", "1")
+    done = reshard("estimate", "--measure")
+    assert (done.code, done.out, done.err) == (1, "", "error: --measure: OSError: no such device\n")

@@ -12,33 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reshard.checkpoint.config_only import promised, read_config
-from reshard.checkpoint.description import Checkpoint
+from reshard.convert.rules import converted
 from reshard.errors import AlignmentError, ProfileError, SchemeError
-from reshard.estimate.alignment import verdict
-from reshard.estimate.described import in_scheme
-from reshard.estimate.model import (
-    GIB,
-    Matmul,
-    all_reduce_seconds,
-    collective_seconds,
-    level_for,
-    matmul_seconds,
-    messages,
-    vector_seconds,
-)
-from reshard.estimate.profile import Alignment, Profile, load_profile
-from reshard.estimate.recommend import recommend
-from reshard.estimate.sizes import Estimate, Options, Size, estimate
-from reshard.estimate.step import KINDS, Split, Way, layer_seconds, wire_of
+from reshard.estimate.document import SchemeEstimate, Size
+from reshard.estimate.profile import GIB, Profile, Tiles, load_profile
+from reshard.estimate.sizes import Options, alignment, estimate
+from reshard.estimate.step import KINDS, Collective, Kernel, Split, Way, layer_seconds, level_for, steps, wire
+from reshard.model.activation import Activation
 from reshard.plan.pipeline import Cut
 from reshard.source.open import describe, open_source
 from reshard_runtime import DenseFFN, load_shard
 from tests.support.builders import RECIPES, Spec, build, read_safetensors
-from tests.support.paths import CONFIGS
-from tests.support.running import split
-
-CONFIG = CONFIGS / "deepseek-r1.json"
-A2, A3 = load_profile("atlas-a2-376t"), load_profile("atlas-a3-752t")
+from tests.support.estimating import A2, A3, R1, estimated, r1
+from tests.support.running import reshard, split
 
 # A device of round numbers: 1 TFLOP/s, 2 TOP/s, 1 GiB/s of memory, four devices in a mesh of 3 GB/s, then a switch.
 ROUND = load_profile(
@@ -54,12 +40,8 @@ ROUND = load_profile(
 )
 
 
-def r1(scheme: str) -> Checkpoint:
-    return promised(read_config(CONFIG), "deepseek-r1", scheme)
-
-
 def r1_sizes(profile: Profile, scheme: str, *tp_sizes: int, tokens: int = 24) -> dict[int, Size]:
-    found = estimate(r1(scheme), scheme, tp_sizes, profile, Options(tokens))
+    found = estimated(r1(scheme), tp_sizes, profile, Options(tokens))
     return {size.tp_size: size for size in found.sizes}
 
 
@@ -69,11 +51,11 @@ def r1_sizes(profile: Profile, scheme: str, *tp_sizes: int, tokens: int = 24) ->
 def test_the_calculation_by_hand() -> None:
     """R1 in W8A8, 24 tokens a rank, three layers, A2 376T; docs/estimate.md says where the differences come from."""
     sizes = r1_sizes(A2, "w8a8_dynamic", 1, 8, 16)
-    assert sizes[1].as_bf16.step_seconds * 1e3 == pytest.approx(1.157, rel=0.10)
-    assert sizes[8].as_bf16.step_seconds * 1e3 == pytest.approx(0.339, rel=0.10)
+    assert sizes[1].gathered_as_bf16.step_seconds * 1e3 == pytest.approx(1.157, rel=0.10)
+    assert sizes[8].gathered_as_bf16.step_seconds * 1e3 == pytest.approx(0.339, rel=0.10)
     assert sizes[8].runs.step_seconds * 1e3 == pytest.approx(0.313, rel=0.10)
-    assert sizes[16].as_bf16.step_seconds * 1e3 == pytest.approx(1.97, rel=0.10)
-    assert sizes[8].saved / GIB == pytest.approx(0.969, rel=0.01)
+    assert sizes[16].gathered_as_bf16.step_seconds * 1e3 == pytest.approx(1.97, rel=0.10)
+    assert sizes[8].saved_bytes / GIB == pytest.approx(0.969, rel=0.01)
 
 
 def test_what_the_hand_leaves_out_is_the_whole_difference() -> None:
@@ -81,8 +63,8 @@ def test_what_the_hand_leaves_out_is_the_whole_difference() -> None:
     but between nodes, where recursive doubling takes four latencies and by hand it was one."""
     sizes = r1_sizes(A2, "w8a8_dynamic", 1, 8, 16)
 
-    def by_hand(size: Size, quantised: bool) -> float:
-        gathered = size.as_int8 if quantised else size.as_bf16
+    def by_hand(size: Size, quantized: bool) -> float:
+        gathered = size.gathered_as_int8 if quantized else size.gathered_as_bf16
         assert gathered is not None
         return (gathered.step_seconds - gathered.seconds["vector"]) * 1e3
 
@@ -96,54 +78,60 @@ def test_what_the_hand_leaves_out_is_the_whole_difference() -> None:
 # --- formulas ---
 
 
+def matmul(rows: int, *, int8: bool = False, activations: int = 0) -> Kernel:
+    """By GiB of weights, [2^15, 2^14] in BF16."""
+    return Kernel("matmul", activations, int8, 2 * rows * (1 << 29), GIB)
+
+
 def test_a_matmul_takes_the_longer_of_arithmetic_and_memory() -> None:
-    weights = Matmul(rows=1, inner=1 << 15, columns=1 << 14, number="bf16", weight_bytes=GIB, activation_bytes=0)
-    assert matmul_seconds(ROUND, weights) == pytest.approx(1 + 5e-6)
-    assert matmul_seconds(ROUND, replace(weights, number="int8")) == pytest.approx(2 + 5e-6)  # a quarter of 2 GiB/s
-    assert matmul_seconds(ROUND, replace(weights, rows=4096)) == pytest.approx(2 * 4096 * 2**29 / 1e12 + 5e-6)
-    assert matmul_seconds(ROUND, replace(weights, rows=8192, number="int8")) == pytest.approx(2**43 / 2e12 + 5e-6)
+    assert matmul(1).seconds(ROUND) == pytest.approx(1 + 5e-6)
+    assert matmul(1, int8=True).seconds(ROUND) == pytest.approx(2 + 5e-6)  # a quarter of 2 GiB/s
+    assert matmul(4096).seconds(ROUND) == pytest.approx(2 * 4096 * 2**29 / 1e12 + 5e-6)
+    assert matmul(8192, int8=True).seconds(ROUND) == pytest.approx(2**43 / 2e12 + 5e-6)
 
 
 def test_without_overlap_the_two_add_up() -> None:
     serial = ROUND.model_copy(update={"compute": ROUND.compute.model_copy(update={"overlap": False})})
-    work = Matmul(rows=1024, inner=1 << 15, columns=1 << 14, number="bf16", weight_bytes=GIB, activation_bytes=0)
-    assert matmul_seconds(serial, work) == pytest.approx(1 + 2**40 / 1e12 + 5e-6)
+    assert matmul(1024).seconds(serial) == pytest.approx(1 + 2**40 / 1e12 + 5e-6)
 
 
 def test_activations_cost_memory_where_they_do_not_fit_the_cache() -> None:
-    assert vector_seconds(ROUND, 1 << 20) == pytest.approx(2e-6)
-    assert vector_seconds(ROUND, 1 << 21) == pytest.approx(2 / 1024 + 2e-6)
-    small = Matmul(rows=1, inner=1, columns=1, number="bf16", weight_bytes=1 << 20, activation_bytes=1 << 21)
-    assert matmul_seconds(ROUND, small) == pytest.approx(3 / 1024 + 5e-6)
+    assert Kernel("vector", 1 << 20).seconds(ROUND) == pytest.approx(2e-6)
+    assert Kernel("vector", 1 << 21).seconds(ROUND) == pytest.approx(2 / 1024 + 2e-6)
+    assert matmul(1, activations=1 << 21).seconds(ROUND) == pytest.approx(1 + 2 / 1024 + 5e-6)
+
+
+def gather(ranks: int, span: int | None = None) -> Collective:
+    """Of 1 MB from each."""
+    return Collective("gather", ranks, 10**6, span or ranks)
 
 
 def test_collectives_in_a_mesh_use_one_link_for_each_peer() -> None:
     """1 MB over a link of a third of 6 GB/s, at half of it: 1 ms, whatever the group's size."""
     for ranks in (2, 3, 4):
-        assert collective_seconds(ROUND, ranks, 10**6) == pytest.approx(1e-3 + 1e-6 + 10e-6)
-        assert messages(ROUND, ranks) == ranks - 1
-    assert collective_seconds(ROUND, 1, 10**6) == 0
+        assert gather(ranks).seconds(ROUND) == pytest.approx(1e-3 + 1e-6 + 10e-6)
+        assert (gather(ranks).messages(ROUND), gather(ranks).sent) == (ranks - 1, (ranks - 1) * 10**6)
 
 
 def test_collectives_over_a_switch_send_everything_over_one_link() -> None:
-    assert [messages(ROUND, ranks) for ranks in (5, 8, 16, 64)] == [3, 3, 4, 6]
+    assert [gather(ranks).messages(ROUND) for ranks in (5, 8, 16, 64)] == [3, 3, 4, 6]
     for ranks in (5, 8, 16, 64):
-        wanted = (ranks - 1) * 1e-3 + ceil(log2(ranks)) * 3e-6 + 10e-6
-        assert collective_seconds(ROUND, ranks, 10**6) == pytest.approx(wanted)
+        expected = (ranks - 1) * 1e-3 + ceil(log2(ranks)) * 3e-6 + 10e-6
+        assert gather(ranks).seconds(ROUND) == pytest.approx(expected)
 
 
 def test_a_group_that_lies_apart_uses_the_level_that_holds_it_all() -> None:
     """Two ranks of which one is 4 devices on: no longer in the mesh of four, and one message over the switch."""
-    assert collective_seconds(ROUND, 2, 10**6, 8) == pytest.approx(1e-3 + 3e-6 + 10e-6)
-    assert (messages(ROUND, 4, 4), messages(ROUND, 4, 8), messages(ROUND, 1, 8)) == (3, 2, 0)
-    assert collective_seconds(ROUND, 1, 10**6, 8) == 0
+    assert gather(2, 8).seconds(ROUND) == pytest.approx(1e-3 + 3e-6 + 10e-6)
+    assert (gather(4, 4).messages(ROUND), gather(4, 8).messages(ROUND)) == (3, 2)
 
 
 def test_an_all_reduce_is_a_reduce_scatter_and_an_all_gather_in_one_call() -> None:
     for ranks in (2, 4, 8):
-        two = 2 * collective_seconds(ROUND, ranks, 10**6 // ranks)
-        assert all_reduce_seconds(ROUND, ranks, 10**6) == pytest.approx(two - 10e-6)
-    assert all_reduce_seconds(ROUND, 1, 10**6) == 0
+        both = Collective("scatter", ranks, 10**6, ranks, all_reduce=True)
+        half = Collective("scatter", ranks, 10**6 // ranks, ranks)
+        assert both.seconds(ROUND) == pytest.approx(2 * half.seconds(ROUND) - 10e-6)
+        assert (both.messages(ROUND), both.sent) == (2 * half.messages(ROUND), 2 * half.sent)
 
 
 def test_a_group_gets_the_innermost_level_that_holds_it() -> None:
@@ -199,13 +187,31 @@ def test_more_of_anything_never_takes_less(
 
 def test_bytes_and_messages_on_the_wire() -> None:
     dynamic = Split(8, 24, 7168, 2304, "dynamic", "dynamic")
-    assert wire_of(A2, dynamic).gathered == 24 * 7 * (7168 + 4)
-    assert wire_of(A2, dynamic).scattered == 24 * 7 * 2 * 7168
-    assert wire_of(A2, dynamic).messages == 14
-    assert wire_of(A2, replace(dynamic, quantise_first=False)).nbytes == 24 * 7 * 4 * 7168
-    assert wire_of(A2, replace(dynamic, reduce_bytes=4)).scattered == 24 * 7 * 4 * 7168
-    assert wire_of(A2, replace(dynamic, tp_size=1)).nbytes == wire_of(A2, replace(dynamic, tp_size=1)).messages == 0
-    assert wire_of(A3, dynamic).messages == 6  # over a switch
+    sums = 24 * 7 * 2 * 7168
+    assert wire(A2, dynamic) == (24 * 7 * (7168 + 4), sums, 14)
+    assert wire(A2, replace(dynamic, quantize_first=False)) == (sums, sums, 14)
+    assert wire(A2, replace(dynamic, reduce_bytes=4)) == (24 * 7 * (7168 + 4), 2 * sums, 14)
+    assert wire(A2, replace(dynamic, tp_size=1)) == (0, 0, 0)
+    assert wire(A3, dynamic)[2] == 6  # over a switch
+
+
+@pytest.mark.parametrize(
+    ("activation", "kernels"),
+    [
+        (Activation("silu"), [2 * 4 + 1]),
+        (Activation("silu", 7.0), [3 * 2, 3]),
+        (Activation("gelu_tanh"), [4 * 2, 3]),
+        (Activation("gelu", 7.0), [2 * 2, 2 * 2, 4 * 2, 3]),
+        (Activation("situ"), [3 * 2, 3]),
+    ],
+    ids=str,
+)
+def test_an_activation_costs_the_kernels_that_the_npu_backend_calls(activation: Activation, kernels: list[int]) -> None:
+    """Bytes for each of [rows, L], quantizing down's tokens among them: only plain SwiGLU is fused with it."""
+    split = Split(1, 24, 7168, 2304, "dynamic", "dynamic", activation=activation)
+    first, _, *between, _ = steps(split)
+    assert (first.kind, {step.kind for step in between}) == ("vector", {"vector"})
+    assert [step.activation_bytes / (24 * 2304) for step in between if isinstance(step, Kernel)] == kernels
 
 
 @pytest.mark.parametrize("recipe", ["bf16", "modelslim_dynamic", "modelslim_static", "fp8_block", "modelslim_mix"])
@@ -215,31 +221,30 @@ def test_a_token_travels_in_as_many_bytes_as_the_runtime_sends(tmp_path: Path, r
     ffn = DenseFFN(load_shard(tmp_path / "shards", 0).layer(0))
     sent = ffn.pack(torch.randn(5, 256).to(ffn.dtype))
     found = _estimate(tmp_path / "model", 2)
-    assert found.sizes[0].runs.wire.gathered / 24 == sent.nbytes / 5
+    assert found.sizes[0].runs.gather_bytes_per_token_layer == sent.nbytes / 5
 
 
 # --- bytes held ---
 
 
-def _estimate(source: Path, *tp_sizes: int, profile: Profile = A2) -> Estimate:
+def _estimate(source: Path, *tp_sizes: int) -> SchemeEstimate:
     with open_source(str(source)) as opened:
-        return estimate(describe(opened), "keep", tp_sizes, profile, Options(24))
+        return estimated(describe(opened), tp_sizes)
 
 
 @pytest.mark.parametrize("recipe", sorted(set(RECIPES) - {"fp32"}))
 def test_sizes_are_those_of_the_shards_that_split_writes(tmp_path: Path, recipe: str) -> None:
     build(tmp_path / "model", Spec(recipe))
     found = _estimate(tmp_path / "model", 1, 2, 4)
-    unsplit = found.unsplit.held
     for size in found.sizes:
         layout = "separate" if size.tp_size == 1 else "fused"
         split(tmp_path / "model", tmp_path / f"tp{size.tp_size}", Cut(size.tp_size, layout))
         shards = [read_safetensors(path) for path in (tmp_path / f"tp{size.tp_size}").glob("*.safetensors")]
-        assert size.shard == max(sum(len(raw) for _, _, raw in shard.values()) for shard in shards)
-        assert size.saved == unsplit - size.held
+        assert size.shard_tensor_bytes == max(sum(len(raw) for _, _, raw in shard.values()) for shard in shards)
+        assert size.saved_bytes == found.unsplit_bytes - size.held_bytes
         if recipe.startswith(("bf16", "fp16", "modelslim", "mindie", "ct_dynamic", "ct_static")):
-            assert size.held == size.shard
-    assert _held_by_the_runtime(tmp_path / "tp2") == found.sizes[1].held
+            assert size.held_bytes == size.shard_tensor_bytes
+    assert _held_by_the_runtime(tmp_path / "tp2") == found.sizes[1].held_bytes
 
 
 def _held_by_the_runtime(shards: Path) -> int:
@@ -258,55 +263,53 @@ def test_a_shard_set_is_estimated_as_its_source(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scheme", ["bf16", "w8a8_dynamic", "w8a8_static", "w8a8_mix", "fp8_block", "fp8_channel"])
 def test_a_config_is_estimated_as_the_checkpoint_that_is_made_of_it(tmp_path: Path, scheme: str) -> None:
-    from tests.support.running import reshard
-
-    done = reshard("synth", CONFIG, tmp_path / "m", "--scheme", scheme, "--scale", "1/16", "--layers", 4, "--sparse")
+    done = reshard("synth", R1, tmp_path / "m", "--scheme", scheme, "--scale", "1/16", "--layers", 4, "--sparse")
     assert done.code == 0, done.err
     config = read_config(tmp_path / "m" / "config.json")
-    alone = estimate(promised(config, "m", scheme), "keep", (1, 2, 4), A2, Options(24))
-    assert alone == _estimate(tmp_path / "m", 1, 2, 4)
+    assert estimated(promised(config, "m", scheme), (1, 2, 4)) == _estimate(tmp_path / "m", 1, 2, 4)
 
 
 def test_conversion_is_estimated_as_what_it_makes(tmp_path: Path) -> None:
     build(tmp_path / "model", Spec("fp8_block"))
     with open_source(str(tmp_path / "model")) as opened:
         checkpoint = describe(opened)
-    assert in_scheme(checkpoint, "keep") is in_scheme(checkpoint, "fp8_block") is checkpoint
     weights = 2 * 3 * 512 * 256
-    for scheme, held in (("bf16", 2 * weights), ("w8a8_dynamic", weights + 2 * (512 + 512 + 256) * 8)):
-        assert estimate(in_scheme(checkpoint, scheme), scheme, (1,), A2, Options(1)).unsplit.held == held
-    with pytest.raises(
-        SchemeError, match="the checkpoint is fp8_block, and --weights makes bf16 and w8a8_dynamic only"
-    ):
-        in_scheme(checkpoint, "int8_block")
+    for target, held in (("bf16", 2 * weights), ("w8a8", weights + 2 * (512 + 512 + 256) * 8)):
+        assert estimated(converted(checkpoint, target), (1,)).unsplit_bytes == held
 
 
 def test_r1_in_fp8_is_held_as_bf16() -> None:
-    found = estimate(r1("fp8_block"), "fp8_block", (8, 32), A2, Options(24))
-    assert found.as_bf16
-    assert found.sizes[0].held == 3 * 792_723_456 // 8
-    assert found.sizes[0].as_int8 is None
-    assert [refused.tp_size for refused in found.refused] == [32]
-    assert "576 rows, not a multiple of the 128-row scale block" in found.refused[0].reason
+    found = estimate({"fp8_block": r1("fp8_block")}, (8, 32), A2, Options(24))
+    (one,) = found.schemes
+    assert "fp8_block: no kernel multiplies it as it is; held and run as BF16" in found.notes
+    assert one.sizes[0].held_bytes == 3 * 792_723_456 // 8
+    assert one.sizes[0].gathered_as_int8 is None
+    assert [refused.tp_size for refused in one.refused] == [32]
+    assert "576 rows, not a multiple of the 128-row scale block" in one.refused[0].reason
 
 
 def test_float32_weights_have_no_rate(tmp_path: Path) -> None:
     build(tmp_path / "model", Spec("fp32"))
-    with pytest.raises(SchemeError, match=r"layers\.0\.mlp\.gate_proj\.weight: is F32, .* --scheme bf16"):
+    with pytest.raises(SchemeError, match=r"layers\.0\.mlp\.gate_proj\.weight: is F32, .* --weights bf16"):
         _estimate(tmp_path / "model", 1)
 
 
 def test_layers_of_several_schemes_add_up(tmp_path: Path) -> None:
-    """gate and up quantised, down not: tokens travel as int8, down multiplies in BF16."""
+    """gate and up quantized, down not: tokens travel as int8, down multiplies in BF16."""
     build(tmp_path / "model", Spec("modelslim_dynamic", down_recipe="modelslim_float"))
     (size,) = _estimate(tmp_path / "model", 2).sizes
-    assert size.as_int8 is not None
+    assert size.gathered_as_int8 is not None
     layer = Split(2, 24, 256, 256, "dynamic", "bf16")
-    assert size.as_int8.step_seconds == pytest.approx(2 * sum(layer_seconds(A2, layer).values()))
-    assert size.as_int8.wire == wire_of(A2, layer)
+    run = size.gathered_as_int8
+    assert run.step_seconds == pytest.approx(2 * sum(layer_seconds(A2, layer).values()))
+    assert (run.gather_bytes_per_layer, run.scatter_bytes_per_layer, run.messages_per_layer) == wire(A2, layer)
 
 
 # --- alignment ---
+
+
+def splits(share: int, hidden: int, gate_up: Way, down: Way) -> list[Split]:
+    return [Split(1, 24, hidden, share, gate_up, down)]
 
 
 @pytest.mark.parametrize(
@@ -314,10 +317,10 @@ def test_layers_of_several_schemes_add_up(tmp_path: Path) -> None:
     [(8, True, True, True), (32, True, True, False), (128, True, True, False), (256, False, False, False)],
 )
 def test_r1_s_tiles_and_blocks(tp_size: int, bf16: bool, int8: bool, blocks: bool) -> None:
-    share = 18432 // tp_size
-    for way, tiles in (("bf16", bf16), ("dynamic", int8), ("static", int8)):
-        found = verdict(A2.alignment, share, 7168, [(way, way)])  # type: ignore[list-item]
-        assert (found.tiles, found.blocks, found.too_wide) == (tiles, blocks, None)
+    ways: list[tuple[Way, bool]] = [("bf16", bf16), ("dynamic", int8), ("static", int8)]
+    for way, tiles in ways:
+        found = alignment(A2.alignment, splits(18432 // tp_size, 7168, way, way))
+        assert (found.tiles, found.blocks, found.too_wide) == (tiles, blocks, False)
         assert bool(found.notes) is not tiles
         if not tiles:
             number = "16 x 16 tiles of BF16" if way == "bf16" else "16 x 32 tiles of INT8"
@@ -325,18 +328,18 @@ def test_r1_s_tiles_and_blocks(tp_size: int, bf16: bool, int8: bool, blocks: boo
 
 
 def test_kernels_that_take_narrow_matrices_only() -> None:
-    wide = verdict(A2.alignment, 53248, 16384, [("dynamic", "dynamic")])
-    assert (wide.tiles, wide.notes) == (True, (wide.too_wide,))
-    assert wide.too_wide == "gate_up_proj is 106496 wide, the int8 kernel takes up to 65535: cut it for a larger group"
-    for fits in (("bf16", "bf16"), ("bf16", "dynamic")):
-        assert verdict(A2.alignment, 53248, 16384, [fits]).too_wide is None  # type: ignore[list-item]
-    assert verdict(A2.alignment, 53248 // 2, 16384, [("dynamic", "dynamic")]).too_wide is None
+    wide = alignment(A2.alignment, splits(53248, 16384, "dynamic", "dynamic"))
+    assert (wide.tiles, wide.too_wide) == (True, True)
+    assert wide.notes == ("gate_up_proj is 106496 wide, the int8 kernel takes up to 65535: cut it for a larger group",)
+    assert not alignment(A2.alignment, splits(53248, 16384, "bf16", "bf16")).too_wide
+    assert not alignment(A2.alignment, splits(53248, 16384, "bf16", "dynamic")).too_wide
+    assert not alignment(A2.alignment, splits(53248 // 2, 16384, "dynamic", "dynamic")).too_wide
 
 
 def test_a_device_without_tiles_has_no_verdict_on_them() -> None:
-    assert verdict(None, 7, 5, [("bf16", "bf16")]).tiles is None
-    tiles = Alignment(bf16_tile=[16, 16], int8_tile=[16, 32])
-    assert len(verdict(tiles, 7, 5, [("bf16", "bf16")]).notes) == 4
+    assert alignment(None, splits(7, 5, "bf16", "bf16")).tiles is None
+    tiles = Tiles(bf16_tile=[16, 16], int8_tile=[16, 32])
+    assert len(alignment(tiles, splits(7, 5, "bf16", "bf16")).notes) == 4
 
 
 # --- the recommendation ---
@@ -345,8 +348,8 @@ def test_a_device_without_tiles_has_no_verdict_on_them() -> None:
 def _recommend(
     profile: Profile, *tp_sizes: int, scheme: str = "w8a8_dynamic", tokens: int = 24
 ) -> tuple[int | None, str]:
-    found = recommend(profile, estimate(r1(scheme), scheme, tp_sizes, profile, Options(tokens)))
-    return found.tp_size, "; ".join(found.reasons)
+    found = estimated(r1(scheme), tp_sizes, profile, Options(tokens))
+    return found.recommended, "; ".join(found.reasons)
 
 
 def test_within_the_node_and_not_beyond() -> None:
@@ -378,15 +381,15 @@ def test_a_size_that_is_faster_but_left_out_is_named_with_its_own_reason() -> No
 
     On an A3, 4 leave the package, which is not why.
     """
-    config = read_config(CONFIG.with_name("deepseek-v2-lite.json"))
+    config = read_config(R1.with_name("deepseek-v2-lite.json"))
     pair = load_profile("atlas-a3-560t")
     lite, narrow = (promised(config | {"intermediate_size": size}, "lite", "w8a8_dynamic") for size in (10944, 10912))
-    assert recommend(pair, estimate(lite, "w8a8_dynamic", (1, 2, 4), pair, Options(24))).tp_size == 4
-    found = recommend(pair, estimate(narrow, "w8a8_dynamic", (1, 2, 4), pair, Options(24)))
-    assert found.tp_size == 2
+    assert estimated(lite, (1, 2, 4), pair).recommended == 4
+    found = estimated(narrow, (1, 2, 4), pair)
+    assert found.recommended == 2
     assert found.reasons[1].startswith("tp 4 takes 0.061 ms: I/R = 2728 is no multiple of 16")
-    found = recommend(A2, estimate(lite, "w8a8_dynamic", (1, 2, 8), A2, Options(24)))
-    assert found.tp_size == 1
+    found = estimated(lite, (1, 2, 8), A2)
+    assert found.recommended == 1
     assert found.reasons[0] == "0.078 ms unsplit"
     assert "takes 0.056 ms: I/R = 1368 is no multiple of 16" in found.reasons[-1]
 
@@ -395,12 +398,12 @@ def test_what_the_kernel_refuses_is_not_recommended() -> None:
     """Llama 3.1 405B's I: the runtime refuses a last dim of 2 * 53248."""
     wide = {"model_type": "llama", "hidden_size": 8192, "intermediate_size": 53248, "num_hidden_layers": 2}
     checkpoint = promised(wide, "wide", "w8a8_dynamic")
-    alone = recommend(A2, estimate(checkpoint, "w8a8_dynamic", (1,), A2, Options(24)))
-    assert alone.tp_size is None
+    alone = estimated(checkpoint, (1,), A2)
+    assert alone.recommended is None
     assert alone.reasons[0].startswith("gate_up_proj is 106496 wide, the int8 kernel takes up to 65535")
     slow = load_profile("atlas-a2-376t", ["network.node.bandwidth_gb_s=0.1"])
-    both = recommend(slow, estimate(checkpoint, "w8a8_dynamic", (1, 2), slow, Options(24)))
-    assert both.tp_size == 2
+    both = estimated(checkpoint, (1, 2), slow)
+    assert both.recommended == 2
     assert "tp 1 takes 2.508 ms: gate_up_proj is 106496 wide" in both.reasons[1]
 
 
@@ -429,10 +432,10 @@ def test_of_sizes_alike_the_one_that_holds_less() -> None:
             "efficiency.communication=1",
         ],
     )
-    found = estimate(r1("bf16"), "bf16", (2, 4, 8), free, Options(24))
+    found = estimated(r1("bf16"), (2, 4, 8), free)
     times = [size.runs.step_seconds for size in found.sizes]
     assert max(times) < 1.02 * min(times)
-    assert recommend(free, found).tp_size == 8
+    assert found.recommended == 8
 
 
 PROFILES = st.fixed_dictionaries(
@@ -471,22 +474,21 @@ def test_every_reason_is_true(
     tensor: int,
 ) -> None:
     profile = load_profile("atlas-a3-752t", [f"{key}={value}" for key, value in values.items()])
-    checkpoint = promised(read_config(CONFIG.with_name(f"{model}.json")), model, scheme)
+    checkpoint = promised(read_config(R1.with_name(f"{model}.json")), model, scheme)
     options = Options(tokens, 2, pad, None if spare is None else spare * tokens, tensor)
     try:
-        found = estimate(checkpoint, scheme, sorted(sizes), profile, options)
+        found = estimated(checkpoint, sizes, profile, options)
     except AlignmentError:  # for the tensor-parallel size itself, without which there is nothing to compare with
         assert tensor > 1
         return
-    chosen = recommend(profile, found)
     by_size = {size.tp_size: size for size in found.sizes}
-    if chosen.tp_size is None:
+    if found.recommended is None:
         assert not any(_can_run(profile, size) for size in found.sizes)
         return
-    best = by_size[chosen.tp_size]
+    best = by_size[found.recommended]
     assert _can_run(profile, best)
     named = {}
-    for reason in chosen.reasons:
+    for reason in found.reasons:
         if match := re.fullmatch(r"tp (\d+) takes ([0-9.]+) ms(?:: |, )(.+)", reason):
             named[int(match[1])] = match[3]
             assert f"{by_size[int(match[1])].runs.step_seconds * 1e3:.3f}" == match[2]
@@ -494,12 +496,12 @@ def test_every_reason_is_true(
         elif reason.startswith("no other size takes less"):
             assert all(size.runs.step_seconds >= best.runs.step_seconds for size in found.sizes)
         elif reason == f"{'unsplit' if tensor == 1 else 'tp 2'} takes less: this saves memory, not time":
-            assert found.unsplit.runs.step_seconds < best.runs.step_seconds
+            assert found.unsplit_seconds < best.runs.step_seconds
     assert {n for n, size in by_size.items() if size.runs.step_seconds < best.runs.step_seconds} <= named.keys()
 
 
 def _can_run(profile: Profile, size: Size) -> bool:
-    return size.held <= profile.memory.capacity_gib * GIB and size.alignment.too_wide is None
+    return size.held_bytes <= profile.memory.capacity_gib * GIB and not size.alignment.too_wide
 
 
 def _check_reason(profile: Profile, size: Size, best: Size, reason: str) -> None:
@@ -508,12 +510,12 @@ def _check_reason(profile: Profile, size: Size, best: Size, reason: str) -> None
     groups = {
         "gather and scatter": more["gather"] + more["scatter"],
         "matmuls": more["matmul"],
-        "quantising, SwiGLU and copies": more["vector"],
+        "quantizing, SwiGLU and copies": more["vector"],
     }
     if match := re.match(r"(.+) take ([0-9.]+) ms more", reason):
         assert groups[match[1]] == max(groups.values()) > 0
         assert f"{groups[match[1]]:.3f}" == match[2]
-        assert ("more weights" not in reason) or size.held > best.held
+        assert ("more weights" not in reason) or size.held_bytes > best.held_bytes
         if "over the" in reason:
             outer = profile.network[size.network]
             assert size.network != best.network
@@ -522,6 +524,6 @@ def _check_reason(profile: Profile, size: Size, best: Size, reason: str) -> None
         assert not _can_run(profile, size)
     elif "alike" in reason:
         assert best.runs.step_seconds <= 1.02 * size.runs.step_seconds
-        assert size.held >= best.held
+        assert size.held_bytes >= best.held_bytes
     else:
         assert (size.alignment.tiles, best.alignment.tiles) == (False, True)

@@ -1,16 +1,13 @@
 """Device profiles: what comes with the program, what is refused, what a machine's measurement becomes."""
 
 import re
-import signal
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
 from reshard.errors import ProfileError, UsageError
-from reshard.estimate.measure import _results, profile_of, to_toml
+from reshard.estimate.measure import profile_of, to_toml
 from reshard.estimate.profile import load_profile, names, parse_profile
 from tests.support.paths import ROOT
 
@@ -73,7 +70,7 @@ def test_the_wheel_has_them_where_they_are_looked_for() -> None:
         ('devices = 8\ntopology = "mesh"', 'topology = "mesh"', "network.node: a mesh has 2 devices or more"),
         ("[network.cluster]", "[network.cluster]\ndevices = 8", "network: each table after the first has more devices"),
         ("[16, 32]", "[16]", "alignment.int8_tile: List should have at least 2 items"),
-        ('alignment = "', 'align = "', "source: one line each is wanted for alignment, compute, efficiency"),
+        ('alignment = "', 'align = "', "source: expected one line each for alignment, compute, efficiency"),
         ("int8_tops = 752", "int8_tops =", "not valid TOML: Invalid value (at line 8"),
     ],
 )
@@ -193,12 +190,3 @@ def test_a_profile_is_written_as_it_is_read() -> None:
     for name in names():
         profile = load_profile(name)
         assert parse_profile(tomllib.loads(to_toml(profile)), "again") == profile
-
-
-def test_the_process_that_fails_first_is_the_error_and_the_others_are_ended() -> None:
-    codes = ("import signal; signal.pause()", "import sys; print('noise', file=sys.stderr); sys.exit('no such device')")
-    pipe = subprocess.PIPE
-    processes = [subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe, text=True) for code in codes]
-    with pytest.raises(ProfileError, match=r"^--measure: process 1 ended with 1: no such device$"):
-        _results(processes)
-    assert processes[0].returncode == -signal.SIGKILL

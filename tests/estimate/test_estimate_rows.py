@@ -4,34 +4,18 @@ from dataclasses import replace
 
 import pytest
 
-from reshard.checkpoint.config_only import promised, read_config
-from reshard.checkpoint.description import Checkpoint
 from reshard.errors import AlignmentError, UsageError
-from reshard.estimate.fixed import fixed_rows
-from reshard.estimate.model import all_reduce_seconds, collective_seconds, vector_seconds
 from reshard.estimate.profile import load_profile
-from reshard.estimate.recommend import recommend
-from reshard.estimate.sizes import Options, Size, estimate
-from reshard.estimate.step import Split, layer_seconds, wire_of
-from tests.support.paths import CONFIGS
-
-A2 = load_profile("atlas-a2-376t")
-
-
-def r1(scheme: str) -> Checkpoint:
-    return promised(read_config(CONFIGS / "deepseek-r1.json"), "deepseek-r1", scheme)
-
-
-def exact(tp_size: int) -> Size:
-    return estimate(r1("w8a8_dynamic"), "w8a8_dynamic", (tp_size,), A2, Options(24)).sizes[0]
-
+from reshard.estimate.sizes import Options
+from reshard.estimate.step import Collective, Kernel, Split, layer_seconds, wire
+from tests.support.estimating import A2, estimated, r1
 
 # --- fixed rows ---
 
 
 @pytest.mark.parametrize("reduce_bytes", [2, 4])
 def test_fixed_rows_are_multiplied_whatever_they_hold(reduce_bytes: int) -> None:
-    """Everything but quantising and packing grows from R T to R N rows, and what is kept is copied to and from.
+    """Everything but quantizing and packing grows from R T to R N rows, and what is kept is copied to and from.
 
     Without a cache and static costs, each byte that a vector kernel moves counts.
     """
@@ -50,10 +34,9 @@ def test_fixed_rows_are_multiplied_whatever_they_hold(reduce_bytes: int) -> None
         copies += 2 * tokens * hidden * 2
     else:  # narrowed into a tensor of its own anyway
         not_done += (rows - tokens) * hidden * (2 + 4)
-    assert seconds["vector"] - full["vector"] == pytest.approx(
-        vector_seconds(plain, copies) - vector_seconds(plain, not_done)
-    )
-    assert (wire_of(A2, fixed), fixed.rows) == (wire_of(A2, all_tokens), 40)
+    more = Kernel("vector", copies).seconds(plain) - Kernel("vector", not_done).seconds(plain)
+    assert seconds["vector"] - full["vector"] == pytest.approx(more)
+    assert (wire(A2, fixed), fixed.rows) == (wire(A2, all_tokens), 40)
 
 
 def test_as_many_fixed_rows_as_tokens_cost_three_copies() -> None:
@@ -72,16 +55,22 @@ def test_rows_that_stay_are_not_fixed() -> None:
 
 
 def test_what_fixed_rows_cost_r1() -> None:
-    checkpoint, options = r1("w8a8_dynamic"), Options(24, max_tokens=64)
-    found = estimate(checkpoint, "w8a8_dynamic", (1, 4, 8), A2, options)
-    four, eight = fixed_rows(checkpoint, found, A2, options)
-    assert [cost.tp_size for cost in (four, eight)] == [4, 8]
-    assert (eight.fixed.rows, eight.exact.rows, eight.unneeded) == (512, 192, 8 * (64 - 24))
-    assert (eight.fixed.gathered, eight.exact.gathered) == (64 * 7 * 7172, 24 * 7 * 7172)
-    assert (eight.fixed.scattered, eight.exact.scattered) == (64 * 7 * 14336, 24 * 7 * 14336)
-    assert eight.exact.step_seconds == exact(8).runs.step_seconds == pytest.approx(3 * eight.exact.layer_seconds)
-    assert eight.fixed.step_seconds == found.sizes[2].runs.step_seconds > eight.exact.step_seconds
-    assert fixed_rows(checkpoint, found, A2, Options(24)) == ()
+    found = estimated(r1("w8a8_dynamic"), (1, 4, 8), options=Options(24, max_tokens=64))
+    one, four, eight = (size.fixed_rows for size in found.sizes)
+    assert one is None
+    assert four is not None
+    assert eight is not None
+    assert (eight.fixed.rows_per_layer, eight.exact.rows_per_layer) == (512, 192)
+    assert (four.unneeded_rows_per_layer, eight.unneeded_rows_per_layer) == (4 * (64 - 24), 8 * (64 - 24))
+    for run, rows in ((eight.fixed, 64), (eight.exact, 24)):
+        assert (run.gather_bytes_per_layer, run.scatter_bytes_per_layer) == (rows * 7 * 7172, rows * 7 * 14336)
+        assert run.gather_bytes_per_token_layer == round(rows * 7 * 7172 / 24)
+    plain = estimated(r1("w8a8_dynamic"), (8,)).sizes[0]
+    assert plain.fixed_rows is None
+    assert eight.exact == plain.runs
+    assert plain.runs.step_seconds == pytest.approx(3 * plain.runs.layer_seconds)
+    assert found.sizes[2].runs == eight.fixed
+    assert eight.fixed.step_seconds > eight.exact.step_seconds
 
 
 def test_fewer_rows_than_tokens_are_refused() -> None:
@@ -95,40 +84,41 @@ def test_fewer_rows_than_tokens_are_refused() -> None:
 def test_tokens_travel_among_data_parallel_ranks_and_sums_are_added_by_tensor_parallel_ones() -> None:
     """16 ranks, 4 data-parallel ones of 4: the four that exchange rows lie over two meshes of eight."""
     split = Split(16, 24, 7168, 1152, "dynamic", "dynamic", tensor_parallel_size=4)
-    wire = wire_of(A2, split)
-    assert wire.gathered == 24 * 3 * 7172
-    assert wire.scattered == 24 * 3 * 2 * 7168 + 24 * 2 * 2 * 7168 * 3 // 4
-    assert wire.messages == 2 * 2 + 2 * 3
+    sums = 24 * 2 * 2 * 7168 * 3 // 4
+    assert wire(A2, split) == (24 * 3 * 7172, 24 * 3 * 2 * 7168 + sums, 2 * 2 + 2 * 3)
     seconds, four = layer_seconds(A2, split), replace(split, tp_size=4, tensor_parallel_size=1)
-    assert seconds["gather"] == collective_seconds(A2, 4, 24 * 7172, 16) > layer_seconds(A2, four)["gather"]
+    assert seconds["gather"] == Collective("gather", 4, 24 * 7172, 16).seconds(A2) > layer_seconds(A2, four)["gather"]
     assert seconds["scatter"] == pytest.approx(
-        collective_seconds(A2, 4, 24 * 2 * 7168, 16) + all_reduce_seconds(A2, 4, 24 * 2 * 7168)
+        Collective("scatter", 4, 24 * 2 * 7168, 16).seconds(A2)
+        + Collective("scatter", 4, 24 * 2 * 7168, 4, all_reduce=True).seconds(A2)
     )
     assert (seconds["matmul"], seconds["vector"]) == (
         layer_seconds(A2, four)["matmul"],
         layer_seconds(A2, four)["vector"],
     ), "4 times 24 rows either way"
     fixed = replace(split, max_tokens=64)
-    assert (fixed.rows, wire_of(A2, fixed).gathered) == (4 * 64, 64 * 3 * 7172)
-    assert wire_of(A2, fixed).scattered == 64 * 3 * 2 * 7168 + 24 * 2 * 2 * 7168 * 3 // 4, "24 results are added up"
+    assert fixed.rows == 4 * 64
+    assert wire(A2, fixed)[:2] == (64 * 3 * 7172, 64 * 3 * 2 * 7168 + sums), "24 results are added up"
 
 
 def test_the_tensor_parallel_size_alone_is_the_engine_s_own_cut() -> None:
-    found = estimate(r1("w8a8_dynamic"), "w8a8_dynamic", (4, 6, 8, 16), A2, Options(24, tensor_parallel_size=4))
+    options = Options(24, tensor_parallel_size=4)
+    found = estimated(r1("w8a8_dynamic"), (4, 6, 8, 16), options=options)
     assert [size.tp_size for size in found.sizes] == [4, 8, 16]
     assert [(refused.tp_size, refused.reason) for refused in found.refused] == [
-        (6, "it counts tensor-parallel ranks, too: a multiple of 4 is wanted")
+        (6, "it counts tensor-parallel ranks, too: expected a multiple of 4")
     ]
-    four = found.sizes[0]
-    assert found.unsplit.held == four.held == exact(4).held
-    assert (four.saved, found.sizes[1].saved) == (0, four.held - found.sizes[1].held)
-    assert four.as_bf16 == four.as_int8
-    assert (four.runs.wire.gathered, four.runs.seconds["gather"]) == (0, 0)
-    assert four.runs.wire.scattered == 24 * 2 * 2 * 7168 * 3 // 4
-    assert recommend(A2, found).reasons[0] == "no other size takes less than the 0.383 ms at tp 4"
-    alone = estimate(r1("w8a8_dynamic"), "w8a8_dynamic", (8,), A2, Options(24, tensor_parallel_size=4))
-    assert alone.unsplit == four
-    assert recommend(A2, alone).reasons == (
+    four, eight, _ = found.sizes
+    (plain,) = estimated(r1("w8a8_dynamic"), (4,)).sizes
+    assert found.unsplit_bytes == four.held_bytes == plain.held_bytes
+    assert (four.saved_bytes, eight.saved_bytes) == (0, four.held_bytes - eight.held_bytes)
+    assert four.gathered_as_bf16 == four.gathered_as_int8
+    assert (four.runs.gather_bytes_per_layer, four.runs.seconds["gather"]) == (0, 0)
+    assert four.runs.scatter_bytes_per_layer == 24 * 2 * 2 * 7168 * 3 // 4
+    assert found.reasons[0] == "no other size takes less than the 0.383 ms at tp 4"
+    alone = estimated(r1("w8a8_dynamic"), (8,), options=options)
+    assert (alone.unsplit_bytes, alone.unsplit_seconds) == (four.held_bytes, four.runs.step_seconds)
+    assert alone.reasons == (
         "0.402 ms a step, 0.383 ms at tp 4; a device holds 0.139 GiB and saves 0.139",
         "tp 4 takes less: this saves memory, not time",
     )
@@ -136,4 +126,4 @@ def test_the_tensor_parallel_size_alone_is_the_engine_s_own_cut() -> None:
 
 def test_a_tensor_parallel_size_that_cannot_be_cut_for() -> None:
     with pytest.raises(AlignmentError, match="is not divisible by tp 5"):
-        estimate(r1("bf16"), "bf16", (5, 10), A2, Options(24, tensor_parallel_size=5))
+        estimated(r1("bf16"), (5, 10), options=Options(24, tensor_parallel_size=5))

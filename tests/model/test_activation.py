@@ -119,7 +119,7 @@ def test_what_is_no_number_stays_none(case: Case) -> None:
 
 
 @by_case
-def test_the_int8_path_quantises_what_the_formula_gives(case: Case) -> None:
+def test_the_int8_path_quantizes_what_the_formula_gives(case: Case) -> None:
     generator = torch.Generator().manual_seed(0)
     sums = torch.randint(-(2**20), 2**20, (6, 80), dtype=torch.int32, generator=generator)
     scale, token = (torch.rand(size, generator=generator) * factor for size, factor in ((80, 1e-5), (6, 1.0)))

@@ -431,7 +431,7 @@ def test_an_encoder_and_a_decoder() -> None:
         ),
         ({"block_ff_dim": 512, "ffn_hidden_size": 9}, "but block_ff_dim = 512, ffn_hidden_size = 9; where"),
         ({"block_configs": [{"ffn": {"ffn_mult": 2.0}}]}, "block_configs gives each layer a width of its own: such a"),
-        ({"moe_intermediate_size": 32}, "intermediate_size is None, a whole number is wanted"),
+        ({"moe_intermediate_size": 32}, "intermediate_size is None, expected a whole number from 1"),
     ],
     ids=str,
 )
@@ -576,7 +576,7 @@ def test_whatever_a_config_holds_is_read_or_refused_in_a_line(keys: dict[str, An
     "key", ["num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers", "mtp_num_hidden_layers", "num_mtp_modules"]
 )
 def test_counts_of_mtp_layers(key: str) -> None:
-    assert read(**{key: 2}).prediction_layers == 2
+    assert read(**{key: 2}).mtp_layers == 2
     with pytest.raises(SourceError, match=f"{key} is -1"):
         read(**{key: -1})
 

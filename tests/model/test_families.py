@@ -23,7 +23,7 @@ from reshard.model.activation import GELU, GELU_TANH, SILU, Activation
 from reshard.model.config import ModelConfig, read_model_config
 from reshard.model.config.act import ALIASES
 from reshard.model.config.families import FAMILIES
-from reshard.model.config.sizes import DEFAULTS
+from reshard.model.config.sizes import default_sizes
 from reshard.model.naming import stands_beside
 
 _FUNCTIONS = {
@@ -253,14 +253,14 @@ def test_what_config_json_says_is_what_the_class_makes_of_it(model_type: str, ke
 
 def test_sizes_that_a_nested_config_leaves_out() -> None:
     """Those of the class."""
-    for model_type, sizes in DEFAULTS.items():
+    for model_type, sizes in default_sizes().items():
         whole = json.loads(json.dumps(CONFIG_MAPPING[model_type]().to_dict(), default=str))
         (model, brief) = (read_model_config({"text_config": said}) for said in (whole, {"model_type": model_type}))
         for key in sizes:
             assert getattr(brief, key) == getattr(model, key), (model_type, key)
         assert any(f"{key} {value}" in doubt for doubt in brief.doubts for key, value in sizes.items())
     wrappers = {"qwen2_vl", "qwen2_5_vl", "glm4v", "glm4v_moe", "glm5_next"}
-    assert DEFAULTS.keys() == {*WITH_DENSE} - wrappers | _OWN_PARTS
+    assert default_sizes().keys() == {*WITH_DENSE} - wrappers | _OWN_PARTS
 
 
 @pytest.mark.parametrize("name", sorted(ALIASES))

@@ -31,7 +31,7 @@ def test_sizes() -> None:
         hidden_size=7168,
         intermediate_size=18432,
         num_hidden_layers=8,
-        prediction_layers=1,
+        mtp_layers=1,
         dense_layers=frozenset(range(8)),
         reason="no experts, num_hidden_layers = 8",
         activations=(Activation("silu"),) * 8,
@@ -53,7 +53,7 @@ def test_deepseek_r1() -> None:
     )
     assert found.dense_layers == {0, 1, 2}
     assert found.reason == "first_k_dense_replace = 3, moe_layer_freq = 1"
-    assert found.prediction_layers == 1
+    assert found.mtp_layers == 1
 
 
 @pytest.mark.parametrize(
@@ -138,8 +138,8 @@ def test_sizes_must_be_whole_numbers(key: str, value: object) -> None:
         ({"n_routed_experts": 8, "moe_layer_freq": 0}, "moe_layer_freq is 0"),
         ({"n_routed_experts": 8, "moe_layer_freq": True}, "moe_layer_freq is True"),
         ({"n_routed_experts": 8, "moe_layer_freq": [0, 1]}, "moe_layer_freq has 2 entries for 8 layers"),
-        ({"num_experts": 8, "decoder_sparse_step": 0}, "decoder_sparse_step 0"),
-        ({"num_experts": 8, "mlp_only_layers": 3}, "mlp_only_layers 3"),
+        ({"num_experts": 8, "decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
+        ({"num_experts": 8, "mlp_only_layers": 3}, "mlp_only_layers is 3"),
         ({"num_experts": 8, "mlp_only_layers": ["0"]}, "mlp_only_layers"),
         ({"mlp_layer_types": "dense"}, "mlp_layer_types"),
         ({"mlp_layer_types": ["dense"] * 7}, "mlp_layer_types has 7 entries for 8 layers"),
@@ -217,7 +217,7 @@ def test_real_configs(real_checkpoint: Path) -> None:
     """What real tools write: hidden 256, intermediate 512, two dense layers of four or all of three."""
     raw = json.loads((real_checkpoint / "config.json").read_text())
     found = read_model_config(raw)
-    assert (found.hidden_size, found.intermediate_size, found.prediction_layers) == (256, 512, 1)
+    assert (found.hidden_size, found.intermediate_size, found.mtp_layers) == (256, 512, 1)
     all_dense = real_checkpoint.name.endswith("all-dense")
     assert found.dense_layers == ({0, 1, 2} if all_dense else {0, 1})
     assert found.num_hidden_layers == (3 if all_dense else 4)

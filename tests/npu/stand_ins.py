@@ -40,7 +40,7 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _quantise(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """scale = rowMax(abs(x)) / 127, y = round(x / scale), as documented; a row of zeros is taken to give zeros."""
     scale = value.abs().amax(-1) / _INT8_MAX
     scaled = torch.where(scale[..., None] > 0, value / scale[..., None], torch.zeros_like(value))
@@ -56,7 +56,7 @@ def npu_dynamic_quant(
     _require(
         smooth_scales is None and group_index is None and dst_type in (None, 1), "npu_dynamic_quant: not used here"
     )
-    return _quantise(x.float())
+    return _quantize(x.float())
 
 
 def npu_quant_matmul(
@@ -150,7 +150,7 @@ def npu_dequant_swiglu_quant(
         all(o is None for o in others) and quant_mode == 1 and swiglu_mode == 0, "npu_dequant_swiglu_quant: not used"
     )
     left, right = (x.float() * weight_scale * activation_scale[:, None]).chunk(2, -1)
-    return _quantise(F.silu(left) * right if activate_left else F.silu(right) * left)
+    return _quantize(F.silu(left) * right if activate_left else F.silu(right) * left)
 
 
 def npu_swiglu(x, dim=-1):

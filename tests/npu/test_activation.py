@@ -50,12 +50,12 @@ def test_a_torch_npu_without_the_clipped_kernel(monkeypatch: pytest.MonkeyPatch)
 
 
 @by_case
-def test_only_plain_silu_is_fused_with_the_quantisation(case: Case) -> None:
+def test_only_plain_silu_is_fused_with_the_quantization(case: Case) -> None:
     """npu_dequant_swiglu_quant's own limit goes with gate and up from odd and even columns."""
     assert (NpuKernels().gated_int8(case.activation) is not None) == (case.activation == PLAIN)
 
 
-QUANTISE = {"modelslim_dynamic": "npu_dynamic_quant", "modelslim_static": "npu_quantize"}
+QUANTIZE = {"modelslim_dynamic": "npu_dynamic_quant", "modelslim_static": "npu_quantize"}
 PLAIN, LIMITED = Activation(SILU), Activation(SILU, LIMIT)
 
 
@@ -63,14 +63,14 @@ def _wanted_calls(activation: Activation, recipe: str) -> list[str]:
     kernel = {PLAIN: "npu_swiglu", LIMITED: "npu_clipped_swiglu"}.get(activation, "npu_geglu")
     if recipe == "bf16":
         return [kernel]
-    between = [kernel, QUANTISE[recipe]]
+    between = [kernel, QUANTIZE[recipe]]
     if recipe == "modelslim_dynamic" and activation == PLAIN:
         between = ["npu_dequant_swiglu_quant"]
-    return [QUANTISE[recipe], "npu_quant_matmul", *between, "npu_quant_matmul"]
+    return [QUANTIZE[recipe], "npu_quant_matmul", *between, "npu_quant_matmul"]
 
 
 @by_case
-@pytest.mark.parametrize("recipe", ["bf16", *QUANTISE])
+@pytest.mark.parametrize("recipe", ["bf16", *QUANTIZE])
 def test_a_layer(tmp_path: Path, case: Case, recipe: str) -> None:
     dense = {"mlp_layer_types": ["dense", "dense", "sparse"]} if "swiglu_limit" in case.config else {}
     build(tmp_path / "model", Spec(recipe, HIDDEN, INTERMEDIATE, computable=True, config=case.config | dense))
@@ -81,7 +81,7 @@ def test_a_layer(tmp_path: Path, case: Case, recipe: str) -> None:
     with Calls() as calls:
         found = ffn(x_TH)
     wanted = DenseFFN(layer)(x_TH)
-    # Of W8A8 dynamic, all but plain silu rounds gate and up to BF16 before h is quantised: some h are a step away.
+    # Of W8A8 dynamic, all but plain silu rounds gate and up to BF16 before h is quantized: some h are a step away.
     bound = 0.02 if recipe == "modelslim_dynamic" and case.activation != PLAIN else BF16_BOUND
     assert (found.double() - wanted.double()).norm() <= bound * wanted.double().norm()
     assert [name.removeprefix("npu::") for name in calls.names] == _wanted_calls(case.activation, recipe)

@@ -6,9 +6,7 @@ from typing import Any
 
 import pytest
 
-from reshard.checks import device
 from reshard.schemes import SCHEMES
-from reshard_runtime.kernels import npu
 from reshard_runtime.kernels.npu import NpuKernels
 from tests.model.test_models import CONFIGS
 from tests.support.checking import failed, findings, of
@@ -39,8 +37,8 @@ def test_a_matrix_that_is_too_wide_is_refused_by_the_forward_too(tmp_path: Path)
 
 def test_what_torch_npu_refuses_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that is called with a wrong operand: its own words are the line."""
-    quantise = NpuKernels.quantise_dynamic
-    monkeypatch.setattr(NpuKernels, "quantise_dynamic", lambda self, x: quantise(self, x[:, :-32]))
+    quantize = NpuKernels.quantize_dynamic
+    monkeypatch.setattr(NpuKernels, "quantize_dynamic", lambda self, x: quantize(self, x[:, :-32]))
     ((check, message),) = failed("--config", R1, "--scheme", "w8a8_dynamic", "--tp", 8, "--device", "npu")
     assert check == "forward"
     assert message.startswith("tp 8: model.layers.0.mlp: ")
@@ -62,8 +60,3 @@ def test_the_forward_is_that_of_the_layer_s_activation(
     found = forward("--config", tmp_path / "config.json", "--scheme", "w8a8_dynamic", "--tp", 8)
     assert found["severity"] == severity
     assert found["message"].startswith(said)
-
-
-def test_the_check_s_numbers_are_the_backend_s() -> None:
-    assert device.LAST_DIM_LIMIT == npu._LAST_DIM_LIMIT
-    assert set(SCHEMES) - device.AS_BF16 == {scheme for scheme in SCHEMES if NpuKernels().has(scheme)}

@@ -69,7 +69,7 @@ def test_every_call_is_accepted(scheme: str, tp_size: int, tokens: int) -> None:
     width = {"w8a8_dynamic": H + 4, "w8a8_mix": H + 4, "w8a8_static": H}.get(scheme, H)
     assert (rows.shape, rows.dtype.itemsize) == ((tokens, width), 1 if "w8a8" in scheme else 2)
     for dtype in (ffn.dtype, torch.float32):
-        partial = ffn.of_packed(rows.repeat(tp_size, 1), dtype)
+        partial = ffn.forward_packed(rows.repeat(tp_size, 1), dtype)
         assert (partial.shape, partial.dtype, partial.is_meta) == ((tokens * tp_size, H), dtype, True)
 
 
@@ -78,7 +78,7 @@ def test_every_call_is_accepted(scheme: str, tp_size: int, tokens: int) -> None:
 def test_every_activation_is_accepted(scheme: str, case: Case) -> None:
     ffn = PartialFFN(_layer(scheme, 8, activation=case.activation), NpuKernels(), None, "dynamic")
     rows = ffn.pack(torch.empty(24, H, dtype=ffn.dtype, device="meta"))
-    assert ffn.of_packed(rows, ffn.dtype).shape == (24, H)
+    assert ffn.forward_packed(rows, ffn.dtype).shape == (24, H)
 
 
 @pytest.mark.parametrize("activation", [None, Activation("situ")])
@@ -92,25 +92,25 @@ def test_an_activation_that_is_not_known_is_refused(activation: Activation | Non
 @pytest.mark.parametrize("scheme", ["w8a8_mix", "w8a8_static", "w8a8_dynamic"])
 def test_w8a8_runs_in_either_type(scheme: str, mix: str, dtype: torch.dtype) -> None:
     ffn = PartialFFN(_layer(scheme, 8), NpuKernels(), dtype, mix)
-    assert ffn.of(torch.empty(5, H, dtype=dtype, device="meta"), dtype).shape == (5, H)
+    assert ffn.forward_local(torch.empty(5, H, dtype=dtype, device="meta"), dtype).shape == (5, H)
 
 
-def test_quantised_gate_and_up_with_a_plain_down() -> None:
+def test_quantized_gate_and_up_with_a_plain_down() -> None:
     ffn = PartialFFN(_layer("w8a8_dynamic", 8, down="bf16"), NpuKernels(), None, "dynamic")
-    assert ffn.of(torch.empty(5, H, dtype=torch.bfloat16, device="meta"), torch.bfloat16).shape == (5, H)
+    assert ffn.forward_local(torch.empty(5, H, dtype=torch.bfloat16, device="meta"), torch.bfloat16).shape == (5, H)
 
 
 @pytest.mark.parametrize("scheme", ["w8a8_dynamic", "w8a8_static"])
 def test_a_wrong_share_is_refused_by_torch_npu(scheme: str) -> None:
     ffn = PartialFFN(_layer(scheme, 8, down_in=I // 8 - 32), NpuKernels(), None, "dynamic")
     with pytest.raises(RuntimeError, match="k dim of x1 and x2 need be same"):
-        ffn.of(torch.empty(3, H, dtype=torch.bfloat16, device="meta"), torch.bfloat16)
+        ffn.forward_local(torch.empty(3, H, dtype=torch.bfloat16, device="meta"), torch.bfloat16)
 
 
 def test_a_wrong_hidden_size_is_refused_by_torch_npu() -> None:
     ffn = PartialFFN(_layer("w8a8_dynamic", 8), NpuKernels(), None, "dynamic")
     with pytest.raises(RuntimeError, match="k dim of x1 and x2 need be same"):
-        ffn.of(torch.empty(3, H + 32, dtype=torch.bfloat16, device="meta"), torch.bfloat16)
+        ffn.forward_local(torch.empty(3, H + 32, dtype=torch.bfloat16, device="meta"), torch.bfloat16)
 
 
 def test_a_last_dim_above_the_kernel_s_is_refused_by_name() -> None:

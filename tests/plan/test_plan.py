@@ -24,7 +24,7 @@ from tests.support.builders import RECIPES, Spec, config_of, description_of
 BLOCK = 128
 ITEMSIZE = {"I8": 1, "F8_E4M3": 1, "BF16": 2, "F16": 2, "F32": 4, "I32": 4, "I64": 8}
 MODELSLIM = [name for name, recipe in RECIPES.items() if recipe.description]
-UNQUANTISED = ["bf16", "fp16", "fp32"]
+UNQUANTIZED = ["bf16", "fp16", "fp32"]
 
 Ids = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -68,7 +68,7 @@ def checkpoint_of(spec: Spec, order: list[str] | None = None) -> Checkpoint:
 
 
 def excepting(recipe: str, key: str, roles: list[str]) -> dict[str, Any]:
-    """A config that leaves some roles unquantised."""
+    """A config that leaves some roles unquantized."""
     quantization = dict(RECIPES[recipe].quantization_config or {})
     quantization[key] = [f"model.layers.{layer}.mlp.{role}" for layer in range(4) for role in roles]
     return {"quantization_config": quantization}
@@ -79,17 +79,17 @@ KEYS = {"fp8_block": "modules_to_not_convert", "int8_block": "ignored_layers"}
 
 @st.composite
 def specs(draw: st.DrawFn, intermediate: int | None = None) -> Spec:
-    """Any recipe, alone or with down unquantised (or quantised in another way), or with only down quantised."""
+    """Any recipe, alone or with down unquantized (or quantized in another way), or with only down quantized."""
     recipe = draw(st.sampled_from(list(RECIPES)))
     down: str | None = None
     config: dict[str, Any] = {}
     mixing = draw(st.sampled_from(["alone", "float down", "only down"]))
     key = KEYS.get(recipe, "ignore")
     if recipe in MODELSLIM and mixing != "alone":
-        down = draw(st.sampled_from(MODELSLIM + UNQUANTISED))
-    elif recipe not in UNQUANTISED and mixing == "float down":
+        down = draw(st.sampled_from(MODELSLIM + UNQUANTIZED))
+    elif recipe not in UNQUANTIZED and mixing == "float down":
         down, config = "bf16", excepting(recipe, key, ["down_proj"])
-    elif recipe not in UNQUANTISED and mixing == "only down":
+    elif recipe not in UNQUANTIZED and mixing == "only down":
         recipe, down, config = "bf16", recipe, excepting(recipe, key, ["gate_proj", "up_proj"])
     return Spec(
         recipe,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import reshard
+import reshard_runtime
 from reshard.plan.pipeline import Cut
 from tests.support.builders import Spec, build
 from tests.support.running import reshard_process, split
@@ -17,11 +18,19 @@ HEAVY = ("torch", "numpy", "pydantic", "blake3", "safetensors", "huggingface_hub
 VOCABULARY = (
     "manifest",
     "errors",
+    "fit",
     "model.activation",
     "model.naming",
+    "schemes",
+    "schemes.match",
+    "schemes.table",
+    "tensors.dtypes",
+    "tensors.tiles",
     "source.opened",
     "source.recognise",
     "source.weights",
+    "tensors.dtypes",
+    "tensors.header",
 )
 NO_TORCH = "import sys; sys.modules['torch'] = None"  # `import torch` raises ImportError
 
@@ -84,13 +93,15 @@ def _modules(package: str = "reshard") -> dict[str, Path]:
     return {".".join((package, *path.relative_to(folder).with_suffix("").parts)): path for path in paths}
 
 
-@pytest.mark.parametrize("package", ["reshard", "reshard_runtime"])
-def test_there_is_no_import_cycle(package: str) -> None:
-    modules = _modules(package)
+def test_there_is_no_import_cycle() -> None:
+    """Of both packages together: `reshard check` asks the runtime, which reads the manifest by `reshard`."""
+    modules = _modules("reshard") | _modules("reshard_runtime")
     graph = {
         name: {m for i in _imports(path) for m in (i, f"{i}.__init__") if m in modules}
         for name, path in modules.items()
     }
+    # `import reshard` names its library for type checkers, and imports it when it is asked for.
+    graph.get("reshard.__init__", set()).difference_update({"reshard.api", "reshard.manifest"})
     done: set[str] = set()
 
     def visit(name: str, above: tuple[str, ...]) -> None:
@@ -112,9 +123,12 @@ def test_only_two_modules_import_torch() -> None:
 def test_the_runtime_takes_only_the_vocabulary() -> None:
     """How files are opened, named and recognised among it.
 
-    And the engine's hook the option's rules, which the command line's checks say in the same words.
+    And the engine's hook the option's rules, which the command line's checks say in the same words; the demo all that
+    cuts and verifies.
     """
     for path in (PACKAGE.parent / "runtime").rglob("*.py"):
+        if path.name == "demo.py":
+            continue
         allowed = {f"reshard.{name}" for name in VOCABULARY}
         if "vllm" in path.parts:
             allowed |= {"reshard.checks.serving_option"}
@@ -129,6 +143,25 @@ def test_the_runtime_imports_no_engine_and_no_other_device() -> None:
     loaded = {name.split(".")[0] for name in out}
     assert "torch" in loaded
     assert not loaded & {"vllm", "transformers", "torch_npu", "typer", "rich", "huggingface_hub"}
+
+
+@pytest.mark.parametrize("other", ["runtime.py", "runtime/__init__.py"])
+def test_a_module_called_runtime_beside_it_takes_nothing_from_it(tmp_path: Path, other: str) -> None:
+    """What the wheel installs, and what the engine's entry point names, has a name of its own."""
+    import subprocess
+
+    (tmp_path / other).parent.mkdir(exist_ok=True)
+    (tmp_path / other).write_text("raise RuntimeError('the working directory has a module called runtime')")
+    code = """
+from importlib.metadata import entry_points
+(plugin,) = entry_points(group="vllm.general_plugins", name="denseffn_shards")
+import reshard.checks.device, reshard_runtime.demo
+print(plugin.load().__module__, *reshard_runtime.__all__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["reshard_runtime.serving.vllm", *reshard_runtime.__all__]
+    assert {"DenseFFN", "load_shard"} <= set(reshard_runtime.__all__)
 
 
 @pytest.mark.parametrize("name", [*VOCABULARY, "checks.serving_option"])

@@ -160,19 +160,19 @@ def test_weight_only_is_no_dynamic_scheme() -> None:
 
 
 def test_groups_target_modules() -> None:
-    """Per-layer mixing: what no group targets is not quantised."""
+    """Per-layer mixing: what no group targets is not quantized."""
     mixed = copy.deepcopy(DYNAMIC)
     mixed["config_groups"]["group_0"]["targets"] = [
         r"re:.*layers\.0\.mlp\.(gate|up)_proj$",
         "model.layers.1.mlp.down_proj",
     ]
-    quantised = [
+    quantized = [
         f"model.layers.{i}.mlp.{role}"
         for i in (0, 1)
         for role in ROLES
         if declared(mixed, f"model.layers.{i}.mlp.{role}")[0] != "FLOAT"
     ]
-    assert quantised == ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"]
+    assert quantized == ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"]
 
 
 def two_groups(first: list[str], second: list[str], **weights: Any) -> dict[str, Any]:
@@ -206,10 +206,10 @@ def test_two_groups_of_one_rank_must_be_alike() -> None:
         declared(two_groups(*patterns, num_bits=4))
 
 
-def test_quantised_outputs_are_no_known_scheme() -> None:
-    quantised = group()
-    quantised["config_groups"]["group_0"]["output_activations"] = {"type": "int", "num_bits": 8}
-    assert declared(quantised)[0].endswith(", outputs int8")
+def test_quantized_outputs_are_no_known_scheme() -> None:
+    quantized = group()
+    quantized["config_groups"]["group_0"]["output_activations"] = {"type": "int", "num_bits": 8}
+    assert declared(quantized)[0].endswith(", outputs int8")
 
 
 EXCEPTIONS = [
@@ -357,7 +357,7 @@ def test_each_recipe_is_recognised(recipe: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("recipe", ["modelslim_dynamic", "modelslim_static", "modelslim_mix"])
-def test_gate_and_up_quantised_with_down_float(recipe: str, tmp_path: Path) -> None:
+def test_gate_and_up_quantized_with_down_float(recipe: str, tmp_path: Path) -> None:
     build(tmp_path / "model", Spec(recipe, down_recipe="bf16"))
     description = json.loads((tmp_path / "model" / DESCRIPTION).read_text())
     assert description["model.layers.0.mlp.down_proj.weight"] == "FLOAT"
@@ -390,7 +390,7 @@ def test_one_layer_excepted_by_the_config(tmp_path: Path) -> None:
     with pytest.raises(SchemeError) as caught:
         described(tmp_path / "model")
     assert "model.layers.1.mlp.gate_proj: config.json (quantization_config.modules_to_not_convert)" in str(caught.value)
-    assert "leaves it unquantised" in str(caught.value) or "says bf16" in str(caught.value)
+    assert "leaves it unquantized" in str(caught.value) or "says bf16" in str(caught.value)
     assert "are fp8_block" in str(caught.value)
 
 

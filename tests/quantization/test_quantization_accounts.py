@@ -8,7 +8,7 @@ import pytest
 
 from reshard.errors import SchemeError
 from reshard.quantization import Accounts, Schemes, list_accounts, without_quantization
-from reshard.schemes import Found
+from reshard.schemes import StoredTensor
 from reshard.source.open import describe, open_source
 from tests.support.builders import RECIPES, Spec, build
 
@@ -24,12 +24,12 @@ SLIM = (DESCRIPTION, {f"{MODULE}.weight": "W8A8_DYNAMIC"})
 NVFP4 = {"quantization": {"quant_algo": "NVFP4", "exclude_modules": ["lm_head"]}}
 
 
-def tensors(**dtypes: str) -> dict[str, Found]:
+def tensors(**dtypes: str) -> dict[str, StoredTensor]:
     """A linear's tensors: suffix -> type and, with a space, what its shape is called."""
     found = {}
     for suffix, text in dtypes.items():
         dtype, _, shape = text.partition(" ")
-        found[suffix] = Found(dtype, SHAPES[shape or "out,in"], "model.safetensors")
+        found[suffix] = StoredTensor(dtype, SHAPES[shape or "out,in"], "model.safetensors")
     return found
 
 
@@ -43,14 +43,14 @@ STATIC = tensors(weight="I8", input_scale="F32 1", input_offset="F32 1", quant_b
 FP4 = tensors(weight="U8", weight_scale="F8_E4M3 out,1", weight_scale_2="F32 1", input_scale="F32 1")
 
 
-def decided(found: Mapping[str, Found], accounts: Accounts) -> tuple[str, tuple[int, int] | None, list[str]]:
+def decided(found: Mapping[str, StoredTensor], accounts: Accounts) -> tuple[str, tuple[int, int] | None, list[str]]:
     """(scheme, block, warnings)"""
     schemes = Schemes(accounts)
     variant, block = schemes.decide(MODULE, found)
     return variant.scheme, block, list(schemes.warnings())
 
 
-def refused(found: Mapping[str, Found], accounts: Accounts) -> str:
+def refused(found: Mapping[str, StoredTensor], accounts: Accounts) -> str:
     """The message."""
     with pytest.raises(SchemeError) as caught:
         decided(found, accounts)
@@ -136,9 +136,9 @@ def test_blocks_that_differ_are_a_contradiction() -> None:
 
 @pytest.mark.parametrize("scheme", [None, "fp8_block"])
 def test_two_blocks_that_both_fit_are_refused(scheme: str | None) -> None:
-    small = {"weight": Found("F8_E4M3", (64, 64), "f"), "weight_scale_inv": Found("F32", (1, 1), "f")}
+    small = {"weight": StoredTensor("F8_E4M3", (64, 64), "f"), "weight_scale_inv": StoredTensor("F32", (1, 1), "f")}
     line = refused(small, Accounts(two_blocks([128, 256]), scheme=scheme))
-    assert "fit both: make the two say what the weights are" in line
+    assert "they fit both; make the two say what the weights are" in line
     assert "blocks of 128 x 256" in line
 
 
@@ -158,7 +158,7 @@ def test_the_order_of_files() -> None:
     ],
     ids=str,
 )
-def test_modelopt_s_own_file(content: dict[str, Any], found: dict[str, Found], scheme: str) -> None:
+def test_modelopt_s_own_file(content: dict[str, Any], found: dict[str, StoredTensor], scheme: str) -> None:
     assert decided(found, Accounts({}, modelopt=content)) == (scheme, None, [])
 
 
@@ -179,7 +179,7 @@ def test_modelopt_s_mixed_layers() -> None:
         (PLAIN, of({"quant_method": "quark", "exclude": [MODULE]}, modelopt={"quant_algo": None}), "bf16"),
     ],
 )
-def test_accounts_that_agree(found: dict[str, Found], accounts: Accounts, scheme: str) -> None:
+def test_accounts_that_agree(found: dict[str, StoredTensor], accounts: Accounts, scheme: str) -> None:
     assert decided(found, accounts) == (scheme, None, [])
 
 
@@ -205,9 +205,9 @@ def test_a_second_that_cannot_be_read_is_no_obstacle() -> None:
         (
             FP4,
             of(FP8, modelopt=NVFP4),
-            ("are NVFP4, as hf_quant_config.json (quant_algo NVFP4) says", "not split by this version"),
+            ("are NVFP4, as hf_quant_config.json (quant_algo NVFP4) says", "this version does not split it"),
         ),
-        (FP4, of(FP8), ("says fp8_block, and its tensors (", "are NVFP4, which this version does not split")),
+        (FP4, of(FP8), ("says fp8_block, and its tensors (", "are NVFP4; this version does not split it")),
         (PLAIN, of(FP8, modelopt={"quant_algo": None}), ("are plain BF16, as hf_quant_config.json", "--scheme bf16")),
         (CHANNEL, of(FP8), ("are fp8_channel", "config.json is not of these weights", "--scheme fp8_channel")),
         (
@@ -218,26 +218,26 @@ def test_a_second_that_cannot_be_read_is_no_obstacle() -> None:
         (
             tensors(weight="BF16", weight_scale="BF16 out,1"),
             of(INT8),
-            ("says w8a8_dynamic", "are fake-quantised (float weights beside their scales: not compressed yet)"),
+            ("says w8a8_dynamic", "are fake-quantized (float weights beside their scales: not compressed yet)"),
         ),
-        (OFFSETS, of(INT8), ("ModelSlim's", f"{DESCRIPTION} is missing", "--scheme w8a8_dynamic")),
+        (OFFSETS, of(INT8), (f"ModelSlim's, whose {DESCRIPTION} is missing", "--scheme w8a8_dynamic")),
         (STATIC, of(description=SLIM), ("says w8a8_dynamic", "are w8a8_static", "--scheme w8a8_static")),
     ],
 )
-def test_both_sides_are_named(found: dict[str, Found], accounts: Accounts, says: tuple[str, ...]) -> None:
+def test_both_sides_are_named(found: dict[str, StoredTensor], accounts: Accounts, says: tuple[str, ...]) -> None:
     line = refused(found, accounts)
     assert [part for part in says if part not in line] == [], line
 
 
 @pytest.mark.parametrize("quantization", [FP8, INT8, AWQ])
-def test_plain_weights_beside_a_quantised_config(quantization: dict[str, Any]) -> None:
+def test_plain_weights_beside_a_quantized_config(quantization: dict[str, Any]) -> None:
     line = refused(PLAIN, of(quantization))
-    assert "model.safetensors is plain BF16 with no scales: weights that were cast" in line
+    assert "plain BF16 with no scales (in model.safetensors); weights that were cast" in line
     assert "remove quantization_config from config.json" in line
     assert "--scheme bf16" in line
     scheme, _, (warning,) = decided(PLAIN, of(quantization, scheme="bf16"))
     assert scheme == "bf16"
-    assert "which the tensors do not fit: taken as bf16, by --scheme" in warning
+    assert "--scheme says bf16, which the tensors are: taken as bf16; an engine goes by the file" in warning
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_plain_weights_beside_a_quantised_config(quantization: dict[str, Any]) -
         "model.layers.1.self_attn.q_proj.weight._data",
     ],
 )
-def test_what_says_that_others_are_quantised_is_not_to_be_removed(rest: str) -> None:
+def test_what_says_that_others_are_quantized_is_not_to_be_removed(rest: str) -> None:
     for accounts, mend in (
         (of(FP8), "name the dense layers in its list of exceptions"),
         (of(description=SLIM), f"name the dense layers FLOAT in {DESCRIPTION}"),
@@ -260,7 +260,7 @@ def test_what_says_that_others_are_quantised_is_not_to_be_removed(rest: str) -> 
         with pytest.raises(SchemeError) as caught:
             Schemes(accounts, ("model.norm.weight", rest)).decide(MODULE, PLAIN)
         line = str(caught.value)
-        assert f"while other tensors of the checkpoint are quantised: {mend}; or say --scheme bf16" in line
+        assert f"other tensors of the checkpoint are quantized: {mend}, or say --scheme bf16" in line
         assert "remove" not in line
         assert "move" not in line
 
@@ -278,7 +278,7 @@ def test_fp8_by_channels_has_no_block_size_to_give() -> None:
 def test_modelopt_s_fp8_in_blocks() -> None:
     line = refused(BLOCKS, of(modelopt={"quant_algo": "FP8_PB_WO"}))
     assert "hf_quant_config.json (quant_algo FP8_PB_WO) says FP8_PB_WO" in line
-    assert "vLLM computes the two alike: say --scheme fp8_block" in line
+    assert "vLLM computes the two alike; say --scheme fp8_block" in line
 
 
 # No account.
@@ -288,7 +288,7 @@ def test_modelopt_s_fp8_in_blocks() -> None:
     ("found", "scheme"),
     [(DYNAMIC, "w8a8_dynamic"), (STATIC, "w8a8_static"), (CHANNEL, "fp8_channel"), (tensors(weight="F16"), "bf16")],
 )
-def test_tensors_that_fit_one_scheme_alone(found: dict[str, Found], scheme: str) -> None:
+def test_tensors_that_fit_one_scheme_alone(found: dict[str, StoredTensor], scheme: str) -> None:
     taken, block, warnings = decided(found, of())
     assert (taken, block) == (scheme, None)
     assert [f"fit {scheme} alone" in line for line in warnings] == ([] if scheme == "bf16" else [True])
@@ -304,15 +304,15 @@ STATIC_OF_BOTH = STATIC | tensors(weight_scale="F32 out,1", weight_offset="F32 o
         (STATIC_OF_BOTH, (DESCRIPTION, "--scheme w8a8_static or w8a8_mix")),
         (BLOCKS, ('"quant_method": "fp8"', "--scheme fp8_block, for blocks of 128 x 128")),
         (INT8_BLOCKS, ('"quant_method": "blockwise_int8"', "--scheme int8_block, for blocks of 128 x 128")),
-        (FP4, ("are NVFP4, which this version does not split",)),
+        (FP4, ("are NVFP4; this version does not split it",)),
         (tensors(qweight="I32", qzeros="I32", scales="F16"), ("AWQ or GPTQ",)),
         (tensors(weight="I8"), ("of no format that is known",)),
-        (tensors(weight="F8_E4M3"), ("they are FP8 without scales",)),
-        (tensors(weight="U32", scales="BF16", biases="BF16"), ("they are MLX, which",)),
+        (tensors(weight="F8_E4M3"), ("are FP8 without scales",)),
+        (tensors(weight="U32", scales="BF16", biases="BF16"), ("are MLX; this version",)),
         (tensors(compressed="I8", bitmask="U8", weight_scale="BF16 out,1"), ("sparse 2:4 of compressed-tensors",)),
     ],
 )
-def test_tensors_that_do_not_tell(found: dict[str, Found], says: tuple[str, ...]) -> None:
+def test_tensors_that_do_not_tell(found: dict[str, StoredTensor], says: tuple[str, ...]) -> None:
     line = refused(found, of())
     assert [part for part in (*says, "no quantization_config in config.json") if part not in line] == [], line
     assert "no config.json" in refused(found, Accounts())

@@ -103,7 +103,7 @@ def test_left_alone(method: str, name: str, entries: Any) -> None:
     ],
     ids=str,
 )
-def test_quantised(method: str, values: dict[str, Any]) -> None:
+def test_quantized(method: str, values: dict[str, Any]) -> None:
     assert key(method, **values) is None
 
 

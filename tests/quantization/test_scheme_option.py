@@ -9,7 +9,7 @@ from reshard.checkpoint.config_only import promised
 from reshard.errors import SchemeError, UsageError
 from reshard.plan.manifest_builder import scheme_name
 from reshard.quantization import Accounts, Schemes
-from reshard.schemes import Found
+from reshard.schemes import StoredTensor
 from tests.quantization.test_quantization_accounts import (
     BLOCKS,
     CHANNEL,
@@ -47,7 +47,7 @@ from tests.support.running import reshard
         (CHANNEL, of(FP8), "fp8_channel", 1),
     ],
 )
-def test_what_is_told(found: dict[str, Found], accounts: Accounts, scheme: str, warnings: int) -> None:
+def test_what_is_told(found: dict[str, StoredTensor], accounts: Accounts, scheme: str, warnings: int) -> None:
     told = Accounts(accounts.config, accounts.description, accounts.modelopt, scheme)
     taken, block, lines = decided(found, told)
     assert (taken, len(lines)) == (scheme, warnings)
@@ -55,7 +55,7 @@ def test_what_is_told(found: dict[str, Found], accounts: Accounts, scheme: str, 
 
 
 def test_a_told_scheme_has_the_config_s_block() -> None:
-    found = tensors(weight="F8_E4M3") | {"weight_scale_inv": Found("F32", (8, 2), "f")}
+    found = tensors(weight="F8_E4M3") | {"weight_scale_inv": StoredTensor("F32", (8, 2), "f")}
     assert decided(found, of(FP8 | {"weight_block_size": [64, 128]}, scheme="fp8_block"))[1] == (64, 128)
     assert "are not fp8_block's" in refused(found, of(scheme="fp8_block"))
 
@@ -73,12 +73,12 @@ def test_a_told_scheme_has_the_config_s_block() -> None:
         (
             STATIC_OF_BOTH,
             of(description=(DESCRIPTION, {f"{MODULE}.weight": "W8A8"}), scheme="w8a8_mix"),
-            (f"{DESCRIPTION} (W8A8) says w8a8_static, which its tensors fit, and --scheme says w8a8_mix",),
+            (f"--scheme says w8a8_mix, {DESCRIPTION} (W8A8) says w8a8_static", "leave --scheme out"),
         ),
         (PLAIN, of(FP8, scheme="fp8_block"), ("plain BF16",)),
     ],
 )
-def test_what_is_told_and_is_not_so(found: dict[str, Found], accounts: Accounts, says: tuple[str, ...]) -> None:
+def test_what_is_told_and_is_not_so(found: dict[str, StoredTensor], accounts: Accounts, says: tuple[str, ...]) -> None:
     line = refused(found, accounts)
     assert [part for part in says if part not in line] == [], line
 

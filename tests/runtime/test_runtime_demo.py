@@ -1,45 +1,29 @@
-"""`python -m reshard_runtime.demo` on whole shard sets, and the unsplit layer that it compares with."""
+"""`python -m reshard_runtime.demo` on whole shard sets."""
 
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
-from reshard.errors import ShardError
 from reshard.plan.pipeline import Cut
-from reshard_runtime import load_shard
-from reshard_runtime.reference import exact, unsplit
-from tests.support.builders import RECIPES, Spec, build
+from reshard_runtime import demo
+from tests.support.builders import Spec, build
+from tests.support.distributed import Ranks
 from tests.support.running import split
 
 TIMEOUT_SECONDS = 180
 _NUMBER = r"[0-9.e+-]+"
 
 
-def _demo(*arguments: object, torchrun: int | None = None) -> subprocess.CompletedProcess[str]:
-    if torchrun is None:
-        command = [sys.executable, "-m", "reshard_runtime.demo"]
-    else:
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            str(torchrun),
-            "-m",
-            "reshard_runtime.demo",
-        ]
-    whole = [*command, *(str(argument) for argument in arguments)]
-    return subprocess.run(whole, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
-
-
-def _shards(tmp_path: Path, recipe: str, tp_size: int, **options: str) -> Path:
-    build(tmp_path / "model", Spec(recipe, 256, 1024, computable=True))
-    split(tmp_path / "model", tmp_path / "shards", Cut(tp_size, **options))
+def _shards(tmp_path: Path, recipe: str, tp_size: int, config: dict[str, str] | None = None) -> Path:
+    build(tmp_path / "model", Spec(recipe, 256, 1024, computable=True, config=config or {}))
+    split(tmp_path / "model", tmp_path / "shards", Cut(tp_size))
     return tmp_path / "shards"
 
 
@@ -49,94 +33,57 @@ def _shards(tmp_path: Path, recipe: str, tp_size: int, **options: str) -> Path:
 @pytest.mark.parametrize(
     ("recipe", "bound"), [("bf16", 0.006), ("ct_dynamic", 0.03), ("modelslim_static", 0.1), ("fp8_block", 0.006)]
 )
-def test_says_what_ranks_hold_and_how_far_they_are_off(tmp_path: Path, recipe: str, bound: float) -> None:
-    shards = _shards(tmp_path, recipe, 2)
-    done = _demo(shards, "--tokens", 5)
-    assert done.returncode == 0, done.stderr
+def test_says_what_ranks_hold_and_how_far_they_are_off(
+    ranks: Callable[[int], Ranks], tmp_path: Path, recipe: str, bound: float
+) -> None:
+    first, others = ranks(2).run(demo.run, _shards(tmp_path, recipe, 2), 5, torch.device("cpu"))
+    assert others == []
     for rank in range(2):
-        assert re.search(
-            rf"^rank {rank}: denseffn-rank-0000{rank}-of-00002.safetensors, [0-9.]+ MiB in 2 ", done.stdout, re.M
-        )
-    found = re.findall(
-        rf"^layer (\d): 2 ranks, 5 tokens each: error ({_NUMBER}) split, ({_NUMBER}) unsplit", done.stdout, re.M
-    )
-    assert [index for index, _, _ in found] == ["0", "1"]
-    for _, error, whole in found:
+        assert re.match(rf"rank {rank}: denseffn-rank-0000{rank}-of-00002.safetensors, [0-9.]+ MiB in 2 ", first[rank])
+    line = rf"layer (\d): 2 ranks, 5 tokens each: error ({_NUMBER}) split, ({_NUMBER}) unsplit, ({_NUMBER}) between"
+    found = [match.groups() for said in first if (match := re.match(line, said))]
+    assert [index for index, *_ in found] == ["0", "1"]
+    for _, error, alone, between in found:
         assert 0 < float(error) < bound
-        assert float(error) < 1.5 * float(whole)
+        assert float(error) < 1.5 * float(alone)
+        assert float(between) <= float(error) + float(alone)
 
 
-def test_runs_under_torchrun(tmp_path: Path) -> None:
-    done = _demo(_shards(tmp_path, "bf16", 2), torchrun=2)
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_as_a_command(tmp_path: Path, torchrun: bool) -> None:
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"] if torchrun else []
+    command = [sys.executable, *launcher, "-m", "reshard_runtime.demo", str(_shards(tmp_path, "bf16", 2))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\nlayer ") == 2
 
 
-def test_torchrun_with_another_number_of_processes_is_refused(tmp_path: Path) -> None:
-    done = _demo(_shards(tmp_path, "bf16", 2), torchrun=1)
-    assert done.returncode != 0
-    assert "is cut for 2 ranks, torchrun started 1 processes" in done.stderr
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("nowhere",), "nowhere: no manifest.json"), (("{}", "--device", "tpu"), "--device is tpu; it may be cpu")],
+    [
+        (["nowhere"], "nowhere: no manifest.json"),
+        (["{}", "--device", "tpu"], "--device is tpu; it may be cpu"),
+        (["{}"], "{} is cut for 2 ranks, torchrun started 1 processes"),
+    ],
 )
-def test_one_line_for_what_cannot_run(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
-    shards = _shards(tmp_path, "bf16", 1)
-    done = _demo(*(argument.format(shards) for argument in arguments))
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ")
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_one_line_for_what_cannot_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    shards = _shards(tmp_path, "bf16", 2)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    _refused([argument.format(shards) for argument in arguments], message.format(shards))
 
 
 def test_an_activation_that_is_not_known_is_one_line_too(tmp_path: Path) -> None:
-    build(tmp_path / "model", Spec("bf16", 256, 1024, config={"hidden_act": "situ"}))
-    split(tmp_path / "model", tmp_path / "shards", Cut(2))
-    done = _demo(tmp_path / "shards")
-    assert done.returncode == 1
-    assert f"error: {tmp_path}/shards: layer 0: its activation is situ, whose formula is not known here" in done.stderr
+    shards = _shards(tmp_path, "bf16", 2, {"hidden_act": "situ"})
+    _refused([str(shards)], f"{shards}: layer 0: its activation is situ, whose formula is not known here")
+
+
+def _refused(arguments: list[str], message: str) -> None:
+    app = typer.Typer()
+    app.command()(demo.main)
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 1
+    assert done.stderr.startswith(f"error: {message}")
     assert done.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize("layout", ["fused", "separate"])
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_the_parts_make_the_unsplit_layer(tmp_path: Path, recipe: str, layout: str) -> None:
-    build(tmp_path / "model", Spec(recipe, 256, 512, computable=True))
-    for size in (1, 4):
-        split(tmp_path / "model", tmp_path / f"tp{size}", Cut(size, layout=layout))
-    layer = unsplit([load_shard(tmp_path / "tp4", rank).layer(1) for rank in range(4)])
-    wanted = load_shard(tmp_path / "tp1", 0).layer(1)
-    for found, linear in ((layer.gate_up, wanted.gate_up), (layer.down, wanted.down)):
-        assert found.tensors.keys() == linear.tensors.keys()
-        for suffix, tensor in linear.tensors.items():
-            torch.testing.assert_close(found.tensors[suffix], tensor, rtol=0, atol=0, msg=f"{linear.name}.{suffix}")
-    assert (layer.tp_size, layer.share) == (1, wanted.share)
-
-
-def test_missing_parts_are_refused(tmp_path: Path) -> None:
-    shards = _shards(tmp_path, "bf16", 4)
-    with pytest.raises(ShardError, match=r"parts of ranks \[0, 2\], wanted are all 4"):
-        unsplit([load_shard(shards, rank).layer(0) for rank in (0, 2)])
-
-
-@pytest.mark.parametrize("recipe", ["bf16", "ct_dynamic", "modelslim_static", "modelslim_fp16_static"])
-def test_exact_is_the_float64_layer(tmp_path: Path, recipe: str) -> None:
-    shards = _shards(tmp_path, recipe, 1)
-    layer = load_shard(shards, 0).layer(0)
-    x_TH = np.random.default_rng(0).standard_normal((3, 256))
-
-    def weight(tensors: dict[str, torch.Tensor]) -> np.ndarray:
-        stored = tensors["weight"].double().numpy()
-        if recipe == "bf16":
-            return stored
-        if "weight_scale" in tensors:
-            return stored * tensors["weight_scale"].double().numpy().reshape(-1, 1)
-        scale = tensors["deq_scale"]
-        numbers = scale.numpy().astype(np.int32).view(np.float32) if scale.dtype == torch.int64 else scale.numpy()
-        return stored * (numbers.astype(np.float64) / tensors["input_scale"].double().numpy())[:, None]
-
-    gate, up = np.split(x_TH @ weight(dict(layer.gate_up.tensors)).T, 2, axis=1)
-    wanted = (gate / (1 + np.exp(-gate)) * up) @ weight(dict(layer.down.tensors)).T
-    np.testing.assert_allclose(exact(layer, torch.from_numpy(x_TH)).numpy(), wanted, rtol=1e-12, atol=1e-12)

@@ -14,16 +14,16 @@ from reshard.plan.pipeline import Cut
 from reshard_runtime import DenseFFN, load_shard
 from reshard_runtime.collectives import Collectives
 from reshard_runtime.kernels.cpu import CpuKernels
-from reshard_runtime.reference import unsplit
 from tests.support.builders import RECIPES, Spec, build
 from tests.support.distributed import Ranks
 from tests.support.running import split
+from tests.support.unsplit import whole_layer
 
 HIDDEN, INTERMEDIATE = 256, 1024
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "modelslim_fp16_static": torch.float16}
 # Partial sums are rounded to the tokens' type and added: as many roundings again as the unsplit result has.
 ROUNDING = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 2.0**-20}
-# Of W8A8 dynamic, h is quantised over each rank's columns: other steps, of max/127, than the unsplit layer's.
+# Of W8A8 dynamic, h is quantized over each rank's columns: other steps, of max/127, than the unsplit layer's.
 STEPS = 0.03
 
 Make = Callable[..., Path]
@@ -70,8 +70,8 @@ def _tokens(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.bfloat
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def _whole(shards: Path, size: int, dtype: torch.dtype, mix: Any = "dynamic") -> DenseFFN:
-    return DenseFFN(unsplit([load_shard(shards, rank).layer(0) for rank in range(size)]), dtype=dtype, mix=mix)
+def _whole(shards: Path, dtype: torch.dtype, mix: Any = "dynamic") -> DenseFFN:
+    return DenseFFN(whole_layer(shards.parent / "model"), dtype=dtype, mix=mix)
 
 
 def _layer(group: dist.ProcessGroup, shards: Path, **options: Any) -> DenseFFN:
@@ -98,16 +98,16 @@ def test_every_scheme_with_uneven_tokens(ranks: Callable[[int], Ranks], make: Ma
     for mix in ("dynamic", "static") if recipe == "modelslim_mix" else ("dynamic",):
         counts = [5, 1, 0, 7][:size]
         outputs = ranks(size).run(_dealt, shards, counts, dtype, {"mix": mix}, True)
-        whole = _whole(shards, size, dtype, mix)
+        whole = _whole(shards, dtype, mix)
         is_dynamic = type(whole.down_proj).__name__ == "DynamicLinear"
         for rank, count in enumerate(counts):
             wanted = whole(_tokens((count, HIDDEN), rank, dtype))
             assert _off(outputs[rank], wanted) < (STEPS if is_dynamic else 2 * ROUNDING[dtype])
 
 
-def test_a_plain_down_below_quantised_gate_and_up(ranks: Callable[[int], Ranks], make: Make) -> None:
+def test_a_plain_down_below_quantized_gate_and_up(ranks: Callable[[int], Ranks], make: Make) -> None:
     shards = make("modelslim_dynamic", 2, down_recipe="modelslim_float")
-    whole = _whole(shards, 2, torch.bfloat16)
+    whole = _whole(shards, torch.bfloat16)
     for rank, y_TH in enumerate(ranks(2).run(_dealt, shards, [3, 4], torch.bfloat16, {}, True)):
         assert _off(y_TH, whole(_tokens(([3, 4][rank], HIDDEN), rank))) < 2 * ROUNDING[torch.bfloat16]
 
@@ -120,7 +120,7 @@ def test_a_plain_down_below_quantised_gate_and_up(ranks: Callable[[int], Ranks],
 @pytest.mark.parametrize("recipe", ["fp32", "modelslim_dynamic"])
 def test_every_dealing(ranks: Callable[[int], Ranks], make: Make, recipe: str, counts: list[int], listed: bool) -> None:
     shards, dtype = make(recipe, 4, intermediate=256), DTYPES.get(recipe, torch.bfloat16)
-    whole = _whole(shards, 4, dtype)
+    whole = _whole(shards, dtype)
     for rank, y_TH in enumerate(ranks(4).run(_dealt, shards, counts, dtype, {}, listed)):
         wanted = whole(_tokens((counts[rank], HIDDEN), rank, dtype))
         assert _off(y_TH, wanted) < (ROUNDING[dtype] if recipe == "fp32" else STEPS)
@@ -141,13 +141,13 @@ def test_any_leading_shape(ranks: Callable[[int], Ranks], make: Make) -> None:
 
 
 def _bf16_first(group: dist.ProcessGroup, shards: Path) -> tuple[torch.Tensor, torch.Tensor, int, int]:
-    """The layer as it is, and the same with BF16 gathered and quantised afterwards; bytes that were given to gather."""
+    """The layer as it is, and the same with BF16 gathered and quantized afterwards; bytes that were given to gather."""
     kernels = CountingKernels()
     ffn = _layer(group, shards, kernels=kernels)
     x_TH = _tokens((9, ffn.hidden_size), group.rank())
     y_TH = ffn(x_TH)
     plain = CpuKernels().collectives(group)
-    after = plain.reduce_scatter(ffn.of(plain.gather(x_TH), ffn.reduce_dtype)).to(ffn.dtype)
+    after = plain.reduce_scatter(ffn.forward_local(plain.gather(x_TH), ffn.reduce_dtype)).to(ffn.dtype)
     name, shape, nbytes = kernels.calls[0]
     assert (name, shape) == ("gather", (9, ffn.hidden_size + 4))
     return y_TH, after, nbytes, x_TH.nbytes
@@ -155,7 +155,7 @@ def _bf16_first(group: dist.ProcessGroup, shards: Path) -> tuple[torch.Tensor, t
 
 @pytest.mark.parametrize("recipe", ["modelslim_dynamic", "ct_dynamic"])
 @pytest.mark.parametrize("size", [2, 4])
-def test_quantising_before_the_gather_is_the_same_bits_for_half_the_bytes(
+def test_quantizing_before_the_gather_is_the_same_bits_for_half_the_bytes(
     ranks: Callable[[int], Ranks], make: Make, recipe: str, size: int
 ) -> None:
     for y_TH, after, nbytes, plain in ranks(size).run(_bf16_first, make(recipe, size, 7168, 256)):
@@ -205,7 +205,7 @@ def test_replicated_tokens(ranks: Callable[[int], Ranks], make: Make, recipe: st
     shards, dtype = make(recipe, 4), DTYPES.get(recipe, torch.bfloat16)
     outputs = ranks(4).run(_same_tokens, shards, dtype, {"tokens": "replicated", **options})
     assert all(torch.equal(y_TH, outputs[0]) for y_TH in outputs)
-    assert _off(outputs[0], _whole(shards, 4, dtype)(_tokens((7, HIDDEN), 5, dtype))) < 2 * ROUNDING[dtype]
+    assert _off(outputs[0], _whole(shards, dtype)(_tokens((7, HIDDEN), 5, dtype))) < 2 * ROUNDING[dtype]
 
 
 def _same_tokens(group: dist.ProcessGroup, shards: Path, dtype: torch.dtype, options: dict[str, Any]) -> torch.Tensor:
@@ -234,7 +234,7 @@ def test_fixed_buffers_always_send_the_same(ranks: Callable[[int], Ranks], make:
     dealings = [[8, 1, 0, 3], [8, 1, 0, 3], [0, 0, 0, 0], [0, 0, 0, 0], [8, 8, 8, 8], [2, 2, 2, 2]]
     width, own = (HIDDEN + 4, 1) if recipe == "modelslim_dynamic" else (HIDDEN, 2)
     wanted = [("gather", (8, width), 8 * width * own), ("reduce_scatter", (32, HIDDEN), 32 * HIDDEN * 2)]
-    whole = _whole(shards, 4, torch.bfloat16)
+    whole = _whole(shards, torch.bfloat16)
     for rank, (calls, outputs) in enumerate(ranks(4).run(_buffers, shards, dealings)):
         assert calls == [wanted] * len(dealings)
         for counts, y_TH in zip(dealings, outputs, strict=True):

@@ -15,7 +15,7 @@ from reshard.errors import GroupError, ReshardError, TokensError
 from reshard.plan.pipeline import Cut
 from reshard_runtime import DenseFFN, load_shard
 from reshard_runtime.collectives import PairwiseCollectives, TensorCollectives
-from reshard_runtime.tokens import deal, pad
+from reshard_runtime.tokens import pad, token_layout
 from tests.runtime.test_runtime_ffn import CountingKernels
 from tests.support.builders import Spec, build
 from tests.support.distributed import Ranks
@@ -211,23 +211,23 @@ def test_collectives(ranks: Callable[[int], Ranks], size: int, dtype: torch.dtyp
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=9), st.integers(1, 4))
 def test_padding_comes_and_goes(counts: list[int], width: int) -> None:
-    dealt = deal(counts[0], len(counts), counts, None)
+    layout = token_layout(counts[0], len(counts), counts, None)
     rows_TW = torch.arange(float(sum(counts) * width)).reshape(-1, width) + 1
-    assert (dealt.rows, dealt.total) == (max(counts), sum(counts))
-    padded = dealt.restore_padding(rows_TW)
+    assert (layout.rows, layout.total) == (max(counts), sum(counts))
+    padded = layout.restore_padding(rows_TW)
     assert padded.shape == (len(counts) * max(counts), width)
-    assert torch.equal(dealt.drop_padding(padded), rows_TW)
+    assert torch.equal(layout.drop_padding(padded), rows_TW)
     for rank, (part, own) in enumerate(zip(rows_TW.split(counts), padded.split(max(counts) or 1), strict=False)):
         assert torch.equal(own, pad(part, max(counts))), rank
 
 
 @given(st.integers(0, 6), st.integers(1, 9), st.integers(6, 9))
 def test_fixed_rows_do_not_depend_on_counts(own: int, size: int, max_tokens: int) -> None:
-    fixed = deal(own, size, None, max_tokens)
-    assert fixed == deal(0, size, [own] * size, max_tokens)
+    fixed = token_layout(own, size, None, max_tokens)
+    assert fixed == token_layout(0, size, [own] * size, max_tokens)
     assert (fixed.rows, fixed.total, fixed.dense) == (max_tokens, size * max_tokens, True)
 
 
 def test_counts_above_the_buffer_are_refused() -> None:
     with pytest.raises(TokensError, match=r"tokens_per_rank\[1\] is 7, .* max_tokens=6"):
-        deal(1, 2, [1, 7], 6)
+        token_layout(1, 2, [1, 7], 6)

@@ -62,7 +62,7 @@ def test_fill_rounds_scales_to_the_engines_type() -> None:
     assert torch.equal(linear.weight_scale, _SCALE.bfloat16())
 
 
-def test_fill_casts_weights_that_are_not_quantised() -> None:
+def test_fill_casts_weights_that_are_not_quantized() -> None:
     weight = torch.rand(4, 3)
     linear = Linear(weight=(torch.bfloat16, (4, 3)))
     assert fill(linear, _shard("bf16", weight=weight)) == {"torch.float32 to torch.bfloat16"}

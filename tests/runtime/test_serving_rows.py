@@ -8,7 +8,7 @@ import torch
 from reshard.errors import GroupError, TokensError, UsageError
 from reshard_runtime.serving.vllm import ascend
 from reshard_runtime.serving.vllm.rows import Counted, Fixed
-from reshard_runtime.tokens import Dealt
+from reshard_runtime.tokens import TokenLayout
 
 WIDTH = 8
 
@@ -39,15 +39,15 @@ def _rows(count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def test_counted_rows_are_the_groups_part_of_the_counts() -> None:
-    assert _counted(9, 8, 5, 3).deal(3, "mlp") == Dealt(5, (5, 3), False)
+    assert _counted(9, 8, 5, 3).layout(3, "mlp") == TokenLayout(5, (5, 3), False)
 
 
 def test_counted_rows_make_no_copy_where_they_fit() -> None:
     counted, x = _counted(), _rows(3)
-    assert counted.place("sent", x, Dealt(3, (3, 3), True), 1) is x
-    padded = counted.place("sent", x, Dealt(5, (5, 3), False), 1)
+    assert counted.place("sent", x, TokenLayout(3, (3, 3), True), 1) is x
+    padded = counted.place("sent", x, TokenLayout(5, (5, 3), False), 1)
     assert torch.equal(padded, torch.cat([x, torch.zeros(2, WIDTH)]))
-    assert counted.result("gathered", Dealt(5, (5, 3), False), 2, x, x.dtype) is None
+    assert counted.result("gathered", TokenLayout(5, (5, 3), False), 2, x, x.dtype) is None
 
 
 @pytest.mark.parametrize(
@@ -59,28 +59,28 @@ def test_counted_rows_make_no_copy_where_they_fit() -> None:
 )
 def test_counts_that_are_missing_or_another_steps(counts: tuple[int, ...], error: type, said: str) -> None:
     with pytest.raises(error, match=said):
-        _counted(*counts).deal(3, "mlp")
+        _counted(*counts).layout(3, "mlp")
 
 
 @pytest.mark.parametrize("own", [0, 1, 7, 16])
 def test_fixed_rows_are_the_same_whatever_a_rank_has(own: int) -> None:
-    assert _fixed(16).deal(own, "mlp") == Dealt(16, (16, 16), True)
+    assert _fixed(16).layout(own, "mlp") == TokenLayout(16, (16, 16), True)
 
 
 def test_fixed_rows_stand_at_one_place_for_every_layer_and_step() -> None:
     """What an earlier step left below a later one's rows is gone: a kernel may take all rows' maximum."""
     fixed = _fixed(4)
-    dealt = fixed.deal(4, "mlp")
-    first = fixed.place("sent", _rows(4), dealt, 1)
+    layout = fixed.layout(4, "mlp")
+    first = fixed.place("sent", _rows(4), layout, 1)
     assert torch.equal(first, _rows(4))
-    second = fixed.place("sent", 2 * _rows(1), dealt, 1)
+    second = fixed.place("sent", 2 * _rows(1), layout, 1)
     assert second.data_ptr() == first.data_ptr()
     assert torch.equal(second, torch.cat([2 * _rows(1), torch.zeros(3, WIDTH)]))
-    gathered = fixed.result("gathered", dealt, 2, second, second.dtype)
+    gathered = fixed.result("gathered", layout, 2, second, second.dtype)
     assert gathered is not None
     assert gathered.shape == (8, WIDTH)
-    assert fixed.result("gathered", dealt, 2, second, second.dtype) is gathered
-    other = fixed.place("sent", _rows(4, torch.int8), dealt, 1)
+    assert fixed.result("gathered", layout, 2, second, second.dtype) is gathered
+    other = fixed.place("sent", _rows(4, torch.int8), layout, 1)
     assert other.dtype == torch.int8
     assert other.data_ptr() != first.data_ptr()
 
@@ -89,7 +89,7 @@ def test_more_tokens_than_rows() -> None:
     """The others are told before this rank raises: it does not come to the collective."""
     group = Group()
     with pytest.raises(TokensError) as caught:
-        _fixed(16, group).deal(17, "model.layers.0.mlp")
+        _fixed(16, group).layout(17, "model.layers.0.mlp")
     assert group.told == [str(caught.value)]
     assert str(caught.value) == (
         "model.layers.0.mlp: x has 17 tokens, and every rank sends 16 rows; set max_tokens in "
@@ -100,10 +100,10 @@ def test_more_tokens_than_rows() -> None:
 def test_in_a_rehearsal_every_rank_has_as_many() -> None:
     """The engine measures its memory, or warms up. The kept tensors are made then, so that they are counted."""
     fixed, x = _fixed(4, rehearsal=True), _rows(9)
-    dealt = fixed.deal(9, "mlp")
-    assert dealt == Dealt(9, (9, 9), True)
-    assert fixed.place("sent", x, dealt, 1) is x
-    assert fixed.result("gathered", dealt, 2, x, x.dtype) is None
+    layout = fixed.layout(9, "mlp")
+    assert layout == TokenLayout(9, (9, 9), True)
+    assert fixed.place("sent", x, layout, 1) is x
+    assert fixed.result("gathered", layout, 2, x, x.dtype) is None
     assert {key[0]: value.shape for key, value in fixed._kept.items()} == {"sent": (4, WIDTH), "gathered": (8, WIDTH)}
 
 

@@ -11,8 +11,8 @@ from reshard.source.address import Address, parse_address, parse_local_target, p
 @pytest.mark.parametrize(
     ("text", "kind", "place"),
     [
-        ("deepseek-ai/DeepSeek-R1", "hub", "deepseek-ai/DeepSeek-R1"),
-        ("hf://deepseek-ai/DeepSeek-R1", "hub", "deepseek-ai/DeepSeek-R1"),
+        ("deepseek-ai/DeepSeek-R1", "hf", "deepseek-ai/DeepSeek-R1"),
+        ("hf://deepseek-ai/DeepSeek-R1", "hf", "deepseek-ai/DeepSeek-R1"),
         ("s3://bucket/models/r1", "remote", "s3://bucket/models/r1"),
         ("memory://model", "remote", "memory://model"),
         ("zip://::s3://bucket/r1.zip", "remote", "zip://::s3://bucket/r1.zip"),
@@ -27,19 +27,19 @@ from reshard.source.address import Address, parse_address, parse_local_target, p
     ],
 )
 def test_what_an_address_means(text: str, kind: str, place: str) -> None:
-    assert parse_address(text) == Address(kind, place)  # type: ignore[arg-type]
+    assert parse_address(text) == Address(kind, place)
 
 
 def test_a_folder_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert parse_address("org/model").kind == "hub"
+    assert parse_address("org/model").kind == "hf"
     (tmp_path / "org" / "model").mkdir(parents=True)
     assert parse_address("org/model").kind == "folder"
 
 
 def test_revisions() -> None:
-    assert parse_address("org/model", "v1") == Address("hub", "org/model", "v1")
-    assert parse_address("hf://org/model@refs/pr/1") == Address("hub", "org/model", "refs/pr/1")
+    assert parse_address("org/model", "v1") == Address("hf", "org/model", "v1")
+    assert parse_address("hf://org/model@refs/pr/1") == Address("hf", "org/model", "refs/pr/1")
     assert parse_address("hf://org/model@refs%2Fpr%2F1").revision == "refs/pr/1"
     assert parse_address("hf://org/model@v1", "v1").revision == "v1"
     for text in ("hf://org/model@v2", "/models/r1", "s3://bucket/r1"):
@@ -68,7 +68,7 @@ def test_what_is_no_model_repository(text: str) -> None:
         ("s3://", "s3://: names no place"),
         ("memory:///", "memory:///: names no place"),
         ("s3:/bucket/sets", "an address is written s3://…, and a folder of that name ./s3:/bucket/sets"),
-        ("hf://org/name", "the hub is read, not written"),
+        ("hf://org/name", "a hub is read, not written"),
     ],
 )
 def test_what_is_no_place_to_write_to(text: str, message: str) -> None:

@@ -125,7 +125,7 @@ def test_dot_slash_in_an_index(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", ["../model/" + FIRST, "./../x.safetensors", "sub/x.safetensors", "/etc/x", ".", "./"])
 def test_an_index_that_leads_away_is_refused_whatever_the_tensor(path: str, model: Path) -> None:
     mapped("model.norm.weight", path)(model)
-    with pytest.raises(SourceError, match=r"model.norm.weight is said to be in '.*', which is no file of this folder"):
+    with pytest.raises(SourceError, match=r"maps model.norm.weight to '.*', which is no file of this folder"):
         warnings_of(model)
 
 
@@ -161,7 +161,7 @@ def test_a_file_of_other_tensors_that_is_not_whole_is_a_warning(what: str, model
 def test_a_missing_file_of_a_dense_layer_is_an_error(model: Path, tmp_path: Path) -> None:
     file = sorted(dense_files(model))[0]
     (model / file).unlink()
-    with pytest.raises(SourceError, match=rf"{INDEX}: .*mlp.* is said to be in {file}, which is missing; download it"):
+    with pytest.raises(SourceError, match=rf"{INDEX} maps .*mlp.* to {file}, which is missing; download it"):
         warnings_of(model)
 
 
@@ -190,7 +190,7 @@ def test_scales_that_a_cast_left_in_the_index(model: Path, tmp_path: Path) -> No
     scale = GATE + "_scale_inv"
     mapped(scale, min(files_of(model)))(model)
     (line,) = warnings_of(model)
-    assert f"still names scales of dense layers whose weights are not quantised in the files: 1 ({scale})" in line
+    assert f"still names scales of dense layers whose weights are not quantized in the files: 1 ({scale})" in line
     same_shards(model, tmp_path / "whole", tmp_path)
     mapped(scale, "model-00163-of-000163.safetensors")(model)  # a file of the original alone
     assert any("still names scales of dense layers" in line for line in warnings_of(model))
@@ -203,7 +203,7 @@ def test_a_scale_that_is_lost_is_no_cast(tmp_path: Path) -> None:
     del held[GATE + "_scale_inv"]
     write_safetensors(path, held)
     with pytest.raises(
-        SourceError, match=rf"{GATE}_scale_inv is said to be in .*, whose header lacks it; no file holds"
+        SourceError, match=rf"{INDEX} maps {GATE}_scale_inv to .*, whose header lacks it; no file holds"
     ):
         warnings_of(tmp_path / "model")
 

@@ -14,7 +14,7 @@ import pytest
 from reshard.errors import SourceError
 from reshard.plan.pipeline import Cut, prepare
 from reshard.source.open import describe, open_source
-from reshard.source.retry import Patience
+from reshard.source.retry import RetryPolicy
 from reshard.writer.split import SplitOptions, write_shards
 from tests.support.builders import Spec, build
 from tests.support.running import interrupted, reshard, same_but_for_the_origin, split
@@ -123,8 +123,8 @@ def test_a_password_in_an_address_is_not_repeated(tmp_path: Path) -> None:
 def test_a_server_that_knows_no_ranges(model: Path) -> None:
     """It is not asked again and again, and no whole file is taken into memory."""
     waits: list[float] = []
-    patience = Patience(sleep=waits.append)
-    with serving(model.parent, ranges=False) as url, open_source(f"{url}/model", patience=patience) as source:
+    policy = RetryPolicy(sleep=waits.append)
+    with serving(model.parent, ranges=False) as url, open_source(f"{url}/model", policy=policy) as source:
         describe(source)  # from the start of each file
         with pytest.raises(SourceError, match=r"safetensors: .*doesn't appear to support range requests"):
             prepare(source, Cut(2))
@@ -156,8 +156,8 @@ def test_which_answers_are_worth_another_try(model: Path, tmp_path: Path, status
         return True
 
     waits: list[float] = []
-    patience = Patience(sleep=waits.append)
-    with serving(model.parent, fault=refuse) as url, open_source(f"{url}/model", patience=patience) as source:
+    policy = RetryPolicy(sleep=waits.append)
+    with serving(model.parent, fault=refuse) as url, open_source(f"{url}/model", policy=policy) as source:
         prepared = prepare(source, Cut(2))
         if passes:
             write_shards(prepared, tmp_path / "out", SplitOptions())

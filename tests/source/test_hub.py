@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,10 @@ import pytest
 
 from reshard.errors import SourceError
 from reshard.plan.pipeline import Cut, prepare
-from reshard.source.hub import HubFiles
+from reshard.source.hub import find_repository
 from reshard.source.open import describe
 from reshard.source.range_cache import StagedSource
-from reshard.source.retry import Patience
+from reshard.source.retry import RetryPolicy
 from reshard.writer.split import SplitOptions, write_shards
 from tests.source.test_source import allowed_bytes
 from tests.support.builders import Spec, build
@@ -42,9 +43,9 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 def opened(
     hub: Hub, *, revision: str | None = None, waits: Waits | None = None, lines: list[str] | None = None
 ) -> StagedSource:
-    patience = Patience(sleep=waits if waits is not None else Waits())
+    policy = RetryPolicy(sleep=waits if waits is not None else Waits())
     notify = lines.append if lines is not None else lambda line: None
-    return StagedSource(HubFiles(REPO, revision, hub.url), patience, notify)
+    return StagedSource(REPO, partial(find_repository, REPO, revision, hub.url), policy, notify)
 
 
 def cut_from(hub: Hub, out: Path, **options: object) -> None:
@@ -172,7 +173,7 @@ def test_a_wait_that_is_too_long_is_told_and_not_waited(hub: Hub) -> None:
     hub.fault = times(1, lambda handler, asked: handler.answer(429, headers={"Retry-After": "86400"}), is_data)
     waits = Waits()
     with (
-        pytest.raises(SourceError, match=r"HTTP 429 .*asks for 86400 s of patience"),
+        pytest.raises(SourceError, match=r"HTTP 429 .*asks to wait 86400 s"),
         opened(hub, waits=waits) as source,
     ):
         describe(source)
@@ -228,7 +229,7 @@ def test_a_small_file_that_comes_whole_is_what_was_asked_for(hub: Hub) -> None:
     ("headers", "said"),
     [
         ({"Content-Range": "bytes 1-8/{size}"}, "answers with bytes 1-8/"),
-        ({"Content-Range": "bytes 0-7/999999999"}, "answers with bytes 0-7/999999999, bytes 0-7/"),
+        ({"Content-Range": "bytes 0-7/999999999"}, "answers with bytes 0-7/999999999, expected bytes 0-7/"),
         ({"Content-Range": "bytes 0-7/{size}", "Content-Encoding": "gzip"}, "encoded as gzip"),
         ({}, "answers with no Content-Range"),
     ],
@@ -255,7 +256,7 @@ def test_an_answer_of_another_length_is_not_taken(hub: Hub, length: int) -> None
         handler.answer(206, b"\xff" * length, {"Content-Range": f"bytes 0-7/{size}"})
 
     hub.fault = times(1000, wrong, lambda asked: is_weights(asked) and asked.range == "bytes=0-7")
-    with pytest.raises(SourceError, match=f"the answer has {length} bytes, 8 are wanted; given up after 6 tries"):
+    with pytest.raises(SourceError, match=f"the answer has {length} bytes, expected 8; given up after 6 tries"):
         describe(opened(hub))
 
 
@@ -326,12 +327,10 @@ def test_a_private_repository_says_how_to_log_in(hub: Hub, monkeypatch: pytest.M
 def test_a_token_that_is_not_accepted(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     said = {"X-Error-Message": "Invalid credentials in Authorization header"}
     hub.fault = times(1, lambda handler, asked: handler.answer(401, headers=said), lambda asked: True)
-    with pytest.raises(
-        SourceError, match=r"\(HTTP 401, Invalid credentials in Authorization header\): see to the name"
-    ):
+    with pytest.raises(SourceError, match=r"\(HTTP 401, Invalid credentials in Authorization header\): check the name"):
         opened(hub)
     monkeypatch.setenv("HF_TOKEN", "hf_…")
-    with pytest.raises(SourceError, match="the token of this account holds what no token can; see to HF_TOKEN"):
+    with pytest.raises(SourceError, match="the token of this account has characters that no token has; check HF_TOKEN"):
         opened(hub)
 
 
@@ -343,10 +342,10 @@ def test_a_file_that_may_not_be_read(hub: Hub) -> None:
 
 
 def test_what_is_not_there(hub: Hub, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="org/model: has no revision v2; see to --revision"):
+    with pytest.raises(SourceError, match="org/model: has no revision v2; check --revision"):
         opened(hub, revision="v2")
-    with pytest.raises(SourceError, match=r"org/other: no folder is called so, and .*knows no such repository"):
-        StagedSource(HubFiles("org/other", None, hub.url), Patience(), print)
+    with pytest.raises(SourceError, match=r"org/other: no local folder with that name, and .*knows no such repository"):
+        StagedSource("org/other", partial(find_repository, "org/other", None, hub.url), RetryPolicy(), print)
     with opened(hub) as source:
         (hub.commits[COMMIT] / "config.json").rename(tmp_path / "away")
         with pytest.raises(SourceError, match=r"config\.json: is listed and not there"):
@@ -356,20 +355,20 @@ def test_what_is_not_there(hub: Hub, tmp_path: Path) -> None:
 @pytest.mark.parametrize("body", [b"<html>", b"[]", b'{"sha": 5}', b"{}"])
 def test_what_is_no_hub(hub: Hub, body: bytes) -> None:
     hub.fault = times(1, lambda handler, asked: handler.answer(200, body), lambda asked: True)
-    with pytest.raises(SourceError, match="does HF_ENDPOINT name a hub"):
+    with pytest.raises(SourceError, match="is HF_ENDPOINT a hub"):
         opened(hub)
 
 
 def test_a_mirror_that_gives_no_sizes(hub: Hub) -> None:
     body = json.dumps({"id": REPO, "sha": COMMIT, "siblings": [{"rfilename": "model.safetensors"}]}).encode()
     hub.fault = times(1, lambda handler, asked: handler.answer(200, body), lambda asked: True)
-    with pytest.raises(SourceError, match=r"does not say how large its files are; see to HF_ENDPOINT"):
+    with pytest.raises(SourceError, match=r"does not say how large its files are; check HF_ENDPOINT"):
         opened(hub)
 
 
 def test_nobody_answers() -> None:
-    with pytest.raises(SourceError, match=r"http://127.0.0.1:9 cannot be reached .*see to the name, the network"):
-        StagedSource(HubFiles(REPO, None, "http://127.0.0.1:9"), Patience(), print)
+    with pytest.raises(SourceError, match=r"http://127.0.0.1:9 cannot be reached .*check the name, the network"):
+        StagedSource(REPO, partial(find_repository, REPO, None, "http://127.0.0.1:9"), RetryPolicy(), print)
 
 
 def test_signatures_stay_out_of_messages(hub: Hub) -> None:

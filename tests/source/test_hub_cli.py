@@ -230,7 +230,7 @@ def test_a_private_repository(hub: Hub, tmp_path: Path) -> None:
 def test_offline(tmp_path: Path) -> None:
     done = reshard_process("inspect", REPO, HF_HUB_OFFLINE="1")
     assert done.code == 1
-    assert re.match(r"error: org/model: no folder is called so, and HF_HUB_OFFLINE forbids", done.err)
+    assert re.match(r"error: org/model: no local folder with that name, and HF_HUB_OFFLINE forbids", done.err)
     assert done.err.count("\n") == 1
 
 
@@ -255,8 +255,8 @@ def _wants_a_client(installed: str, before: str = "", **environment: str) -> Non
     done = reshard_process("inspect", REPO, before=before, **environment)
     assert done.code == 1
     assert done.err.startswith(
-        f"error: {REPO}: no folder is called so, and a repository on the Hub is read with huggingface_hub 1.31 or "
-        f"later, installed is {installed} ("
+        f"error: {REPO}: no local folder with that name, and a repository on the Hub is read with huggingface_hub "
+        f"1.31 or later, installed is {installed} ("
     )
     assert done.err.endswith("; pip install -U 'huggingface_hub>=1.31'\n")
 
@@ -295,7 +295,7 @@ def test_where_nothing_can_be_staged(hub: Hub, tmp_path: Path) -> None:
     for place, why in (("missing", "No such file or directory"), ("file", "Not a directory")):
         done = run(hub, "split", REPO, tmp_path / "out", "--tp", 2, "--quiet", TMPDIR=str(tmp_path / place))
         assert done.code == 1
-        assert done.err == f"error: {tmp_path / place}: what is fetched cannot be staged there: {why}; see to TMPDIR\n"
+        assert done.err == f"error: {tmp_path / place}: what is fetched cannot be staged there: {why}; check TMPDIR\n"
         assert not (tmp_path / "out").exists()
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from reshard.errors import ReshardError, SourceError
 from reshard.plan.pipeline import Cut
-from reshard.source.numbered import missing_numbers
+from reshard.source.choice import missing_numbers
 from tests.support.builders import Raw, Spec, build, dense_only, read_safetensors, write_safetensors
 from tests.support.corrupt import INDEX
 from tests.support.refusals import broken_link, refusal, warnings_of
@@ -161,7 +161,7 @@ def test_a_file_that_only_stale_scales_name_is_said_once(tmp_path: Path) -> None
     index["weight_map"]["model.layers.0.mlp.gate_proj.weight_scale_inv"] = "model-00009-of-00163.safetensors"
     (tmp_path / "model" / INDEX).write_text(json.dumps(index))
     (line,) = warnings_of(tmp_path / "model")
-    assert line.startswith(f"{INDEX} still names scales of dense layers whose weights are not quantised")
+    assert line.startswith(f"{INDEX} still names scales of dense layers whose weights are not quantized")
 
 
 # --- places ---

@@ -285,7 +285,7 @@ class Spec:
     seed: int = 0
     index: bool = True
     config: dict[str, Any] = field(default_factory=dict)
-    down_recipe: str | None = None  # where down is quantised in another way
+    down_recipe: str | None = None  # where down is quantized in another way
     computable: bool = False  # offsets of weights zero, weights of about 1 / sqrt(in): as of a model that runs
 
 

@@ -282,7 +282,7 @@ _CONFIGS = [
     ),
 ]
 
-_QUANTISATIONS = [
+_QUANTIZATIONS = [
     Case(
         "unknown ModelSlim type",
         edited_json(DESCRIPTION, lambda types: types.update({n: "W4A8_DYNAMIC" for n in types if ".mlp." in n})),
@@ -350,7 +350,7 @@ _QUANTISATIONS = [
         FP8,
     ),
     Case(
-        "quantised and no config",
+        "quantized and no config",
         _no_config,
         (GATE, "weight_scale_inv", "config.json"),
         "put the model's own beside the files",
@@ -359,4 +359,4 @@ _QUANTISATIONS = [
     ),
 ]
 
-CASES = [*_NAMES, *_CONFIGS, *_QUANTISATIONS]
+CASES = [*_NAMES, *_CONFIGS, *_QUANTIZATIONS]

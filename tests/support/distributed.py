@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT_SECONDS = 120
+_IMPORTED_ONCE = ["pytest", "tests.support.unsplit", "transformers.models.deepseek_v3.modeling_deepseek_v3"]
+"""By the server that forks the processes; what is not installed is left out."""
 _AFTER_A_FAILURE_SECONDS = 5
 
 
@@ -82,7 +84,8 @@ class Ranks:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(_IMPORTED_ONCE)
         meeting = Path(tempfile.mkdtemp()) / "ranks"
         for rank in range(self.size):
             here, there = context.Pipe()

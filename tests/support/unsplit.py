@@ -1,15 +1,25 @@
-"""Hugging Face transformers' own unsplit layer, and its parts cut by hand: what split results are compared with."""
+"""Unsplit layers, what split results are compared with: Hugging Face transformers' own, a set's, verify's."""
 
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from reshard.model.activation import SILU, Activation
-from reshard_runtime import DenseFFN, LayerShard
+from reshard.plan.pipeline import Cut
+from reshard.source.open import describe, open_source
+from reshard.verification.compute import unsplit_layer
+from reshard.verification.reference import stored_linear
+from reshard_runtime import DenseFFN, LayerShard, load_shard
 from reshard_runtime.collectives import Collectives, TensorCollectives
 from reshard_runtime.kernels.cpu import CpuKernels
 from reshard_runtime.shard import LinearShard
+from tests.support.running import split
+
+Weights = Mapping[str, torch.Tensor]
 
 
 class TensorCpuKernels(CpuKernels):
@@ -32,9 +42,9 @@ def unsplit_mlp(hidden: int, intermediate: int, dtype: torch.dtype, seed: int = 
     return mlp.to(dtype).requires_grad_(False)
 
 
-def part(mlp: Any, tp_rank: int, tp_size: int) -> LayerShard:
-    """One rank's part of it, cut here by hand."""
-    gate, up, down = (getattr(mlp, f"{role}_proj").weight for role in ("gate", "up", "down"))
+def part(weights: Weights, tp_rank: int, tp_size: int) -> LayerShard:
+    """One rank's part of an MLP's state dict, cut here by hand."""
+    gate, up, down = (weights[f"{role}_proj.weight"] for role in ("gate", "up", "down"))
     rows = slice(tp_rank * len(gate) // tp_size, (tp_rank + 1) * len(gate) // tp_size)
     share = len(gate) // tp_size
     return LayerShard(
@@ -45,11 +55,27 @@ def part(mlp: Any, tp_rank: int, tp_size: int) -> LayerShard:
     )  # fmt: skip
 
 
+def whole_layer(source: Path, index: int = 0) -> LayerShard:
+    """A layer of a checkpoint or set as the one rank of a group of 1 holds it."""
+    with TemporaryDirectory() as folder:  # what is loaded stays mapped
+        split(source, Path(folder, "tp1"), Cut(1))
+        return load_shard(Path(folder, "tp1"), 0).layer(index)
+
+
+def exact(source: Path, x_TH: torch.Tensor, index: int = 0) -> torch.Tensor:
+    """A layer of a checkpoint or set in float64, no token quantized: [T, H], by what verify computes with."""
+    with open_source(str(source)) as opened:
+        layer = next(layer for layer in describe(opened).layers if layer.index == index)
+        linears = {role: stored_linear(opened, linear) for role, linear in layer.linears.items()}
+        assert layer.activation is not None
+        return torch.from_numpy(unsplit_layer(linears, layer.activation, x_TH.double().t().numpy(), exact=True)).t()
+
+
 def split_outputs(
-    group: dist.ProcessGroup, mlp: Any, x_TH: torch.Tensor, ways: dict[str, tuple[bool, torch.dtype]]
+    group: dist.ProcessGroup, weights: Weights, x_TH: torch.Tensor, ways: dict[str, tuple[bool, torch.dtype]]
 ) -> dict[str, torch.Tensor]:
     """The rank's outputs for its share of the tokens, by way: (pairwise or by the collective, type of the sums)."""
-    layer = part(mlp, group.rank(), group.size())
+    layer = part(weights, group.rank(), group.size())
     own = x_TH.chunk(group.size())[group.rank()]
     return {
         name: DenseFFN(layer, group, reduce_dtype=dtype, kernels=CpuKernels() if pairwise else TensorCpuKernels())(own)

@@ -11,6 +11,7 @@ import pytest
 
 from reshard.errors import OutputError, ReshardError, SchemeError, SourceError, SpaceError, UsageError
 from reshard.model.config import language_config, read_model_config
+from reshard.schemes import VARIANTS, Operand
 from reshard.source.open import describe, open_source
 from reshard.synth.plan import SynthOptions, plan_checkpoint
 from reshard.synth.schemes import RECIPES
@@ -23,18 +24,8 @@ MODELS = sorted(path.stem for path in CONFIGS.glob("*.json"))
 SMALL = Fraction(1, 64)
 
 # What describe() calls each recipe.
-SCHEMES = {
-    "bf16": "bf16",
-    "fp16": "bf16",
-    "fp32": "bf16",
-    "fp8_block": "fp8_block",
-    "fp8_channel": "fp8_channel",
-    "int8_block": "int8_block",
-    "w8a8_compressed": "w8a8_dynamic",
-    "w8a8_dynamic": "w8a8_dynamic",
-    "w8a8_mix": "w8a8_mix",
-    "w8a8_static": "w8a8_static",
-}
+SCHEMES = {variant.name: variant.scheme for variant in VARIANTS} | {"fp16": "bf16", "fp32": "bf16"}
+MODELSLIM = {"w8a8_dynamic", "w8a8_static", "w8a8_static_v0", "w8a8_mix"}
 _NUMPY = {"I8": np.int8, "I32": np.int32, "F32": np.float32, "F16": np.float16, "F8_E4M3": np.uint8, "BF16": np.uint16}
 
 
@@ -136,7 +127,7 @@ def test_modelslim_leaves_what_its_recipes_leave(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scheme", RECIPES)
 def test_files_are_named_as_the_tool_names_them(tmp_path: Path, scheme: str) -> None:
     small(tmp_path, scheme, shards=2, sparse=True)
-    modelslim = scheme in {"w8a8_dynamic", "w8a8_static", "w8a8_mix"}
+    modelslim = scheme in MODELSLIM
     stem = "quant_model_weights" if modelslim else "model"
     expected = {f"{stem}-0000{i}-of-00002.safetensors" for i in (1, 2)}
     expected |= {"config.json", f"{stem}.safetensors.index.json"}
@@ -164,10 +155,6 @@ def test_reads_back(tmp_path: Path, scheme: str, model: str) -> None:
     assert {linear.variant.scheme for linear in linears} == {SCHEMES[scheme]}
     assert checkpoint.model.hidden_size == language["hidden_size"] < before["hidden_size"]
     assert checkpoint.warnings == ()
-
-
-def test_every_recipe_is_tested() -> None:
-    assert set(SCHEMES) == set(RECIPES)
 
 
 @pytest.mark.parametrize("scheme", RECIPES)
@@ -203,7 +190,7 @@ def test_values_are_sane(tmp_path: Path, scheme: str) -> None:
             assert (np.abs(values - 1) < 0.5).all(), name
         elif name.endswith("weight_offset"):
             assert not values.any(), name
-        elif raw[0] == "I8":
+        elif raw[0] == "I8" and name.endswith("weight"):
             assert (values.min(), values.max()) == (-128, 127), name
         elif name.endswith("weight") and values.size > 1000:
             wanted = 64 if raw[0] == "F8_E4M3" else 0.02
@@ -250,15 +237,15 @@ def test_a_seed_and_a_name_give_the_values(tmp_path: Path, scheme: str) -> None:
 
 def test_long_tensors_are_drawn_in_blocks() -> None:
     """The blocks of a tensor larger than one are different, and of whole rows."""
-    from reshard.synth.schemes import Fill, TensorSpec
+    from reshard.synth.schemes import TensorSpec
     from reshard.synth.values import blocks
 
-    tensor = TensorSpec("model.layers.0.mlp.gate_proj.weight", "I8", (3000, 1000), Fill.WEIGHT, (3000, 1000))
+    tensor = TensorSpec("model.layers.0.mlp.gate_proj.weight", "I8", (3000, 1000), Operand.WEIGHT, (3000, 1000))
     made = list(blocks(tensor, 0))
     assert [block.shape for block in made] == [(1048, 1000), (1048, 1000), (904, 1000)]
     assert not np.array_equal(made[0], made[1])
-    bias = TensorSpec("model.layers.0.mlp.gate_proj.quant_bias", "I32", (3000,), Fill.QUANT_BIAS, (3000, 1000))
-    offset = TensorSpec("model.layers.0.mlp.gate_proj.input_offset", "F32", (1,), Fill.INPUT_OFFSET, (3000, 1000))
+    bias = TensorSpec("model.layers.0.mlp.gate_proj.quant_bias", "I32", (3000,), Operand.BIAS, (3000, 1000))
+    offset = TensorSpec("model.layers.0.mlp.gate_proj.input_offset", "F32", (1,), Operand.INPUT_OFFSET, (3000, 1000))
     sums = np.concatenate(made).sum(axis=1, dtype=np.int64)
     (value,) = next(iter(blocks(offset, 0)))
     assert np.array_equal(np.concatenate(list(blocks(bias, 0))), -sums * int(value))
@@ -292,7 +279,7 @@ def test_scaled_sizes_make_sense(model: str, scale: str) -> None:
     assert ratio == pytest.approx(float(Fraction(scale)), rel=0.05) or config["hidden_size"] <= 128
 
 
-def test_full_scale_changes_only_the_quantisation() -> None:
+def test_full_scale_changes_only_the_quantization() -> None:
     config = config_of("deepseek-v2-lite")  # its intermediate size, 10944, is no multiple of 128
     plan = plan_checkpoint(config, SynthOptions())
     assert json.loads(plan.side_files["config.json"]) == config

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from reshard.checkpoint.description import Layer
 from reshard.convert.rules import COMPRESSED_TENSORS, MODELSLIM
@@ -17,6 +18,7 @@ from reshard.source.open import describe, open_source
 from reshard.verification.compute import unsplit_layer
 from reshard.verification.reference import Reference
 from tests.support.builders import CHECKPOINTS, RECIPES, Raw, Recipe, Spec, build, read_safetensors, write_safetensors
+from tests.support.unsplit import exact, whole_layer
 from tests.support.verifying import MLP, made, split, verify
 
 
@@ -110,10 +112,10 @@ def test_another_folder_name_is_no_finding(tmp_path: Path) -> None:
 def _unsplit(reference: Reference, layer: Layer, x_HT: np.ndarray) -> np.ndarray:
     assert layer.activation == Activation(SILU)
     linears = {role: reference.linear(linear, role) for role, linear in layer.linears.items()}
-    return unsplit_layer(linears, layer.activation, x_HT, lambda n: None).value
+    return unsplit_layer(linears, layer.activation, x_HT)
 
 
-# A model's checkpoint and the same model quantised by other tools: the arithmetic means what the tools meant.
+# A model's checkpoint and the same model quantized by other tools: the arithmetic means what the tools meant.
 @pytest.mark.parametrize(
     ("one", "other", "error"),
     [
@@ -123,7 +125,7 @@ def _unsplit(reference: Reference, layer: Layer, x_HT: np.ndarray) -> np.ndarray
         ("msmodelslim-w8a8_dynamic_sharded", "msmodelslim_v0-w8a8_static", 0.15),
     ],
 )
-def test_quantised_layers_compute_what_the_model_does(one: str, other: str, error: float, tmp_path: Path) -> None:
+def test_quantized_layers_compute_what_the_model_does(one: str, other: str, error: float, tmp_path: Path) -> None:
     x_HT = np.random.default_rng(1).standard_normal((256, 8))
 
     def outputs(name: str) -> list[np.ndarray]:
@@ -134,6 +136,30 @@ def test_quantised_layers_compute_what_the_model_does(one: str, other: str, erro
 
     for first, second in zip(outputs(one), outputs(other), strict=True):
         assert np.linalg.norm(first - second) < error * np.linalg.norm(first)
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "ct_dynamic", "modelslim_static", "modelslim_fp16_static"])
+def test_without_quantizing_tokens_it_is_the_float64_layer(tmp_path: Path, recipe: str) -> None:
+    """Tokens as they are, weights as they are stored; the demo's and the tests' reference of what ranks compute."""
+    build(tmp_path / "model", Spec(recipe, 256, 1024, computable=True))
+    layer = whole_layer(tmp_path / "model")
+    x_TH = np.random.default_rng(0).standard_normal((3, 256))
+
+    def weight(tensors: dict[str, torch.Tensor]) -> np.ndarray:
+        stored = tensors["weight"].double().numpy()
+        if recipe == "bf16":
+            return stored
+        if "weight_scale" in tensors:
+            return stored * tensors["weight_scale"].double().numpy().reshape(-1, 1)
+        scale = tensors["deq_scale"]
+        numbers = scale.numpy().astype(np.int32).view(np.float32) if scale.dtype == torch.int64 else scale.numpy()
+        return stored * (numbers.astype(np.float64) / tensors["input_scale"].double().numpy())[:, None]
+
+    gate, up = np.split(x_TH @ weight(dict(layer.gate_up.tensors)).T, 2, axis=1)
+    wanted = (gate / (1 + np.exp(-gate)) * up) @ weight(dict(layer.down.tensors)).T
+    np.testing.assert_allclose(
+        exact(tmp_path / "model", torch.from_numpy(x_TH)).numpy(), wanted, rtol=1e-12, atol=1e-12
+    )
 
 
 def test_its_own_path() -> None:

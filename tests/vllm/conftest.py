@@ -43,7 +43,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def w8a8(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole model that llm-compressor quantised."""
+    """A whole model that llm-compressor quantized."""
     folder = tmp_path_factory.mktemp("w8a8") / "model"
     folder.symlink_to(W8A8, target_is_directory=True)
     return _with_sets(folder, 2)

@@ -212,24 +212,24 @@ def forward_of(group: dist.ProcessGroup, served: Served, owner: int, count: int)
 
 
 def w8a8_forward(group: dist.ProcessGroup, served: Served, counts: list[int]) -> dict[str, Any]:
-    """A W8A8 layer's result with tokens that travel quantised and as they are, and the bytes of a row."""
+    """A W8A8 layer's result with tokens that travel quantized and as they are, and the bytes of a row."""
     from vllm.forward_context import set_forward_context
 
-    from reshard_runtime.serving.vllm.token_codec import AsTheyAre
+    from reshard_runtime.serving.vllm.token_codec import Passthrough
 
     with loaded(served) as (config, model), torch.inference_mode():
         mlp = model.model.layers[0].mlp
         hidden = config.model_config.hf_config.hidden_size
         x = tokens(dist.get_rank(), counts[dist.get_rank()], hidden, config.model_config.dtype)
         with set_forward_context(None, config, num_tokens=len(x)):
-            quantised = mlp(x).clone()
+            quantized = mlp(x).clone()
             travel = mlp._travel
-            mlp._travel = AsTheyAre(mlp.gate_up_proj)
+            mlp._travel = Passthrough(mlp.gate_up_proj)
             plain = mlp(x).clone()
         packed = travel.pack(x)
         return {
             "travel": type(travel).__name__,
-            "quantised": quantised,
+            "quantized": quantized,
             "plain": plain,
             "ratio": packed.nbytes / x.nbytes,
         }

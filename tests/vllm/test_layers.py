@@ -111,13 +111,13 @@ def test_pipeline_stages_split_their_own_layers(ranks: GetRanks, dense: Path, mi
     assert not torch.equal(held[0][name], held[2][name])
 
 
-def test_w8a8_tokens_travel_quantised(two: Ranks, w8a8: Path) -> None:
+def test_w8a8_tokens_travel_quantized(two: Ranks, w8a8: Path) -> None:
     found = two.run(inside.w8a8_forward, _split(w8a8, dtype="bfloat16"), [3, 17])
     for each in found:
         assert each["travel"] == "OneDnnInt8"
         assert each["ratio"] <= 0.51
         assert each["plain"].abs().max() > 0
-        assert torch.equal(each["quantised"], each["plain"])
+        assert torch.equal(each["quantized"], each["plain"])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -174,7 +174,7 @@ def test_a_size_of_one_splits_nothing(two: Ranks, dense: Path, tmp_path: Path) -
         assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
-def test_another_dtype_casts_unquantised_weights(two: Ranks, dense: Path) -> None:
+def test_another_dtype_casts_unquantized_weights(two: Ranks, dense: Path) -> None:
     exact = two.run(inside.parameters, _split(dense))
     cast = two.run(inside.parameters, _split(dense, dtype="bfloat16"))
     for before, after in zip(exact, cast, strict=True):

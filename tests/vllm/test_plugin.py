@@ -2,6 +2,9 @@
 
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 CODE = """
 import sys
@@ -18,7 +21,14 @@ print(first.__name__, "vllm.model_executor.models.deepseek_v2" in sys.modules)
 """
 
 
-def test_it_is_found_and_registers_once_without_any_model() -> None:
-    """The processes that only talk to clients import no model: that may start a device."""
-    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, timeout=120, check=True)
+@pytest.mark.parametrize("other", ["runtime.py", "runtime/__init__.py"])
+def test_it_is_found_and_registers_once_without_any_model(tmp_path: Path, other: str) -> None:
+    """The processes that only talk to clients import no model: that may start a device.
+
+    Modules of the working directory come first, and one of them may be called runtime.
+    """
+    (tmp_path / other).parent.mkdir(exist_ok=True)
+    (tmp_path / other).write_text("raise RuntimeError('the working directory has a module called runtime')")
+    command = [sys.executable, "-c", CODE]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.splitlines()[-1] == "DenseFFNShardsLoader False"

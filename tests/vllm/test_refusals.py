@@ -160,7 +160,7 @@ def test_unknown_keys_and_values(two: Ranks, dense: Path, extra: dict[str, objec
     _fails(two, Served(dense, dense.parent / "tp2", data=2, option=2, extra=extra), said)
 
 
-def test_a_quantised_set_for_a_model_that_is_not(two: Ranks, dense: Path, tmp_path: Path) -> None:
+def test_a_quantized_set_for_a_model_that_is_not(two: Ranks, dense: Path, tmp_path: Path) -> None:
     done = reshard("split", dense, tmp_path / "tp2", "--tp", 2, "--weights", "w8a8", "--quiet")
     assert done.code == 0, done.err
     _fails(

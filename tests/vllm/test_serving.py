@@ -159,7 +159,7 @@ def test_tensor_parallel_with_experts(mixed: Path, tmp_path: Path) -> None:
 def test_w8a8(w8a8: Path, tmp_path: Path) -> None:
     """llm-compressor's model, with the engine's own int8 linears.
 
-    A slice of down quantises its own part of the tokens, so data parallelism with the plugin is compared with tensor
+    A slice of down quantizes its own part of the tokens, so data parallelism with the plugin is compared with tensor
     parallelism without it. The layers are the same bits there (test_layers.py); attention, which tensor parallelism
     splits too, is not, and a token's value that is rounded to the next integer moves this model's logits by 0.03.
     """

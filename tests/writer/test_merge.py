@@ -62,7 +62,7 @@ def test_any_checkpoint_comes_back(
 ) -> None:
     """Sizes that divide nothing are padded; the padding is gone after merging."""
     folder = tmp_path_factory.mktemp("any")
-    # ModelSlim can leave down unquantised beside quantised gate and up.
+    # ModelSlim can leave down unquantized beside quantized gate and up.
     down = "modelslim_float" if down_float and RECIPES[recipe].description else None
     spec = Spec(recipe, hidden, intermediate, dense, files, seed, index, down_recipe=down)
     tensors = build(folder / "model", spec)

@@ -64,12 +64,20 @@ def activations(language: Mapping[str, Any], layers: int) -> tuple[Activation | 
     if family is not None and family.fixed is not None:
         return (family.fixed,) * layers
     name = _name(language, family)
-    unknown = [f"{key} = {language[key]}" for key in _unknown(language, family)]
+    known = {*ACT_KEYS, *(key for rule in RULES.values() for key in rule.keys)}
+    known |= {*family.keys, *family.ignored} if family is not None else set()
+    unknown = [
+        f"{key} = {value}"
+        for key, value in language.items()
+        if key not in known and _changes(value) and is_suspicious(key)
+    ]
     if unknown and (name is None or Activation(name).is_known):
         return (Activation(" and ".join([*([name] if name else ()), *unknown])),) * layers
     if name is None:
         return (None,) * layers
-    return tuple(_limited(name, limit, family) for limit in _limits(language, family, layers))
+    clamped = f"{name} {family.clamp}" if family is not None and family.clamp else name
+    limits = _limits(language, family, layers) if family is not None else [None] * layers
+    return tuple(Activation(name if limit is None else clamped, limit) for limit in limits)
 
 
 def _name(language: Mapping[str, Any], family: Family | None) -> str | None:
@@ -85,15 +93,8 @@ def _name(language: Mapping[str, Any], family: Family | None) -> str | None:
 
 def _alias(value: object, key: str) -> str:
     if not isinstance(value, str) or not value:
-        raise SourceError(f"{CONFIG}: {key} is {value!r}, the name of an activation is wanted")
+        raise SourceError(f"{CONFIG}: {key} is {value!r}, expected the name of an activation")
     return ALIASES.get(value, value)
-
-
-def _unknown(language: Mapping[str, Any], family: Family | None) -> list[str]:
-    known = {*ACT_KEYS, *(key for rule in RULES.values() for key in rule.keys)}
-    if family is not None:
-        known |= {family.act, *family.ignored} | {key for key in (family.limit, family.limits) if key is not None}
-    return [key for key, value in language.items() if _changes(value) and key not in known and is_suspicious(key)]
 
 
 def is_suspicious(key: str) -> bool:
@@ -111,28 +112,17 @@ def _changes(value: object) -> bool:
     return any(_changes(item) for item in value) if isinstance(value, list) else bool(value)
 
 
-def _limits(language: Mapping[str, Any], family: Family | None, layers: int) -> list[float | None]:
+def _limits(language: Mapping[str, Any], family: Family, layers: int) -> list[float | None]:
     """Of each layer; 0 and null are none."""
-    if family is None:
-        return [None] * layers
     if family.limits is not None and language.get(family.limits) is not None:
         return [_limit(value, family.limits) for value in per_layer(language, family.limits, layers)]
-    key = family.limit
-    if key is None:
-        return [None] * layers
-    value = language[key] if key in language else family.defaults.get(key)
-    return [_limit(value, key)] * layers
+    key = family.limit or ""
+    return [_limit(language.get(key, family.defaults.get(key)), key)] * layers
 
 
 def _limit(value: object, key: str) -> float | None:
     if value is None or value == 0:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise SourceError(f"{CONFIG}: {key} has {value!r}, a number above 0 is wanted")
+        raise SourceError(f"{CONFIG}: {key} has {value!r}, expected a number above 0")
     return float(value)
-
-
-def _limited(name: str, limit: float | None, family: Family | None) -> Activation:
-    if limit is not None and family is not None and family.clamp:
-        return Activation(f"{name} {family.clamp}", limit)
-    return Activation(name, limit)

@@ -42,11 +42,16 @@ class Family:
     names: str = ""
     source: str = "transformers"
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys that decide what its dense layers compute."""
+        return tuple(key for key in (self.act, self.act_elsewhere, self.limit, self.limits) if key)
 
-def _first(count: int | None, **more: Any) -> Family:
+
+def _first(count: int | None, defaults: Mapping[str, Any] | None = None, **more: Any) -> Family:
     """A family whose first layers are dense."""
-    defaults = {} if count is None else {"first_k_dense_replace": count}
-    return Family(("first_k_dense_replace",), defaults, **more)
+    own = {} if count is None else {"first_k_dense_replace": count}
+    return Family(("first_k_dense_replace",), {**own, **(defaults or {})}, **more)
 
 
 def _alike(model_types: str, family: Family) -> dict[str, Family]:
@@ -55,7 +60,6 @@ def _alike(model_types: str, family: Family) -> dict[str, Family]:
 
 _DENSE = Family()
 _GEMMA = Family(act="hidden_activation", activation="gelu_pytorch_tanh")
-_GLM5 = Family(("first_k_dense_replace",), {"first_k_dense_replace": 3, "swiglu_limit": 10.0}, limit="swiglu_limit")
 _ERNIE = {"moe_layer_start_index": 1, "moe_layer_end_index": -1, "moe_layer_interval": 1}
 _SARVAM = Family(
     ("first_k_dense_replace, moe_layer_freq from there",),
@@ -88,33 +92,19 @@ FAMILIES: dict[str, Family] = {
     "bitnet": Family(fixed=Activation("relu2 and ffn_sub_norm")),
     "gemma3n_text": Family(fixed=Activation("gelu_tanh and activation_sparsity_pattern")),
     # The first layers are dense.
-    "deepseek_v2": _first(0),
-    "deepseek_v3": _first(3),
-    "deepseek_v32": _first(3),
-    "dots1": _first(0),
-    "glm4_moe": _first(1),
-    "glm4v_moe_text": _first(1),
-    "glm4v_moe": _first(1),
-    "mistral4": _first(0),
-    "axk1": _first(1),
-    "axk2": _first(1),
+    **_alike("cohere2_moe deepseek_v2 dots1 mistral4", _first(0)),
+    **_alike(
+        "axk1 axk2 dots3_note_text glm4_moe glm4_moe_lite glm4v_moe glm4v_moe_text hy_v3 kimi_linear laguna "
+        "mimo_v2_flash mistral_large4_text unlimited_ocr_text",
+        _first(1),
+    ),
+    **_alike("deepseek_v3 deepseek_v32 glm_moe_dsa", _first(3)),
+    **_alike("glm5_next glm5_next_text", _first(3, limit="swiglu_limit", defaults={"swiglu_limit": 10.0})),
     "bailing_hybrid": _first(2, ignored=("expert_swiglu_limit_list", "share_expert_swiglu_limit_list")),
     "beam": Family(("num_dense_layers",), {"num_dense_layers": 3}),
-    "cohere2_moe": _first(0),
-    "deepseek_ocr2_text": Family(("first_k_dense_replace",)),
-    "dots3_note_text": _first(1),
+    "deepseek_ocr2_text": _first(None),
     "exaone_moe": _first(1, limits="swiglu_limits", clamp="clamped by vLLM and not by transformers"),
-    "glm4_moe_lite": _first(1),
-    "glm_moe_dsa": _first(3),
-    "hy_v3": _first(1),
     "hy_v4": _first(1, ignored=("swiglu_limit",)),
-    "kimi_linear": _first(1),
-    "laguna": _first(1),
-    "glm5_next_text": _GLM5,
-    "glm5_next": _GLM5,
-    "mimo_v2_flash": _first(1),
-    "mistral_large4_text": _first(1),
-    "unlimited_ocr_text": _first(1),
     "afmoe": Family(("num_dense_layers",), {"num_dense_layers": 1}),
     "step3p5": Family(
         ("moe_layers_enum", "first_k_dense_replace"),
@@ -125,8 +115,7 @@ FAMILIES: dict[str, Family] = {
         ignored=("swiglu_limits",),
     ),
     # Layers of both kinds in another order.
-    "ernie4_5_moe": Family(("moe_layer_start_index",), _ERNIE, bias="use_bias"),
-    "ernie4_5_vl_moe_text": Family(("moe_layer_start_index",), _ERNIE, bias="use_bias"),
+    **_alike("ernie4_5_moe ernie4_5_vl_moe_text", Family(("moe_layer_start_index",), _ERNIE, bias="use_bias")),
     **_alike("qwen2_moe qwen3_moe qwen3_next qwen3_omni_moe_text qwen3_vl_moe_text", _QWEN),
     "flint": Family(("decoder_sparse_step",), {"decoder_sparse_step": 1, "mlp_only_layers": [0, 1]}),
     "minimax_m3_vl_text": Family(
@@ -134,24 +123,20 @@ FAMILIES: dict[str, Family] = {
         {"dense_intermediate_size": 12288},
         fixed=Activation("swigluoai"),
     ),
-    "muse_spark_text": Family(("every layer",)),
-    "mellum": Family(("every layer",)),
-    # Experts in every layer.
+    # Experts in every layer, unless mlp_layer_types says otherwise.
     **_alike(
-        "aria_text flex_olmo gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared kolibri1 minimax "
-        "minimax_m2 mixtral olmoe openai_privacy_filter phimoe qwen3_5_moe_text solar_open zaya",
+        "aria_text deepseek_v4 flex_olmo gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared kolibri1 "
+        "mellum minimax minimax_m2 mixtral muse_spark_text olmoe openai_privacy_filter phimoe qwen3_5_moe_text "
+        "solar_open zaya",
         Family(("every layer",)),
     ),
-    "deepseek_v4": Family(("every layer",)),
     "hunyuan_v1_moe": Family(("moe_layer_num_skipped", "every layer"), one_expert_is_dense=True),
     # Dense layers of other names, which are not cut.
     **_alike("bamba falcon_h1 jamba lfm2_moe llama4_text", Family(names="feed_forward")),
     "longcat_flash": Family(names="mlps.0 and mlps.1"),
     # Not in transformers.
-    "kimi_k2": _first(None, source="vLLM deepseek_v2.py"),
-    "deepseek": _first(None, source="vLLM deepseek_v2.py"),
-    "bailing_moe": _first(None, source="vLLM bailing_moe.py"),
-    "bailing_moe_v2": _first(None, source="vLLM bailing_moe.py"),
+    **_alike("deepseek kimi_k2", _first(None, source="vLLM deepseek_v2.py")),
+    **_alike("bailing_moe bailing_moe_v2", _first(None, source="vLLM bailing_moe.py")),
     "bailing_moe_linear": _first(0, one_expert_is_dense=True, source="vLLM bailing_moe_linear.py"),
     "ernie4_5_moe_vl": Family(("moe_layer_start_index",), bias="use_bias", source="vLLM ernie45_vl_moe.py"),
     "mimo": Family(source="vLLM mimo.py"),
@@ -159,8 +144,7 @@ FAMILIES: dict[str, Family] = {
     "pangu_embedded": Family(source="vLLM openpangu.py"),
     "minimax_m3_text": _first(3, fixed=Activation("swigluoai"), source="vLLM minimax_m3.py"),
     "param2moe": _first(1, source="vLLM param2moe.py"),
-    "sarvam_moe": _SARVAM,
-    "sarvam_mla": _SARVAM,
+    **_alike("sarvam_mla sarvam_moe", _SARVAM),
     "step3_text": Family(
         ("moe_layers_enum", "first_k_dense_replace"), {"first_k_dense_replace": 1}, source="vLLM step3_text.py"
     ),

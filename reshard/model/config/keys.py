@@ -6,8 +6,7 @@ from typing import Any
 from reshard.model.config.act import ACT_KEYS, ALIASES, is_suspicious
 from reshard.model.config.families import FAMILIES, family_of
 from reshard.model.config.layers import looks_like_layers
-from reshard.model.config.mtp import MTP_COUNTS
-from reshard.model.config.rules import EXPERT_COUNTS, RULES
+from reshard.model.config.rules import EXPERT_COUNTS, MTP_COUNTS, RULES
 from reshard.model.naming import stands_beside
 
 DENSE_SIZES = (
@@ -17,24 +16,10 @@ DENSE_SIZES = (
 )
 """A dense layer's own intermediate size, where the key without a prefix is the experts'."""
 
-_SIZES = frozenset({"num_hidden_layers", "num_layers", "hidden_size", "intermediate_size", *DENSE_SIZES})
-_OF_FAMILIES = {
-    key
-    for family in FAMILIES.values()
-    for key in (family.bias, family.act, family.act_elsewhere, family.limit, family.limits, *family.defaults)
-    if key
-}
-_KNOWN = frozenset(
-    {
-        *_SIZES,
-        "mlp_bias",
-        *ACT_KEYS,
-        *EXPERT_COUNTS,
-        *MTP_COUNTS,
-        *_OF_FAMILIES,
-        *(key for rule in RULES.values() for key in rule.keys),
-    }
-)
+_SIZES = {"num_hidden_layers", "num_layers", "hidden_size", "intermediate_size", *DENSE_SIZES}
+_KNOWN = {*_SIZES, "mlp_bias", *ACT_KEYS, *EXPERT_COUNTS, *MTP_COUNTS}
+_KNOWN.update(key for family in FAMILIES.values() for key in (family.bias, *family.keys, *family.defaults))
+_KNOWN.update(key for rule in RULES.values() for key in rule.keys)
 
 
 def decides(key: str) -> bool:
@@ -56,18 +41,13 @@ def is_of_class(language: Mapping[str, Any], key: str, value: object) -> bool:
     It is the default of the family's class, nothing that the class reads, or says nothing by itself.
     """
     family = family_of(language)
+    items = value if isinstance(value, list) else [value or None]  # [0] may name a layer
+    says = any(item is not None and item is not False for item in items)
     if family is None:
-        return not _says(value)
+        return not says
     fixed = family.fixed is not None and (key in ACT_KEYS or is_suspicious(key))
     if fixed or key in family.ignored or key in {*ACT_KEYS} - {family.act, family.act_elsewhere}:
         return True
     if key == family.act and family.activation is not None:
         return isinstance(value, str) and ALIASES.get(value, value) == ALIASES[family.activation]
-    return value == family.defaults[key] if key in family.defaults else not _says(value)
-
-
-def _says(value: object) -> bool:
-    """Whether a value says anything: not null, false or 0, nor a list of null and false; [0] may name a layer."""
-    if isinstance(value, list):
-        return any(item is not None and item is not False for item in value)
-    return bool(value)
+    return value == family.defaults[key] if key in family.defaults else not says

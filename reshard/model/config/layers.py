@@ -6,9 +6,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from reshard.model.config.experts import counting_keys, experts, experts_key
 from reshard.model.config.families import Family, family_of
-from reshard.model.config.rules import EXPERT_COUNTS, FAMILY_ONLY, RULES, Keys, Rule, UnknownKindError
+from reshard.model.config.rules import (
+    EXPERT_COUNTS,
+    FAMILY_ONLY,
+    RULES,
+    Dense,
+    Keys,
+    Rule,
+    UnknownKindError,
+    expert_counts,
+    experts_key,
+)
 
 # Keys that may say which layers are dense, and those that are known to say other things: sizes, counts, routing.
 _LOOKS_LIKE_LAYERS = re.compile(r"expert|moe|dense|sparse", re.IGNORECASE)
@@ -27,7 +36,7 @@ class Account:
     stated: a key says it, or the family's code; not where it follows from the absence of keys that are known.
     """
 
-    layers: frozenset[int] | None
+    layers: Dense | None
     reason: str
     stated: bool = True
 
@@ -42,24 +51,22 @@ def dense_layers(language: Mapping[str, Any], layers: int) -> tuple[Account, tup
     if family is not None and family.names:
         return Account(frozenset(), f"{language['model_type']}: its layers are named {family.names}", False), ()
     if _without_experts(language, family):
-        keys = ", ".join(f"{key} = {language[key]}" for key in counting_keys(language)) or "no experts"
+        keys = ", ".join(f"{key} = {language[key]}" for key in expert_counts(language)) or "no experts"
         return Account(frozenset(every), f"{keys}, num_hidden_layers = {layers}", family is not None), ()
-    accounts = list(_accounts(language, family, every))
-    if not accounts:
-        return _unsaid(language, every), ()
-    first, *others = accounts
+    first, *others = list(_accounts(language, family, every)) or [_unsaid(language)]
     return first, tuple(other for other in others if other.layers not in (None, first.layers))
 
 
 def _without_experts(language: Mapping[str, Any], family: Family | None) -> bool:
     """Whether the keys make a model without experts, as far as they are known."""
-    counts = counting_keys(language)
-    if not counts:
-        leads = (language.get(key) for rule in RULES.values() for key in rule.leads)
-        says = any(value is not None and value not in (0, 1, []) for value in leads)
-        return not family.rules if family is not None else not (says or unknown_keys(language))
-    most = max(experts(language[key]) for key in counts)
-    return most == 0 or (most == 1 and family is not None and (family.one_expert_is_dense or not family.rules))
+    counts = expert_counts(language)
+    if counts:
+        most = max(counts.values())
+        return most == 0 or (most == 1 and family is not None and (family.one_expert_is_dense or not family.rules))
+    if family is not None:
+        return not family.rules
+    leads = (language.get(key) for rule in RULES.values() for key in rule.leads)
+    return all(value is None or value in (0, 1, []) for value in leads) and not unknown_keys(language)
 
 
 def _accounts(language: Mapping[str, Any], family: Family | None, every: range) -> Iterator[Account]:
@@ -68,28 +75,21 @@ def _accounts(language: Mapping[str, Any], family: Family | None, every: range) 
     mlp_layer_types names each layer, and goes before all others.
     """
     own = ("mlp_layer_types", *(family.rules if family is not None else ()))
-    defaults = family.defaults if family is not None else {}
+    defaults = dict(family.defaults) if family is not None else {}
     given = {key: value for key, value in language.items() if value is not None}
-    keys = ChainMap(given, dict(defaults))
     read = {key for name in own for key in RULES[name].keys}
-    names = [
-        *own,
-        *(name for name, rule in RULES.items() if name not in FAMILY_ONLY and not read.issuperset(rule.leads)),
-    ]
-    led = [name for name in names if any(_says(key, given) for key in RULES[name].leads)]
+    others = (name for name, rule in RULES.items() if name not in FAMILY_ONLY and not read.issuperset(rule.leads))
+    led = [name for name in (*own, *others) if any(_says(key, given) for key in RULES[name].leads)]
     if not any(name in own for name in led):
-        led = [*(name for name in own if _falls_back(RULES[name], defaults))][:1] + led
+        falls_back = (n for n in own if not RULES[n].leads or not defaults.keys().isdisjoint(RULES[n].leads))
+        led = [*falls_back][:1] + led
     for name in led:
-        yield _account(RULES[name], keys if name in own else ChainMap(given), every, language)
+        yield _account(RULES[name], ChainMap(given, *([defaults] if name in own else [])), every, language)
 
 
 def _says(key: str, given: Mapping[str, Any]) -> bool:
     """Whether a key's value says anything: a frequency of 1 is every layer behind the dense ones."""
     return key in given and not (key == "moe_layer_freq" and given[key] == 1 and given[key] is not True)
-
-
-def _falls_back(rule: Rule, defaults: Mapping[str, Any]) -> bool:
-    return not rule.leads or any(key in defaults for key in rule.leads)
 
 
 def _account(rule: Rule, keys: Keys, every: range, language: Mapping[str, Any]) -> Account:
@@ -110,10 +110,9 @@ def _account(rule: Rule, keys: Keys, every: range, language: Mapping[str, Any]) 
     return Account(layers, ", ".join(said))
 
 
-def _unsaid(language: Mapping[str, Any], every: range) -> Account:
+def _unsaid(language: Mapping[str, Any]) -> Account:
     """Experts, and no key that is known to say in which layers."""
-    unknown = unknown_keys(language)
-    counted = experts_key(language)
+    unknown, counted = unknown_keys(language), experts_key(language)
     what = f"{counted} = {language[counted]}" if counted is not None else f"model_type {language.get('model_type')!r}"
     if unknown:
         return Account(None, f"{what}, and {', '.join(unknown)} is not known")

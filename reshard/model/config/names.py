@@ -1,11 +1,19 @@
-"""The dense layers that tensors' names give, against those of config.json."""
+"""What tensors' names say of layers: which are dense, against config.json, and which are MTP layers."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from reshard.checkpoint.description import numbers
 from reshard.errors import LayersError
 from reshard.model.config.read import ModelConfig
 from reshard.model.naming import CONFIG
+
+_MTP = frozenset({"eh_proj", "enorm", "hnorm", "shared_head", "embed_tokens"})
+"""What the MTP layers of DeepSeek, GLM, Step and openPangu have beside attention and MLP, and no other layer has."""
+
+
+def is_mtp_layer(names: Iterable[str]) -> bool:
+    """Whether a layer is an MTP layer, by the names in it: what follows `layers.{i}.`, such as `eh_proj.weight`."""
+    return any(name.partition(".")[0] in _MTP for name in names)
 
 
 def agree_on_dense(named: Collection[int], model: ModelConfig) -> tuple[str, ...]:

@@ -8,11 +8,10 @@ from typing import Any
 from reshard.errors import LayersError, SourceError
 from reshard.model.activation import Activation
 from reshard.model.config.act import activations
-from reshard.model.config.experts import counting_keys, experts_key
 from reshard.model.config.families import FAMILIES, family_of
 from reshard.model.config.keys import DENSE_SIZES
 from reshard.model.config.layers import Account, dense_layers, unknown_keys
-from reshard.model.config.mtp import mtp_layers
+from reshard.model.config.rules import count_mtp_layers, expert_counts, experts_key
 from reshard.model.config.sizes import with_default_sizes
 from reshard.model.config.values import number
 from reshard.model.config.wrapper import language_config
@@ -39,7 +38,7 @@ class ModelConfig:
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
-    prediction_layers: int
+    mtp_layers: int
     dense_layers: frozenset[int] | None
     reason: str
     is_stated: bool = True
@@ -65,18 +64,22 @@ def read_model_config(config: Mapping[str, Any]) -> ModelConfig:
     taken = None
     if wrapper is not None:
         language, taken = with_default_sizes(language, wrapper)
-    layers = number(language, _layers_key(language))
+    # LongCat's and ChatGLM's config.json have another key.
+    other = "num_layers" in language and "num_hidden_layers" not in language
+    layers = number(language, "num_layers" if other else "num_hidden_layers")
     if layers > _MAX_LAYERS:
         raise SourceError(f"{CONFIG}: num_hidden_layers is {layers}, up to {_MAX_LAYERS} are believed")
     account, others = dense_layers(language, layers)
     between = activations(language, layers)
+    family = family_of(language)
+    bias = family.bias if family is not None else "mlp_bias"
     model_type = language.get("model_type")
     return ModelConfig(
         model_type=model_type if isinstance(model_type, str) else "",
         hidden_size=number(language, "hidden_size"),
         intermediate_size=_intermediate_size(language, needed=account.layers != frozenset()),
         num_hidden_layers=layers,
-        prediction_layers=mtp_layers(language),
+        mtp_layers=count_mtp_layers(language),
         dense_layers=account.layers,
         reason=account.reason,
         is_stated=account.stated,
@@ -84,7 +87,7 @@ def read_model_config(config: Mapping[str, Any]) -> ModelConfig:
         wrapper=wrapper,
         activations=between,
         doubts=(*([taken] if taken else ()), *_doubts(language, account, others, between)),
-        bias=_bias(language),
+        bias=bias if language.get(bias) else None,
     )
 
 
@@ -94,15 +97,9 @@ def has_experts(config: Mapping[str, Any]) -> bool:
     config: the whole of config.json.
     """
     language = language_config(config)[1]
-    if counting_keys(language):
-        return experts_key(language) is not None
     family = family_of(language)
-    return family is not None and bool(family.rules)
-
-
-def _layers_key(language: Mapping[str, Any]) -> str:
-    """LongCat's and ChatGLM's config.json have another."""
-    return "num_layers" if "num_layers" in language and "num_hidden_layers" not in language else "num_hidden_layers"
+    default = family is not None and bool(family.rules)
+    return experts_key(language) is not None if expert_counts(language) else default
 
 
 def known_dense_layers(model: ModelConfig) -> frozenset[int]:
@@ -118,12 +115,10 @@ def known_dense_layers(model: ModelConfig) -> frozenset[int]:
 def _intermediate_size(language: Mapping[str, Any], *, needed: bool) -> int:
     """Of a dense layer: by a key of its own where there is one. 0 where no layer is dense and no key is there."""
     family = family_of(language)
+    defaults = family.defaults if family is not None else {}
     for key in DENSE_SIZES:
-        value = language.get(key)
-        if value is None and family is not None:
-            value = family.defaults.get(key)
-        if value is not None:
-            return number({key: value}, key)
+        if language.get(key) is not None or key in defaults:
+            return number(language, key, default=defaults.get(key), least=1)
     sizes = language.get("intermediate_size")
     if isinstance(sizes, list) and sizes:
         if len(set(map(str, sizes))) > 1:
@@ -136,22 +131,14 @@ def _intermediate_size(language: Mapping[str, Any], *, needed: bool) -> int:
 
 def _explain_width(language: Mapping[str, Any]) -> None:
     """Raises SourceError where other keys stand in the place of intermediate_size."""
-    blocks = language.get("block_configs")
-    if isinstance(blocks, list):
+    if isinstance(language.get("block_configs"), list):
         raise SourceError(f"{CONFIG}: block_configs gives each layer a width of its own: such a model is not cut")
-    near = [key for key, value in language.items() if type(value) is int and _WIDTH.search(key)]
+    near = [f"{key} = {value}" for key, value in language.items() if type(value) is int and _WIDTH.search(key)]
     if near:
-        keys = ", ".join(f"{key} = {language[key]}" for key in near)
         raise SourceError(
-            f"{CONFIG}: no intermediate_size, but {keys}; where that is the dense layers' width, write "
+            f"{CONFIG}: no intermediate_size, but {', '.join(near)}; where that is the dense layers' width, write "
             "intermediate_size with it there"
         )
-
-
-def _bias(language: Mapping[str, Any]) -> str | None:
-    family = family_of(language)
-    key = family.bias if family is not None else "mlp_bias"
-    return key if language.get(key) else None
 
 
 def _doubts(

@@ -4,16 +4,18 @@ A rule reads the config's own values and, where a key is absent or null, its fam
 """
 
 from collections import ChainMap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from reshard.errors import SourceError
-from reshard.model.config.values import number, per_layer
+from reshard.model.config.values import layer_numbers, number, per_layer
 from reshard.model.naming import CONFIG
 
 Keys = ChainMap[str, Any]
 """The config's own values before its family's."""
+Dense = frozenset[int]
+"""The dense layers."""
 
 
 class UnknownKindError(Exception):
@@ -25,7 +27,7 @@ class Rule:
     """`leads`: the keys of which one makes it speak. `others`: what it reads beside them. `dense`: the dense layers."""
 
     leads: tuple[str, ...]
-    dense: Callable[[Keys, range], frozenset[int]]
+    dense: Callable[[Keys, range], Dense]
     others: tuple[str, ...] = ()
 
     @property
@@ -34,7 +36,7 @@ class Rule:
         return (*self.leads, *self.others)
 
 
-def _types(keys: Keys, every: range) -> frozenset[int]:
+def _types(keys: Keys, every: range) -> Dense:
     kinds = per_layer(keys, "mlp_layer_types", len(every))
     for kind in kinds:
         if not isinstance(kind, str) or not (kind in {"dense", "sparse"} or kind.endswith("moe")):
@@ -42,85 +44,61 @@ def _types(keys: Keys, every: range) -> frozenset[int]:
     return frozenset(i for i in every if kinds[i] == "dense")
 
 
-def _first(keys: Keys, every: range) -> frozenset[int]:
+def _first(keys: Keys, every: range) -> Dense:
     """The first layers are dense; behind them, those whose index is no multiple of the frequency."""
-    frequency = keys.get("moe_layer_freq", 1)
-    if isinstance(frequency, list):  # names each layer: no family's default beside it
+    if isinstance(keys.get("moe_layer_freq"), list):  # names each layer: no family's default beside it
         sparse = per_layer(keys, "moe_layer_freq", len(every))
         first = number(keys.maps[0], "first_k_dense_replace", default=0)
         return frozenset(i for i in every if i < first or not sparse[i])
     first = number(keys, "first_k_dense_replace", default=0)
-    if type(frequency) is not int or frequency < 1:
-        raise SourceError(f"{CONFIG}: moe_layer_freq is {frequency!r}, a number from 1 is wanted")
+    frequency = number(keys, "moe_layer_freq", default=1, least=1)
     return frozenset(i for i in every if i < first or i % frequency != 0)
 
 
-def _sarvam(keys: Keys, every: range) -> frozenset[int]:
+def _sarvam(keys: Keys, every: range) -> Dense:
     """As _first, with the frequency counted from the first sparse layer."""
     first, frequency = number(keys, "first_k_dense_replace", default=0), number(keys, "moe_layer_freq")
     return frozenset(i for i in every if i < first or (i - first) % frequency != 0)
 
 
-def _count(key: str) -> Callable[[Keys, range], frozenset[int]]:
-    return lambda keys, every: frozenset(i for i in every if i < number(keys, key, default=0))
+def _count(key: str) -> Rule:
+    return Rule((key,), lambda keys, every: frozenset(i for i in every if i < number(keys, key, default=0)))
 
 
-def _flags(key: str) -> Callable[[Keys, range], frozenset[int]]:
+def _flags(key: str) -> Rule:
     """A list with 1 or true for each layer that has experts."""
-
-    def dense(keys: Keys, every: range) -> frozenset[int]:
-        flags = per_layer(keys, key, len(every))
-        return frozenset(i for i in every if not flags[i])
-
-    return dense
+    return Rule((key,), lambda keys, every: frozenset(i for i in every if not per_layer(keys, key, len(every))[i]))
 
 
-def _listed(key: str) -> Callable[[Keys, range], frozenset[int]]:
-    """The layers with experts: a list, or the same as text with commas."""
-
-    def dense(keys: Keys, every: range) -> frozenset[int]:
-        value = keys[key]
-        items = [item for item in value.split(",") if item.strip()] if isinstance(value, str) else value
-        try:
-            sparse = {int(item) for item in items}
-        except (TypeError, ValueError) as error:
-            raise SourceError(f"{CONFIG}: {key} is {value!r}, layer numbers are wanted") from error
-        return frozenset(i for i in every if i not in sparse)
-
-    return dense
+def _listed(key: str) -> Rule:
+    """The layers with experts."""
+    return Rule((key,), lambda keys, every: frozenset(every) - layer_numbers(keys, key))
 
 
-def _span(keys: Keys, every: range) -> frozenset[int]:
+def _span(keys: Keys, every: range) -> Dense:
     """ERNIE 4.5: every interval-th layer from start to end has experts. A VL model has one pair for each modality."""
     start = _edge(keys, "moe_layer_start_index", 0, min)
     end = _edge(keys, "moe_layer_end_index", -1, max)
-    if end == -1:
-        end = len(every) - 1
-    interval = number(keys, "moe_layer_interval", default=1)
-    if interval < 1:
-        raise SourceError(f"{CONFIG}: moe_layer_interval is {interval}, a number from 1 is wanted")
-    return frozenset(i for i in every if not (start <= i <= end and (i + 1) % interval == 0))
+    last = every[-1] if end == -1 else end
+    interval = number(keys, "moe_layer_interval", default=1, least=1)
+    return frozenset(i for i in every if not (start <= i <= last and (i + 1) % interval == 0))
 
 
 def _edge(keys: Keys, key: str, default: int, of: Callable[[list[int]], int]) -> int:
-    value = keys.get(key)
-    values = value if isinstance(value, list) else [default if value is None else value]
+    value = keys.get(key, default)
+    values = value if isinstance(value, list) else [value]
     if not values or not all(type(item) is int and item >= -1 for item in values):
-        raise SourceError(f"{CONFIG}: {key} is {value!r}, a layer number is wanted")
+        raise SourceError(f"{CONFIG}: {key} is {value!r}, expected a layer number")
     return of(values)
 
 
-def _qwen(keys: Keys, every: range) -> frozenset[int]:
-    step = number(keys, "decoder_sparse_step", default=1)
-    only = keys.get("mlp_only_layers") or []
-    if not isinstance(only, list) or not all(type(i) is int for i in only):
-        raise SourceError(f"{CONFIG}: mlp_only_layers {only!r} is no list of layer numbers")
-    if step < 1:
-        raise SourceError(f"{CONFIG}: decoder_sparse_step {step} is no number from 1")
+def _qwen(keys: Keys, every: range) -> Dense:
+    step = number(keys, "decoder_sparse_step", default=1, least=1)
+    only = layer_numbers(keys, "mlp_only_layers")
     return frozenset(i for i in every if i in only or (i + 1) % step != 0)
 
 
-def _interleaved(keys: Keys, every: range) -> frozenset[int]:
+def _interleaved(keys: Keys, every: range) -> Dense:
     """Llama 4: every step-th layer has experts, none with a step of 0."""
     step = number(keys, "interleave_moe_layer_step", default=0)
     return frozenset(i for i in every if step == 0 or (i + 1) % step != 0)
@@ -128,18 +106,15 @@ def _interleaved(keys: Keys, every: range) -> frozenset[int]:
 
 RULES = {
     "mlp_layer_types": Rule(("mlp_layer_types",), _types),
-    "moe_layers": Rule(("moe_layers",), _listed("moe_layers")),
-    "moe_layers_enum": Rule(("moe_layers_enum",), _listed("moe_layers_enum")),
-    "is_moe_layer": Rule(("is_moe_layer",), _flags("is_moe_layer")),
-    "layer_freq": Rule(("layer_freq",), _flags("layer_freq")),
+    "moe_layers": _listed("moe_layers"),
+    "moe_layers_enum": _listed("moe_layers_enum"),
+    "is_moe_layer": _flags("is_moe_layer"),
+    "layer_freq": _flags("layer_freq"),
     "first_k_dense_replace": Rule(("first_k_dense_replace", "moe_layer_freq"), _first),
-    "num_dense_layers": Rule(("num_dense_layers",), _count("num_dense_layers")),
+    "num_dense_layers": _count("num_dense_layers"),
     # HunYuan's own code; transformers and vLLM pass it over, and build experts in those layers too.
-    "moe_layer_num_skipped": Rule(("moe_layer_num_skipped",), _count("moe_layer_num_skipped")),
-    "moe_layer_start_index": Rule(
-        ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"),
-        _span,
-    ),
+    "moe_layer_num_skipped": _count("moe_layer_num_skipped"),
+    "moe_layer_start_index": Rule(("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"), _span),
     "interleave_moe_layer_step": Rule(("interleave_moe_layer_step",), _interleaved),
     "decoder_sparse_step": Rule(("decoder_sparse_step", "mlp_only_layers"), _qwen),
     "first_k_dense_replace, moe_layer_freq from there": Rule(("first_k_dense_replace",), _sarvam, ("moe_layer_freq",)),
@@ -150,11 +125,42 @@ RULES = {
 FAMILY_ONLY = frozenset({"first_k_dense_replace, moe_layer_freq from there", "every layer"})
 """The rules that keys alone do not call for."""
 
-EXPERT_COUNTS = (
-    "n_routed_experts",  # DeepSeek, GLM, Kimi K2
-    "num_experts",  # Qwen, Ling, Hunyuan (one number or one for each layer)
-    "num_local_experts",  # Mixtral, Llama 4, MiniMax
-    "moe_num_experts",  # ERNIE 4.5 (one number, or one for text and one for images), Step
-    "num_routed_experts",  # openPangu
+EXPERT_COUNTS = {
+    "n_routed_experts": True,  # DeepSeek, GLM, Kimi K2
+    "num_experts": True,  # Qwen, Ling, Hunyuan (one number or one for each layer)
+    "num_local_experts": False,  # Mixtral, Llama 4, MiniMax
+    "moe_num_experts": False,  # ERNIE 4.5 (one number, or one for text and one for images), Step
+    "num_routed_experts": False,  # openPangu
+}
+"""The keys that count a model's routed experts, and whether it is known what those are called (mlp.experts.{e})."""
+
+
+def expert_counts(language: Mapping[str, Any]) -> dict[str, int]:
+    """What a language model's config has of them, null and 0 too: of a list the most."""
+    given = {key: language[key] for key in EXPERT_COUNTS if key in language}
+    lists = {key: value if isinstance(value, list) else [value] for key, value in given.items()}
+    return {key: max((count for count in counts if type(count) is int), default=0) for key, counts in lists.items()}
+
+
+def experts_key(language: Mapping[str, Any], *, named: bool = False) -> str | None:
+    """The key that counts a language model's routed experts, None for a model without.
+
+    named: only of experts whose names are known.
+    """
+    counts = expert_counts(language).items()
+    return next((key for key, count in counts if count and (EXPERT_COUNTS[key] or not named)), None)
+
+
+MTP_COUNTS = (
+    "num_nextn_predict_layers",  # DeepSeek, GLM, Step
+    "num_mtp_layers",  # openPangu, transformers' own name
+    "mtp_num_layers",
+    "mtp_num_hidden_layers",  # Qwen3.5
+    "num_mtp_modules",  # MiniMax M2
 )
-"""The keys that count a model's routed experts."""
+"""The keys that count the MTP layers behind a model's own, which are never DenseFFN."""
+
+
+def count_mtp_layers(language: Mapping[str, Any]) -> int:
+    """How many there are, by the first key that counts them."""
+    return next((number(language, key, default=0) for key in MTP_COUNTS if language.get(key) is not None), 0)

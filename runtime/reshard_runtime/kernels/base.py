@@ -17,19 +17,17 @@ Gated = Callable[[torch.Tensor], torch.Tensor]
 """act(gate) * up: [T, 2L] -> [T, L] in its type, computed in float32 and rounded once. It may overwrite its input."""
 
 GatedInt8 = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""int32 sums [T, 2L], scale [2L], token_scale [T] -> float32 by both -> act(gate) * up -> as `quantise_dynamic`."""
+"""int32 sums [T, 2L], scale [2L], token_scale [T] -> float32 by both -> act(gate) * up -> as `quantize_dynamic`."""
 
 
 class Kernels(Protocol):
     """One device's kernels. All results are new tensors; no call waits for the host."""
 
     name: str
+    """A backend of the table of schemes, which says what it runs as it is stored; the rest becomes BF16 at load."""
 
     def collectives(self, group: torch.distributed.ProcessGroup) -> Collectives:
         """How the tokens travel over `group`."""
-
-    def has(self, scheme: str) -> bool:
-        """Whether weights of this scheme are multiplied as they are; else they are dequantised at load."""
 
     def weight(self, name: str, weight_NK: torch.Tensor) -> torch.Tensor:
         """The device's own form of a weight, once, after loading.
@@ -49,13 +47,13 @@ class Kernels(Protocol):
     def gated_int8(self, activation: Activation) -> GatedInt8 | None:
         """The same from sums to int8 in one; None where the device has no kernel of exactly that formula."""
 
-    def quantise_dynamic(self, x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def quantize_dynamic(self, x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Symmetric, per token: scale_T = max|x_T| / 127 (float32), q_TK = round(x / scale) (int8).
 
         As `npu_dynamic_quant` is documented. A token of zeros has scale 0 and zeros.
         """
 
-    def quantise_static(self, x_TK: torch.Tensor, reciprocal: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    def quantize_static(self, x_TK: torch.Tensor, reciprocal: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
         """q_TK = clamp(round(x * reciprocal + offset), -128, 127) (int8), in float32.
 
         As `npu_quantize(..., div_mode=False)` is documented. reciprocal, offset: float32 [1].

@@ -11,12 +11,12 @@ import torch_npu
 
 from reshard.errors import ShardError
 from reshard.model.activation import GELU, GELU_TANH, SILU, Activation
+from reshard.tensors.tiles import LAST_DIM_LIMIT
 from reshard_runtime.collectives import Collectives, TensorCollectives
 from reshard_runtime.kernels.base import Gated, GatedInt8
 from reshard_runtime.kernels.torch_ops import clamped
 
 _FRACTAL_NZ = 29  # torch_npu's number for the format of 16 x 16 (BF16) and 16 x 32 (int8) tiles
-_LAST_DIM_LIMIT = 65_535  # of npu_quant_matmul
 _DYNAMIC = 1  # quant_mode of npu_dequant_swiglu_quant
 _APPROXIMATE = {GELU: 0, GELU_TANH: 1}  # of npu_geglu
 
@@ -33,15 +33,11 @@ class NpuKernels:
         """Hccl's."""
         return TensorCollectives(group)
 
-    def has(self, scheme: str) -> bool:
-        """Unquantised and W8A8; Atlas A2 and A3 multiply no FP8."""
-        return scheme in {"bf16", "w8a8_dynamic", "w8a8_static", "w8a8_mix"}
-
     def weight(self, name: str, weight_NK: torch.Tensor) -> torch.Tensor:
         """[K, N], contiguous, FRACTAL_NZ."""
-        if weight_NK.dtype == torch.int8 and max(weight_NK.shape) > _LAST_DIM_LIMIT:
+        if weight_NK.dtype == torch.int8 and max(weight_NK.shape) > LAST_DIM_LIMIT:
             raise ShardError(
-                f"{name}: {list(weight_NK.shape)}; npu_quant_matmul takes last dims up to {_LAST_DIM_LIMIT}: a "
+                f"{name}: {list(weight_NK.shape)}; npu_quant_matmul takes last dims up to {LAST_DIM_LIMIT}: a "
                 "larger group narrows all but hidden_size; BF16 has no such limit"
             )
         if weight_NK.dtype == torch.int8 and weight_NK.device not in self._one:
@@ -83,11 +79,11 @@ class NpuKernels:
             return None
         return _dequant_swiglu_quant
 
-    def quantise_dynamic(self, x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def quantize_dynamic(self, x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """([T, K] int8, [T] float32)."""
         return torch_npu.npu_dynamic_quant(x_TK)
 
-    def quantise_static(self, x_TK: torch.Tensor, reciprocal: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    def quantize_static(self, x_TK: torch.Tensor, reciprocal: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
         """[T, K] int8."""
         return torch_npu.npu_quantize(x_TK, reciprocal, offset, torch.qint8, -1, False)
 

@@ -21,10 +21,6 @@ _INT8_MIN, _INT8_MAX = -128, 127
 class TorchKernels(ABC):
     """Everything but the products. Shapes: see `reshard_runtime.kernels.base`."""
 
-    def has(self, scheme: str) -> bool:
-        """Unquantised and W8A8."""
-        return scheme in {"bf16", "w8a8_dynamic", "w8a8_static", "w8a8_mix"}
-
     def weight(self, name: str, weight_NK: torch.Tensor) -> torch.Tensor:
         """As it is."""
         return weight_NK
@@ -54,11 +50,11 @@ class TorchKernels(ABC):
             h_T2L: torch.Tensor, scale_2L: torch.Tensor, token_scale_T: torch.Tensor
         ) -> tuple[torch.Tensor, torch.Tensor]:
             h = h_T2L.to(torch.float32).mul_(scale_2L).mul_(token_scale_T[:, None])
-            return self.quantise_dynamic(formula(h))
+            return self.quantize_dynamic(formula(h))
 
         return run
 
-    def quantise_dynamic(self, x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def quantize_dynamic(self, x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """([T, K] int8, [T] float32)."""
         x_TK = x_TK.float()
         scale_T = torch.linalg.vector_norm(x_TK, torch.inf, dim=-1) / _INT8_MAX
@@ -66,7 +62,7 @@ class TorchKernels(ABC):
         q_TK = (x_TK / scale_T[:, None]).round_().clamp_(-_INT8_MAX, _INT8_MAX).nan_to_num_(nan=0.0)
         return q_TK.to(torch.int8), scale_T
 
-    def quantise_static(self, x_TK: torch.Tensor, reciprocal: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    def quantize_static(self, x_TK: torch.Tensor, reciprocal: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
         """[T, K] int8."""
         scaled = x_TK.float().mul(reciprocal).add_(offset).round_()
         return scaled.clamp_(_INT8_MIN, _INT8_MAX).nan_to_num_(nan=0.0).to(torch.int8)

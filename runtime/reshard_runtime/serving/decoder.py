@@ -127,7 +127,7 @@ def _linears(mlp: nn.Module) -> Mapping[str, nn.Linear] | None:
 
 
 def _sizes(name: str, mlp: nn.Module, linears: Mapping[str, nn.Linear]) -> tuple[int, int]:
-    """[H, I]. What stands beside a linear's weight because it is quantised may be of another form in the shards."""
+    """[H, I]. What stands beside a linear's weight because it is quantized may be of another form in the shards."""
     for key in mlp.state_dict():
         module, _, suffix = key.rpartition(".")
         if module not in linears or suffix == "bias":

@@ -1,7 +1,7 @@
 """A rank's tensors into the parameters of a linear that the engine has built partitioned.
 
 The engine's parameters have the names and shapes of the shard's tensors: a shard is cut for that. Nothing is narrowed
-or padded. A quantised weight is never cast; what stands beside it takes the type of the engine's parameter, as with the
+or padded. A quantized weight is never cast; what stands beside it takes the type of the engine's parameter, as with the
 engine's own loader (vllm-ascend keeps ModelSlim's float32 scales in the model's type, its offsets in int8).
 """
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from reshard.errors import ShardError
+from reshard.schemes import scheme_named
 from reshard_runtime.shard import LinearShard
 
 
@@ -27,8 +28,8 @@ def fill(linear: nn.Module, shard: LinearShard) -> set[str]:
     for name, parameter in parameters.items():
         if parameter.is_meta:
             raise ShardError(
-                f"{shard.name}.{name} has no memory yet: the engine quantises it while it loads; serve the model "
-                "without online quantisation, and convert with reshard split --weights"
+                f"{shard.name}.{name} has no memory yet: the engine quantizes it while it loads; serve the model "
+                "without online quantization, and convert with reshard split --weights"
             )
     absent = parameters.keys() - shard.tensors.keys()
     if not shard.tensors.keys() <= parameters.keys() or not absent <= _computed(linear, shard):
@@ -63,13 +64,13 @@ def _fitted(shard: LinearShard, suffix: str, parameter: torch.Tensor, parts: int
         return tensor
     floats = tensor.is_floating_point() and parameter.is_floating_point() and 1 not in _bytes(tensor, parameter)
     if suffix == "weight":
-        may_be_cast = floats and shard.scheme == "bf16"
+        may_be_cast = floats and scheme_named(shard.scheme, shard.name).is_float
     else:
         may_be_cast = floats or torch.equal(tensor.to(parameter.dtype).to(tensor.dtype), tensor)
     if may_be_cast:
         return tensor
     raise ShardError(
-        f"{name} is {tensor.dtype}, the engine's parameter {parameter.dtype}; quantised values are not cast: cut the "
+        f"{name} is {tensor.dtype}, the engine's parameter {parameter.dtype}; quantized values are not cast: cut the "
         "shards from the very model that is served"
     )
 

@@ -152,7 +152,7 @@ class DenseFFNShardsLoader(DefaultModelLoader):
             return digest
         rank, size = _place(mlps, self._manifest, folder)
         compare_built(mlps, share_of(self._manifest), str(folder))
-        shard = load_shard(folder, rank, tp_size=size, layers=mlps, verify=self.options.verify, dequantise=False)
+        shard = load_shard(folder, rank, tp_size=size, layers=mlps, verify=self.options.verify, dequantize=False)
         casts: set[str] = set()
         for index, mlp in mlps.items():
             layer = shard.layer(index)

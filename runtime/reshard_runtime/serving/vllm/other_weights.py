@@ -13,8 +13,7 @@ from reshard.errors import ShardError
 from reshard.manifest import Manifest, SourceFile
 from reshard.model.naming import DOWN, GATE_UP, parse_dense
 from reshard.source.opened import Opened
-
-_LENGTH_BYTES = 8
+from reshard.tensors.header import read_raw_header
 
 
 def replaced(manifest: Manifest) -> frozenset[str]:
@@ -112,10 +111,7 @@ def _way_out(folder: Path, manifest: Manifest) -> str:
 def _compare(opened: Opened, file: SourceFile, way: str) -> None:
     if opened.size != file.size:
         raise ShardError(f"{opened.path}: {opened.size} bytes, the shard set was cut from {file.size}; {way}")
-    raw = opened.read(0, _LENGTH_BYTES)
-    digest = blake3(
-        raw + opened.read(_LENGTH_BYTES, min(_LENGTH_BYTES + int.from_bytes(raw, "little"), file.size))
-    ).hexdigest()
+    digest = blake3(read_raw_header(opened.read, str(opened.path), opened.size)).hexdigest()
     if digest != file.header_blake3:
         raise ShardError(
             f"{opened.path}: its header has BLAKE3 {digest[:16]}…, the shard set was cut from "

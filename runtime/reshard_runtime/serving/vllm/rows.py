@@ -14,20 +14,20 @@ import torch
 
 from reshard.errors import GroupError, TokensError
 from reshard_runtime.serving.vllm.groups import Group
-from reshard_runtime.tokens import Dealt, deal, pad
+from reshard_runtime.tokens import TokenLayout, pad, token_layout
 
 
 class Rows(Protocol):
     """`parts`: of how many ranks' rows a tensor is made, 1 or D."""
 
-    def deal(self, own: int, layer_name: str) -> Dealt:
+    def layout(self, own: int, layer_name: str) -> TokenLayout:
         """What each rank brings, of `own` tokens here. Raises GroupError without counts, TokensError if none fit."""
 
-    def place(self, name: str, rows: torch.Tensor, dealt: Dealt, parts: int) -> torch.Tensor:
+    def place(self, name: str, rows: torch.Tensor, layout: TokenLayout, parts: int) -> torch.Tensor:
         """[at most parts * P, W] -> [parts * P, W], zeros below, for a collective to read."""
 
     def result(
-        self, name: str, dealt: Dealt, parts: int, like: torch.Tensor, dtype: torch.dtype
+        self, name: str, layout: TokenLayout, parts: int, like: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor | None:
         """[parts * P, W] for a collective to write; None leaves it to the collective."""
 
@@ -38,7 +38,7 @@ class Counted:
     def __init__(self, group: Group, counts: Callable[[], torch.Tensor | None]) -> None:
         self._group, self._counts = group, counts
 
-    def deal(self, own: int, layer_name: str) -> Dealt:
+    def layout(self, own: int, layer_name: str) -> TokenLayout:
         """By this step's counts."""
         everyones = self._counts()
         first, place, size = self._group.first, self._group.data.rank(), self._group.data.size()
@@ -52,14 +52,14 @@ class Counted:
             message = f"{layer_name}, rank {place}: x has {own} tokens, the engine said {counts[place]}"
             self._group.tell(message)
             raise TokensError(message)
-        return deal(own, size, counts, None)
+        return token_layout(own, size, counts, None)
 
-    def place(self, name: str, rows: torch.Tensor, dealt: Dealt, parts: int) -> torch.Tensor:
+    def place(self, name: str, rows: torch.Tensor, layout: TokenLayout, parts: int) -> torch.Tensor:
         """Itself where it is long enough."""
-        return pad(rows, parts * dealt.rows)
+        return pad(rows, parts * layout.rows)
 
     def result(
-        self, name: str, dealt: Dealt, parts: int, like: torch.Tensor, dtype: torch.dtype
+        self, name: str, layout: TokenLayout, parts: int, like: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor | None:
         """The collective's own."""
         return None
@@ -76,7 +76,7 @@ class Fixed:
         self._group, self._rows, self._is_rehearsal = group, rows, is_rehearsal
         self._kept: dict[tuple[str, int, torch.dtype], torch.Tensor] = {}
 
-    def deal(self, own: int, layer_name: str) -> Dealt:
+    def layout(self, own: int, layer_name: str) -> TokenLayout:
         """P; in a rehearsal every rank has as many as this one, be it more than P."""
         rows, size = self._rows, self._group.data.size()
         if own > rows:
@@ -88,11 +88,11 @@ class Fixed:
                 self._group.tell(message)
                 raise TokensError(message)
             rows = own
-        return deal(own, size, None, rows)
+        return token_layout(own, size, None, rows)
 
-    def place(self, name: str, rows: torch.Tensor, dealt: Dealt, parts: int) -> torch.Tensor:
+    def place(self, name: str, rows: torch.Tensor, layout: TokenLayout, parts: int) -> torch.Tensor:
         """A copy in the tensor that is kept under `name`."""
-        kept = self.result(name, dealt, parts, rows, rows.dtype)
+        kept = self.result(name, layout, parts, rows, rows.dtype)
         if kept is None:
             return rows  # as many as there can be
         kept[: len(rows)] = rows
@@ -100,10 +100,10 @@ class Fixed:
         return kept
 
     def result(
-        self, name: str, dealt: Dealt, parts: int, like: torch.Tensor, dtype: torch.dtype
+        self, name: str, layout: TokenLayout, parts: int, like: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor | None:
         """The tensor that is kept under `name`, made when it is first asked for: before any graph is captured."""
         key = (name, like.shape[1], dtype)
         if key not in self._kept:
             self._kept[key] = like.new_zeros(parts * self._rows, like.shape[1], dtype=dtype)
-        return self._kept[key] if dealt.rows == self._rows else None
+        return self._kept[key] if layout.rows == self._rows else None

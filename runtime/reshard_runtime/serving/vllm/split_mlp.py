@@ -1,7 +1,7 @@
 """A dense layer's MLP whose linears hold one rank's part, run over a group of data-parallel ranks.
 
     x_TH  own tokens              [T, H]
-      all_gather                  [D * P, H], or int8 with what the engine quantises tokens to
+      all_gather                  [D * P, H], or int8 with what the engine quantizes tokens to
       the engine's gate_up, SwiGLU, down: a partial sum
       reduce_scatter              [T, H], which tensor-parallel ranks, if there are any, add up
 
@@ -29,7 +29,7 @@ _log = init_logger("vllm.denseffn_shards")
 
 
 class SplitMLP(DeepseekV2MLP):
-    """The engine's MLP after `split`; its linears are the engine's own, with their quantisation and kernels."""
+    """The engine's MLP after `split`; its linears are the engine's own, with their quantization and kernels."""
 
     layer_name: str
     group: Group
@@ -48,9 +48,9 @@ class SplitMLP(DeepseekV2MLP):
         fit.
         """
         group, rows, own = self.group, self.rows, len(x_TH)
-        dealt = rows.deal(own, self.layer_name)
-        _log.debug("%s rank %d of %d: tokens %s", self.layer_name, group.rank, group.size, dealt.counts)
-        if dealt.total == 0:
+        layout = rows.layout(own, self.layer_name)
+        _log.debug("%s rank %d of %d: tokens %s", self.layer_name, group.rank, group.size, layout.counts)
+        if layout.total == 0:
             return torch.empty_like(x_TH)
         if self._travel is None:  # only now are the weights in the form that the kernels want
             self._travel = travel_of(self.gate_up_proj, x_TH.dtype)
@@ -58,13 +58,13 @@ class SplitMLP(DeepseekV2MLP):
         collectives = kernels.collectives(group.data)
         reduce_dtype = self.reduce_dtype or reduce_dtype_for(collectives, group.size, x_TH.dtype)
         packed = self._travel.pack(x_TH if own else x_TH.new_zeros(1, x_TH.shape[1]))  # kernels take none that is empty
-        sent = rows.place("sent", packed, dealt, 1)
-        gathered = rows.result("gathered", dealt, size, sent, sent.dtype)
+        sent = rows.place("sent", packed, layout, 1)
+        gathered = rows.result("gathered", layout, size, sent, sent.dtype)
         gathered = group.meet(collectives.gather, sent, gathered)
-        h = self.act_fn(self._travel.multiply(dealt.drop_padding(gathered)))
-        partial = dealt.restore_padding(product(self.down_proj, h).to(reduce_dtype))
-        partial = rows.place("partial", partial, dealt, size)
-        kept = rows.result("summed", dealt, 1, partial, torch.float32 if collectives.in_float32 else reduce_dtype)
+        h = self.act_fn(self._travel.multiply(layout.drop_padding(gathered)))
+        partial = layout.restore_padding(product(self.down_proj, h).to(reduce_dtype))
+        partial = rows.place("partial", partial, layout, size)
+        kept = rows.result("summed", layout, 1, partial, torch.float32 if collectives.in_float32 else reduce_dtype)
         y_TH = group.meet(collectives.reduce_scatter, partial, kept)[:own]
         if group.tensor.size() > 1 and own and self.down_proj.reduce_results:  # else the next layer adds them up
             y_TH = group.meet(kernels.collectives(group.tensor).all_reduce, y_TH.to(reduce_dtype))
@@ -93,7 +93,7 @@ def _check_built(linear: nn.Module, tensor_parallel_size: int) -> None:
     if linear.tp_size != tensor_parallel_size:
         raise UsageError(
             f"{linear.prefix}: the engine has built it for tensor-parallel size {linear.tp_size} of "
-            f"{tensor_parallel_size}: its tokens are dealt to the tensor-parallel ranks (sequence parallelism), which "
+            f"{tensor_parallel_size}: its tokens are layout to the tensor-parallel ranks (sequence parallelism), which "
             f"{OPTION} does not go with; leave one of the two out"
         )
     moved_by = getattr(linear, "custom_op", None)

@@ -1,4 +1,4 @@
-"""How tokens travel to the engine's gate_up linear: quantised where its kernel takes them so, else as they are.
+"""How tokens travel to the engine's gate_up linear: quantized where its kernel takes them so, else as they are.
 
 Shapes: T tokens, H hidden_size, L the rank's share of intermediate_size.
 """
@@ -31,8 +31,8 @@ def product(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return linear.quant_method.apply(linear, x, None)
 
 
-class AsTheyAre:
-    """The engine's linear quantises, if it does, after the gather."""
+class Passthrough:
+    """The engine's linear quantizes, if it does, after the gather."""
 
     def __init__(self, linear: nn.Module) -> None:
         self._linear = linear
@@ -94,7 +94,7 @@ class AscendDynamic:
 
 
 class AscendStatic:
-    """vllm-ascend's W8A8: its quantise operator here; its linear takes int8 as tokens that are quantised already."""
+    """vllm-ascend's W8A8: its quantize operator here; its linear takes int8 as tokens that are quantized already."""
 
     def __init__(self, linear: nn.Module) -> None:
         self._linear = linear
@@ -120,12 +120,12 @@ def travel_of(linear: nn.Module, dtype: torch.dtype) -> Travel:
         return way
     if not isinstance(method, UnquantizedLinearMethod):
         _log.warning_once(
-            "denseffn_shards: tokens travel in %s and are quantised after the gather: no way is known to send them "
-            "quantised to %s",
+            "denseffn_shards: tokens travel in %s and are quantized after the gather: no way is known to send them "
+            "quantized to %s",
             dtype,
             type(getattr(method, "quant_method", method)).__name__,
         )
-    return AsTheyAre(linear)
+    return Passthrough(linear)
 
 
 def _is_onednn_int8(kernel: Any) -> bool:
@@ -141,7 +141,7 @@ def _is_onednn_int8(kernel: Any) -> bool:
 
 
 def _ascends(linear: nn.Module, dtype: torch.dtype) -> Travel | None:
-    """By the exact scheme: one that is derived from it may quantise tokens to another type."""
+    """By the exact scheme: one that is derived from it may quantize tokens to another type."""
     from vllm_ascend.quantization import methods
 
     scheme: Any = getattr(linear.quant_method, "quant_method", None)

@@ -1,0 +1,98 @@
+"""Whether files fit their manifest: the rules for check, verify, merge, re-cuts, the loader and the vLLM plugin."""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Literal, NamedTuple
+
+from blake3 import blake3
+
+from reshard.errors import ReshardError
+from reshard.manifest import Manifest, Shard, SideFile
+from reshard.model.naming import MANIFEST, parse_shard_file
+from reshard.source.opened import MISSING
+from reshard.tensors.header import Header
+
+
+class Misfit(NamedTuple):
+    """Where a file is not what the manifest says, and the way out."""
+
+    rule: Literal["file", "size", "header", "digest"]
+    file: str
+    message: str
+
+
+def require(misfits: Iterable[Misfit], error: type[ReshardError]) -> None:
+    """Raises the first misfit, if there is one."""
+    for misfit in misfits:
+        raise error(f"{misfit.file}: {misfit.message}")
+
+
+def fit_files(
+    manifest: Manifest, sizes: Mapping[str, int], absent: Callable[[str], str] = lambda file: MISSING
+) -> Iterator[Misfit]:
+    """Every file that the manifest names is there, in its size. absent: what stands in a missing file's place."""
+    named = [(shard.file, shard.size) for shard in manifest.shards]
+    named += [(file.name, file.size) for file in manifest.files]
+    for file, size in named:
+        if file in sizes:
+            yield from fit_size(file, sizes[file], size)
+        else:
+            what = absent(file)
+            way = "; copy the whole set" if what == MISSING else ""
+            yield Misfit("file", file, f"{MANIFEST} names it and it is {what}{way}")
+
+
+def fit_names(manifest: Manifest, files: Collection[str]) -> Iterator[Misfit]:
+    """No other shard is there."""
+    named = {shard.file for shard in manifest.shards}
+    for file in sorted(files):
+        if parse_shard_file(file) and file not in named:
+            yield Misfit("file", file, f"a shard that {MANIFEST} does not name; is it of another set?")
+
+
+def fit_size(file: str, size: int, expected: int) -> Iterator[Misfit]:
+    """A file's size."""
+    if size != expected:
+        yield Misfit("size", file, f"{size} bytes, {MANIFEST} says {expected}; copy it again")
+
+
+def fit_side_file(file: SideFile, data: bytes) -> Iterator[Misfit]:
+    """The bytes of a file that was copied beside the shards."""
+    yield from (m._replace(rule="file") for m in fit_digest(file.name, blake3(data).hexdigest(), file.blake3))
+
+
+def fit_digest(file: str, digest: str, expected: str) -> Iterator[Misfit]:
+    """A file's BLAKE3, or a tensor's: `FILE: TENSOR`."""
+    if digest != expected:
+        yield Misfit("digest", file, f"BLAKE3 is {digest}, {MANIFEST} says {expected}; copy it again")
+
+
+def fit_header(header: Header, shard: Shard, tp_size: int, file: str = "") -> Iterator[Misfit]:
+    """A shard's header: its rank, its tensors' names, types and shapes. file: what to call it, else by its name."""
+    yield from fit_rank(header, shard, tp_size, file)
+    yield from fit_tensors(header, shard, file)
+
+
+def fit_rank(header: Header, shard: Shard, tp_size: int, file: str = "") -> Iterator[Misfit]:
+    """Whose shard a header says that it is."""
+    expected = {"denseffn": "shard", "tp_rank": str(shard.tp_rank), "tp_size": str(tp_size)}
+    for key, value in expected.items():
+        if (found := header.metadata.get(key)) != value:
+            line = f"its header says {key} {found!r}, {MANIFEST} says {value!r}; copy it again"
+            yield Misfit("header", file or shard.file, line)
+
+
+def fit_tensors(header: Header, shard: Shard, file: str = "") -> Iterator[Misfit]:
+    """The names, types and shapes of a shard's tensors."""
+    expected = {tensor.name: (tensor.dtype, tuple(tensor.shape)) for tensor in shard.tensors}
+    for name in sorted(expected.keys() | header.tensors.keys()):
+        info = header.tensors.get(name)
+        if info is None:
+            line = f"{MANIFEST} names it, the file lacks it"
+        elif name not in expected:
+            line = f"the file has it, {MANIFEST} does not name it"
+        elif (info.dtype, info.shape) != expected[name]:
+            dtype, shape = expected[name]
+            line = f"is {info.dtype} {list(info.shape)}, {MANIFEST} says {dtype} {list(shape)}"
+        else:
+            continue
+        yield Misfit("header", file or shard.file, f"{name}: {line}; copy the shard again")

@@ -1,0 +1,26 @@
+"""Estimates of one scheme."""
+
+from collections.abc import Iterable
+
+from reshard.checkpoint.config_only import promised, read_config
+from reshard.checkpoint.description import Checkpoint
+from reshard.estimate.document import SchemeEstimate
+from reshard.estimate.profile import Profile, load_profile
+from reshard.estimate.sizes import Options, estimate
+from tests.support.paths import CONFIGS
+
+A2, A3 = load_profile("atlas-a2-376t"), load_profile("atlas-a3-752t")
+R1 = CONFIGS / "deepseek-r1.json"
+
+
+def r1(scheme: str) -> Checkpoint:
+    """DeepSeek-R1 by its config."""
+    return promised(read_config(R1), "deepseek-r1", scheme)
+
+
+def estimated(
+    checkpoint: Checkpoint, tp_sizes: Iterable[int], profile: Profile = A2, options: Options | None = None
+) -> SchemeEstimate:
+    """A checkpoint as it is, 24 tokens a rank."""
+    (one,) = estimate({"it": checkpoint}, sorted(tp_sizes), profile, options or Options(24)).schemes
+    return one

@@ -1,0 +1,22 @@
+"""reshard_runtime.measure with next to nothing to do, or with a process that fails: runs in processes of its own."""
+
+import os
+import signal
+
+from reshard_runtime import measure
+
+measure._ROUNDS = measure._CALLS = measure._EXCHANGES = 3
+measure._ROWS, measure._COLUMNS, measure._STREAM_ELEMENTS = 256, 512, 1 << 18
+
+
+def fail(group: measure.dist.ProcessGroup) -> dict[str, float]:
+    """The last one fails, the other waits for ever."""
+    if group.rank() == 0:
+        signal.pause()
+    raise OSError("no such device")
+
+
+if "MEASURE_FAILS" in os.environ:
+    measure.measure = fail
+if __name__ == "__main__":
+    measure.main()

@@ -14,7 +14,6 @@ from pathlib import Path
 from reshard.errors import OutputError
 from reshard.manifest import Shard
 from reshard.model.naming import MANIFEST
-from reshard.plan.manifest_builder import make_shard
 from reshard.plan.pipeline import Prepared, wanted
 from reshard.plan.plan import Plan, PlannedShard
 from reshard.writer.file import DirectFile
@@ -159,12 +158,12 @@ class _Run:
         try:
             stream.write(planned.header)
             digests = [stream.write_tensor(tensor, self._prepared.readers, self._advance) for tensor in planned.tensors]
-            size, digest = stream.close()
+            _, digest = stream.close()
             self._prepared.source.check_unchanged()
         except BaseException:
             file.discard()
             raise
-        return file, make_shard(planned, size, digest, digests)
+        return file, planned.entry(digest, digests)
 
     def _advance(self, nbytes: int) -> None:
         self._workers.tick(nbytes)

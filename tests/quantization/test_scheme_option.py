@@ -57,18 +57,26 @@ def test_what_is_told(found: dict[str, StoredTensor], accounts: Accounts, scheme
 def test_a_told_scheme_has_the_config_s_block() -> None:
     found = tensors(weight="F8_E4M3") | {"weight_scale_inv": StoredTensor("F32", (8, 2), "f")}
     assert decided(found, of(FP8 | {"weight_block_size": [64, 128]}, scheme="fp8_block"))[1] == (64, 128)
-    assert "are not fp8_block's" in refused(found, of(scheme="fp8_block"))
+    assert "shape [8, 2], with a weight of [512, 256] (blocks of 128 x 128)" in refused(found, of(scheme="fp8_block"))
 
 
 @pytest.mark.parametrize(
     ("found", "accounts", "says"),
     [
-        (BLOCKS, of(scheme="w8a8_dynamic"), ("--scheme w8a8_dynamic", "they fit fp8_block")),
-        (FP4, of(scheme="w8a8_dynamic"), ("are not w8a8_dynamic's", "it splits bf16")),
+        (
+            BLOCKS,
+            of(scheme="w8a8_dynamic"),
+            ("--scheme says w8a8_dynamic, and its", "out, or say --scheme fp8_block"),
+        ),
+        (
+            FP4,
+            of(scheme="w8a8_dynamic"),
+            ("says w8a8_dynamic", "are NVFP4; this version does not split it"),
+        ),
         (
             STATIC,
             of(description=(DESCRIPTION, {f"{MODULE}.weight": "W8A8"}), scheme="w8a8_mix"),
-            ("they fit w8a8_static",),
+            ("are w8a8_static, as quant_model", "leave --scheme out, or say --scheme w8a8_static"),
         ),
         (
             STATIC_OF_BOTH,

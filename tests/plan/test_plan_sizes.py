@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reshard.checkpoint.config_only import promised
+from reshard.checkpoint.config_only import config_checkpoint
 from reshard.checkpoint.description import Checkpoint
 from reshard.errors import AlignmentError
 from reshard.plan.plan import Plan, grid, make_plan, working_sizes
@@ -63,7 +63,7 @@ def test_blocks_of_two_sizes_are_both_kept_whole() -> None:
             "weights": {**common, "strategy": "block", "block_structure": block},
             "input_activations": {**common, "strategy": "group", "dynamic": True},
         }
-    checkpoint = promised(config, "model")
+    checkpoint = config_checkpoint(config, "model")
     assert grid(checkpoint.layers) == 96
     with pytest.raises(
         AlignmentError, match=r"gives 240 rows, not a multiple of the 96-row .*; use a tp of 1, 2, 5, 10;"

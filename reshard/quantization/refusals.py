@@ -49,7 +49,7 @@ def contradiction(module: str, found: Stored, said: Sequence[QuantSpec], quantiz
     if is_plain(found) and first.kind == FLOAT:
         return None
     if is_plain(found):
-        note = f" with no scales (in {found['weight'].file})"
+        note = f" with no scales ({module}.weight in {found['weight'].file})"
         return _error(module, found, (first,), note, _mend_of_plain(file, quantized), option)
     if fits and first.kind == FP8_PB_WO:
         unless = f"{option}, unless the engine leaves activations as they are"

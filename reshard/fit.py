@@ -5,9 +5,10 @@ from typing import Literal, NamedTuple
 
 from blake3 import blake3
 
-from reshard.errors import ReshardError
+from reshard.errors import ManifestError, ReshardError
 from reshard.manifest import Manifest, Shard, SideFile
-from reshard.model.naming import MANIFEST, parse_shard_file
+from reshard.model.naming import MANIFEST, module_name, parse_shard_file, shard_metadata
+from reshard.model.parts import DENSE_FFN
 from reshard.source.opened import MISSING
 from reshard.tensors.header import Header
 
@@ -74,8 +75,7 @@ def fit_header(header: Header, shard: Shard, tp_size: int, file: str = "") -> It
 
 def fit_rank(header: Header, shard: Shard, tp_size: int, file: str = "") -> Iterator[Misfit]:
     """Whose shard a header says that it is."""
-    expected = {"denseffn": "shard", "tp_rank": str(shard.tp_rank), "tp_size": str(tp_size)}
-    for key, value in expected.items():
+    for key, value in shard_metadata(shard.tp_rank, tp_size).items():
         if (found := header.metadata.get(key)) != value:
             line = f"its header says {key} {found!r}, {MANIFEST} says {value!r}; copy it again"
             yield Misfit("header", file or shard.file, line)
@@ -83,7 +83,7 @@ def fit_rank(header: Header, shard: Shard, tp_size: int, file: str = "") -> Iter
 
 def fit_tensors(header: Header, shard: Shard, file: str = "") -> Iterator[Misfit]:
     """The names, types and shapes of a shard's tensors."""
-    expected = {tensor.name: (tensor.dtype, tuple(tensor.shape)) for tensor in shard.tensors}
+    expected = {tensor.name: (tensor.dtype, tensor.shape) for tensor in shard.tensors}
     for name in sorted(expected.keys() | header.tensors.keys()):
         info = header.tensors.get(name)
         if info is None:
@@ -96,3 +96,33 @@ def fit_tensors(header: Header, shard: Shard, file: str = "") -> Iterator[Misfit
         else:
             continue
         yield Misfit("header", file or shard.file, f"{name}: {line}; copy the shard again")
+
+
+def fit_weights(manifest: Manifest, shard: Shard, file: str = "") -> Iterator[Misfit]:
+    """The shapes of a shard's weights, by the manifest's own sizes."""
+    share, sizes = share_of(manifest), manifest.model
+    found = {tensor.name: tensor.shape for tensor in shard.tensors}
+    for layer in manifest.layers:
+        for module in DENSE_FFN.laid_out(manifest.layout):
+            name = f"{module_name(sizes.prefix, layer.index)}.{module.name}.weight"
+            expected = DENSE_FFN.weight_shape(module, sizes, share)
+            if name not in found:
+                line = f"{name} is missing, layer {layer.index} is dense"
+            elif found[name] != expected:
+                of = " and ".join(f"{size} {getattr(sizes, size)}" for size in DENSE_FFN.sizes)
+                line = f"{name} is {list(found[name])}, {list(expected)} is rank {shard.tp_rank}'s share of {of}"
+            else:
+                continue
+            yield Misfit("header", file or shard.file, f"{line}; cut the set again")
+
+
+def share_of(manifest: Manifest) -> int:
+    """A rank's share of the size that is shared out, padding and all. Raises ManifestError where none are equal."""
+    size = DENSE_FFN.shared_size(manifest.model)
+    padded = manifest.padding.padded if manifest.padding else size
+    if padded < size or padded % manifest.tp_size:
+        raise ManifestError(
+            f"{MANIFEST}: {DENSE_FFN.size} {size}, padded {padded}, gives {manifest.tp_size} ranks no equal shares; "
+            "cut the set again"
+        )
+    return padded // manifest.tp_size

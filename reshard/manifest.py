@@ -1,7 +1,7 @@
 """manifest.json: what a shard set holds and where it came from, schema `denseffn-shards/2`.
 
-It is written last: a folder without it is incomplete. Unknown fields and unknown versions are errors. Of `reshard`,
-`reshard_runtime` imports only this, the errors, names and activations.
+It is written last: a folder without it is incomplete. Unknown fields and unknown versions are errors. The
+plan is made of its entries, and a shard set that is read as a source gives them back.
 """
 
 import json
@@ -21,6 +21,7 @@ _HEX = r"^[0-9a-f]{64}$"
 Digest = Annotated[str, Field(pattern=_HEX, description="BLAKE3, hex")]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
+Shape = tuple[Count, ...]
 FileName = Annotated[str, Field(pattern=r"^[^/\\]+$", description="a name without folders")]
 
 
@@ -36,7 +37,10 @@ class Generator(_Strict):
 
 
 class ModelDims(_Strict):
-    """Sizes of the model, unpadded."""
+    """The sizes that the cut depends on, unpadded, and what precedes the layers' names (reshard.model.naming).
+
+    `num_hidden_layers` is null without a config.json.
+    """
 
     model_type: str
     hidden_size: Positive
@@ -47,45 +51,28 @@ class ModelDims(_Strict):
     ]
 
 
-class Block(_Strict):
-    """The rows and columns of a weight that one scale stands for."""
+class LinearScheme(_Strict):
+    """What a linear is quantized as, and the block (rows, columns) of its weight that one scale stands for, if any."""
 
-    rows: Positive
-    columns: Positive
+    scheme: str
+    block: tuple[Positive, Positive] | None = None
 
-
-class LayerActivation(_Strict):
-    """act(gate) * up; with a limit L, act(min(gate, L)) * clamp(up, -L, L)."""
-
-    name: Annotated[str, Field(min_length=1)]
-    limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-
-    def read(self) -> Activation:
-        """As the rest of the project has it."""
-        return Activation(self.name, self.limit)
+    def __str__(self) -> str:
+        return f"{self.scheme} in blocks of {self.block[0]} x {self.block[1]}" if self.block else self.scheme
 
 
-class LayerSchemes(_Strict):
-    """A dense layer: what its linears are quantized as, a block where scales stand for blocks, its activation."""
+class LayerEntry(_Strict):
+    """A dense layer: its activation, its linears as the fused layout has them."""
 
     index: Count
-    activation: Annotated[
-        LayerActivation | None, Field(description="null where the source had no config.json that says it")
-    ]
-    gate_up_proj: str
-    down_proj: str
-    gate_up_block: Block | None = None
-    down_block: Block | None = None
-
-    def read_activation(self) -> Activation | None:
-        """As the rest of the project has it."""
-        return self.activation.read() if self.activation else None
+    activation: Annotated[Activation | None, Field(description="null where the source had no config.json that says it")]
+    linears: dict[str, LinearScheme]
 
 
 class Padding(_Strict):
     """Zero rows (gate, up) and columns (down) that were added behind intermediate_size."""
 
-    padded_intermediate_size: Positive
+    padded: Annotated[int, Field(ge=1, alias="padded_intermediate_size")]
     multiple: Annotated[int, Field(ge=1, description="what intermediate_size / tp_size was padded to a multiple of")]
 
 
@@ -114,7 +101,7 @@ class Slice(_Strict):
     """Positions start..stop of `dim` of a source tensor, placed from position `at` of that dim of the shard tensor."""
 
     tensor: str
-    shape: list[Count]
+    shape: Shape
     dim: Annotated[int, Field(ge=0, le=1)]
     start: Count
     stop: Count
@@ -132,7 +119,7 @@ class Conversion(_Strict):
     """Set where the sliced tensor is not the source's own but made from it: the rule, and the source's tensors."""
 
     rule: str
-    inputs: list[str]
+    inputs: tuple[str, ...]
 
 
 class ShardTensor(_Strict):
@@ -140,10 +127,10 @@ class ShardTensor(_Strict):
 
     name: str
     dtype: str
-    shape: list[Count]
+    shape: Shape
     blake3: Digest
-    slices: list[Slice]
-    same_as: Annotated[list[str], Field(description="source tensors of the same value, held once")] = []
+    slices: tuple[Slice, ...]
+    same_as: Annotated[tuple[str, ...], Field(description="source tensors of the same value, held once")] = ()
     conversion: Conversion | None = None
 
     @model_validator(mode="after")
@@ -194,7 +181,7 @@ class Manifest(_Strict):
     tp_size: Annotated[int, Field(ge=1, le=MAX_TP_SIZE)]
     layout: Literal["fused", "separate"]
     padding: Padding | None
-    layers: list[LayerSchemes]
+    layers: list[LayerEntry]
     source: Source
     shards: list[Shard]
     files: list[SideFile]
@@ -203,7 +190,7 @@ class Manifest(_Strict):
     def _complete(self) -> "Manifest":
         ranks = [shard.tp_rank for shard in self.shards]
         if ranks != list(range(self.tp_size)):
-            raise ValueError(f"shards are of ranks {ranks}, tp_size {self.tp_size} wants 0 to {self.tp_size - 1}")
+            raise ValueError(f"shards are of ranks {ranks}, tp_size {self.tp_size} makes it 0 to {self.tp_size - 1}")
         for shard in self.shards:
             wanted = shard_file(shard.tp_rank, self.tp_size)
             if shard.file != wanted:

@@ -5,11 +5,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from reshard.checkpoint.describe import check_pair, of_activations
-from reshard.checkpoint.description import Checkpoint, Identity, Layer, Linear, Model, Tensor
+from reshard.checkpoint.describe import check_stacked, of_activations
+from reshard.checkpoint.description import Checkpoint, Identity, Layer, Linear, Tensor
 from reshard.errors import LayersError, SchemeError, SourceError
+from reshard.manifest import ModelDims
 from reshard.model.config import known_dense_layers, language_levels, read_model_config
-from reshard.model.naming import CONFIG, DOWN, GATE, PREFIX, ROLES, UP, WRAPPED, mlp_name
+from reshard.model.naming import CONFIG, PREFIX, WRAPPED, module_name
+from reshard.model.parts import DENSE_FFN
 from reshard.model.prefix import is_known_wrapper, published_prefix
 from reshard.quantization import Account, Accounts, check_transforms, list_accounts
 from reshard.quantization.formats import as_kind
@@ -45,23 +47,28 @@ def config_checkpoint(config: Mapping[str, Any], name: str, scheme: str | None =
         raise SchemeError(f"{CONFIG}: {model.bias} is set: dense layers with a bias are not cut by this version")
     accounts = list_accounts(Accounts(config))
     told = None if scheme is None else _told(scheme, accounts)
-    sizes = (model.intermediate_size, model.hidden_size)
     prefix = published_prefix(config)
-    check_transforms(Accounts(config), {index: mlp_name(prefix, index) for index in dense}, ())
+    check_transforms(Accounts(config), {index: module_name(prefix, index) for index in dense}, ())
     own, doubts = _own_dtype(config)
     layers = []
     for index in sorted(dense):
         linears = {}
-        for role in ROLES:
-            module = f"{mlp_name(prefix, index)}.{role}"
-            spec = told or _declared(module, accounts)
-            linears[role] = _linear(module, spec, sizes[::-1] if role == DOWN else sizes, own)
-        check_pair(mlp_name(prefix, index), linears[GATE], linears[UP])
+        for role in DENSE_FFN.roles:
+            module = f"{module_name(prefix, index)}.{role.name}"
+            weight = (getattr(model, role.out), getattr(model, role.in_))
+            linears[role.name] = _linear(module, told or _declared(module, accounts), weight, own)
         layers.append(Layer(index, linears, prefix, model.activation(index)))
+        check_stacked(layers[-1])
     tensors = [tensor for layer in layers for tensor in layer.tensors()]
     return Checkpoint(
         identity=Identity("folder", name, None, ()),
-        model=Model(model.model_type, model.hidden_size, model.intermediate_size, model.num_hidden_layers, prefix),
+        model=ModelDims(
+            model_type=model.model_type,
+            hidden_size=model.hidden_size,
+            intermediate_size=model.intermediate_size,
+            num_hidden_layers=model.num_hidden_layers,
+            prefix=prefix,
+        ),
         layers=tuple(layers),
         side_files={CONFIG: json.dumps(config).encode()},
         total_tensors=len(tensors),

@@ -1,31 +1,21 @@
 """From tensor names, config.json and the account of the quantization to the dense layers: no tensor data is read."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-from reshard.checkpoint.description import Layer, Linear, Model, Tensor, layers_named, numbers
+from reshard.checkpoint.description import Layer, Linear, Tensor
 from reshard.errors import LayersError, SchemeError, ShapesError
+from reshard.manifest import ModelDims
 from reshard.model.activation import not_computed
 from reshard.model.config import ModelConfig, agree_on_dense, is_mtp_layer, read_model_config
 from reshard.model.foreign import what_is
-from reshard.model.naming import (
-    CONFIG,
-    DOWN,
-    GATE,
-    GATE_UP,
-    PREFIX,
-    ROLES,
-    UP,
-    WRAPPED,
-    mlp_name,
-    parse_dense,
-    parse_layer,
-)
+from reshard.model.naming import CONFIG, PREFIX, WRAPPED, layers_named, module_name, numbers, parse_dense, parse_layer
+from reshard.model.parts import DENSE_FFN, Module
 from reshard.model.prefix import language_prefix
 from reshard.quantization import Accounts, Schemes, check_transforms
 from reshard.schemes import VARIANTS, StoredTensor
 
-_Roles = dict[str, dict[str, Tensor]]
-"""Tensors by role and suffix."""
+_Linears = dict[str, dict[str, Tensor]]
+"""Tensors by the linear's name and suffix."""
 
 _BESIDE_A_WEIGHT = frozenset(suffix for variant in VARIANTS for suffix in variant.suffixes) - {"weight"}
 _IN_BLOCKS = frozenset(rule.suffix for variant in VARIANTS for rule in variant.tensors if rule.in_blocks)
@@ -35,7 +25,7 @@ def describe_layers(
     tensors: Mapping[str, Tensor],
     other_names: Iterable[str],
     accounts: Accounts,
-) -> tuple[Model, tuple[Layer, ...], tuple[str, ...]]:
+) -> tuple[ModelDims, tuple[Layer, ...], tuple[str, ...]]:
     """The dense layers that the tensors make, checked against config.json and the accounts of the quantization.
 
     tensors: those whose names are a DenseFFN tensor's; other_names: all other names of the source.
@@ -45,14 +35,14 @@ def describe_layers(
     other_names = list(other_names)
     model_config = read_model_config(accounts.config) if accounts.config is not None else None
     prefix = language_prefix(tensors, other_names, model_config)
-    by_layer: dict[int, _Roles] = {}
+    by_layer: dict[int, _Linears] = {}
     for name, tensor in tensors.items():
         parsed = parse_dense(name)
         if parsed is None or parsed.prefix != prefix:
             continue
         by_layer.setdefault(parsed.layer, {}).setdefault(parsed.role, {})[parsed.suffix] = tensor
     mtp = {layer: by_layer.pop(layer) for layer in _mtp_layers(by_layer, prefix, other_names, model_config)}
-    mlps = {index: mlp_name(prefix, index) for index in by_layer}
+    mlps = {index: module_name(prefix, index) for index in by_layer}
     check_transforms(accounts, mlps, (*tensors, *other_names))
     by_names = _of_config(by_layer, model_config)
     warnings = [*by_names, *_of_prefix(prefix, bool(by_names)), *_left_alone(mtp)]
@@ -60,16 +50,19 @@ def describe_layers(
     schemes = Schemes(accounts, (*tensors, *other_names))
     layers = []
     for index in sorted(by_layer):
-        roles = _unstacked(by_layer[index], mlps[index])
+        unstacked = _unstacked(by_layer[index], mlps[index])
         linears = {}
-        for role in ROLES:
-            stored = GATE_UP if GATE_UP in by_layer[index] and role != DOWN else role
-            module, suffixes = f"{mlps[index]}.{stored}", roles.get(role, {})
+        for role in DENSE_FFN.roles:
+            stack = DENSE_FFN.stacked(role.name).name
+            module = f"{mlps[index]}.{stack if stack in by_layer[index] else role.name}"
+            suffixes = unstacked.get(role.name, {})
             if "weight" not in suffixes and suffixes.keys() <= _BESIDE_A_WEIGHT:
-                raise _missing_weight(module, index, roles, gated=_has_gate(by_layer.values(), model_config))
-            found = {suffix: StoredTensor(t.dtype, t.shape, t.parts[0].file) for suffix, t in suffixes.items()}
+                known = model_config is not None and model_config.is_known
+                nowhere = not known and not any({stack, role.name} & held.keys() for held in by_layer.values())
+                raise _missing_weight(module, index, unstacked, role.without if nowhere else "")
+            found = {suffix: StoredTensor(t.dtype, t.shape, t.extents[0].file) for suffix, t in suffixes.items()}
             variant, block = schemes.decide(module, found)
-            linears[role] = Linear(variant, block, suffixes)
+            linears[role.name] = Linear(variant, block, suffixes)
         activation = model_config.activation(index) if model_config else None
         layers.append(Layer(index, linears, prefix, activation))
     model = _check_shapes(layers, model_config)
@@ -128,111 +121,115 @@ def _mtp_layers(
     )
 
 
-def _unstacked(roles: _Roles, module: str) -> _Roles:
-    """Gate and up as runs of rows where they are stored stacked, gate first (Phi-3, GLM-4-0414)."""
-    stacked = roles.get(GATE_UP)
-    if stacked is None:
-        return roles
-    for role in (GATE, UP):
-        if role in roles:
-            raise LayersError(
-                f"{module}: has {GATE_UP} and {role}, and a checkpoint has gate and up stacked or apart; it is put "
-                "together from two: give one of them"
-            )
-    halves: _Roles = {GATE: {}, UP: {}, **{role: found for role, found in roles.items() if role != GATE_UP}}
-    for suffix, tensor in stacked.items():
-        if tensor.rows == 1:  # one value for both
-            halves[GATE][suffix] = halves[UP][suffix] = tensor
+def _unstacked(linears: _Linears, parent: str) -> _Linears:
+    """Linears as runs of rows where they are stored stacked (Phi-3, GLM-4-0414)."""
+    found = dict(linears)
+    for module in DENSE_FFN.modules:
+        if len(module.roles) == 1 or module.name not in linears:
             continue
-        rows, odd = divmod(tensor.rows, 2)
-        if odd and suffix in _IN_BLOCKS and "weight" in stacked:
-            raise SchemeError(
-                f"{tensor.name}: shape {list(tensor.shape)}: gate and up are stacked in {stacked['weight'].rows} rows, "
-                f"and a block of scales is of both; a checkpoint with {GATE} and {UP} is needed"
-            )
-        if odd:
-            raise ShapesError(f"{tensor.name}: shape {list(tensor.shape)}; gate and up stacked have an even dim 0")
-        halves[GATE][suffix], halves[UP][suffix] = tensor.run(0, rows), tensor.run(rows, rows)
-    return halves
+        stacked = found.pop(module.name)
+        for role in module.roles:
+            if role.name in found:
+                raise LayersError(
+                    f"{parent}: has {module.name} and {role.name}, and a checkpoint has {module} stacked or apart; it "
+                    "is put together from two: give one of them"
+                )
+        found |= {role.name: {} for role in module.roles}
+        for suffix, tensor in stacked.items():
+            for role, run in zip(module.roles, _runs(tensor, module, suffix, stacked), strict=True):
+                found[role.name][suffix] = run
+    return found
 
 
-def _has_gate(layers: Iterable[_Roles], config: ModelConfig | None) -> bool:
-    """Whether the MLP has gate_proj: by the family's code, or as any layer shows."""
-    return (config is not None and config.is_known) or any(GATE in roles or GATE_UP in roles for roles in layers)
-
-
-def _missing_weight(module: str, index: int, roles: Mapping[str, Mapping[str, Tensor]], *, gated: bool) -> LayersError:
-    having = ", ".join(sorted(f"{r}.{s}" for r, suffixes in roles.items() for s in suffixes))
-    if not gated:
-        return LayersError(
-            f"{module}.weight: missing, as in every layer; the checkpoint has of layer {index} only {having}: an MLP "
-            "without a gate (Nemotron-4, Arcee), or with the gate in up_proj, which this version does not cut"
+def _runs(tensor: Tensor, module: Module, suffix: str, stacked: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """A stacked tensor taken apart."""
+    count = len(module.roles)
+    if tensor.rows == 1:  # one value for all
+        return (tensor,) * count
+    rows, odd = divmod(tensor.rows, count)
+    if odd and suffix in _IN_BLOCKS and "weight" in stacked:
+        raise SchemeError(
+            f"{tensor.name}: shape {list(tensor.shape)}: {module} are stacked in {stacked['weight'].rows} rows, and a "
+            "block of scales is of both; a checkpoint that has them apart is needed"
         )
-    return LayersError(
-        f"{module}.weight: missing; the checkpoint has of layer {index} only {having}; download the file that holds it "
-        "again"
-    )
+    if odd:
+        raise ShapesError(
+            f"{tensor.name}: shape {list(tensor.shape)}; with {module} stacked, dim 0 must be a multiple of {count}"
+        )
+    return tuple(tensor.run(at * rows, rows) for at in range(count))
+
+
+def _missing_weight(module: str, index: int, linears: _Linears, without: str) -> LayersError:
+    having = ", ".join(sorted(f"{r}.{s}" for r, suffixes in linears.items() for s in suffixes))
+    has = f"the checkpoint has of layer {index} only {having}"
+    if without:
+        return LayersError(
+            f"{module}.weight: missing, as in every layer; {has}: {without}, which this version does not cut"
+        )
+    return LayersError(f"{module}.weight: missing; {has}; download the file that holds it again")
 
 
 def _check_known(dense: Collection[int], prefix: str, other_names: Iterable[str]) -> None:
     for name in other_names:
         parsed = parse_layer(name)
-        if parsed and parsed[0] == prefix and parsed[1] in dense and parsed[2].startswith("mlp."):
+        if parsed and parsed[0] == prefix and parsed[1] in dense and parsed[2].startswith(f"{DENSE_FFN.path}."):
             what = what_is(name)
             said = f" ({what})" if what else ""
             raise SchemeError(f"{name}: stands in a dense layer and is no tensor that the split table knows{said}")
 
 
-def _check_shapes(layers: list[Layer], config: ModelConfig | None) -> Model:
-    first = layers[0].linears[GATE].tensors["weight"]
-    intermediate_size, hidden_size = first.shape
-    where = first.name
+def _check_shapes(layers: Sequence[Layer], config: ModelConfig | None) -> ModelDims:
+    sizes, where = _sizes_of_weights(layers[0]), layers[0].linears[DENSE_FFN.roles[0].name].tensors["weight"].name
     if config is not None:
-        intermediate_size, hidden_size, where = config.intermediate_size, config.hidden_size, CONFIG
-    for layer in layers:
-        gate, up = layer.linears[GATE], layer.linears[UP]
-        for role in ROLES:
-            weight = layer.linears[role].tensors["weight"]
-            wanted = (hidden_size, intermediate_size) if role == DOWN else (intermediate_size, hidden_size)
-            if weight.shape != wanted:
-                raise ShapesError(
-                    f"{weight.name} in {weight.parts[0].file}: {role} has shape {list(weight.shape)}, {where} makes it "
-                    f"{list(wanted)} (hidden_size {hidden_size}, intermediate_size {intermediate_size}); is {where} "
-                    "of this checkpoint?"
-                )
-        check_pair(layer.module, gate, up)
-        _check_stacked_blocks(gate)
-    return Model(
+        sizes, where = {name: getattr(config, name) for name in sizes}, CONFIG
+    dims = ModelDims(
         model_type=config.model_type if config else "",
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
         num_hidden_layers=config.num_hidden_layers if config else None,
         prefix=layers[0].prefix,
+        **sizes,
     )
+    said = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    for layer in layers:
+        for role in layer.part.roles:
+            weight = layer.linears[role.name].tensors["weight"]
+            expected = (sizes[role.out], sizes[role.in_])
+            if weight.shape != expected:
+                raise ShapesError(
+                    f"{weight.name} in {weight.extents[0].file}: {role.name} has shape {list(weight.shape)}, {where} "
+                    f"makes it {list(expected)} ({said}); is {where} of this checkpoint?"
+                )
+        check_stacked(layer)
+    return dims
 
 
-def check_pair(module: str, gate: Linear, up: Linear) -> None:
-    """Raises SchemeError where gate and up differ: they are stacked."""
-    if gate.variant != up.variant:
-        raise SchemeError(
-            f"{module}: gate_proj is {gate.variant.scheme} ({', '.join(gate.tensors)}), up_proj is "
-            f"{up.variant.scheme} ({', '.join(up.tensors)}); they are stacked, so both must be the same"
-        )
-    for suffix, tensor in gate.tensors.items():
-        other = up.tensors[suffix]
-        if (tensor.dtype, tensor.shape) != (other.dtype, other.shape):
+def _sizes_of_weights(layer: Layer) -> dict[str, int]:
+    """The model's sizes as the first weight has them."""
+    role = layer.part.roles[0]
+    out, in_ = layer.linears[role.name].tensors["weight"].shape
+    return {role.in_: in_, role.out: out}
+
+
+def check_stacked(layer: Layer) -> None:
+    """Raises SchemeError where linears that are stacked in the fused layout differ, or share a block of scales."""
+    for module, (first, *others) in layer.modules("fused"):
+        for role, other in zip(module.roles[1:], others, strict=True):
+            if first.variant != other.variant:
+                kinds = ", ".join(
+                    f"{name} is {linear.variant.scheme} ({', '.join(linear.tensors)})"
+                    for name, linear in ((module.roles[0].name, first), (role.name, other))
+                )
+                raise SchemeError(f"{layer.module}: {kinds}; they are stacked, so both must be the same")
+            for suffix, tensor in first.tensors.items():
+                found = other.tensors[suffix]
+                if (tensor.dtype, tensor.shape) != (found.dtype, found.shape):
+                    raise SchemeError(
+                        f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}, {found.name} is {found.dtype} "
+                        f"{list(found.shape)}; they are stacked, so both must be the same"
+                    )
+        weight = first.tensors["weight"]
+        if weight.whole is not None and first.block is not None and weight.rows % first.block[0]:
             raise SchemeError(
-                f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}, {other.name} is {other.dtype} "
-                f"{list(other.shape)}; they are stacked, so both must be the same"
+                f"{weight.name}: {module} are stacked, and the {weight.rows} rows of each are no multiple of the "
+                f"{first.block[0]}-row scale block: a block would be of both; a "
+                "checkpoint that has them apart is needed"
             )
-
-
-def _check_stacked_blocks(gate: Linear) -> None:
-    """A block of scales that holds the end of gate and the beginning of up cannot be taken apart."""
-    weight = gate.tensors["weight"]
-    if weight.whole is not None and gate.block is not None and weight.rows % gate.block[0]:
-        raise SchemeError(
-            f"{weight.name}: gate and up are stacked, and gate's {weight.rows} rows are no multiple of the "
-            f"{gate.block[0]}-row scale block: a block would be of both; a checkpoint with gate_proj and up_proj is "
-            "needed"
-        )

@@ -1,21 +1,23 @@
-"""A checkpoint's DenseFFN, described: which layers, which tensors, where their bytes lie. No tensor data is read.
+"""A checkpoint's split parts, described: which layers, which tensors, where their bytes lie. No tensor data is read.
 
-Whatever the source is, a tensor is a grid of bytes (rows of dim 0, `row_bytes` each) covered by rectangles of files:
-one rectangle for a Hugging Face file, one per rank for a shard set.
+Whatever the source is, a tensor is a grid of bytes (rows of dim 0, `row_bytes` each) covered by extents of files: one
+extent for a Hugging Face file, one per rank for a shard set.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 
+from reshard.manifest import Conversion, LinearScheme, ModelDims, SourceFile
 from reshard.model.activation import Activation
-from reshard.model.naming import ROLES, mlp_name
+from reshard.model.naming import module_name
+from reshard.model.parts import DENSE_FFN, Module, Part
 from reshard.schemes import Variant
 from reshard.tensors.dtypes import itemsize
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Extent:
     """A rectangle of a tensor's byte grid, and where a file holds it: its first byte, and the bytes from row to row."""
 
     file: str
@@ -28,24 +30,17 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Conversion:
-    """How a tensor was made from others, by name; `rule` is in reshard.convert.rules."""
-
-    rule: str
-    inputs: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Tensor:
-    """A tensor under its Hugging Face name. With a conversion, `parts` is empty: its values are computed.
+    """A tensor under its Hugging Face name. With a conversion, `extents` is empty: its values are computed.
 
-    Where a checkpoint stacks gate and up, each is a run of rows of one stored tensor: of `whole`, from `first_row`.
+    Where a checkpoint stacks linears (gate and up), each is a run of rows of one stored tensor: of `whole`, from
+    `first_row`.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    parts: tuple[Part, ...]
+    extents: tuple[Extent, ...]
     conversion: Conversion | None = None
     whole: "Tensor | None" = None
     first_row: int = 0
@@ -57,13 +52,14 @@ class Tensor:
 
     def run(self, first_row: int, rows: int) -> "Tensor":
         """`rows` rows of it, as a tensor that is stored within this one."""
-        parts = []
-        for part in self.parts:
-            top, bottom = max(first_row, part.row), min(first_row + rows, part.row + part.rows)
+        extents = []
+        for extent in self.extents:
+            top, bottom = max(first_row, extent.row), min(first_row + rows, extent.row + extent.rows)
             if top < bottom:
-                offset = part.offset + (top - part.row) * part.stride
-                parts.append(replace(part, offset=offset, row=top - first_row, rows=bottom - top))
-        return replace(self, shape=(rows, *self.shape[1:]), parts=tuple(parts), whole=self, first_row=first_row)
+                offset = extent.offset + (top - extent.row) * extent.stride
+                extents.append(replace(extent, offset=offset, row=top - first_row, rows=bottom - top))
+        shape = (rows, *self.shape[1:])
+        return replace(self, shape=shape, extents=tuple(extents), whole=self, first_row=first_row)
 
     @property
     def rows(self) -> int:
@@ -83,61 +79,51 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Linear:
-    """One of a layer's three linears: what it is quantized as, its scale block, its tensors by suffix."""
+    """One of a layer's linears: what it is quantized as, its scale block, its tensors by suffix."""
 
     variant: Variant
     block: tuple[int, int] | None
     tensors: Mapping[str, Tensor]
 
+    @property
+    def scale_block(self) -> tuple[int, int] | None:
+        """The block, where scales stand for blocks."""
+        return self.block if self.variant.in_blocks else None
+
+    @property
+    def entry(self) -> LinearScheme:
+        """What the manifest says of it."""
+        return LinearScheme(scheme=self.variant.scheme, block=self.scale_block)
+
 
 @dataclass(frozen=True)
 class Layer:
-    """A dense layer: its index and its linears by role.
-
-    `activation` is None where nothing says what stands between them.
-    """
+    """A part's linears in one layer, by role. `activation` is None where nothing says what stands between them."""
 
     index: int
     linears: Mapping[str, Linear]
     prefix: str
     activation: Activation | None
+    part: Part = DENSE_FFN
 
     @property
     def module(self) -> str:
-        """The name of its MLP; a linear's is `{module}.{role}`."""
-        return mlp_name(self.prefix, self.index)
+        """What holds the linears; the name of one is `{module}.{role}`."""
+        return module_name(self.prefix, self.index, self.part)
+
+    def modules(self, layout: str) -> Iterator[tuple[Module, tuple[Linear, ...]]]:
+        """What a shard has of it, each with the linears that are stacked in it."""
+        for module in self.part.laid_out(layout):
+            yield module, tuple(self.linears[role.name] for role in module.roles)
 
     def tensors(self) -> Iterable[Tensor]:
         """Every tensor of the layer."""
-        for role in ROLES:
-            yield from self.linears[role].tensors.values()
+        for role in self.part.roles:
+            yield from self.linears[role.name].tensors.values()
 
     def stored(self) -> Iterable[Tensor]:
-        """Every tensor that the files hold of the layer: gate and up once where they are stacked."""
+        """Every tensor that the files hold of the layer: linears that are stored stacked, once."""
         return {tensor.stored.name: tensor.stored for tensor in self.tensors()}.values()
-
-
-@dataclass(frozen=True)
-class Model:
-    """The sizes that the cut depends on, and what precedes the layers' names (reshard.model.naming).
-
-    `num_hidden_layers` is None without a config.json.
-    """
-
-    model_type: str
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int | None
-    prefix: str
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """A file that tensors were taken from: enough to know it again."""
-
-    name: str
-    size: int
-    header_digest: str
 
 
 @dataclass(frozen=True)
@@ -153,46 +139,40 @@ class Identity:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A source's DenseFFN. `side_files` (config.json, the description) go with every shard set.
+    """What a source has of the split parts. `side_files` (config.json, the description) go with every shard set.
 
     `total_tensors` and `total_bytes` count all of the source, the rest included.
     """
 
     identity: Identity
-    model: Model
+    model: ModelDims
     layers: tuple[Layer, ...]
     side_files: Mapping[str, bytes]
     total_tensors: int
     total_bytes: int
     warnings: tuple[str, ...] = field(default=())
 
+    @property
+    def part(self) -> Part:
+        """The part that its layers are of."""
+        return self.layers[0].part
+
+    @property
+    def shared_size(self) -> int:
+        """The size that is shared out over the group, of the model."""
+        return self.part.shared_size(self.model)
+
     def tensors(self) -> Iterable[Tensor]:
-        """Every DenseFFN tensor, layer by layer."""
+        """Every tensor that is split, layer by layer."""
         for layer in self.layers:
             yield from layer.tensors()
 
     def stored(self) -> Iterable[Tensor]:
-        """Every tensor that the files hold of the DenseFFN, layer by layer."""
+        """Every tensor that the files hold of these, layer by layer."""
         for layer in self.layers:
             yield from layer.stored()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the DenseFFN."""
+        """Bytes of these."""
         return sum(tensor.nbytes for tensor in self.stored())
-
-
-def numbers(values: Iterable[int]) -> str:
-    """Layer numbers, runs shortened: 0-2, 7."""
-    runs: list[list[int]] = []
-    for value in sorted(values):
-        if runs and value == runs[-1][-1] + 1:
-            runs[-1][1:] = [value]
-        else:
-            runs.append([value])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs) or "none"
-
-
-def layers_named(values: Collection[int]) -> str:
-    """The same with its noun: layer 7, layers 0-2."""
-    return f"layer{'s' if len(values) != 1 else ''} {numbers(values)}"

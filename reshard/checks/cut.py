@@ -4,7 +4,7 @@ from reshard.checkpoint.description import Checkpoint
 from reshard.checks.finding import Finding
 from reshard.checks.report import not_checked
 from reshard.errors import AlignmentError
-from reshard.plan.plan import Plan, grid, make_plan
+from reshard.plan.plan import Plan, make_plan, required_multiple
 
 _CHECKS = ("divides", "blocks")
 
@@ -12,7 +12,7 @@ _CHECKS = ("divides", "blocks")
 def check_cut(checkpoint: Checkpoint, tp_size: int, pad: bool) -> tuple[list[Finding], Plan | None]:
     """Findings and, if the cut can be made, the plan of rank 0; every rank's shapes are the same."""
     where = f"tp {tp_size}"
-    size, block = checkpoint.model.intermediate_size, grid(checkpoint.layers)
+    size, block = checkpoint.shared_size, required_multiple(checkpoint.layers)
     divides = 1 <= tp_size <= size and size % tp_size == 0
     try:
         plan = make_plan(checkpoint, tp_size, pad=pad, tp_ranks=(0,))
@@ -21,7 +21,7 @@ def check_cut(checkpoint: Checkpoint, tp_size: int, pad: bool) -> tuple[list[Fin
             return [Finding("divides", where, str(error)), *_skipped(where, "blocks", "see divides")], None
         return [Finding("divides", where, _share(size, tp_size), "ok"), Finding("blocks", where, str(error))], None
     if plan.padding:
-        padded = plan.padding.padded_intermediate_size
+        padded = plan.padding.padded
         line = f"intermediate_size {size} padded to {padded}, {_share(padded, tp_size)}"
         share = padded // tp_size
     else:

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from reshard.checkpoint.description import Checkpoint, Layer, layers_named, numbers
+from reshard.checkpoint.description import Checkpoint, Layer, Linear
 from reshard.checks.finding import Finding
 from reshard.checks.report import not_checked
 from reshard.errors import LayersError, ReshardError, SchemeError, ShapesError
 from reshard.model.config import read_model_config
-from reshard.model.naming import CONFIG, DOWN, GATE, ROLES
+from reshard.model.naming import CONFIG, layers_named, numbers
 from reshard.source.base import parse_json_object
 
 _CHECKS = ("layers", "shapes", "scheme")
@@ -55,9 +55,9 @@ def untouched(config: Mapping[str, Any]) -> str:
     parts = []
     sparse = model.num_hidden_layers - len(model.dense_layers or ())
     if model.dense_layers is not None and sparse:
-        parts.append(_counted(sparse, "expert layer"))
+        parts.append(_counted(sparse, "MoE layer"))
     if model.mtp_layers:
-        parts.append(_counted(model.mtp_layers, "prediction block"))
+        parts.append(_counted(model.mtp_layers, "MTP layer"))
     return f"; {' and '.join(parts)} left alone" if parts else ""
 
 
@@ -66,9 +66,11 @@ def _counted(number: int, what: str) -> str:
 
 
 def _shapes(checkpoint: Checkpoint) -> str:
-    model = checkpoint.model
-    size, hidden = model.intermediate_size, model.hidden_size
-    return f"gate_proj and up_proj [{size}, {hidden}], down_proj [{hidden}, {size}]"
+    part = checkpoint.part
+    return ", ".join(
+        f"{module} {[getattr(checkpoint.model, size) for size in (module.roles[0].out, module.roles[0].in_)]}"
+        for module in part.modules
+    )
 
 
 def _scheme(checkpoint: Checkpoint) -> Finding:
@@ -83,14 +85,13 @@ def _scheme(checkpoint: Checkpoint) -> Finding:
 
 
 def _spelt(layer: Layer) -> str:
-    kinds = {role: _kind(layer, role) for role in ROLES}
-    if kinds[GATE] == kinds[DOWN]:
-        return kinds[GATE]
-    return f"gate_proj and up_proj {kinds[GATE]}, down_proj {kinds[DOWN]}"
+    kinds = {str(module): _kind(linears[0]) for module, linears in layer.modules("fused")}
+    if len(set(kinds.values())) == 1:
+        return next(iter(kinds.values()))
+    return ", ".join(f"{module} {kind}" for module, kind in kinds.items())
 
 
-def _kind(layer: Layer, role: str) -> str:
-    linear = layer.linears[role]
+def _kind(linear: Linear) -> str:
     suffixes = ", ".join(f"{suffix} {tensor.dtype}" for suffix, tensor in sorted(linear.tensors.items(), key=_weight))
     blocks = f", blocks of {linear.block[0]} x {linear.block[1]}" if linear.block else ""
     return f"{linear.variant.scheme} ({suffixes}{blocks})"

@@ -15,7 +15,7 @@ def compare_identity(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Fin
     Warnings: the same weights may lie in other files, which only their bytes tell.
     """
     cut = {file.name: (file.size, file.header_blake3) for file in manifest.source.files}
-    there = {file.name: (file.size, file.header_digest) for file in checkpoint.identity.files}
+    there = {file.name: (file.size, file.header_blake3) for file in checkpoint.identity.files}
     for name in sorted(cut.keys() | there.keys()):
         if name not in there:
             what = f"{MANIFEST} says that the set was cut from it; the source has no such weights"
@@ -33,15 +33,15 @@ def compare_identity(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Fin
 
 def compare_model(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Finding]:
     """Sizes, layers, scheme."""
-    for key in ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "prefix"):
-        recorded, real = getattr(manifest.model, key), getattr(checkpoint.model, key)
-        if recorded != real:
+    theirs = checkpoint.model.model_dump()
+    for key, recorded in manifest.model.model_dump().items():
+        if recorded != (real := theirs[key]):
             yield Finding("model", MANIFEST, f"{key} is {recorded!r}, the source's is {real!r}")
     recorded_layers = [layer.index for layer in manifest.layers]
     layers = [layer.index for layer in checkpoint.layers]
     if recorded_layers != layers:
         yield Finding("model", MANIFEST, f"its dense layers are {recorded_layers}, the source's {layers}")
-    cut = {layer.index: layer.read_activation() for layer in manifest.layers}
+    cut = {layer.index: layer.activation for layer in manifest.layers}
     for layer in checkpoint.layers:
         if layer.index in cut and cut[layer.index] != layer.activation:
             yield Finding(
@@ -51,6 +51,6 @@ def compare_model(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Findin
                 "cut it again",
             )
     # Each layer's own is checked against the source, so this one is against those.
-    scheme = summary({scheme for layer in manifest.layers for scheme in (layer.gate_up_proj, layer.down_proj)})
+    scheme = summary({linear.scheme for layer in manifest.layers for linear in layer.linears.values()})
     if manifest.scheme != scheme:
         yield Finding("model", MANIFEST, f"its scheme is {manifest.scheme}, its layers make it {scheme}")

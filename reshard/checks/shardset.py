@@ -1,6 +1,6 @@
 """A shard set: its manifest, its files' headers, and the cut that they claim to be."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from reshard.checkpoint.description import Checkpoint
@@ -11,11 +11,10 @@ from reshard.checks.report import not_checked
 from reshard.errors import AlignmentError, HeaderError, ManifestError
 from reshard.fit import fit_files, fit_header, fit_names, fit_side_file
 from reshard.manifest import Manifest, ShardTensor
-from reshard.manifest import Padding as RecordedPadding
 from reshard.model.config import read_model_config
-from reshard.model.naming import CONFIG, GATE, MANIFEST, parse_dense
-from reshard.plan.manifest_builder import layer_schemes, scheme_name
-from reshard.plan.plan import Padding, Plan, PlannedTensor, make_plan
+from reshard.model.naming import CONFIG, MANIFEST, parse_dense
+from reshard.plan.manifest_builder import layer_entries, scheme_name
+from reshard.plan.plan import Plan, PlannedTensor, make_plan
 from reshard.source.base import Source, read_file, read_header
 from reshard.source.shardset import read_manifest_only, read_shard_set, require_shard_set
 
@@ -142,10 +141,11 @@ def _headers_ok(manifest: Manifest) -> str:
 
 def _recorded(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Finding]:
     """What the manifest says of the model, against the set's own tensors and config.json."""
-    weight = checkpoint.layers[0].linears[GATE].tensors["weight"]
-    recorded = (manifest.model.intermediate_size, manifest.model.hidden_size)
+    role = checkpoint.part.roles[0]
+    weight = checkpoint.layers[0].linears[role.name].tensors["weight"]
+    recorded = (getattr(manifest.model, role.out), getattr(manifest.model, role.in_))
     if weight.shape != recorded:
-        line = f"intermediate_size and hidden_size are {list(recorded)}, {weight.name} is {list(weight.shape)}"
+        line = f"{role.out} and {role.in_} are {list(recorded)}, {weight.name} is {list(weight.shape)}"
         yield Finding("shapes", MANIFEST, line)
     raw = config_of(checkpoint)
     if raw is not None:
@@ -157,15 +157,16 @@ def _recorded(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Finding]:
     if manifest.scheme != scheme_name(checkpoint.layers):
         line = f"its scheme is {manifest.scheme}, its layers make it {scheme_name(checkpoint.layers)}"
         yield Finding("scheme", MANIFEST, line)
-    there = layer_schemes(checkpoint.layers)
+    there = layer_entries(checkpoint.layers)
     indexes, real_indexes = ([layer.index for layer in layers] for layers in (manifest.layers, there))
     if indexes != real_indexes:
         yield Finding("layers", MANIFEST, f"its layers are {indexes}, its tensors are of {real_indexes}")
         return
     for said, real in zip(manifest.layers, there, strict=True):
-        for key in ("gate_up_proj", "down_proj", "gate_up_block", "down_block", "activation"):
-            if getattr(said, key) != getattr(real, key):
-                line = f"{key} of layer {said.index} is {getattr(said, key)}, its tensors make it {getattr(real, key)}"
+        ours, theirs = ({"activation": layer.activation, **layer.linears} for layer in (said, real))
+        for key in sorted(ours.keys() | theirs.keys()):
+            if ours.get(key) != theirs.get(key):
+                line = f"{key} of layer {said.index} is {ours.get(key)}, its tensors make it {theirs.get(key)}"
                 yield Finding("scheme", MANIFEST, line)
 
 
@@ -179,11 +180,11 @@ def _cut(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Finding]:
     except AlignmentError as error:
         yield Finding("cut", MANIFEST, str(error))
         return
-    if manifest.padding != _padding(plan.padding):
-        yield Finding("cut", MANIFEST, f"padding is {manifest.padding}, the sizes make it {_padding(plan.padding)}")
+    if manifest.padding != plan.padding:
+        yield Finding("cut", MANIFEST, f"padding is {manifest.padding}, the sizes make it {plan.padding}")
     for shard, planned in zip(manifest.shards, plan.shards, strict=True):
-        said = {tensor.name: _said(tensor) for tensor in shard.tensors}
-        real = {tensor.name: _planned(tensor) for tensor in planned.tensors}
+        said = {tensor.name: _spelt(tensor) for tensor in shard.tensors}
+        real = {tensor.name: _spelt(tensor) for tensor in planned.tensors}
         for name in sorted(said.keys() | real.keys()):
             where = f"{shard.file}: {name}"
             if name not in real:
@@ -194,25 +195,8 @@ def _cut(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Finding]:
                 yield Finding("cut", where, f"is {said[name]}, a cut gives {real[name]}")
 
 
-def _padding(padding: Padding | None) -> RecordedPadding | None:
-    if padding is None:
-        return None
-    return RecordedPadding(padded_intermediate_size=padding.padded_intermediate_size, multiple=padding.multiple)
-
-
-def _said(tensor: ShardTensor) -> str:
-    pieces = [(s.tensor, s.dim, s.start, s.stop, s.at) for s in tensor.slices]
-    return _spelt(tensor.dtype, tensor.shape, pieces, tensor.same_as)
-
-
-def _planned(tensor: PlannedTensor) -> str:
-    pieces = [(s.tensor, s.dim, s.start, s.stop, s.at) for s in tensor.slices]
-    return _spelt(tensor.dtype, tensor.shape, pieces, tensor.same_as)
-
-
-def _spelt(
-    dtype: str, shape: Sequence[int], pieces: Sequence[tuple[str, int, int, int, int]], same_as: Sequence[str]
-) -> str:
+def _spelt(tensor: ShardTensor | PlannedTensor) -> str:
     """A tensor as one line, which is what is compared."""
-    slices = ", ".join(f"{name} dim {dim} {start}..{stop} at {at}" for name, dim, start, stop, at in pieces) or "zeros"
-    return f"{dtype} {list(shape)} of {slices}" + (f", the same as {', '.join(same_as)}" if same_as else "")
+    slices = ", ".join(f"{s.tensor} dim {s.dim} {s.start}..{s.stop} at {s.at}" for s in tensor.slices) or "zeros"
+    same = f", the same as {', '.join(tensor.same_as)}" if tensor.same_as else ""
+    return f"{tensor.dtype} {list(tensor.shape)} of {slices}{same}"

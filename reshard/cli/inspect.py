@@ -49,7 +49,7 @@ def _shard_set(source: "Source") -> dict[str, Any]:
     return {
         "tp_size": manifest.tp_size,
         "layout": manifest.layout,
-        "padding": manifest.padding.model_dump() if manifest.padding else None,
+        "padding": manifest.padding.model_dump(by_alias=True) if manifest.padding else None,
         "generator": manifest.generator.model_dump(),
         "shards": [{"tp_rank": s.tp_rank, "file": s.file, "size": s.size, "blake3": s.blake3} for s in manifest.shards],
     }
@@ -62,7 +62,7 @@ def _document(checkpoint: "Checkpoint") -> dict[str, Any]:
     model, identity = checkpoint.model, checkpoint.identity
     return {
         "source": {"kind": identity.kind, "name": identity.name, "commit": identity.commit},
-        "model": vars(model),
+        "model": model.model_dump(),
         "scheme": scheme_name(checkpoint.layers),
         "dense_bytes": checkpoint.nbytes,
         "total_bytes": checkpoint.total_bytes,
@@ -95,7 +95,7 @@ def _tensor(tensor: "Tensor") -> dict[str, Any]:
         "dtype": tensor.dtype,
         "shape": list(tensor.shape),
         "bytes": tensor.nbytes,
-        "parts": [{"file": part.file, "offset": part.offset} for part in tensor.parts],
+        "parts": [{"file": part.file, "offset": part.offset} for part in tensor.extents],
     }
 
 

@@ -151,7 +151,7 @@ def _report(output: Output, prepared: "Prepared", out: str, result: "SplitResult
         "scheme": scheme_name(prepared.checkpoint.layers),
         "tp_size": plan.tp_size,
         "layout": plan.layout,
-        "padded_intermediate_size": plan.padding.padded_intermediate_size if plan.padding else None,
+        "padded_intermediate_size": plan.padding.padded if plan.padding else None,
         "layers": [layer.index for layer in prepared.checkpoint.layers],
         "unsplit_bytes": whole,
         "saved_bytes_per_device": whole - largest,
@@ -190,10 +190,7 @@ def _report(output: Output, prepared: "Prepared", out: str, result: "SplitResult
         f"each device holds {size_text(largest)} and saves {size_text(max(0, whole - largest))}"
     )
     if plan.padding:
-        output.text(
-            f"padded: intermediate_size {prepared.checkpoint.model.intermediate_size} to "
-            f"{plan.padding.padded_intermediate_size}"
-        )
+        output.text(f"padded: intermediate_size {prepared.checkpoint.model.intermediate_size} to {plan.padding.padded}")
     if result is None:
         output.text("dry run: nothing was written")
     elif result.complete:

@@ -35,7 +35,7 @@ def computed_readers(source: Source, stored: Checkpoint, checkpoint: Checkpoint)
     for before, after in zip(stored.layers, checkpoint.layers, strict=True):
         for role in ROLES:
             made = after.linears[role]
-            if made.tensors["weight"].parts:
+            if made.tensors["weight"].extents:
                 continue
             values = _Values(source, before.linears[role])
             scale = made.variant.suffix(Operand.SCALE)

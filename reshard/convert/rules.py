@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from reshard.checkpoint.description import Checkpoint, Conversion, Layer, Linear, Tensor
+from reshard.checkpoint.description import Checkpoint, Layer, Linear, Tensor
 from reshard.errors import SchemeError
+from reshard.manifest import Conversion
 from reshard.model.naming import CONFIG, ROLES
 from reshard.quantization import DESCRIPTION, without_quantization
 from reshard.schemes import SCHEMES, VARIANTS, Variant, scheme_by_option
@@ -74,7 +75,9 @@ def _linear(linear: Linear, module: str, target: Variant) -> Linear:
             f"converts {', '.join(convertible)}: leave it at --weights keep"
         )
     rule = QUANTIZE if not made.is_float else CAST if scheme.is_float else DEQUANTIZE
-    conversion = Conversion(rule, tuple(linear.tensors[tensor.suffix].name for tensor in linear.variant.tensors))
+    conversion = Conversion(
+        rule=rule, inputs=tuple(linear.tensors[tensor.suffix].name for tensor in linear.variant.tensors)
+    )
     tensors = {
         one.suffix: Tensor(
             f"{module}.{one.suffix}", one.dtypes[0], one.shape.sizes(weight.shape, None)[0], (), conversion

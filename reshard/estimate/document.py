@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from reshard.checkpoint.description import Model
 from reshard.errors import printable
 from reshard.estimate.step import Kind
+from reshard.manifest import ModelDims
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Estimate:
     """What was asked, the device's profile with the sources of its values, and the schemes."""
 
     source: str
-    model: Model
+    model: ModelDims
     layers: tuple[int, ...]
     batch: int
     max_tokens: int | None

@@ -116,7 +116,7 @@ def _plan(checkpoint: Checkpoint, tp_size: int, options: Options) -> Plan:
 
 def _size(checkpoint: Checkpoint, plan: Plan, profile: Profile, options: Options, unsplit: int | None) -> Size:
     model = checkpoint.model
-    padded = plan.padding.padded_intermediate_size if plan.padding else model.intermediate_size
+    padded = plan.padding.padded if plan.padding else model.intermediate_size
     share, held = padded // plan.tp_size, _held(checkpoint, plan)
     splits = [
         Split(

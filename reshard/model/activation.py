@@ -6,6 +6,8 @@ computes refuses it by that name.
 """
 
 from dataclasses import dataclass
+from math import inf
+from typing import Any, ClassVar
 
 SILU, GELU, GELU_TANH = "silu", "gelu", "gelu_tanh"
 FORMULAS = {
@@ -22,8 +24,14 @@ _WRITE = 'write the model\'s hidden_act ("silu", …)'
 class Activation:
     """`limit` L: act(min(gate, L)) * clamp(up, -L, L), as transformers' models with a `swiglu_limit` compute it."""
 
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}  # of the manifest's entry
+
     name: str
     limit: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name or not (self.limit is None or 0 < self.limit < inf):
+            raise ValueError(f"no activation: name {self.name!r}, limit {self.limit}")
 
     @property
     def is_known(self) -> bool:

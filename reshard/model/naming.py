@@ -2,15 +2,21 @@
 
 `{prefix}layers.{i}.mlp.{role}.{suffix}` is a DenseFFN tensor. The prefix is `model.`, that of a wrapper
 (`language_model.model.`), or nothing. Routed experts (`mlp.experts.{e}.…`), shared experts (`mlp.shared_experts.…`) and
-the router (`mlp.gate.…`) cannot match: their role is none of ours. Nor can towers and MTP blocks that stand beside a
+the router (`mlp.gate.…`) cannot match: their role is none of ours. Nor can towers and MTP layers that stand beside a
 language model: their prefix says what they are.
 """
 
 import re
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
-GATE, UP, DOWN, GATE_UP = "gate_proj", "up_proj", "down_proj", "gate_up_proj"
-ROLES = (GATE, UP, DOWN)
+from reshard.model.parts import DENSE_FFN, Part
+from reshard.model.parts import DOWN as DOWN
+from reshard.model.parts import GATE as GATE
+from reshard.model.parts import GATE_UP as GATE_UP
+from reshard.model.parts import UP as UP
+
+ROLES = tuple(role.name for role in DENSE_FFN.roles)
 
 MANIFEST = "manifest.json"
 CONFIG = "config.json"
@@ -31,7 +37,9 @@ WRAPPED = (
 
 _NUMBER = r"(0|[1-9][0-9]*)"
 _PREFIX = r"((?:[^.]+\.)*?)"
-_DENSE = re.compile(rf"{_PREFIX}layers\.{_NUMBER}\.mlp\.({'|'.join((*ROLES, GATE_UP))})\.([^.]+)")
+_DENSE = re.compile(
+    rf"{_PREFIX}layers\.{_NUMBER}\.{re.escape(DENSE_FFN.path)}\.({'|'.join(DENSE_FFN.names())})\.([^.]+)"
+)
 _LAYER = re.compile(rf"{_PREFIX}layers\.{_NUMBER}\.(.+)")
 _SHARD = re.compile(r"denseffn-rank-([0-9]{5})-of-([0-9]{5})\.safetensors")
 _BESIDE = re.compile(
@@ -40,13 +48,12 @@ _BESIDE = re.compile(
     r"speculator|eagle)(?:[._]|[0-9])"
 )
 
-
 _WITHIN = re.compile(r"(?:^|[._])(?:vision|visual|eagle)_(?:model\.)?language_model\.")
 """A language model whose name, or that of what holds it, has a tower's word in it."""
 
 
 class DenseName(NamedTuple):
-    """The parts of a DenseFFN tensor's name. `role` is gate_up_proj where a checkpoint stacks gate and up."""
+    """The parts of a DenseFFN tensor's name. `role` is a stacked module where a checkpoint stacks its linears."""
 
     prefix: str
     layer: int
@@ -59,9 +66,9 @@ def layer_name(prefix: str, layer: int) -> str:
     return f"{prefix}layers.{layer}"
 
 
-def mlp_name(prefix: str, layer: int) -> str:
-    """The name of a dense layer's MLP; its linears are `{mlp_name}.{role}`."""
-    return f"{layer_name(prefix, layer)}.mlp"
+def module_name(prefix: str, layer: int, part: Part = DENSE_FFN) -> str:
+    """The name of what holds a part's linears; theirs are `{module_name}.{role}`."""
+    return f"{layer_name(prefix, layer)}.{part.path}"
 
 
 def parse_dense(name: str) -> DenseName | None:
@@ -79,7 +86,7 @@ def parse_layer(name: str) -> tuple[str, int, str] | None:
 
 
 def stands_beside(prefix: str) -> bool:
-    """Whether a prefix is that of a tower, a draft or an MTP block, and not the language model's."""
+    """Whether a prefix is that of a tower, a draft or an MTP layer, and not the language model's."""
     return _BESIDE.search(prefix) is not None and _WITHIN.search(prefix) is None
 
 
@@ -91,7 +98,28 @@ def shard_file(tp_rank: int, tp_size: int) -> str:
     return f"denseffn-rank-{tp_rank:05d}-of-{tp_size:05d}.safetensors"
 
 
+def shard_metadata(tp_rank: int, tp_size: int) -> dict[str, str]:
+    """What the header of a rank's file says beside its tensors."""
+    return {"format": "pt", "denseffn": "shard", "tp_rank": str(tp_rank), "tp_size": str(tp_size)}
+
+
 def parse_shard_file(name: str) -> tuple[int, int] | None:
     """(tp_rank, tp_size) of a shard file's name, None for any other."""
     match = _SHARD.fullmatch(name)
     return (int(match[1]), int(match[2])) if match else None
+
+
+def numbers(values: Iterable[int]) -> str:
+    """Layer numbers, runs shortened: 0-2, 7."""
+    runs: list[list[int]] = []
+    for value in sorted(values):
+        if runs and value == runs[-1][-1] + 1:
+            runs[-1][1:] = [value]
+        else:
+            runs.append([value])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs) or "none"
+
+
+def layers_named(values: Collection[int]) -> str:
+    """The same with its noun: layer 7, layers 0-2."""
+    return f"layer{'s' if len(values) != 1 else ''} {numbers(values)}"

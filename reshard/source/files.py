@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from reshard.checkpoint.description import Checkpoint, Identity, Part, SourceFile, Tensor
+from reshard.checkpoint.description import Checkpoint, Extent, Identity, Tensor
 from reshard.errors import SourceError
+from reshard.manifest import SourceFile
 from reshard.model.config import read_model_config
 from reshard.model.naming import CONFIG, parse_dense
 from reshard.quantization import DESCRIPTION, MODELOPT, Accounts, is_description
@@ -35,13 +36,17 @@ def read_checkpoint(source: Source, scheme: str | None = None) -> Checkpoint:
     tensors = {name: _tensor(name, file, contents.headers[file]) for name, file in owners.items() if parse_dense(name)}
     others = [*(name for name in owners if name not in tensors), *contents.unread]
     model, layers, warnings = describe_what_is_there(source, contents.missing, tensors, others, accounts)
-    used = {part.file for layer in layers for tensor in layer.tensors() for part in tensor.parts}
+    used = {part.file for layer in layers for tensor in layer.tensors() for part in tensor.extents}
     return Checkpoint(
         identity=Identity(
             source.origin.kind,
             source.origin.name,
             source.origin.commit,
-            tuple(_source_file(name, contents.headers[name]) for name in sorted(used)),
+            tuple(
+                SourceFile(name=name, size=header.file_size, header_blake3=header.digest)
+                for name, header in sorted(contents.headers.items())
+                if name in used
+            ),
         ),
         model=model,
         layers=layers,
@@ -52,12 +57,8 @@ def read_checkpoint(source: Source, scheme: str | None = None) -> Checkpoint:
     )
 
 
-def _source_file(name: str, header: Header) -> SourceFile:
-    return SourceFile(name, header.file_size, header.digest)
-
-
 def _concerns(config: Mapping[str, Any] | None) -> Callable[[str], bool]:
-    """Whether a name is a DenseFFN tensor's. A prediction block's, behind the last layer, is not."""
+    """Whether a name is a DenseFFN tensor's. An MTP layer's, behind the last layer, is not."""
     layers = read_model_config(config).num_hidden_layers if config is not None else None
 
     def concerns(name: str) -> bool:
@@ -106,5 +107,5 @@ def _side_files(source: Source) -> tuple[dict[str, bytes], list[str]]:
 def _tensor(name: str, file: str, header: Header) -> Tensor:
     info = header.tensors[name]
     tensor = Tensor(name, info.dtype, info.shape, ())
-    whole = Part(file, info.start, tensor.row_bytes, 0, 0, tensor.rows, tensor.row_bytes)
+    whole = Extent(file, info.start, tensor.row_bytes, 0, 0, tensor.rows, tensor.row_bytes)
     return Tensor(name, info.dtype, info.shape, (whole,))

@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 from reshard.checkpoint.describe import describe_layers
-from reshard.checkpoint.description import Layer, Model, Tensor, numbers
+from reshard.checkpoint.description import Layer, Tensor
 from reshard.errors import ReshardError, SourceError
+from reshard.manifest import ModelDims
 from reshard.model.config import ModelConfig, read_model_config
-from reshard.model.naming import CONFIG, DOWN, GATE_UP, ROLES, parse_dense
+from reshard.model.naming import CONFIG, DOWN, GATE_UP, ROLES, numbers, parse_dense
 from reshard.quantization import Accounts
 from reshard.schemes import VARIANTS, Variant
 from reshard.source.base import MISSING, Source
@@ -23,7 +24,7 @@ def describe_what_is_there(
     tensors: Mapping[str, Tensor],
     other_names: Iterable[str],
     accounts: Accounts,
-) -> tuple[Model, tuple[Layer, ...], tuple[str, ...]]:
+) -> tuple[ModelDims, tuple[Layer, ...], tuple[str, ...]]:
     """describe_layers, with a warning where files are missing that hold nothing of the DenseFFN.
 
     missing: files of the weights that are not there. Raises SourceError where one of them may hold a tensor of a dense

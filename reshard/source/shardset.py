@@ -5,11 +5,12 @@ from dataclasses import replace
 from math import prod
 
 from reshard.checkpoint.describe import describe_layers
-from reshard.checkpoint.description import Checkpoint, Conversion, Identity, Layer, Model, Part, SourceFile, Tensor
+from reshard.checkpoint.description import Checkpoint, Extent, Identity, Layer, Tensor
 from reshard.errors import ManifestError, SourceError
 from reshard.fit import fit_files, fit_side_file, fit_tensors, require
-from reshard.manifest import Manifest, ShardTensor, SideFile, Slice, parse_manifest
-from reshard.model.naming import CONFIG, DOWN, GATE, GATE_UP, MANIFEST, UP, mlp_name, parse_shard_file
+from reshard.manifest import Conversion, Manifest, ShardTensor, SideFile, Slice, parse_manifest
+from reshard.model.naming import CONFIG, MANIFEST, module_name, parse_shard_file
+from reshard.model.parts import DENSE_FFN
 from reshard.quantization import Recorded
 from reshard.source.base import Source, read_file, read_headers
 from reshard.source.files import read_accounts
@@ -56,10 +57,9 @@ def read_shard_set(source: Source) -> Checkpoint:
     accounts = replace(read_accounts(side_files), recorded=_recorded(manifest))
     _, layers, _ = describe_layers(tensors, (), accounts)
     _check_activations(manifest, layers)
-    dims = manifest.model
     return Checkpoint(
         identity=identity(manifest),
-        model=Model(dims.model_type, dims.hidden_size, dims.intermediate_size, dims.num_hidden_layers, dims.prefix),
+        model=manifest.model,
         layers=layers,
         side_files=side_files,
         total_tensors=len(tensors),
@@ -71,18 +71,17 @@ def _recorded(manifest: Manifest) -> dict[str, Recorded]:
     """What the set was cut as, by the linears' names: its files may have been told, or found, to be that."""
     recorded: dict[str, Recorded] = {}
     for layer in manifest.layers:
-        mlp = mlp_name(manifest.model.prefix, layer.index)
-        gate_up, down = (
-            Recorded(scheme, (block.rows, block.columns) if block else None)
-            for scheme, block in ((layer.gate_up_proj, layer.gate_up_block), (layer.down_proj, layer.down_block))
-        )
-        recorded |= {f"{mlp}.{role}": gate_up for role in (GATE, UP, GATE_UP)} | {f"{mlp}.{DOWN}": down}
+        parent = module_name(manifest.model.prefix, layer.index)
+        for module in DENSE_FFN.modules:
+            if (linear := layer.linears.get(module.name)) is not None:
+                for name in (module.name, *(role.name for role in module.roles)):
+                    recorded[f"{parent}.{name}"] = Recorded(linear.scheme, linear.block)
     return recorded
 
 
 def _check_activations(manifest: Manifest, layers: Iterable[Layer]) -> None:
     """What the manifest says is computed against the set's own config.json."""
-    said = {layer.index: layer.read_activation() for layer in manifest.layers}
+    said = {layer.index: layer.activation for layer in manifest.layers}
     for layer in layers:
         if layer.index in said and said[layer.index] != layer.activation:
             raise ManifestError(
@@ -100,14 +99,13 @@ def _side_file(source: Source, file: SideFile) -> bytes:
 def identity(manifest: Manifest) -> Identity:
     """What the set was first cut from."""
     source = manifest.source
-    files = tuple(SourceFile(file.name, file.size, file.header_blake3) for file in source.files)
-    return Identity(source.kind, source.name, source.commit, files, source.sample_blake3)
+    return Identity(source.kind, source.name, source.commit, tuple(source.files), source.sample_blake3)
 
 
 def _assemble(source: Source, manifest: Manifest) -> dict[str, Tensor]:
     """Every source tensor that slices name, covered by rectangles of the shards."""
     shapes: dict[str, tuple[str, tuple[int, ...], Conversion | None]] = {}
-    slices: dict[str, dict[tuple[int, int, int], Part]] = {}
+    slices: dict[str, dict[tuple[int, int, int], Extent]] = {}
     aliases: dict[str, str] = {}
     headers = read_headers(source, [shard.file for shard in manifest.shards])
     for shard in manifest.shards:
@@ -116,19 +114,21 @@ def _assemble(source: Source, manifest: Manifest) -> dict[str, Tensor]:
         for tensor in shard.tensors:
             for piece in tensor.slices:
                 conversion = _conversion(tensor, piece.tensor)
-                described = (tensor.dtype, tuple(piece.shape), conversion)
+                described = (tensor.dtype, piece.shape, conversion)
                 if shapes.setdefault(piece.tensor, described) != described:
                     raise ManifestError(f"{MANIFEST}: {piece.tensor} is described in two ways; the set is damaged")
                 key = (piece.dim, piece.start, piece.stop)
                 # What is replicated lies in every shard: the first one's copy is taken.
-                part = _part(shard.file, header.tensors[tensor.name], piece)
-                slices.setdefault(piece.tensor, {}).setdefault(key, part)
+                extent = _extent(shard.file, header.tensors[tensor.name], piece)
+                slices.setdefault(piece.tensor, {}).setdefault(key, extent)
             for other in tensor.same_as:
                 aliases[other] = tensor.slices[0].tensor
     found = {}
     for name, (dtype, shape, conversion) in shapes.items():
         _check_cover(name, shape, sorted(slices[name]))
-        found[name] = Tensor(name, dtype, shape, tuple(part for _, part in sorted(slices[name].items())), conversion)
+        found[name] = Tensor(
+            name, dtype, shape, tuple(extent for _, extent in sorted(slices[name].items())), conversion
+        )
     for name, original in aliases.items():
         found[name] = replace(found[original], name=name)
     return found
@@ -139,21 +139,21 @@ def _conversion(tensor: ShardTensor, name: str) -> Conversion | None:
     made, module = tensor.conversion, name.rpartition(".")[0]
     if made is None:
         return None
-    return Conversion(made.rule, tuple(i for i in made.inputs if i.rpartition(".")[0] == module))
+    return Conversion(rule=made.rule, inputs=tuple(i for i in made.inputs if i.rpartition(".")[0] == module))
 
 
-def _part(file: str, info: TensorInfo, piece: Slice) -> Part:
+def _extent(file: str, info: TensorInfo, piece: Slice) -> Extent:
     size, length = itemsize(info.dtype), piece.stop - piece.start
     stride = prod(info.shape[1:]) * size
     rows = info.shape[0] if info.shape else 1
-    extent = info.shape[piece.dim] if piece.dim < len(info.shape) else 1
-    if piece.at + length > extent or piece.dim >= max(1, len(info.shape)):
+    size_of_dim = info.shape[piece.dim] if piece.dim < len(info.shape) else 1
+    if piece.at + length > size_of_dim or piece.dim >= max(1, len(info.shape)):
         raise ManifestError(
             f"{MANIFEST}: {piece.tensor}: slice {piece.start}..{piece.stop} does not fit its shard tensor"
         )
     if piece.dim == 0:
-        return Part(file, info.start + piece.at * stride, stride, piece.start, 0, length, stride)
-    return Part(file, info.start + piece.at * size, stride, 0, piece.start * size, rows, length * size)
+        return Extent(file, info.start + piece.at * stride, stride, piece.start, 0, length, stride)
+    return Extent(file, info.start + piece.at * size, stride, 0, piece.start * size, rows, length * size)
 
 
 def _check_cover(name: str, shape: tuple[int, ...], pieces: list[tuple[int, int, int]]) -> None:

@@ -15,7 +15,7 @@ from blake3 import blake3
 
 from reshard.errors import HeaderError
 from reshard.source.recognise import PREFIX_BYTES, recognised
-from reshard.tensors.dtypes import BITS
+from reshard.tensors.dtypes import BITS, nbytes
 
 MAX_HEADER = 100_000_000  # the format's own limit
 LENGTH_BYTES = 8
@@ -95,16 +95,17 @@ def parse_header(raw: bytes, file: str, file_size: int) -> Header:
     return Header(tensors, metadata, blake3(raw).hexdigest(), data_start, file_size)
 
 
-def encode_header(
-    tensors: Mapping[str, tuple[str, tuple[int, ...], int, int]], metadata: Mapping[str, str], align: int
-) -> bytes:
-    """Header bytes for tensors (dtype, shape, start, stop; offsets from the data's first byte), in that order.
+def encode_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str], align: int) -> bytes:
+    """Header bytes for tensors (dtype, shape) whose data follow one another in that order.
 
     Padded with spaces so that the data begins on a multiple of `align`.
     """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    for name, (dtype, shape, start, stop) in tensors.items():
-        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
+    at = 0
+    for name, (dtype, shape) in tensors.items():
+        stop = at + nbytes(dtype, shape)
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, stop]}
+        at = stop
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(LENGTH_BYTES + len(text)) % align)
     return len(text).to_bytes(LENGTH_BYTES, "little") + text

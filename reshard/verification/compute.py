@@ -17,12 +17,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from reshard.checkpoint.description import Checkpoint, Layer, Part, Tensor, layers_named
+from reshard.checkpoint.description import Checkpoint, Extent, Layer, Tensor
 from reshard.checks.finding import Finding
 from reshard.errors import MismatchError
 from reshard.manifest import Manifest
 from reshard.model.activation import Activation, not_computed
-from reshard.model.naming import CONFIG, DOWN, GATE, GATE_UP, UP
+from reshard.model.naming import CONFIG, DOWN, GATE, GATE_UP, UP, layers_named
 from reshard.schemes import Arithmetic, Operand
 from reshard.source.base import Source
 from reshard.tensors.header import Header, TensorInfo
@@ -179,8 +179,8 @@ def _rank_linears(
 
 def _shard_grid(shards: Source, file: str, name: str, info: TensorInfo) -> Grid:
     bare = Tensor(name, info.dtype, info.shape, ())
-    part = Part(file, info.start, bare.row_bytes, 0, 0, bare.rows, bare.row_bytes)
-    return stored_grid(shards, replace(bare, parts=(part,)))
+    extent = Extent(file, info.start, bare.row_bytes, 0, 0, bare.rows, bare.row_bytes)
+    return stored_grid(shards, replace(bare, extents=(extent,)))
 
 
 def unsplit_layer(linears: Mapping[str, LinearGrids], activation: Activation, x_HT: F64, exact: bool = False) -> F64:

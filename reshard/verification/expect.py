@@ -88,7 +88,7 @@ def expect(
 def _share(manifest: Manifest, linear: LinearGrids, is_down: bool) -> int:
     """L."""
     size, tp_size = linear.tensors["weight"].shape[1 if is_down else 0], manifest.tp_size
-    padded = manifest.padding.padded_intermediate_size if manifest.padding else size
+    padded = manifest.padding.padded if manifest.padding else size
     share, left = divmod(padded, tp_size)
     if left or padded < size:
         raise MismatchError(

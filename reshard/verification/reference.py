@@ -103,7 +103,7 @@ def _fetch(source: Source, tensor: Tensor, top: int, bottom: int) -> Bytes:
     """Rows top..bottom: a view where one part holds them whole, else put together from several."""
     out: Bytes | None = None
     covered = 0
-    for part in tensor.parts:
+    for part in tensor.extents:
         first, last = max(top, part.row), min(bottom, part.row + part.rows)
         if first >= last:
             continue

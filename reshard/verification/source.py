@@ -18,7 +18,8 @@ from reshard.checks.finding import Finding
 from reshard.checks.provenance import compare_identity, compare_model
 from reshard.errors import MismatchError
 from reshard.manifest import Manifest
-from reshard.model.naming import MANIFEST, mlp_name
+from reshard.model.naming import MANIFEST, module_name
+from reshard.model.parts import DENSE_FFN
 from reshard.source.base import Bytes, Source, threads
 from reshard.tensors.dtypes import itemsize
 from reshard.tensors.header import Header, TensorInfo
@@ -74,7 +75,7 @@ def _prefetch(shards: Source, manifest: Manifest, headers: Mapping[int, Header],
     source.prefetch(
         (part.file, part.offset, part.offset + (part.rows - 1) * part.stride + part.width)
         for tensor in layer.tensors()
-        for part in tensor.parts
+        for part in tensor.extents
     )
     shards.prefetch(
         (manifest.shards[rank].file, info.start, info.stop)
@@ -217,15 +218,14 @@ def _shown(block: Bytes, row: int, column: int, dtype: str) -> str:
 
 
 def _check_scheme(manifest: Manifest, index: int, group: Group, linear: LinearGrids) -> Iterator[Finding]:
+    where = f"{module_name(manifest.model.prefix, index)}.{group.module}"
     for layer in manifest.layers:
-        recorded = layer.down_proj if group.is_down else layer.gate_up_proj
-        if layer.index == index and recorded != linear.scheme.name:
-            where = f"{mlp_name(manifest.model.prefix, index)}.{group.module}"
-            yield Finding(
-                "model", where, f"{MANIFEST} says that it is {recorded}, the source makes it {linear.scheme.name}"
-            )
-        block = layer.down_block if group.is_down else layer.gate_up_block
-        sizes = block and (block.rows, block.columns)
-        if layer.index == index and sizes != linear.block:
-            where = f"{mlp_name(manifest.model.prefix, index)}.{group.module}"
-            yield Finding("model", where, f"{MANIFEST} says that its block is {sizes}, the source's is {linear.block}")
+        recorded = layer.linears.get(DENSE_FFN.stacked(group.module).name)
+        if layer.index != index or recorded is None:
+            continue
+        if recorded.scheme != linear.scheme.name:
+            line = f"{MANIFEST} says that it is {recorded.scheme}, the source makes it {linear.scheme.name}"
+            yield Finding("model", where, line)
+        if recorded.block != linear.block:
+            line = f"{MANIFEST} says that its block is {recorded.block}, the source's is {linear.block}"
+            yield Finding("model", where, line)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reshard.checkpoint.description import Checkpoint, Layer, Tensor
-from reshard.plan.plan import PlannedTensor, Slice
+from reshard.manifest import Slice
+from reshard.plan.plan import PlannedTensor
 from reshard.source.base import Source
 from reshard.tensors.byte_grid import BlockReader, StoredReader
 from reshard.tensors.header import encode_header
@@ -79,15 +80,12 @@ def _write(
     readers: Mapping[str, BlockReader],
     tick: Callable[[int], None],
 ) -> MergedFile:
-    entries, at = {}, 0
-    for tensor in tensors:
-        entries[tensor.name] = (tensor.dtype, tensor.shape, at, at + tensor.nbytes)
-        at += tensor.nbytes
+    entries = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
     stream = ShardStream(sink)
     try:
         stream.write(encode_header(entries, {"format": "pt"}, _HEADER_ALIGNMENT))
         for tensor in tensors:
-            whole = Slice(tensor.name, tensor.shape, 0, 0, tensor.rows, 0)
+            whole = Slice(tensor=tensor.name, shape=tensor.shape, dim=0, start=0, stop=tensor.rows, at=0)
             stream.write_tensor(PlannedTensor(tensor.name, tensor.dtype, tensor.shape, (whole,)), readers, tick)
         size, digest = stream.close()
     except BaseException:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from reshard.errors import ManifestError, OutputError
 from reshard.manifest import Manifest, Record, Shard, parse_manifest, parse_record
 from reshard.model.naming import MANIFEST, shard_file
-from reshard.plan.manifest_builder import fingerprint, make_manifest, make_shard
+from reshard.plan.manifest_builder import fingerprint, make_manifest
 from reshard.plan.pipeline import Prepared
 from reshard.plan.plan import Plan, PlannedShard
 from reshard.writer.stream import first_difference
@@ -86,7 +86,7 @@ class Records:
         planned = self._plan.shards[shard.tp_rank] if shard.tp_rank < self._plan.tp_size else None
         if planned is None or len(planned.tensors) != len(shard.tensors):
             return False
-        return make_shard(planned, planned.size, shard.blake3, [t.blake3 for t in shard.tensors]) == shard
+        return planned.entry(shard.blake3, [tensor.blake3 for tensor in shard.tensors]) == shard
 
 
 def other_size(target: Target, tp_size: int, plan: Plan) -> OutputError:

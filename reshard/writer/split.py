@@ -17,7 +17,6 @@ from reshard.errors import OutputError
 from reshard.interruptible import interruptible, raise_first
 from reshard.manifest import Shard
 from reshard.model.naming import MANIFEST
-from reshard.plan.manifest_builder import make_shard
 from reshard.plan.pipeline import Prepared, wanted
 from reshard.plan.plan import Plan, PlannedShard
 from reshard.source.base import Cancelled
@@ -196,13 +195,13 @@ class _Run:
         try:
             stream.write(planned.header)
             digests = [stream.write_tensor(tensor, self._prepared.readers, self._advance) for tensor in planned.tensors]
-            size, digest = stream.close()
+            _, digest = stream.close()
             self._prepared.source.check_unchanged()
         except BaseException:
             stream.discard()
             self._stop.set()
             raise
-        return stream.sink, make_shard(planned, size, digest, digests)
+        return stream.sink, planned.entry(digest, digests)
 
     def _advance(self, nbytes: int) -> None:
         if self._stop.is_set():

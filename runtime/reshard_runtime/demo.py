@@ -66,7 +66,7 @@ def _tp_size(shards: Path) -> int:
     """The set's. Raises ShardError where a layer cannot be computed."""
     manifest, _ = read_manifest(shards)
     for layer in manifest.layers:
-        problem = not_computed(layer.read_activation())
+        problem = not_computed(layer.activation)
         if problem is not None:
             raise ShardError(f"{shards}: layer {layer.index}: {problem}")
     return manifest.tp_size

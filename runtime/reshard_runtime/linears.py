@@ -5,14 +5,14 @@ from collections.abc import Mapping
 import torch
 
 from reshard.errors import ShardError
-from reshard.manifest import Block, LayerSchemes
+from reshard.manifest import LayerEntry
 from reshard.model.naming import DOWN, GATE, GATE_UP, UP
 from reshard.schemes import Arithmetic, Placement, scheme_named, variant_with
 from reshard_runtime.shard import LinearShard
 
 
 def linears_of(
-    mlp: str, layer: LayerSchemes, tensors: Mapping[str, torch.Tensor], file: str
+    mlp: str, layer: LayerEntry, tensors: Mapping[str, torch.Tensor], file: str
 ) -> tuple[LinearShard, LinearShard]:
     """gate_up and down of a layer; gate and up are stacked where the file keeps them apart."""
 
@@ -24,21 +24,17 @@ def linears_of(
     gate_up = of(GATE_UP)
     if not gate_up:
         gate, up = (of(module) for module in (GATE, UP))
-        rows = layer.gate_up_block.rows if layer.gate_up_block else 1
+        rows, _ = layer.linears[GATE_UP].block or (1, 1)
         if len(gate["weight"]) % rows:
             raise ShardError(
                 f"{file}: {name}: {len(gate['weight'])} rows of gate are no multiple of the {rows}-row scale block, so "
                 "up cannot be stacked below them; cut the set again with --layout fused"
             )
-        gate_up = _stacked(name, layer.gate_up_proj, gate, up, file)
+        gate_up = _stacked(name, layer.linears[GATE_UP].scheme, gate, up, file)
     return (
-        LinearShard(name, layer.gate_up_proj, _block(layer.gate_up_block), gate_up),
-        LinearShard(f"{mlp}.{DOWN}", layer.down_proj, _block(layer.down_block), of(DOWN)),
+        LinearShard(name, layer.linears[GATE_UP].scheme, layer.linears[GATE_UP].block, gate_up),
+        LinearShard(f"{mlp}.{DOWN}", layer.linears[DOWN].scheme, layer.linears[DOWN].block, of(DOWN)),
     )
-
-
-def _block(block: Block | None) -> tuple[int, int] | None:
-    return None if block is None else (block.rows, block.columns)
 
 
 def _stacked(

@@ -13,10 +13,10 @@ from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 
 from reshard.errors import HeaderError, ManifestError, ShardError
-from reshard.fit import fit_digest, fit_header, fit_size, require
+from reshard.fit import fit_digest, fit_header, fit_size, fit_weights, require, share_of
 from reshard.manifest import Manifest, ShardTensor, parse_manifest
 from reshard.manifest import Shard as ShardEntry
-from reshard.model.naming import DOWN, GATE, GATE_UP, MANIFEST, UP, mlp_name, parse_dense
+from reshard.model.naming import MANIFEST, module_name, parse_dense
 from reshard.source.opened import Opened, reason, unfollowed
 from reshard.tensors.header import read_header
 from reshard_runtime.dequantize import dequantized
@@ -70,8 +70,8 @@ def load_shard(
             manifest.model.intermediate_size,
             share,
             set_digest,
-            *linears_of(mlp_name(manifest.model.prefix, layer.index), layer, tensors, entry.file),
-            layer.read_activation(),
+            *linears_of(module_name(manifest.model.prefix, layer.index), layer, tensors, entry.file),
+            layer.activation,
         )
         for layer in manifest.layers
         if layer.index in wanted
@@ -124,17 +124,6 @@ def _wanted_layers(manifest: Manifest, folder: Path, layers: Iterable[int] | Non
     return wanted
 
 
-def share_of(manifest: Manifest) -> int:
-    """A rank's share L of intermediate_size, with its padding, if any. Raises ManifestError if there are none equal."""
-    padded = manifest.padding.padded_intermediate_size if manifest.padding else manifest.model.intermediate_size
-    if padded < manifest.model.intermediate_size or padded % manifest.tp_size:
-        raise ManifestError(
-            f"{MANIFEST}: intermediate_size {manifest.model.intermediate_size}, padded {padded}, gives "
-            f"{manifest.tp_size} ranks no equal shares; cut the set again"
-        )
-    return padded // manifest.tp_size
-
-
 def _read(
     path: Path,
     entry: ShardEntry,
@@ -174,7 +163,7 @@ def _tensors(
     except OSError as error:
         raise ShardError(f"{path}: cannot be read: {reason(error)}; copy the shard again") from error
     require(fit_header(header, entry, manifest.tp_size, file), ShardError)
-    _check_shapes(path, entry, manifest)
+    require(fit_weights(manifest, entry, file), ShardError)
     first = torch.device("cpu") if verify == "digest" else device
     tensors: dict[str, torch.Tensor] = {}
     try:
@@ -186,23 +175,6 @@ def _tensors(
     except (SafetensorError, OSError) as error:
         raise ShardError(f"{path}: cannot be read: {error}; copy the shard again") from error
     return tensors
-
-
-def _check_shapes(path: Path, entry: ShardEntry, manifest: Manifest) -> None:
-    """The weights against the model's sizes: [L or 2L, H] and [H, L]."""
-    share, hidden = share_of(manifest), manifest.model.hidden_size
-    expected = {GATE_UP: [2 * share, hidden], DOWN: [hidden, share], **{key: [share, hidden] for key in (GATE, UP)}}
-    found = {tensor.name: tensor.shape for tensor in entry.tensors}
-    for layer in manifest.layers:
-        for module in (*((GATE_UP,) if manifest.layout == "fused" else (GATE, UP)), DOWN):
-            name = f"{mlp_name(manifest.model.prefix, layer.index)}.{module}.weight"
-            if name not in found:
-                raise ShardError(f"{path}: {name} is missing, layer {layer.index} is dense; cut the set again")
-            if found[name] != expected[module]:
-                raise ShardError(
-                    f"{path}: {name} is {found[name]}, {expected[module]} is rank {entry.tp_rank}'s share of "
-                    f"hidden_size {hidden} and intermediate_size {manifest.model.intermediate_size}; cut the set again"
-                )
 
 
 def _value(path: Path, value: torch.Tensor, tensor: ShardTensor, device: torch.device, verify: Verify) -> torch.Tensor:

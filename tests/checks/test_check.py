@@ -72,11 +72,11 @@ def test_a_config_alone_promises_the_dense_ffn_and_no_more(model: str, scheme: s
     assert all(parse_dense(name) for name in sliced)
 
 
-def test_expert_layers_and_the_prediction_block_are_left_alone() -> None:
+def test_moe_layers_and_the_mtp_layer_are_left_alone() -> None:
     (layers,) = of(findings("--config", R1)[1], "layers")
     assert layers["message"] == (
-        "3 dense layers (0-2), as config.json says (first_k_dense_replace = 3, moe_layer_freq = 1); 58 expert layers "
-        "and 1 prediction block left alone"
+        "3 dense layers (0-2), as config.json says (first_k_dense_replace = 3, moe_layer_freq = 1); 58 MoE layers "
+        "and 1 MTP layer left alone"
     )
 
 

@@ -110,14 +110,14 @@ def tensor(manifest: dict[str, Any], rank: int, name: str) -> dict[str, Any]:
     [
         (lambda m: m.update(schema="denseffn-shards/3"), "manifest", "schema is 'denseffn-shards/3'"),
         (lambda m: m.update(note=1), "manifest", "note: Extra inputs are not permitted"),
-        (lambda m: m["shards"].pop(), "manifest", "shards are of ranks [0], tp_size 2 wants 0 to 1"),
+        (lambda m: m["shards"].pop(), "manifest", "shards are of ranks [0], tp_size 2 makes it 0 to 1"),
         (lambda m: m["shards"].reverse(), "manifest", "ranks [1, 0]"),
         (lambda m: m["model"].update(hidden_size=255), "shapes", "[512, 255], model.layers.0.mlp.gate_proj.weight"),
         (lambda m: m["model"].update(num_hidden_layers=4), "layers", "num_hidden_layers is 4, config.json says 3"),
         (lambda m: m["model"].update(model_type="llama"), "layers", "model_type is 'llama'"),
         (lambda m: m.update(scheme="bf16"), "scheme", "its scheme is bf16, its layers make it w8a8_dynamic"),
         (
-            lambda m: m["layers"][1].update(down_proj="bf16"),
+            lambda m: m["layers"][1]["linears"]["down_proj"].update(scheme="bf16"),
             "scheme",
             "layers.1.mlp.down_proj: manifest.json says bf16, and its tensors",
         ),

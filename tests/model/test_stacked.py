@@ -128,7 +128,9 @@ def test_an_odd_stack_is_refused(tmp_path: Path) -> None:
     name = "model.layers.0.mlp.gate_up_proj.weight"
     dtype, (height, width), data = tensors[name]
     tensors[name] = (dtype, (height - 1, width), data[: (height - 1) * width * 2])
-    assert f"{name}: shape [1023, 256]; gate and up stacked have an even dim 0" in refusal(tmp_path, tensors)
+    assert f"{name}: shape [1023, 256]; with gate_proj and up_proj stacked, dim 0 must be a multiple of 2" in refusal(
+        tmp_path, tensors
+    )
 
 
 def test_blocks_that_are_of_gate_and_up_are_refused(tmp_path: Path) -> None:
@@ -139,7 +141,7 @@ def test_blocks_that_are_of_gate_and_up_are_refused(tmp_path: Path) -> None:
         dtype, (_, width), data = tensors[name]
         tensors[name] = (dtype, (10, width), data[: 10 * width * 4])
     said = refusal(tmp_path, tensors, spec=spec)
-    assert "gate's 608 rows are no multiple of the 128-row scale block" in said
+    assert "the 608 rows of each are no multiple of the 128-row scale block" in said
 
 
 def test_an_odd_number_of_blocks_is_of_gate_and_up(tmp_path: Path) -> None:
@@ -149,7 +151,9 @@ def test_an_odd_number_of_blocks_is_of_gate_and_up(tmp_path: Path) -> None:
     dtype, (_, width), data = tensors[name]
     tensors[name] = (dtype, (5, width), data[: 5 * width * 4])
     said = refusal(tmp_path, tensors, spec=spec)
-    assert f"{name}: shape [5, 2]: gate and up are stacked in 640 rows, and a block of scales is of both" in said
+    assert (
+        f"{name}: shape [5, 2]: gate_proj and up_proj are stacked in 640 rows, and a block of scales is of both" in said
+    )
 
 
 def test_what_is_stacked_is_not_converted(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from reshard.checkpoint.describe import describe_layers
-from reshard.checkpoint.description import Checkpoint, Identity, Part, Tensor
+from reshard.checkpoint.description import Checkpoint, Extent, Identity, Tensor
 from reshard.errors import AlignmentError
 from reshard.plan.plan import Plan, PlannedShard, make_plan
 from reshard.quantization import Accounts
@@ -60,8 +60,8 @@ def checkpoint_of(spec: Spec, order: list[str] | None = None) -> Checkpoint:
     tensors = {}
     for name in order or shapes:
         bare = Tensor(name, *shapes[name], ())
-        part = Part("model.safetensors", 0, bare.row_bytes, 0, 0, bare.rows, bare.row_bytes)
-        tensors[name] = replace(bare, parts=(part,))
+        extent = Extent("model.safetensors", 0, bare.row_bytes, 0, 0, bare.rows, bare.row_bytes)
+        tensors[name] = replace(bare, extents=(extent,))
     named = ("quant_model_description.json", description) if description else None
     model, layers, _ = describe_layers(tensors, (), Accounts(config_of(spec), named))
     return Checkpoint(Identity("folder", "made", None, ()), model, layers, {}, len(tensors), 0)
@@ -278,12 +278,12 @@ def test_file_order_and_alignment(spec: Spec, tp: int, layout: str, pad: bool) -
             start, stop = entry["data_offsets"]
             size = int(np.prod(entry["shape"])) * ITEMSIZE[entry["dtype"]]
             assert (start, stop) == (at, at + size), f"{name}: a hole or an overlap"
-            assert (tensor.offset, tensor.nbytes) == (data + start, size)
+            assert tensor.nbytes == size
             assert (tensor.dtype, tensor.shape) == (entry["dtype"], tuple(entry["shape"]))
-            assert tensor.offset % ITEMSIZE[entry["dtype"]] == 0, name
+            assert (data + start) % ITEMSIZE[entry["dtype"]] == 0, name
             if size % 4096 == 0:
                 assert not seen_other, f"{name}: whole pages behind {pages}"
-                assert tensor.offset % 4096 == 0
+                assert (data + start) % 4096 == 0
                 pages.append(size)
             else:
                 seen_other = True
@@ -312,5 +312,5 @@ def test_padding_is_recorded_where_there_is_some(spec: Spec, tp: int, layout: st
         assert plan.padding is None
     else:
         assert plan.padding is not None
-        assert plan.padding.padded_intermediate_size == share * tp
+        assert plan.padding.padded == share * tp
         assert plan.padding.multiple == grid_of(spec)

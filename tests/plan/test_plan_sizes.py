@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from reshard.checkpoint.config_only import config_checkpoint
 from reshard.checkpoint.description import Checkpoint
 from reshard.errors import AlignmentError
-from reshard.plan.plan import Plan, grid, make_plan, working_sizes
-from tests.model.test_models import CONFIGS
+from reshard.plan.plan import Plan, make_plan, required_multiple, working_sizes
 from tests.plan.test_plan import BLOCK, checkpoint_of, grid_of, share_of
 from tests.support.builders import Spec
+from tests.support.paths import CONFIGS
 
 
 @settings(deadline=None, max_examples=60)
@@ -64,7 +64,7 @@ def test_blocks_of_two_sizes_are_both_kept_whole() -> None:
             "input_activations": {**common, "strategy": "group", "dynamic": True},
         }
     checkpoint = config_checkpoint(config, "model")
-    assert grid(checkpoint.layers) == 96
+    assert required_multiple(checkpoint.layers) == 96
     with pytest.raises(
         AlignmentError, match=r"gives 240 rows, not a multiple of the 96-row .*; use a tp of 1, 2, 5, 10;"
     ):
@@ -138,7 +138,7 @@ def test_r1_in_fp8_blocks_over_32_is_off_the_grid() -> None:
     )
     padded = make_plan(r1("fp8_block"), 32, pad=True)
     assert padded.padding is not None
-    assert (padded.padding.padded_intermediate_size, padded.padding.multiple) == (20480, 128)
+    assert (padded.padding.padded, padded.padding.multiple) == (20480, 128)
     assert (
         local_shapes(padded, 31)
         == local_shapes(padded, 0)

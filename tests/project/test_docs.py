@@ -15,7 +15,7 @@ from reshard.model.config.rules import RULES
 from reshard.model.config.wrapper import WRAPPERS
 from reshard.schemes import VARIANTS, TensorRule
 from tests.support.paths import ROOT
-from tests.support.running import reshard
+from tests.support.running import reshard, steady
 
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -152,11 +152,6 @@ def test_the_steps_to_a_server_work(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for command in commands:
         done = reshard(*command)
         assert done.code == 0, done.out + done.err
-
-
-def steady(text: str) -> str:
-    """Without the rounding that a processor's own order of additions makes."""
-    return re.sub(r"differ by \S+ of", "differ by … of", text)
 
 
 def test_the_tables_are_the_split_table() -> None:

@@ -1,6 +1,5 @@
 """A folder as a source: what is read of it, and what happens when it cannot be."""
 
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +12,7 @@ from reshard.plan.pipeline import Cut, prepare
 from reshard.source.base import Bytes, Source
 from reshard.source.folder import FolderSource
 from reshard.writer.split import SplitOptions, write_shards
-from tests.support.builders import RECIPES, Spec, build, dense_only, read_folder
+from tests.support.builders import RECIPES, Spec, allowed_bytes, build, dense_only, read_folder
 from tests.support.paths import CONFIGS
 from tests.support.running import reshard, reshard_process, split
 
@@ -35,24 +34,6 @@ class Watched(FolderSource):
 
     def prefetch(self, ranges: Iterable[tuple[str, int, int]]) -> None:
         self.taken += ranges
-
-
-def allowed_bytes(folder: Path) -> dict[str, np.ndarray[tuple[int], np.dtype[np.bool_]]]:
-    """For each file, which bytes are its header's or a DenseFFN tensor's; of others, all."""
-    allowed = {}
-    for path in folder.iterdir():
-        raw = path.read_bytes()
-        mask = np.ones(len(raw), np.bool_)
-        if path.suffix == ".safetensors":
-            start = 8 + int.from_bytes(raw[:8], "little")
-            mask[start:] = False
-            header = json.loads(raw[8:start])
-            header.pop("__metadata__", None)
-            for name in dense_only(header):
-                first, last = header[name]["data_offsets"]
-                mask[start + first : start + last] = True
-        allowed[path.name] = mask
-    return allowed
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES))

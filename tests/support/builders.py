@@ -360,3 +360,21 @@ def build(folder: Path, spec: Spec) -> dict[str, Raw]:
     if description is not None:
         (folder / recipe.description_file).write_text(json.dumps(description))
     return tensors
+
+
+def allowed_bytes(folder: Path) -> dict[str, np.ndarray[tuple[int], np.dtype[np.bool_]]]:
+    """For each file, which bytes are its header's or a DenseFFN tensor's; of others, all."""
+    allowed = {}
+    for path in folder.iterdir():
+        raw = path.read_bytes()
+        mask = np.ones(len(raw), np.bool_)
+        if path.suffix == ".safetensors":
+            start = 8 + int.from_bytes(raw[:8], "little")
+            mask[start:] = False
+            header = json.loads(raw[8:start])
+            header.pop("__metadata__", None)
+            for name in dense_only(header):
+                first, last = header[name]["data_offsets"]
+                mask[start + first : start + last] = True
+        allowed[path.name] = mask
+    return allowed

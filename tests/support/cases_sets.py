@@ -103,7 +103,7 @@ _SETS = [
     Case(
         "set with an entry missing",
         edited_json("manifest.json", lambda m: m["shards"].pop()),
-        ("manifest.json", "[0]", "tp_size 2"),
+        ("manifest.json", "[0]", "0 to 1", "tp_size 2"),
         OTHER_VERSION,
         ManifestError,
     ),

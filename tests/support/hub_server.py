@@ -19,6 +19,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 REPO = "org/model"
 COMMIT = "1" * 40
+ORIGIN = {"kind": "hub", "name": REPO, "commit": COMMIT}
 SECRET = "Signature=very-secret"
 
 
@@ -40,6 +41,21 @@ class Asked:
     @property
     def file(self) -> str:
         return self.path.rpartition("/")[2]
+
+    @property
+    def is_weights(self) -> bool:
+        return self.is_data and self.file.endswith(".safetensors")
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The range that is asked for: its first byte, and the one behind its last."""
+        first, last = (int(number) for number in (self.range or "").removeprefix("bytes=").split("-"))
+        return first, last + 1
+
+    @property
+    def is_big(self) -> bool:
+        """A range of a weight, not a header's."""
+        return self.is_weights and self.bounds[1] - self.bounds[0] > 50_000
 
 
 Fault = Callable[["Handler", Asked], bool]

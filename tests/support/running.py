@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -56,8 +57,17 @@ def reshard_process(*arguments: object, before: str = "", **environment: str) ->
     return Done(done.returncode, done.stdout, done.stderr)
 
 
-def interrupted(once: threading.Event, *arguments: object, **environment: str) -> Done:
-    """The command line in a process of its own, which gets a Ctrl-C once the event is set."""
+def interrupted(
+    once: threading.Event,
+    *arguments: object,
+    by: signal.Signals = signal.SIGINT,
+    line: bool = False,
+    **environment: str,
+) -> Done:
+    """The command line in a process of its own, which gets a Ctrl-C, or another signal, once the event is set.
+
+    line: and a line was said on stderr.
+    """
     process = subprocess.Popen(
         [sys.executable, "-c", "from reshard.cli.main import main; main()", *map(str, arguments)],
         stdout=subprocess.PIPE,
@@ -67,11 +77,13 @@ def interrupted(once: threading.Event, *arguments: object, **environment: str) -
     )
     try:
         assert once.wait(TIMEOUT_SECONDS), f"it has not come so far within {TIMEOUT_SECONDS} s"
-        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        said = process.stderr.readline() if line else ""
+        process.send_signal(by)
         out, err = process.communicate(timeout=TIMEOUT_SECONDS)
     finally:
         process.kill()
-    return Done(process.returncode, out, err)
+    return Done(process.returncode, out, said + err)
 
 
 def split(source: Path, out: Path, cut: Cut, options: SplitOptions | None = None) -> SplitResult:
@@ -93,3 +105,8 @@ def same_but_for_the_origin(origin: dict[str, str], out: Path, right: Path) -> N
             assert ours == theirs
         else:
             assert got == wanted, path.name
+
+
+def steady(text: str) -> str:
+    """Without the rounding that a processor's own order of additions makes."""
+    return re.sub(r"differ by \S+ of", "differ by … of", text)

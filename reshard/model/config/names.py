@@ -2,10 +2,9 @@
 
 from collections.abc import Collection, Iterable
 
-from reshard.checkpoint.description import numbers
 from reshard.errors import LayersError
 from reshard.model.config.read import ModelConfig
-from reshard.model.naming import CONFIG
+from reshard.model.naming import CONFIG, numbers
 
 _MTP = frozenset({"eh_proj", "enorm", "hnorm", "shared_head", "embed_tokens"})
 """What the MTP layers of DeepSeek, GLM, Step and openPangu have beside attention and MLP, and no other layer has."""

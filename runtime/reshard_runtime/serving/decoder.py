@@ -43,7 +43,7 @@ class Decoder:
     module: Any
     layers: nn.ModuleList
 
-    def mlp_name(self, index: int) -> str:
+    def module_name(self, index: int) -> str:
         """The name of a layer's MLP in the model."""
         return f"{self.name}.{index}.mlp"
 
@@ -54,7 +54,7 @@ class Decoder:
         """
         found: dict[int, Dense] = {}
         for index, layer in enumerate(self.layers):
-            mlp, name = getattr(layer, "mlp", None), self.mlp_name(index)
+            mlp, name = getattr(layer, "mlp", None), self.module_name(index)
             if isinstance(mlp, Slot):
                 found[index] = mlp.dense
             elif isinstance(mlp, DenseFFN):

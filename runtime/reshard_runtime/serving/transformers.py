@@ -176,7 +176,7 @@ def _compare(model: nn.Module, decoder: Decoder, shard: Shard) -> None:
         )
     wanted = (shard.hidden_size, shard.intermediate_size)
     for index, found in dense.items():
-        name = decoder.mlp_name(index)
+        name = decoder.module_name(index)
         if found.sizes != wanted:
             raise ShardError(
                 f"{shard.file}: hidden_size and intermediate_size are {wanted}, {name}'s are {found.sizes}"

@@ -33,7 +33,7 @@ def compare_activations(mlps: Mapping[int, Any], manifest: Manifest, dtype: torc
 
     An engine's own partition is filled all the same then: a line of the log says that nothing was compared.
     """
-    said = {layer.index: layer.read_activation() for layer in manifest.layers}
+    said = {layer.index: layer.activation for layer in manifest.layers}
     for index, mlp in mlps.items():
         activation, is_split = said[index], getattr(mlp, "group", None) is not None
         if activation is None or not activation.is_known:

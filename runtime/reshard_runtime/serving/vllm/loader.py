@@ -28,9 +28,10 @@ from vllm.model_executor.model_loader.utils import initialize_model
 
 from reshard.checks.serving_option import OPTION, option_of
 from reshard.errors import ShardError, UsageError
+from reshard.fit import share_of
 from reshard.manifest import Manifest
 from reshard_runtime.group import agree
-from reshard_runtime.loader import load_shard, read_manifest, share_of
+from reshard_runtime.loader import load_shard, read_manifest
 from reshard_runtime.serving.vllm.activation import compare_activations
 from reshard_runtime.serving.vllm.ascend import fixed_rows, is_rehearsal
 from reshard_runtime.serving.vllm.compat import refuse, refuse_elastic, split_size

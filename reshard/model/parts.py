@@ -1,0 +1,119 @@
+"""The parts of a model that are split, as data: modules, roles, how each is cut. The DenseFFN is the only one.
+
+Plan, manifest, merge, check and verify's comparison go through a part's modules and roles and name none of them.
+Names of sizes (`hidden_size`) are those of config.json and of the manifest's `model`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+
+Layout = Literal["fused", "separate"]
+
+
+class Parallel(Enum):
+    """The dimension of a weight [out, in] that a linear is cut along; schemes say it of each of its tensors."""
+
+    COLUMN = 0
+    ROW = 1
+
+
+@dataclass(frozen=True)
+class Role:
+    """A linear of a part. out, in_: the names of the sizes of its weight [out, in]."""
+
+    name: str
+    out: str
+    in_: str
+    parallel: Parallel
+    without: str = ""
+    """What a model is whose layers all lack it, if there are any."""
+
+
+@dataclass(frozen=True)
+class Module:
+    """What a shard holds under one name: one linear, or several that are stacked on dim 0, each cut first."""
+
+    name: str
+    roles: tuple[Role, ...]
+
+    @property
+    def parallel(self) -> Parallel:
+        """How its linears are cut, all alike."""
+        return self.roles[0].parallel
+
+    def __str__(self) -> str:
+        return " and ".join(role.name for role in self.roles)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Linears that are split over one group.
+
+    path: what follows a decoder layer's name. modules: those of the fused layout, which is also how checkpoints stack
+    their linears, if they do. size: the size that is shared out, each rank an equal share of it. option: the engine
+    option that gives the group's size.
+    """
+
+    name: str
+    path: str
+    modules: tuple[Module, ...]
+    size: str
+    option: str
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """Its linears."""
+        return tuple(role for module in self.modules for role in module.roles)
+
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        """The names of the sizes that its weights have."""
+        return tuple(sorted({size for role in self.roles for size in (role.out, role.in_)}))
+
+    def laid_out(self, layout: str) -> tuple[Module, ...]:
+        """The modules that a shard has."""
+        return self.modules if layout == "fused" else tuple(Module(role.name, (role,)) for role in self.roles)
+
+    def names(self) -> Iterator[str]:
+        """Of every linear, apart and stacked."""
+        yield from dict.fromkeys(
+            (*(role.name for role in self.roles), *(module.name for module in self.modules)),
+        )
+
+    def stacked(self, name: str) -> Module:
+        """The module of the fused layout that a linear of that name is in, or that has the name itself."""
+        return next(m for m in self.modules if name == m.name or any(name == role.name for role in m.roles))
+
+    def shared_size(self, sizes: object) -> int:
+        """What is shared out. sizes: has the sizes of the model by their names."""
+        return int(getattr(sizes, self.size))
+
+    def weight_shape(self, module: Module, sizes: object, shared: int | None = None) -> tuple[int, int]:
+        """[out, in] of a module's weight, with `shared` for the size that is shared out: a rank's share, say."""
+        role = module.roles[0]
+        out, in_ = (
+            shared if name == self.size and shared is not None else int(getattr(sizes, name))
+            for name in (role.out, role.in_)
+        )
+        return out * len(module.roles), in_
+
+
+_H, _I = "hidden_size", "intermediate_size"
+
+GATE, UP, DOWN, GATE_UP = "gate_proj", "up_proj", "down_proj", "gate_up_proj"
+
+_NO_GATE = "an MLP without a gate (Nemotron-4, Arcee), or with the gate in up_proj"
+
+DENSE_FFN = Part(
+    name="DenseFFN",
+    path="mlp",
+    modules=(
+        Module(GATE_UP, (Role(GATE, _I, _H, Parallel.COLUMN, _NO_GATE), Role(UP, _I, _H, Parallel.COLUMN))),
+        Module(DOWN, (Role(DOWN, _H, _I, Parallel.ROW),)),
+    ),
+    size=_I,
+    option="denseffn_tensor_parallel_size",
+)
+"""Of each dense layer: gate and up, stacked and cut along out, then down, cut along in, whose results are added."""

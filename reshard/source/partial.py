@@ -9,7 +9,7 @@ from reshard.manifest import ModelDims
 from reshard.model.config import ModelConfig, read_model_config
 from reshard.model.naming import CONFIG, DOWN, GATE_UP, ROLES, numbers, parse_dense
 from reshard.quantization import Accounts
-from reshard.schemes import VARIANTS, Variant
+from reshard.schemes.table import VARIANTS, Variant
 from reshard.source.base import MISSING, Source
 from reshard.source.choice import named
 from reshard.source.recognise import unfinished

@@ -15,7 +15,7 @@ from reshard.checks.finding import Finding
 from reshard.errors import HeaderError, MismatchError
 from reshard.manifest import Manifest
 from reshard.model.naming import DOWN, GATE, GATE_UP, MANIFEST, UP
-from reshard.schemes import Operand, Shape, TensorRule
+from reshard.schemes.table import Operand, Shape, TensorRule
 from reshard.source.base import Source, read_header
 from reshard.tensors.header import Header
 from reshard.verification.reference import Grid, LinearGrids, zero_grid

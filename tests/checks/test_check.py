@@ -12,7 +12,7 @@ from reshard.checks.serving_option import OPTION
 from reshard.errors import printable
 from reshard.model.naming import parse_dense
 from reshard.plan.plan import make_plan
-from reshard.schemes import SCHEMES
+from reshard.schemes.table import SCHEMES
 from reshard.source.open import describe, open_source
 from tests.cli.test_bad_input import CASES, bad_source, listing
 from tests.model.test_models import CONFIGS, DENSE_LAYERS, FROZEN, MODELS

@@ -3,4 +3,4 @@
 from typing import Literal
 
 Weights = Literal["keep", "bf16", "w8a8"]
-"""What `--weights` takes: to leave the weights as they are, or the scheme of the table that has the word as `option`."""
+"""What `--weights` takes: to leave the weights as they are, or the `option` of a scheme of the table."""

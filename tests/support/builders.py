@@ -123,7 +123,7 @@ _STATIC = {
     "deq_scale": ("F32", "out"),
 }
 _CHANNEL = {"weight_scale": ("F32", "out,1"), "weight_offset": ("F32", "out,1")}
-_SLIM = {"index_file": "quant_model_weights.safetensors.index.json"}
+_SLIM: dict[str, Any] = {"index_file": "quant_model_weights.safetensors.index.json"}
 _BLOCK_SIZE = [128, 128]
 
 RECIPES = {

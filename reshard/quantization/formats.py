@@ -3,17 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Mapping
 
-from reshard.schemes import (
-    BLOCK,
-    VARIANTS,
-    QuantSpec,
-    Stored,
-    Variant,
-    fitting_variant,
-    group_size,
-    is_plain,
-    scheme_named,
-)
+from reshard.schemes import BLOCK, VARIANTS, QuantSpec, Stored, Variant, fitting_variant, group_size, is_plain
 
 _FLOAT, _INT, _MX = "BF16 F16 F32", "U8 I8", "U8 F8_E8M0"  # _MX: the exponents that blocks share in OCP's MX formats
 _W8A16 = {"weight": "I8", "weight_scale": "", "weight_offset": ""}
@@ -71,11 +61,7 @@ def as_kind(variant: Variant, block: tuple[int, int] = BLOCK, said_by: str = "")
 
 
 def spec_of_scheme(scheme: str, blocks: Iterable[tuple[int, int]], said_by: str, found: Stored) -> QuantSpec:
-    """What is declared of a linear that is said to be of a scheme: what its tensors fit, if any.
-
-    Raises SchemeError for an unknown scheme.
-    """
-    scheme_named(scheme, said_by)
+    """What is declared of a linear that is said to be of a scheme: what its tensors fit, if any."""
     specs = [as_kind(v, block, said_by) for block in blocks for v in VARIANTS if v.scheme == scheme]
     return next((spec for spec in specs if fitting_variant(spec, found) is not None), specs[0])
 

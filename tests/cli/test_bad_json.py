@@ -118,7 +118,7 @@ def test_a_scheme_that_no_table_has(shard_set: Path) -> None:
             linear["scheme"] = "int3"
     path.write_text(json.dumps(manifest))
     try:
-        with pytest.raises(ReshardError, match=r"manifest\.json: unknown scheme int3; supported are bf16, "):
+        with pytest.raises(ReshardError, match=r"manifest\.json: .*unknown scheme int3; supported are bf16, "):
             read(shard_set)
     finally:
         path.write_text(raw)

@@ -71,9 +71,8 @@ class DenseFFNShardsLoader(DefaultModelLoader):
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         """As the engine does it, with a say in what is built."""
-        if hasattr(DefaultModelLoader, "create_model"):
-            return super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
-        with _in_place_of(base_loader, "initialize_model", self.create_model):
+        in_its_place = _in_place_of(base_loader, "initialize_model", self.create_model)
+        with contextlib.nullcontext() if hasattr(DefaultModelLoader, "create_model") else in_its_place:
             return super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
 
     def create_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:

@@ -4,8 +4,8 @@ Shapes: T this rank's tokens, P the rows that each rank brings, D the data-paral
 row is.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 
@@ -14,26 +14,38 @@ from reshard_runtime.serving.vllm.groups import Group
 from reshard_runtime.tokens import TokenLayout, pad, token_layout
 
 
-class Rows(Protocol):
+class Rows(ABC):
     """`parts`: of how many ranks' rows a tensor is made, 1 or D."""
 
+    def __init__(self, group: Group) -> None:
+        self._group = group
+
+    @abstractmethod
     def layout(self, own: int, layer_name: str) -> TokenLayout:
         """What each rank brings, of `own` tokens here. Raises GroupError without counts, TokensError if none fit."""
 
     def place(self, name: str, rows: torch.Tensor, layout: TokenLayout, parts: int) -> torch.Tensor:
         """[at most parts * P, W] -> [parts * P, W], zeros below, for a collective to read."""
+        return pad(rows, parts * layout.rows)
 
     def result(
         self, name: str, layout: TokenLayout, parts: int, like: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor | None:
         """[parts * P, W] for a collective to write; None leaves it to the collective."""
+        return None
+
+    def _misfit(self, message: str) -> TokensError:
+        """What this rank raises, after the others were told."""
+        self._group.tell(message)
+        return TokensError(message)
 
 
-class Counted:
+class Counted(Rows):
     """As many rows as the largest of the engine's counts: `counts()`, one for each data-parallel rank, on the host."""
 
     def __init__(self, group: Group, counts: Callable[[], torch.Tensor | None]) -> None:
-        self._group, self._counts = group, counts
+        super().__init__(group)
+        self._counts = counts
 
     def layout(self, own: int, layer_name: str) -> TokenLayout:
         everyones = self._counts()
@@ -45,21 +57,11 @@ class Counted:
             )
         counts = everyones[first : first + size].tolist()
         if own != counts[place]:
-            message = f"{layer_name}, rank {place}: x has {own} tokens, the engine said {counts[place]}"
-            self._group.tell(message)
-            raise TokensError(message)
+            raise self._misfit(f"{layer_name}, rank {place}: x has {own} tokens, the engine said {counts[place]}")
         return token_layout(own, size, counts, None)
 
-    def place(self, name: str, rows: torch.Tensor, layout: TokenLayout, parts: int) -> torch.Tensor:
-        return pad(rows, parts * layout.rows)
 
-    def result(
-        self, name: str, layout: TokenLayout, parts: int, like: torch.Tensor, dtype: torch.dtype
-    ) -> torch.Tensor | None:
-        return None
-
-
-class Fixed:
+class Fixed(Rows):
     """P rows whatever a rank has, for engines that exchange no counts: none can wait for one in another graph bucket.
 
     The tensors are kept: whichever bucket's graph a rank replays, it meets the others at the addresses at which all of
@@ -70,17 +72,16 @@ class Fixed:
     """
 
     def __init__(self, group: Group, rows: int, is_rehearsal: Callable[[], bool]) -> None:
-        self._group, self._rows, self._is_rehearsal = group, rows, is_rehearsal
+        super().__init__(group)
+        self._rows, self._is_rehearsal = rows, is_rehearsal
         self._kept: dict[tuple[str, int, torch.dtype], torch.Tensor] = {}
 
     def layout(self, own: int, layer_name: str) -> TokenLayout:
         if own > self._rows and not self._is_rehearsal():
-            message = (
+            raise self._misfit(
                 f"{layer_name}: x has {own} tokens, and every rank sends {self._rows} rows; set max_tokens in "
                 f"model_loader_extra_config to {own} or more on every rank"
             )
-            self._group.tell(message)
-            raise TokensError(message)
         return token_layout(own, self._group.data.size(), None, max(own, self._rows))
 
     def place(self, name: str, rows: torch.Tensor, layout: TokenLayout, parts: int) -> torch.Tensor:

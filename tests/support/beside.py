@@ -15,7 +15,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.support.faults import ROOT
+from tests.support.paths import ROOT
 from tests.support.running import reshard_process
 
 TIMEOUT_SECONDS = 120

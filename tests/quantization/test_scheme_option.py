@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from reshard.checkpoint.config_only import promised
+from reshard.checkpoint.config_only import config_checkpoint
 from reshard.errors import SchemeError, UsageError
 from reshard.plan.manifest_builder import scheme_name
 from reshard.quantization import Accounts, Schemes
@@ -108,9 +108,9 @@ def test_a_config_alone_with_two_accounts() -> None:
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "hidden_act": "silu"}
     both = {"text_config": {**sizes, "quantization_config": FP8}, "quantization_config": INT8}
     with pytest.raises(SchemeError, match=r"says w8a8_dynamic, config\.json .* says fp8_block: give the checkpoint"):
-        promised(both, "model")
-    assert scheme_name(promised(both, "model", "fp8_block").layers) == "fp8_block"
-    assert scheme_name(promised(sizes | {"compression_config": INT8}, "model").layers) == "w8a8_dynamic"
+        config_checkpoint(both, "model")
+    assert scheme_name(config_checkpoint(both, "model", "fp8_block").layers) == "fp8_block"
+    assert scheme_name(config_checkpoint(sizes | {"compression_config": INT8}, "model").layers) == "w8a8_dynamic"
 
 
 def test_a_config_alone_with_an_online_transform(tmp_path: Path) -> None:

@@ -31,9 +31,10 @@ def transcript() -> list[tuple[str, str]]:
 
 def scheme_rows() -> list[str]:
     """The table of schemes, out of the split table."""
-    head = ["| scheme | said by | tensors of a linear |", "| --- | --- | --- |"]
+    head = ["| scheme | `synth --scheme` | said by | tensors of a linear |", "| --- | --- | --- | --- |"]
     return head + [
-        f"| `{v.scheme}` | `{v.kind}` | {', '.join(f'`{rule.suffix}`' for rule in v.tensors)} |" for v in VARIANTS
+        f"| `{v.scheme}` | `{v.name}` | `{v.kind}` | {', '.join(f'`{rule.suffix}`' for rule in v.tensors)} |"
+        for v in VARIANTS
     ]
 
 

@@ -7,11 +7,13 @@ plan is made of its entries, and a shard set that is read as a source gives them
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from reshard.errors import ManifestError
 from reshard.model.activation import Activation
 from reshard.model.naming import MANIFEST, MAX_TP_SIZE, shard_file
+from reshard.model.parts import DENSE_FFN
+from reshard.schemes.table import SCHEMES, unknown_scheme
 from reshard.source.recognise import PREFIX_BYTES, recognised
 
 SCHEMA = "denseffn-shards/2"
@@ -50,11 +52,22 @@ class ModelDims(_Strict):
         str, Field(pattern=r"^([^.]+\.)*$", description="what precedes layers.{i} in the names of tensors")
     ]
 
+    @property
+    def shown(self) -> str:
+        """The sizes that weights have, with their names."""
+        return ", ".join(f"{name} {getattr(self, name)}" for name in DENSE_FFN.sizes)
+
+
+def _known(scheme: str) -> str:
+    if scheme not in SCHEMES:
+        raise ValueError(unknown_scheme(scheme))
+    return scheme
+
 
 class LinearScheme(_Strict):
     """What a linear is quantized as, and the block (rows, columns) of its weight that one scale stands for, if any."""
 
-    scheme: str
+    scheme: Annotated[str, AfterValidator(_known)]
     block: tuple[Positive, Positive] | None = None
 
     def __str__(self) -> str:
@@ -153,14 +166,10 @@ class Shard(_Strict):
 
 
 class Record(_Strict):
-    """A finished shard of an unfinished set, until the manifest takes it over; `fingerprint` tells whose it is.
-
-    `etag` is what an object store calls the very bytes.
-    """
+    """A finished shard of an unfinished set, until the manifest takes it over; `fingerprint` tells whose it is."""
 
     fingerprint: Digest
     shard: Shard
-    etag: str | None = None
 
 
 class SideFile(_Strict):

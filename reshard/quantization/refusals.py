@@ -46,14 +46,16 @@ def contradiction(module: str, found: Stored, said: Sequence[QuantSpec], quantiz
         same = f"make both places in {file} say that" if _file(right) == file else stale
         ways = (same, option) if is_split(right.kind) else (_NOT_SPLIT, "")
         return _error(module, found, (first, right), f", as {right.said_by} says", *ways)
-    if is_plain(found) and first.kind != FLOAT:
-        note = f" with no scales (in {found['weight'].file})"
+    if is_plain(found) and first.kind == FLOAT:
+        return None
+    if is_plain(found):
+        note = f" with no scales ({module}.weight in {found['weight'].file})"
         return _error(module, found, (first,), note, _mend_of_plain(file, quantized), option)
     if fits and first.kind == FP8_PB_WO:
         unless = f"{option}, unless the engine leaves activations as they are"
         return _error(module, found, (first,), ": vLLM computes the two alike", unless)
-    if fits and first.kind == NO_BLOCK_SIZE:
-        give = f"give its weight_block_size in {file}" if needs_block(fits[0].kind) else ""
+    if fits and first.kind in NO_BLOCK_SIZE and scheme not in formats:
+        give = f"give its weight_block_size in {file}" if needs_block(fits[0].kind) and file == CONFIG else ""
         return _error(module, found, (first,), "", give, option)
     if first.kind != FLOAT and (not is_split(first.kind) or _is_damaged(first, found)):
         return None

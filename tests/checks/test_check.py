@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from reshard.checkpoint.config_only import promised
+from reshard.checkpoint.config_only import config_checkpoint
 from reshard.checks.report import CHECKS
 from reshard.checks.serving_option import OPTION
 from reshard.errors import printable
@@ -64,7 +64,7 @@ def test_every_bad_input_fails_in_the_words_of_split(case: Any, tmp_path: Path) 
 def test_a_config_alone_promises_the_dense_ffn_and_no_more(model: str, scheme: str) -> None:
     """The first public implementation of the option caught expert layers. The names are frozen, not computed."""
     config_json = json.loads((CONFIGS / f"{model}.json").read_text())
-    checkpoint = promised(config_json, model, scheme)
+    checkpoint = config_checkpoint(config_json, model, scheme)
     assert sorted(tensor.name for tensor in checkpoint.tensors()) == FROZEN[model][scheme]
     assert [layer.index for layer in checkpoint.layers] == DENSE_LAYERS[model]
     plan = make_plan(checkpoint, 2, pad=True)
@@ -103,7 +103,7 @@ def test_a_promised_checkpoint_is_what_a_real_one_is_read_as(tmp_path: Path, rec
     with open_source(str(tmp_path / "model")) as source:
         real = describe(source)
     told = RECIPES[recipe].description is None
-    made = promised(config_json, "model", None if told else RECIPES[recipe].scheme)
+    made = config_checkpoint(config_json, "model", None if told else RECIPES[recipe].scheme)
     assert [layer.index for layer in made.layers] == [layer.index for layer in real.layers]
     weights = [{t.name: (t.dtype, t.shape) for t in c.tensors() if t.name.endswith("weight")} for c in (made, real)]
     if recipe == "fp16":  # the builder's config says bfloat16 of every model
@@ -140,7 +140,7 @@ def test_a_config_that_no_checkpoint_can_be_of(tmp_path: Path, change: dict[str,
 def test_modelslim_s_scheme_is_named_with_a_config_alone() -> None:
     (scheme,) = of(findings("--config", R1, "--scheme", "w8a8_dynamic")[1], "scheme")
     assert scheme["message"] == "w8a8_dynamic (weight I8, weight_offset F32, weight_scale F32)"
-    assert f"there are {', '.join(SCHEMES)}" in usage("--config", R1, "--scheme", "w4a4")
+    assert f"unknown scheme w4a4; supported are {', '.join(SCHEMES)}" in usage("--config", R1, "--scheme", "w4a4")
 
 
 def test_the_default_scheme_is_the_config_s_own() -> None:
@@ -220,7 +220,7 @@ def test_sizes_that_are_none(tp: str) -> None:
 
 def test_options_that_do_not_go_with_the_target(tmp_path: Path) -> None:
     build(tmp_path / "model", Spec())
-    assert "--scheme int4: there are bf16, w8a8_dynamic" in usage(tmp_path / "model", "--scheme", "int4")
+    assert "unknown scheme int4; supported are bf16, w8a8_dynamic" in usage(tmp_path / "model", "--scheme", "int4")
     assert "--against goes with a shard set" in usage(tmp_path / "model", "--against", "x")
     assert "--against goes with a shard set" in usage("--config", R1, "--against", "x")
 

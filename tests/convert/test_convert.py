@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 
 from reshard.plan.pipeline import Cut
+from reshard.writer.split import SplitOptions
 from tests.support.builders import Raw, Spec, build, dense_only, read_safetensors, write_safetensors
-from tests.support.faults import ROOT, TIMEOUT
-from tests.writer.test_split_bytes import check_set, no_fsync, snapshot, split  # noqa: F401
+from tests.support.cut_by_hand import check_set
+from tests.support.faults import TIMEOUT
+from tests.support.paths import ROOT
+from tests.support.running import split
+from tests.support.sets import no_fsync, snapshot  # noqa: F401
 
 torch = pytest.importorskip("torch")
 
@@ -21,9 +25,12 @@ DTYPES = {
     "F16": torch.float16,
     "F32": torch.float32,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U8": torch.float8_e8m0fnu,  # scales
     "I8": torch.int8,
 }
-CONVERTIBLE = ["bf16", "fp16", "fp32", "fp8_block", "ct_fp8_block", "ct_fp8_channel", "int8_block"]
+CONVERTIBLE = ["bf16", "fp16", "fp32", "fp8_block", "fp8_block_ue8m0", "ct_fp8_block", "ct_fp8_channel", "fp8_tensor",
+               "ct_fp8_tensor", "modelslim_mxfp8", "int8_block"]  # fmt: skip
 FORMATS = ["modelslim", "compressed-tensors"]
 TARGETS = [("bf16", "modelslim"), ("w8a8", "modelslim"), ("w8a8", "compressed-tensors")]
 
@@ -32,7 +39,7 @@ TARGETS = [("bf16", "modelslim"), ("w8a8", "modelslim"), ("w8a8", "compressed-te
 
 
 def to_torch(raw: Raw) -> Any:
-    return torch.frombuffer(bytearray(raw[2]), dtype=DTYPES[raw[0]]).reshape(raw[1])
+    return torch.frombuffer(bytearray(raw[2]), dtype=torch.uint8).view(DTYPES[raw[0]]).reshape(raw[1])
 
 
 def to_raw(dtype: str, tensor: Any) -> Raw:
@@ -47,8 +54,9 @@ def values_of(module: str, dense: dict[str, Raw]) -> Any:
     if scale is None:
         return weight
     factor = to_torch(scale).float()
-    if factor.shape != (len(weight), 1):
-        factor = factor.repeat_interleave(128, 0)[: weight.shape[0]].repeat_interleave(128, 1)[:, : weight.shape[1]]
+    if factor.numel() > 1 and factor.shape[1] > 1:
+        tall, wide = (1, 32) if len(factor) == len(weight) else (128, 128)
+        factor = factor.repeat_interleave(tall, 0).repeat_interleave(wide, 1)[: weight.shape[0], : weight.shape[1]]
     return weight * factor
 
 
@@ -127,11 +135,11 @@ def test_workers_and_steps_change_nothing(
 ) -> None:
     build(tmp_path / "source", Spec("fp8_block", hidden=200, intermediate=512))
     cut = Cut(4, weights=weights, quant_format=quant_format)
-    split(tmp_path / "source", tmp_path / "1", cut, workers=1)
-    split(tmp_path / "source", tmp_path / "4", cut, workers=4)
+    split(tmp_path / "source", tmp_path / "1", cut, SplitOptions(workers=1))
+    split(tmp_path / "source", tmp_path / "4", cut, SplitOptions(workers=4))
     monkeypatch.setattr("reshard.writer.stream.STAGE_BYTES", 4096)
     monkeypatch.setattr("reshard.convert.compute._CHUNK_ELEMENTS", 700)
-    split(tmp_path / "source", tmp_path / "small", cut, workers=3)
+    split(tmp_path / "source", tmp_path / "small", cut, SplitOptions(workers=3))
     assert snapshot(tmp_path / "4") == snapshot(tmp_path / "1")
     assert snapshot(tmp_path / "small") == snapshot(tmp_path / "1")
 
@@ -164,7 +172,8 @@ PLAIN_PROCESSOR = """
 import sys
 from pathlib import Path
 from reshard.plan.pipeline import Cut
-from tests.writer.test_split_bytes import split
+from reshard.writer.split import SplitOptions
+from tests.support.running import split
 folder = Path(sys.argv[1])
 for line in sys.argv[2:]:
     source, weights, quant_format = line.split()

@@ -5,32 +5,31 @@ from pathlib import Path
 
 import pytest
 
-from reshard.checkpoint.config_only import promised
+from reshard.checkpoint.config_only import config_checkpoint
 from reshard.errors import SchemeError, UsageError
 from reshard.plan.manifest_builder import scheme_name
-from reshard.quantization import Accounts, Schemes
+from reshard.quantization import DESCRIPTION, Accounts, Schemes
 from reshard.schemes import StoredTensor
-from tests.quantization.test_quantization_accounts import (
+from tests.support import field
+from tests.support.builders import Spec, build
+from tests.support.checking import failed
+from tests.support.corrupt import config
+from tests.support.linears import (
     BLOCKS,
     CHANNEL,
-    DESCRIPTION,
     FP4,
     FP8,
     INT8,
-    MODULE,
     OFFSETS,
     PLAIN,
     STATIC,
     STATIC_OF_BOTH,
     decided,
+    described,
     of,
     refused,
     tensors,
 )
-from tests.support import field
-from tests.support.builders import Spec, build
-from tests.support.checking import failed
-from tests.support.corrupt import config
 from tests.support.running import reshard
 
 
@@ -75,12 +74,12 @@ def test_a_told_scheme_has_the_config_s_block() -> None:
         ),
         (
             STATIC,
-            of(description=(DESCRIPTION, {f"{MODULE}.weight": "W8A8"}), scheme="w8a8_mix"),
+            of(description=described("W8A8"), scheme="w8a8_mix"),
             ("are w8a8_static, as quant_model", "leave --scheme out, or say --scheme w8a8_static"),
         ),
         (
             STATIC_OF_BOTH,
-            of(description=(DESCRIPTION, {f"{MODULE}.weight": "W8A8"}), scheme="w8a8_mix"),
+            of(description=described("W8A8"), scheme="w8a8_mix"),
             (f"--scheme says w8a8_mix, {DESCRIPTION} (W8A8) says w8a8_static", "leave --scheme out"),
         ),
         (PLAIN, of(FP8, scheme="fp8_block"), ("plain BF16",)),
@@ -97,7 +96,7 @@ def test_a_told_scheme_that_nothing_is_of() -> None:
 
 
 def test_an_unknown_scheme() -> None:
-    with pytest.raises(UsageError, match="--scheme int4: there are bf16, w8a8_dynamic"):
+    with pytest.raises(UsageError, match="--scheme: unknown scheme int4; supported are bf16, w8a8_dynamic"):
         Schemes(of(scheme="int4"))
 
 
@@ -108,9 +107,9 @@ def test_a_config_alone_with_two_accounts() -> None:
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "hidden_act": "silu"}
     both = {"text_config": {**sizes, "quantization_config": FP8}, "quantization_config": INT8}
     with pytest.raises(SchemeError, match=r"says w8a8_dynamic, config\.json .* says fp8_block: give the checkpoint"):
-        promised(both, "model")
-    assert scheme_name(promised(both, "model", "fp8_block").layers) == "fp8_block"
-    assert scheme_name(promised(sizes | {"compression_config": INT8}, "model").layers) == "w8a8_dynamic"
+        config_checkpoint(both, "model")
+    assert scheme_name(config_checkpoint(both, "model", "fp8_block").layers) == "fp8_block"
+    assert scheme_name(config_checkpoint(sizes | {"compression_config": INT8}, "model").layers) == "w8a8_dynamic"
 
 
 def test_a_config_alone_with_an_online_transform(tmp_path: Path) -> None:

@@ -19,11 +19,11 @@ from reshard.checks.finding import Finding
 from reshard.checks.report import Device, Report, Request, Serving
 from reshard.checks.run import check_config, check_source
 from reshard.convert import Weights
-from reshard.errors import OutputError, UsageError
+from reshard.errors import UsageError
 from reshard.manifest import Manifest
 from reshard.model.naming import CONFIG
 from reshard.plan.pipeline import Cut, check_set_digests, prepare
-from reshard.source.address import parse_address, parse_local_target, parse_target
+from reshard.source.address import parse_local_target
 from reshard.source.open import describe, open_source
 from reshard.source.shardset import read_manifest_only, read_shard_set, require_shard_set
 from reshard.verification.compute import LayerResult, compare_computation
@@ -31,7 +31,7 @@ from reshard.verification.digests import verify_digests
 from reshard.verification.source import compare_with_source
 from reshard.writer.merge import MergedFile
 from reshard.writer.merge import merge as merge_set
-from reshard.writer.open import open_target
+from reshard.writer.open import open_output
 from reshard.writer.split import DEFAULT_WORKERS, SplitOptions, SplitResult, write_shards
 
 Address = str | os.PathLike[str]
@@ -67,11 +67,7 @@ def split(
 ) -> SplitResult:
     """Cut a checkpoint's dense layers for `tp` ranks. The arguments are the options of `reshard split`."""
     source, out = os.fspath(source), os.fspath(out)
-    if resume and overwrite:
-        raise UsageError("--resume keeps what is there, --overwrite replaces it: give one of them")
-    if same_place(source, out):
-        raise OutputError(f"{out}: is the source itself; choose another folder for the shards")
-    target = open_target(out)
+    target = open_output(source, out, resume=resume, overwrite=overwrite)
     with open_source(source, revision, index=index, notify=warn) as opened:
         prepared = prepare(opened, Cut(tp, layout, pad, weights, quant_format, scheme))
         for line in prepared.checkpoint.warnings:
@@ -80,18 +76,6 @@ def split(
         total = sum(shard.size for shard in prepared.plan.shards if ranks is None or shard.tp_rank in ranks)
         with progress("split", total) as tick:
             return write_shards(prepared, target, SplitOptions(ranks, resume, overwrite, workers), tick)
-
-
-def same_place(source: str, out: str) -> bool:
-    """Whether two addresses are one place."""
-    one, other = parse_address(source), parse_target(out)
-    if one.kind != other.kind:
-        return False
-    if one.kind == "folder":
-        return Path(one.place).exists() and Path(other.place).exists() and Path(one.place).samefile(other.place)
-    from reshard.source.filesystems import same_place  # fsspec takes longer to import than a folder to open
-
-    return same_place(one.place, other.place)
 
 
 @dataclass(frozen=True)

@@ -209,55 +209,48 @@ def _rank_output(linears: Mapping[str, LinearGrids], activation: Activation, x_H
 def _apply(linear: LinearGrids, x: _Sum, run: _Run, is_down: bool = False) -> _Sum:
     """W x for x [in, T], as the linear's scheme computes it."""
     arithmetic, of = linear.scheme.arithmetics[0], linear.operands
+    weight = of[Operand.WEIGHT]
+    if arithmetic not in (Arithmetic.DYNAMIC, Arithmetic.STATIC):
+        # Weights alone are quantized: engines that round activations too do so to each slice on its own.
+        return _product(weight, scaled(weight, of.get(Operand.SCALE), linear.block), x, run)
+    step: F64 | float
     if arithmetic is Arithmetic.STATIC:
-        return _apply_static(of, x, run)
-    if arithmetic is Arithmetic.DYNAMIC:
-        return _apply_dynamic(of, x, run, is_down)
-    # Weights alone are quantized: engines that round activations too do so to each slice on its own.
-    weight = of[Operand.WEIGHT]
-    return _product(weight, scaled(weight, of.get(Operand.SCALE), linear.block), x, run)
-
-
-def _apply_dynamic(of: Mapping[Operand, Grid], x: _Sum, run: _Run, is_down: bool) -> _Sum:
-    """int8 weights, one scale for each output channel; x is quantized with one scale for each token.
-
-    Not down's x: the scale of a slice is the slice's own maximum, not that of the whole, so that split and unsplit
-    would be two different roundings and no comparison of the cut.
-    """
-    quantize = not (is_down or run.exact)
-    if quantize:
-        largest = np.abs(x.value).max(axis=0, keepdims=True)
-        step = np.where(largest == 0, 1.0, largest / _INT8_MAX)
-        levels = np.rint(x.value / step)
-        x = _Sum(levels, np.abs(levels))
-    weight = of[Operand.WEIGHT]
-    total = _product(weight, _levels(weight, of.get(Operand.OFFSET)), x, run)
-    scale = _column(of[Operand.SCALE])  # after the weight: where it is computed, it is known by then
-    if quantize:
-        scale = scale * step
+        levels, step = _static_levels(of, x.value, run)
+        total = _product(weight, weight.values, _Sum(levels, np.abs(levels)), run)
+    else:
+        # Not down's x: the scale of a slice is the slice's own maximum, not that of the whole, so that split and
+        # unsplit would be two different roundings and no comparison of the cut.
+        levels, step = (x.value, 1.0) if is_down or run.exact else _dynamic_levels(x.value)
+        terms = x.terms if levels is x.value else np.abs(levels)
+        total = _product(weight, _levels(weight, of.get(Operand.OFFSET)), _Sum(levels, terms), run)
+    # The scales after the weight: where that is computed, they are known by then.
+    if arithmetic is Arithmetic.STATIC and Operand.OUTPUT_SCALE in of:
+        # It takes back what the offset adds over the full input dimension: in a row-parallel cut once for all ranks.
+        bias = of[Operand.BIAS].fetch(0, weight.rows).view(np.int32).astype(np.float64)
+        total = _Sum(total.value + bias, total.terms + np.abs(bias))
+        scale = _deq_scale(of[Operand.OUTPUT_SCALE])
+    else:
+        scale = _column(of[Operand.SCALE]) * step
     return _Sum(total.value * scale, total.terms * np.abs(scale))
 
 
-def _apply_static(of: Mapping[Operand, Grid], x: _Sum, run: _Run) -> _Sum:
-    """int8 weights and activations, one scale and zero point for all of x: ModelSlim's or compressed-tensors'."""
-    weight, zero_point = of[Operand.WEIGHT], of.get(Operand.INPUT_OFFSET)
+def _dynamic_levels(x_KT: F64) -> tuple[F64, F64]:
+    """int8 levels, with one scale for each token."""
+    largest = np.abs(x_KT).max(axis=0, keepdims=True)
+    step = np.where(largest == 0, 1.0, largest / _INT8_MAX)
+    return np.rint(x_KT / step), step
+
+
+def _static_levels(of: Mapping[Operand, Grid], x_KT: F64, run: _Run) -> tuple[F64, float]:
+    """int8 levels, with one scale and zero point for all: ModelSlim's or compressed-tensors'."""
+    zero_point, step = of.get(Operand.INPUT_OFFSET), float(of[Operand.INPUT_SCALE].all_values()[0, 0])
     offset = float(zero_point.all_values()[0, 0]) if zero_point else 0.0
-    input_scale = float(of[Operand.INPUT_SCALE].all_values()[0, 0])
-    levels = x.value / input_scale + offset
+    levels = x_KT / step + offset
     if not run.exact:
         # Where gate and up are floats, split and unsplit may differ in x's last bits: that they then round to different
         # levels has a chance of about 1e-12 for each element, and is a finding.
         levels = np.clip(np.rint(levels), _INT8_MIN, _INT8_MAX)
-    if Operand.OUTPUT_SCALE in of:
-        total = _product(weight, weight.values, _Sum(levels, np.abs(levels)), run)
-        # It takes back what the offset adds over the full input dimension: in a row-parallel cut once for all ranks.
-        bias = of[Operand.BIAS].fetch(0, weight.rows).view(np.int32).astype(np.float64)
-        scale = _deq_scale(of[Operand.OUTPUT_SCALE])
-        return _Sum((total.value + bias) * scale, (total.terms + np.abs(bias)) * np.abs(scale))
-    levels -= offset
-    total = _product(weight, weight.values, _Sum(levels, np.abs(levels)), run)
-    scale = _column(of[Operand.SCALE]) * input_scale
-    return _Sum(total.value * scale, total.terms * np.abs(scale))
+    return levels if Operand.OUTPUT_SCALE in of else levels - offset, step
 
 
 def _product(weight: Grid, values: Values, x: _Sum, run: _Run) -> _Sum:

@@ -18,18 +18,18 @@ from reshard.model.naming import DOWN, GATE, GATE_UP, MANIFEST, UP
 from reshard.schemes import Operand, Shape, TensorRule
 from reshard.source.base import Source, read_header
 from reshard.tensors.header import Header
-from reshard.verification.reference import Grid, LinearGrids
+from reshard.verification.reference import Grid, LinearGrids, zero_grid
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A rectangle of a shard tensor, and where in the source tensor `grid` it is from: None for zeros."""
+    """A rectangle of a shard tensor, and where in the source tensor `grid` it is from."""
 
     row: int
     column: int
     rows: int
     columns: int
-    grid: Grid | None = None
+    grid: Grid
     from_row: int = 0
     from_column: int = 0
 
@@ -114,7 +114,7 @@ def _gate_up(
         start = min(tp_rank * local, grid.rows)
         rows = min(local, grid.rows - start)
         pieces.append(Piece(position * local, 0, rows, columns, grid, start, 0))
-        pieces.append(Piece(position * local + rows, 0, local - rows, columns))
+        pieces.append(_zeros(grid, position * local + rows, 0, local - rows, columns))
     return (local * len(grids), *shape[1:]), pieces
 
 
@@ -124,18 +124,23 @@ def _down(
     """How down is cut: along its columns; what belongs to its rows, the output channels, every rank holds whole."""
     if rule.operand is Operand.BIAS:
         # The ranks' results are added, and a bias may be added only once.
-        return grid.shape, [_whole(grid) if tp_rank == 0 else Piece(0, 0, grid.rows, grid.columns)]
+        return grid.shape, [_whole(grid) if tp_rank == 0 else _zeros(grid, 0, 0, grid.rows, grid.columns)]
     if rule.shape in (Shape.CHANNEL, Shape.OUT):
         return grid.shape, [_whole(grid)]
     local = -(-share // block[1]) if block else share
     start = min(tp_rank * local, grid.columns)
     columns = min(local, grid.columns - start)
     kept = Piece(0, 0, grid.rows, columns, grid, 0, start)
-    return (grid.rows, local), [kept, Piece(0, columns, grid.rows, local - columns)]
+    return (grid.rows, local), [kept, _zeros(grid, 0, columns, grid.rows, local - columns)]
 
 
 def _whole(grid: Grid) -> Piece:
     return Piece(0, 0, grid.rows, grid.columns, grid)
+
+
+def _zeros(like: Grid, row: int, column: int, rows: int, columns: int) -> Piece:
+    """What nothing of the source fills."""
+    return Piece(row, column, rows, columns, zero_grid(like.dtype, rows, columns))
 
 
 def read_headers(shards: Source, manifest: Manifest) -> tuple[dict[int, Header], list[Finding]]:

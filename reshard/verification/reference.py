@@ -46,6 +46,11 @@ class Grid:
     made_by: str | None = None
 
     @property
+    def is_zeros(self) -> bool:
+        """Whether it is of no tensor (`zero_grid`)."""
+        return not self.name
+
+    @property
     def rows(self) -> int:
         """Dim 0, or 1 for a tensor of no dimensions."""
         return self.shape[0] if self.shape else 1
@@ -97,6 +102,12 @@ class LinearGrids:
 def stored_grid(source: Source, tensor: Tensor) -> Grid:
     """A tensor whose bytes lie in files."""
     return Grid(tensor.name, tensor.dtype, tensor.shape, partial(_fetch, source, tensor))
+
+
+def zero_grid(dtype: str, rows: int, columns: int, name: str = "", made_by: str | None = None) -> Grid:
+    """Zeros."""
+    size = columns * itemsize(dtype)
+    return Grid(name, dtype, (rows, columns), lambda top, bottom: np.zeros((bottom - top, size), np.uint8), made_by)
 
 
 def _fetch(source: Source, tensor: Tensor, top: int, bottom: int) -> Bytes:
@@ -221,8 +232,7 @@ class _Quantized:
             "weight_scale": Grid(f"{module}.weight_scale", self._form, channel, self._scale, QUANTIZE),
         }
         if self._form == "F32":
-            zeros = Grid(f"{module}.weight_offset", "F32", channel, _zeros, QUANTIZE)
-            grids["weight_offset"] = zeros
+            grids["weight_offset"] = zero_grid("F32", rows, 1, f"{module}.weight_offset", QUANTIZE)
         return grids
 
     def _levels(self, top: int, bottom: int) -> Bytes:
@@ -246,10 +256,6 @@ class _Quantized:
                 self._levels(first, last)
         scales = self._scales[top:bottom]
         return _bytes(scales if self._form == "F32" else f32_to_bf16(scales))
-
-
-def _zeros(top: int, bottom: int) -> Bytes:
-    return np.zeros((bottom - top, np.dtype(np.float32).itemsize), np.uint8)
 
 
 def _bytes(values: Array) -> Bytes:

@@ -5,11 +5,9 @@ reshard.verification.reference: nothing of the code that made the set is trusted
 records.
 """
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
@@ -28,9 +26,6 @@ from reshard.verification.expect import Expected, Group, Piece, expect, groups, 
 from reshard.verification.reference import BLOCK_BYTES, BLOCK_ELEMENTS, WORKERS, Grid, LinearGrids, Reference
 
 Tick = Callable[[int], None]
-_Compared = tuple[list[Finding], int]
-"""What differs, and the shard bytes that were looked at."""
-_Step = Callable[[], _Compared]
 
 
 def compare_with_source(
@@ -132,33 +127,31 @@ def _compare_group(
                 info = headers[rank].tensors[tensor.name]
                 row_bytes = (info.stop - info.start) // (tensor.shape[0] if tensor.shape else 1)
                 targets += [_Target(file, tensor.name, info, row_bytes, piece) for piece in tensor.pieces]
-    steps = itertools.chain(
-        (partial(_compare, shards, targets, *step) for linear in linears for step in _steps(linear)),
-        (partial(_compare_zeros, shards, target) for target in targets if target.piece.grid is None),
-    )
-    for differences, nbytes in pool.map(_run, steps):
+    stored = [grid for linear in linears for grid in linear.tensors.values()]
+    zeros = [target.piece.grid for target in targets if target.piece.grid.is_zeros]
+    steps = (step for grid in (*stored, *zeros) for step in _steps(grid))
+    for differences, nbytes in pool.map(lambda step: _compare(shards, targets, *step), steps):
         for difference in differences:  # in the order of the steps: a tensor's first one stays
             found.setdefault(difference.where, difference)
         tick(nbytes)
     return list(found.values())
 
 
-def _run(step: _Step) -> _Compared:
-    """Take a step. A wrong source may hold what is no number: a finding, not a warning."""
-    with np.errstate(all="ignore"):
-        return step()
+def _steps(grid: Grid) -> Iterator[tuple[Grid, int, int]]:
+    """Row ranges."""
+    size = (grid.columns, BLOCK_ELEMENTS) if grid.made_by else (grid.row_bytes, BLOCK_BYTES)
+    for top, bottom in grid.blocks(*size):
+        yield grid, top, bottom
 
 
-def _steps(linear: LinearGrids) -> Iterator[tuple[Grid, int, int]]:
-    """Row ranges of a linear's tensors."""
-    for grid in linear.tensors.values():
-        size = (grid.columns, BLOCK_ELEMENTS) if grid.made_by else (grid.row_bytes, BLOCK_BYTES)
-        for top, bottom in grid.blocks(*size):
-            yield grid, top, bottom
+@np.errstate(all="ignore")  # a wrong source may hold what is no number: a finding, not a warning
+def _compare(
+    shards: Source, targets: Sequence[_Target], grid: Grid, top: int, bottom: int
+) -> tuple[list[Finding], int]:
+    """Rows top..bottom of a source tensor, or of zeros, with each place that they or a part of them went to.
 
-
-def _compare(shards: Source, targets: Sequence[_Target], grid: Grid, top: int, bottom: int) -> _Compared:
-    """Rows top..bottom of a source tensor, with each place that they or a part of them went to."""
+    What differs, and the shard bytes that were looked at.
+    """
     rows = grid.fetch(top, bottom)
     differences, nbytes = [], 0
     for target in targets:
@@ -173,34 +166,16 @@ def _compare(shards: Source, targets: Sequence[_Target], grid: Grid, top: int, b
         nbytes += got.size
         if not np.array_equal(got, wanted):
             at, column = _first_difference(got, wanted, size)
-            made = f", by {grid.made_by}" if grid.made_by else ""
-            message = (
-                f"row {row + at}, column {piece.column + column} is {_shown(got, at, column, target.info.dtype)}, must "
-                f"be {_shown(wanted, at, column, target.info.dtype)}: {grid.name} row {first + at}, column "
-                f"{piece.from_column + column}{made}"
-            )
+            got_is, must_be = (_shown(block, at, column, target.info.dtype) for block in (got, wanted))
+            message = f"row {row + at}, column {piece.column + column} is {got_is}, "
+            if grid.is_zeros:
+                message += "must be 0: nothing of the source belongs there"
+            else:
+                made = f", by {grid.made_by}" if grid.made_by else ""
+                place = f"{grid.name} row {first + at}, column {piece.from_column + column}"
+                message += f"must be {must_be}: {place}{made}"
             differences.append(Finding("bytes", target.where, message))
     return differences, nbytes
-
-
-def _compare_zeros(shards: Source, target: _Target) -> _Compared:
-    """A piece that no source tensor fills."""
-    piece = target.piece
-    nbytes = 0
-    if piece.columns == 0:
-        return [], 0
-    height = max(1, BLOCK_BYTES // target.row_bytes)
-    for row in range(piece.row, piece.row + piece.rows, height):
-        got = target.fetch(shards, row, min(row + height, piece.row + piece.rows))
-        nbytes += got.size
-        if got.any():
-            at, column = _first_difference(got, np.zeros_like(got), target.itemsize)
-            message = (
-                f"row {row + at}, column {piece.column + column} is {_shown(got, at, column, target.info.dtype)}, must "
-                "be 0: nothing of the source belongs there"
-            )
-            return [Finding("bytes", target.where, message)], nbytes
-    return [], nbytes
 
 
 def _first_difference(got: Bytes, wanted: Bytes, size: int) -> tuple[int, int]:

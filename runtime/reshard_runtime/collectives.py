@@ -4,8 +4,6 @@ Shapes: P tokens of a rank, padded to the same number everywhere; R ranks; W wha
 H bytes and a scale); H hidden_size.
 """
 
-from typing import Protocol
-
 import torch
 import torch.distributed as dist
 
@@ -16,53 +14,39 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-class Collectives(Protocol):
-    """What the split layer needs of a group. `in_float32`: sums are added in float32, whatever type they travel in.
+class Collectives:
+    """By the collectives of the group's backend (hccl, nccl), which add in the type that travels.
 
     `out`: where the result is to stand, of its shape and type; a new tensor without.
     """
 
-    in_float32: bool
-
-    def gather(self, rows_PW: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Every rank's rows, by rank: [R*P, W]."""
-
-    def reduce_scatter(self, partial_RPH: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """The sum over the ranks of this rank's rows of [R*P, H]: [P, H]."""
-
-    def all_reduce(self, partial_PH: torch.Tensor) -> torch.Tensor:
-        """The sum over the ranks: [P, H]."""
-
-
-class TensorCollectives:
-    """hccl's and nccl's own."""
-
     in_float32 = False
+    """Whether sums are added in float32, whatever type they travel in."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
 
     def gather(self, rows_PW: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """[R*P, W]."""
+        """Every rank's rows, by rank: [R*P, W]."""
         if out is None:
             out = rows_PW.new_empty(len(rows_PW) * self._group.size(), rows_PW.shape[1])
         _all_gather(out, rows_PW, group=self._group)
         return out
 
     def reduce_scatter(self, partial_RPH: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """[P, H], added in the type of `partial_RPH`."""
+        """The sum over the ranks of this rank's rows of [R*P, H]: [P, H]."""
         if out is None:
             out = partial_RPH.new_empty(len(partial_RPH) // self._group.size(), partial_RPH.shape[1])
         _reduce_scatter(out, partial_RPH, group=self._group)
         return out
 
     def all_reduce(self, partial_PH: torch.Tensor) -> torch.Tensor:
-        """[P, H], added in the type of `partial_PH`."""
+        """The sum over the ranks: [P, H]."""
         dist.all_reduce(partial_PH, group=self._group)
         return partial_PH
 
 
-class PairwiseCollectives(TensorCollectives):
+class PairwiseCollectives(Collectives):
     """gloo's: every rank sends every other its rows, which adds them itself, in float32 and in the order of the ranks.
 
     gloo's own reduce_scatter adds in the type that travels and took 1.1 to 5 times as long (2 and 4 processes, 1 to
@@ -72,13 +56,11 @@ class PairwiseCollectives(TensorCollectives):
     in_float32 = True
 
     def reduce_scatter(self, partial_RPH: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """[P, H] float32."""
         received = torch.empty_like(partial_RPH)
         dist.all_to_all_single(received, partial_RPH, group=self._group)
         return _sum(received, self._group.size(), out)
 
     def all_reduce(self, partial_PH: torch.Tensor) -> torch.Tensor:
-        """[P, H] float32."""
         return _sum(self.gather(partial_PH), self._group.size())
 
 

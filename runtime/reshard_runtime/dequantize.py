@@ -6,7 +6,7 @@ weight_dequant; compressed-tensors `dequantize`). Shapes: [N, K] a weight, b x k
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -23,17 +23,11 @@ _GIB = 1 << 30
 
 def dequantized(layers: Mapping[int, LayerShard], kernels: Kernels) -> dict[int, LayerShard]:
     """The layers with every linear in a scheme that `kernels` has; one line of the log for all that were changed."""
-    found = {
-        index: replace(layer, gate_up=_linear(layer.gate_up, kernels), down=_linear(layer.down, kernels))
-        for index, layer in layers.items()
-    }
+    found = {index: layer.changed(partial(_linear, kernels=kernels)) for index, layer in layers.items()}
     changed = [
         (before, after)
         for index in found
-        for before, after in (
-            (layers[index].gate_up, found[index].gate_up),
-            (layers[index].down, found[index].down),
-        )
+        for before, after in zip(layers[index].linears, found[index].linears, strict=True)
         if before is not after
     ]
     if changed:
@@ -69,11 +63,11 @@ def _linear(linear: LinearShard, kernels: Kernels) -> LinearShard:
             f"{linear.name}: a scale of {list(scale.shape)} for a weight of {list(weight.shape)} in blocks of "
             f"{list(block)}, expected {grid}; cut the set again"
         )
-    value = dequantize_blocks(weight, _float32(scale).reshape(grid), block)
+    value = dequantize_blocks(weight, scale_values(scale).reshape(grid), block)
     return LinearShard(linear.name, UNQUANTIZED, None, {"weight": value})
 
 
-def _float32(scale: torch.Tensor) -> torch.Tensor:
+def scale_values(scale: torch.Tensor) -> torch.Tensor:
     """A scale's values; of one byte it is the exponent of 2, biased by 127, and 255 is NaN (OCP MX, E8M0)."""
     if scale.element_size() > 1:
         return scale.float()

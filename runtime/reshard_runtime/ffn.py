@@ -19,7 +19,7 @@ import torch
 
 from reshard.errors import TokensError, UsageError
 from reshard_runtime.collectives import reduce_dtype_for
-from reshard_runtime.group import agree, check_place
+from reshard_runtime.group import agreement, check_place
 from reshard_runtime.kernels import Kernels
 from reshard_runtime.linear import Mix
 from reshard_runtime.partial import PartialFFN
@@ -65,15 +65,12 @@ class DenseFFN(PartialFFN):
         mix: Mix = "dynamic",
         kernels: Kernels | None = None,
     ) -> None:
-        problem: Exception | None = None
-        try:
+        with agreement(group) as own:
+            own |= {"layer": layer.index, "shard set": layer.set_digest, "tokens": tokens, "max_tokens": max_tokens}
+            own |= {"reduce_dtype": reduce_dtype, "dtype": dtype, "mix": mix}
             check_place(layer, group)
             _check_options(tokens, max_tokens, reduce_dtype)
             super().__init__(layer, kernels, dtype, mix)
-        except Exception as error:  # whatever it is, the others must not wait for this rank
-            problem = error
-        options = {"tokens": tokens, "max_tokens": max_tokens, "reduce_dtype": reduce_dtype, "dtype": dtype, "mix": mix}
-        agree(group, {"layer": layer.index, "shard set": layer.set_digest, **options}, problem)
         self.index, self.tp_rank, self.tp_size = layer.index, layer.tp_rank, layer.tp_size
         self.max_tokens = max_tokens
         self._replicated = tokens == "replicated"

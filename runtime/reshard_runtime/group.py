@@ -1,6 +1,7 @@
 """What the ranks of a group must agree in, asked once, when a layer is made."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -22,12 +23,29 @@ def check_place(layer: LayerShard, group: dist.ProcessGroup | None) -> None:
         raise GroupError(f"layer {layer.index}: rank {layer.tp_rank}'s shard, and this is rank {rank} of the group")
 
 
-def agree(group: dist.ProcessGroup | None, own: Mapping[str, Any], problem: Exception | None) -> None:
-    """Exchange `own` over the group, and raise GroupError on every rank where a value differs on any.
+@contextmanager
+def agreement(*groups: dist.ProcessGroup | None) -> Iterator[dict[str, Any]]:
+    """What every rank does here, and puts into the dict, is compared over each of the groups in turn.
 
-    A rank with a `problem` says so instead, raises it, and the others raise GroupError with its message: none is left
-    waiting for it.
+    Raises GroupError on every rank where a value differs on any. Where a rank raises, whatever it is, the others raise
+    GroupError with its message: none is left waiting for it.
     """
+    own: dict[str, Any] = {}
+    problem: Exception | None = None
+    try:
+        yield own
+    except Exception as error:
+        problem = error
+    for group in groups:
+        try:
+            _compare(group, own, problem)
+        except Exception as error:
+            problem = error
+    if problem is not None:
+        raise problem
+
+
+def _compare(group: dist.ProcessGroup | None, own: Mapping[str, Any], problem: Exception | None) -> None:
     message = None if problem is None else str(problem) or type(problem).__name__
     said: list[tuple[Mapping[str, Any], str | None]] = [(own, message)]
     if group is not None and group.size() > 1:

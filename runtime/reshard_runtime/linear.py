@@ -52,11 +52,9 @@ class FloatLinear(Linear):
     """Not quantized; accumulated in float32, rounded to the weight's type."""
 
     def quantize(self, x_TK: torch.Tensor) -> Tokens:
-        """As they are."""
         return (x_TK,)
 
     def multiply(self, tokens: Tokens, dtype: torch.dtype) -> torch.Tensor:
-        """[T, N]."""
         return self.kernels.linear(tokens[0], self.weight).to(dtype)
 
 
@@ -71,19 +69,15 @@ class DynamicLinear(Linear):
         self.weight_scale = _constant(operands(shard)[Operand.SCALE].reshape(-1).float())
 
     def quantize(self, x_TK: torch.Tensor) -> Tokens:
-        """(q_TK, scale_T)."""
         return self.kernels.quantize_dynamic(x_TK)
 
     def pack(self, tokens: Tokens) -> torch.Tensor:
-        """[T, K + 4] bytes."""
         return pack(*tokens)
 
     def unpack(self, rows_TW: torch.Tensor) -> Tokens:
-        """(q_TK, scale_T)."""
         return unpack(rows_TW)
 
     def multiply(self, tokens: Tokens, dtype: torch.dtype) -> torch.Tensor:
-        """[T, N]."""
         q_TK, scale_T = tokens
         return self.kernels.int8_linear(q_TK, self.weight, self.weight_scale, scale_T, None, dtype)
 
@@ -118,11 +112,9 @@ class StaticLinear(Linear):
         self.bias = None if bias is None else _constant(bias)
 
     def quantize(self, x_TK: torch.Tensor) -> Tokens:
-        """(q_TK,)."""
         return (self.kernels.quantize_static(x_TK, self.reciprocal, self.offset),)
 
     def multiply(self, tokens: Tokens, dtype: torch.dtype) -> torch.Tensor:
-        """[T, N]."""
         return self.kernels.int8_linear(tokens[0], self.weight, self.scale, None, self.bias, dtype)
 
 

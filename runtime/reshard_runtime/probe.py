@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from reshard.model.activation import Activation
-from reshard_runtime.kernels.torch_ops import clamped, gated
+from reshard_runtime.kernels.base import clamped, gated
 
 # Every pair of them is asked. 2.25 is where the two gelus differ most; limits in the field are from 7 to 16.
 _MAGNITUDES = (0.25, 1.0, 2.25, 4.0, 6.5, 7.5, 9.5, 10.5, 15.0, 17.0, 40.0, 100.0, 200.0, 0.0, 0.5, 3.0)

@@ -71,7 +71,7 @@ def travel(group: dist.ProcessGroup, served: Served, counts: list[int]) -> dict[
     """Layer by layer: how tokens travelled, the bytes of a row, the result, and that of gathering them as they are."""
     config, model = inside.loaded(served)
     from reshard_runtime.serving.vllm.model_layers import dense_mlps
-    from reshard_runtime.serving.vllm.token_codec import Passthrough
+    from reshard_runtime.serving.vllm.token_codec import passthrough
 
     rank = inside.data_parallel_rank(config)
     x = tokens(rank, counts[rank], config.model_config.hf_config.hidden_size, config.model_config.dtype)
@@ -81,8 +81,8 @@ def travel(group: dist.ProcessGroup, served: Served, counts: list[int]) -> dict[
             with _sent() as sent:
                 result = mlp(x).clone()
             ((rows, nbytes),) = sent
-            way = type(mlp._travel).__name__
-            mlp._travel = Passthrough(mlp.gate_up_proj)
+            way = mlp.codec.name
+            mlp.codec = passthrough(mlp.gate_up_proj)
             found.append({"way": way, "row": nbytes / rows, "result": result, "as they are": mlp(x).clone()})
     return {"layers": found, "hidden": x.shape[1]}
 
@@ -154,7 +154,7 @@ def on_meta(group: dist.ProcessGroup, served: Served, counts: list[int]) -> list
     of their shapes. What the forward says of each dense layer.
     """
     config, model = inside.loaded(served)
-    from reshard_runtime.serving.vllm import split
+    from reshard_runtime.serving.vllm import split_mlp
     from reshard_runtime.serving.vllm.model_layers import dense_mlps
 
     class Collectives:
@@ -180,9 +180,9 @@ def on_meta(group: dist.ProcessGroup, served: Served, counts: list[int]) -> list
     class Kernels:
         collectives = Collectives
 
-    own, kernels_for = counts[inside.data_parallel_rank(config)], split.kernels_for
+    own, kernels_for = counts[inside.data_parallel_rank(config)], split_mlp.kernels_for
     hidden, dtype = config.model_config.hf_config.hidden_size, config.model_config.dtype
-    split.kernels_for = lambda device: Kernels()
+    split_mlp.kernels_for = lambda device: Kernels()
     said = []
     try:
         for mlp in dense_mlps(model).values():
@@ -203,5 +203,5 @@ def on_meta(group: dist.ProcessGroup, served: Served, counts: list[int]) -> list
                 except (RuntimeError, NotImplementedError):
                     pass
     finally:
-        split.kernels_for = kernels_for
+        split_mlp.kernels_for = kernels_for
     return said

@@ -12,7 +12,7 @@ from tests.support.distributed import Ranks
 
 OPTION = {"data": 2, "option": 2}
 COUNTS = [3, 17]
-DYNAMIC, STATIC, PLAIN = "AscendDynamic", "AscendStatic", "Passthrough"
+DYNAMIC, STATIC, PLAIN = "Ascend dynamic", "Ascend static", "passthrough"
 
 
 @pytest.mark.parametrize(

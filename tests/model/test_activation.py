@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from reshard.model.activation import FORMULAS, SILU, Activation, not_computed
 from reshard.verification import gate
-from reshard_runtime.kernels import torch_ops
+from reshard_runtime.kernels import base
 from reshard_runtime.kernels.cpu import CpuKernels
 from tests.support.activations import CASES, LIMIT, Case
 
@@ -26,7 +26,7 @@ SCALAR = {
 
 
 def test_every_formula_is_computed_everywhere() -> None:
-    assert FORMULAS.keys() == gate.FUNCTIONS.keys() == torch_ops._FUNCTIONS.keys() == SCALAR.keys()
+    assert FORMULAS.keys() == gate.FUNCTIONS.keys() == base.FUNCTIONS.keys() == SCALAR.keys()
 
 
 @by_name
@@ -72,7 +72,7 @@ def test_torch_and_float64_and_transformers_agree(case: Case) -> None:
     h = _grid(torch.float64)
     g, u = h.chunk(2, dim=-1)
     wanted = gate.gated(case.activation, g.numpy(), u.numpy())
-    found = torch_ops.gated(case.activation)(h.clone())
+    found = base.gated(case.activation)(h.clone())
     np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-13, atol=1e-14)
     np.testing.assert_allclose(_of_transformers(case, h).numpy(), wanted, rtol=1e-13, atol=1e-14)
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from reshard.plan.pipeline import Cut
 from reshard_runtime import DenseFFN, load_shard
-from reshard_runtime.collectives import Collectives, PairwiseCollectives
+from reshard_runtime.collectives import PairwiseCollectives
 from reshard_runtime.kernels.npu import NpuKernels
 from tests.npu.stand_ins import FRACTAL_NZ, register
 from tests.support.builders import Spec, build
@@ -31,8 +31,7 @@ BF16_BOUND = 2.0**-7
 class PairwiseNpuKernels(NpuKernels):
     """With the CPU backend's collectives: partial sums are added in the same order."""
 
-    def collectives(self, group: dist.ProcessGroup) -> Collectives:
-        return PairwiseCollectives(group)
+    collectives = PairwiseCollectives
 
 
 class Calls(TorchDispatchMode):

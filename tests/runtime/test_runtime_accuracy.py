@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from reshard.plan.pipeline import Cut
 from reshard_runtime import DenseFFN, collectives, load_shard
-from reshard_runtime.collectives import PairwiseCollectives, TensorCollectives, reduce_dtype_for
+from reshard_runtime.collectives import Collectives, PairwiseCollectives, reduce_dtype_for
 from tests.support.builders import Spec, build
 from tests.support.distributed import Ranks
 from tests.support.running import split
@@ -92,14 +92,14 @@ def test_w8a8_dynamic_is_no_further_from_its_weights_than_unsplit(
 @pytest.mark.parametrize(("size", "by_collective"), [(1, torch.bfloat16), (8, torch.bfloat16), (9, torch.float32)])
 def test_the_default_type_of_partial_sums(size: int, by_collective: torch.dtype) -> None:
     """BF16 wherever that keeps the bound; 9 ranks are the first above it, and gloo's are added in float32."""
-    for kind, wanted in ((PairwiseCollectives, torch.bfloat16), (TensorCollectives, by_collective)):
+    for kind, wanted in ((PairwiseCollectives, torch.bfloat16), (Collectives, by_collective)):
         assert reduce_dtype_for(kind, size, torch.bfloat16) == wanted
 
 
 def _chosen(group: dist.ProcessGroup, weights: Weights, most: int) -> list[torch.dtype]:
     layer = part(weights, group.rank(), group.size())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collectives, "_RANKS_IN_OWN_TYPE", most)
+        patch.setattr(collectives, "RANKS_IN_OWN_TYPE", most)
         return [DenseFFN(layer, group, kernels=kernels).reduce_dtype for kernels in (None, TensorCpuKernels())]
 
 

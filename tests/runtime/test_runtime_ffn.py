@@ -12,7 +12,7 @@ import torch.distributed as dist
 from reshard.errors import ReshardError
 from reshard.plan.pipeline import Cut
 from reshard_runtime import DenseFFN, load_shard
-from reshard_runtime.collectives import Collectives
+from reshard_runtime.collectives import Collectives, PairwiseCollectives
 from reshard_runtime.kernels.cpu import CpuKernels
 from tests.support.builders import RECIPES, Spec, build
 from tests.support.distributed import Ranks
@@ -50,8 +50,8 @@ class CountingKernels(CpuKernels):
         super().__init__()
         self.calls: list[tuple[str, tuple[int, ...], int]] = []
 
-    def collectives(self, group: dist.ProcessGroup) -> Collectives:
-        return Counting(super().collectives(group), self.calls)
+    def collectives(self, group: dist.ProcessGroup) -> Counting:
+        return Counting(PairwiseCollectives(group), self.calls)
 
 
 @pytest.fixture

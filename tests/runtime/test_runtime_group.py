@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from reshard.errors import GroupError, ReshardError, TokensError
 from reshard.plan.pipeline import Cut
 from reshard_runtime import DenseFFN, load_shard
-from reshard_runtime.collectives import PairwiseCollectives, TensorCollectives
+from reshard_runtime.collectives import Collectives, PairwiseCollectives
 from reshard_runtime.tokens import pad, token_layout
 from tests.runtime.test_runtime_ffn import CountingKernels
 from tests.support.builders import Spec, build
@@ -186,7 +186,7 @@ def test_groups_that_are_parts_of_the_world(ranks: Callable[[int], Ranks], shard
 
 def _summed(group: dist.ProcessGroup, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
     rows = torch.randn(group.size() * 3, 5, generator=torch.Generator().manual_seed(group.rank())).to(dtype)
-    made = (PairwiseCollectives(group), TensorCollectives(group))
+    made = (PairwiseCollectives(group), Collectives(group))
     return [(c.gather(rows), c.reduce_scatter(rows.clone()), c.all_reduce(rows.clone())) for c in made]
 
 

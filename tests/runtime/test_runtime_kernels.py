@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 
 from reshard.errors import SchemeError, ShardError, UsageError
 from reshard.model.activation import SILU, Activation
+from reshard_runtime.kernels.base import Kernels
 from reshard_runtime.kernels.cpu import CpuKernels
 from reshard_runtime.kernels.cuda import CudaKernels
-from reshard_runtime.kernels.torch_ops import TorchKernels
 from reshard_runtime.linear import FloatLinear, StaticLinear, make_linear
 from reshard_runtime.partial import PartialFFN
 from reshard_runtime.shard import LayerShard, LinearShard
 
 # Tiles of float32, what oneDNN has on this processor, and torch's own int8 product whatever the processor has.
-BACKENDS: dict[str, TorchKernels] = {
+BACKENDS: dict[str, Kernels] = {
     "tiles": CpuKernels(onednn=frozenset()),
     "processor's": CpuKernels(),
     "_int_mm": CpuKernels(onednn=frozenset({torch.int8, torch.bfloat16, torch.float16})),
@@ -38,7 +38,7 @@ def _floats(seed: int, *shape: int) -> torch.Tensor:
 @by_backend
 @pytest.mark.parametrize("columns", [1, 2, 8, 1023, 1024, 1025, 7168])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 17, 33])
-def test_int8_products_are_exact(kernels: TorchKernels, tokens: int, columns: int) -> None:
+def test_int8_products_are_exact(kernels: Kernels, tokens: int, columns: int) -> None:
     if isinstance(kernels, CudaKernels):
         columns = -columns // 8 * -8  # it takes no others
     rng = np.random.default_rng(tokens * columns)
@@ -49,7 +49,7 @@ def test_int8_products_are_exact(kernels: TorchKernels, tokens: int, columns: in
 
 
 @by_backend
-def test_the_largest_sums_are_exact(kernels: TorchKernels) -> None:
+def test_the_largest_sums_are_exact(kernels: Kernels) -> None:
     """16384 products of (-128)^2 are 2^28, far above the 2^24 up to which float32 adds integers exactly."""
     least = torch.full((3, 16384), -128, dtype=torch.int8)
     assert kernels.int8_matmul(least, least).eq(1 << 28).all()
@@ -70,7 +70,7 @@ def test_parts_of_any_shape(kernels: str, tokens: int, columns: int, rows: int, 
 @by_backend
 @pytest.mark.parametrize(("dtype", "digits"), [(torch.bfloat16, 8), (torch.float16, 11), (torch.float32, 24)])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 40])
-def test_plain_products(kernels: TorchKernels, tokens: int, dtype: torch.dtype, digits: int) -> None:
+def test_plain_products(kernels: Kernels, tokens: int, dtype: torch.dtype, digits: int) -> None:
     x_TK, weight_NK = _floats(0, tokens, 3000).to(dtype), _floats(1, 700, 3000).to(dtype)
     found = kernels.linear(x_TK, weight_NK)
     wanted = x_TK.double() @ weight_NK.double().t()
@@ -145,7 +145,7 @@ def test_static_quantization() -> None:
 
 @by_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_scaled_products(kernels: TorchKernels, dtype: torch.dtype) -> None:
+def test_scaled_products(kernels: Kernels, dtype: torch.dtype) -> None:
     """(sums + bias) * scale * token_scale in float32, in this order, rounded once."""
     rng = np.random.default_rng(0)
     q_TK, weight_NK = _ints(rng, 5, 200), _ints(rng, 30, 200)

@@ -30,7 +30,7 @@ def _marks(used: Any, seen: dict[Any, frozenset[str]]) -> frozenset[str]:
         values = [scope[name] for name in names if name in scope]
         for module in [value for value in values if isinstance(value, types.ModuleType)]:
             values += [value for name, value in vars(module).items() if name in names]
-        ours = [value for value in values if getattr(value, "__module__", "").startswith("tests.")]
+        ours = [value for value in values if str(getattr(value, "__module__", "")).startswith("tests.")]
         of = names | {value.__module__ for value in ours}
         found = [mark for mark, needs in USES.items() if needs & of]
         seen[used] = frozenset(found).union(

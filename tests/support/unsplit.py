@@ -14,7 +14,7 @@ from reshard.source.open import describe, open_source
 from reshard.verification.compute import unsplit_layer
 from reshard.verification.reference import stored_linear
 from reshard_runtime import DenseFFN, LayerShard, load_shard
-from reshard_runtime.collectives import Collectives, TensorCollectives
+from reshard_runtime.collectives import Collectives
 from reshard_runtime.kernels.cpu import CpuKernels
 from reshard_runtime.shard import LinearShard
 from tests.support.running import split
@@ -25,9 +25,7 @@ Weights = Mapping[str, torch.Tensor]
 class TensorCpuKernels(CpuKernels):
     """The CPU backend, partial sums added by the collective."""
 
-    def collectives(self, group: dist.ProcessGroup) -> Collectives:
-        """Gloo's own."""
-        return TensorCollectives(group)
+    collectives = Collectives
 
 
 def unsplit_mlp(hidden: int, intermediate: int, dtype: torch.dtype, seed: int = 0) -> Any:

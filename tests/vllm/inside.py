@@ -37,7 +37,7 @@ class Served:
     engine: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-_joined: list[tuple[int, int, int]] = []
+_joined: list[tuple[int, ...]] = []
 _numbers = itertools.count()
 
 
@@ -94,6 +94,7 @@ def _join(config: Any) -> None:
     int8_kernels.check_cpu_sgl_kernel = lambda *sizes: False
     parallel = config.parallel_config
     layout = (parallel.data_parallel_size, parallel.pipeline_parallel_size, parallel.tensor_parallel_size)
+    layout += (config.model_config.is_moe,)  # which has a group for its experts
     if _joined != [layout]:
         if _joined:
             destroy_model_parallel()
@@ -215,7 +216,7 @@ def w8a8_forward(group: dist.ProcessGroup, served: Served, counts: list[int]) ->
     """A W8A8 layer's result with tokens that travel quantized and as they are, and the bytes of a row."""
     from vllm.forward_context import set_forward_context
 
-    from reshard_runtime.serving.vllm.token_codec import Passthrough
+    from reshard_runtime.serving.vllm.token_codec import passthrough
 
     with loaded(served) as (config, model), torch.inference_mode():
         mlp = model.model.layers[0].mlp
@@ -223,12 +224,12 @@ def w8a8_forward(group: dist.ProcessGroup, served: Served, counts: list[int]) ->
         x = tokens(dist.get_rank(), counts[dist.get_rank()], hidden, config.model_config.dtype)
         with set_forward_context(None, config, num_tokens=len(x)):
             quantized = mlp(x).clone()
-            travel = mlp._travel
-            mlp._travel = Passthrough(mlp.gate_up_proj)
+            codec = mlp.codec
+            mlp.codec = passthrough(mlp.gate_up_proj)
             plain = mlp(x).clone()
-        packed = travel.pack(x)
+        packed = codec.pack(x)
         return {
-            "travel": type(travel).__name__,
+            "codec": codec.name,
             "quantized": quantized,
             "plain": plain,
             "ratio": packed.nbytes / x.nbytes,

@@ -114,7 +114,7 @@ def test_pipeline_stages_split_their_own_layers(ranks: GetRanks, dense: Path, mi
 def test_w8a8_tokens_travel_quantized(two: Ranks, w8a8: Path) -> None:
     found = two.run(inside.w8a8_forward, _split(w8a8, dtype="bfloat16"), [3, 17])
     for each in found:
-        assert each["travel"] == "OneDnnInt8"
+        assert each["codec"] == "oneDNN int8"
         assert each["ratio"] <= 0.51
         assert each["plain"].abs().max() > 0
         assert torch.equal(each["quantized"], each["plain"])

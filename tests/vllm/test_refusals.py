@@ -63,7 +63,7 @@ def _of_another_model(shards: Path, other: Path) -> None:
     [
         (_truncated, ("bytes, manifest.json says",)),
         (_gone, ("No such file",)),
-        (_rank_0, ("tp_rank '0', wanted is '1'",)),
+        (_rank_0, ("tp_rank '0', manifest.json says '1'",)),
         (_of_another_model, ("manifest.json says",)),
     ],
 )

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from reshard_runtime.collectives import Collectives, PairwiseCollectives
-from reshard_runtime.kernels.torch_ops import TorchKernels
+from reshard_runtime.kernels.base import Kernels
 
 # A tile of the weight as float32, 4 MB: it stays in the cache between the conversion and the product (measured from
 # 1 to 8 MB), and each product is long enough to hide its call.
@@ -20,21 +20,17 @@ _FEW_INT8_TOKENS = 4
 _CACHED_ROWS = 512
 
 
-class CpuKernels(TorchKernels):
+class CpuKernels(Kernels):
     """Shapes: see `reshard_runtime.kernels.base`."""
 
     name = "cpu"
+    collectives: type[Collectives] = PairwiseCollectives
 
     def __init__(self, *, onednn: frozenset[torch.dtype] | None = None) -> None:
         """onednn: the types that oneDNN multiplies on this processor; None asks torch."""
         self._onednn = _onednn() if onednn is None else onednn
 
-    def collectives(self, group: torch.distributed.ProcessGroup) -> Collectives:
-        """Gloo's."""
-        return PairwiseCollectives(group)
-
     def linear(self, x_TK: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """[T, N] in x's type."""
         if x_TK.dtype in self._onednn and len(x_TK) == 1:
             # torch gives a single token to a product that takes 1.19 times as long as oneDNN's of two.
             return torch.nn.functional.linear(x_TK.expand(2, -1), weight)[:1]
@@ -47,7 +43,6 @@ class CpuKernels(TorchKernels):
         return y_TN
 
     def int8_matmul(self, q_TK: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """[T, N] int32."""
         if torch.int8 in self._onednn and weight.shape[1] > 1:  # of a single column torch 2.13 makes no product
             return _onednn_int8(q_TK, weight)
         sums_TN = torch.zeros(len(q_TK), len(weight), dtype=torch.int32)

@@ -3,25 +3,19 @@
 import torch
 
 from reshard.errors import ShardError
-from reshard_runtime.collectives import Collectives, TensorCollectives
-from reshard_runtime.kernels.torch_ops import TorchKernels
+from reshard_runtime.kernels.base import Kernels
 
 # cuBLASLt's int8 product takes more than 16 rows, and sizes that are multiples of 8 (aten/native/cuda/Blas.cpp).
 _LEAST_ROWS = 17
 _MULTIPLE = 8
 
 
-class CudaKernels(TorchKernels):
+class CudaKernels(Kernels):
     """Shapes: see `reshard_runtime.kernels.base`."""
 
     name = "cuda"
 
-    def collectives(self, group: torch.distributed.ProcessGroup) -> Collectives:
-        """Nccl's."""
-        return TensorCollectives(group)
-
     def weight(self, name: str, weight_NK: torch.Tensor) -> torch.Tensor:
-        """As it is."""
         if weight_NK.dtype == torch.int8 and any(size % _MULTIPLE for size in weight_NK.shape):
             raise ShardError(
                 f"{name}: {list(weight_NK.shape)}; the int8 product on cuda takes multiples of {_MULTIPLE} only: cut "
@@ -29,12 +23,7 @@ class CudaKernels(TorchKernels):
             )
         return weight_NK
 
-    def linear(self, x_TK: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """[T, N] in x's type."""
-        return torch.nn.functional.linear(x_TK, weight)
-
     def int8_matmul(self, q_TK: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """[T, N] int32."""
         missing = max(0, _LEAST_ROWS - len(q_TK))
         padded = torch.nn.functional.pad(q_TK, (0, 0, 0, missing)) if missing else q_TK
         return torch._int_mm(padded, weight.t())[: len(q_TK)]

@@ -12,26 +12,20 @@ import torch_npu
 from reshard.errors import ShardError
 from reshard.model.activation import GELU, GELU_TANH, SILU, Activation
 from reshard.tensors.tiles import LAST_DIM_LIMIT
-from reshard_runtime.collectives import Collectives, TensorCollectives
-from reshard_runtime.kernels.base import Gated, GatedInt8
-from reshard_runtime.kernels.torch_ops import clamped
+from reshard_runtime.kernels.base import Gated, GatedInt8, Kernels, clamped
 
 _FRACTAL_NZ = 29  # torch_npu's number for the format of 16 x 16 (BF16) and 16 x 32 (int8) tiles
 _DYNAMIC = 1  # quant_mode of npu_dequant_swiglu_quant
 _APPROXIMATE = {GELU: 0, GELU_TANH: 1}  # of npu_geglu
 
 
-class NpuKernels:
+class NpuKernels(Kernels):
     """Shapes: see `reshard_runtime.kernels.base`. Weights are held as [K, N] in FRACTAL_NZ."""
 
     name = "npu"
 
     def __init__(self) -> None:
         self._one: dict[torch.device, torch.Tensor] = {}
-
-    def collectives(self, group: torch.distributed.ProcessGroup) -> Collectives:
-        """Hccl's."""
-        return TensorCollectives(group)
 
     def weight(self, name: str, weight_NK: torch.Tensor) -> torch.Tensor:
         """[K, N], contiguous, FRACTAL_NZ."""
@@ -52,7 +46,6 @@ class NpuKernels:
         return scale_N.view(torch.int32).to(torch.int64) if dtype == torch.float16 else scale_N
 
     def linear(self, x_TK: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """[T, N] in x's type."""
         return torch.matmul(x_TK, weight)
 
     def gated(self, activation: Activation) -> Gated:
@@ -80,15 +73,12 @@ class NpuKernels:
         return _dequant_swiglu_quant
 
     def quantize_dynamic(self, x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """([T, K] int8, [T] float32)."""
         return torch_npu.npu_dynamic_quant(x_TK)
 
     def quantize_static(self, x_TK: torch.Tensor, reciprocal: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-        """[T, K] int8."""
         return torch_npu.npu_quantize(x_TK, reciprocal, offset, torch.qint8, -1, False)
 
     def int8_matmul(self, q_TK: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """[T, N] int32."""
         return torch_npu.npu_quant_matmul(q_TK, weight, self._one[q_TK.device], output_dtype=torch.int32)
 
     def int8_linear(

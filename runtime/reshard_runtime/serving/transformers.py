@@ -6,7 +6,6 @@ their full weights. Shapes: H hidden_size, I intermediate_size.
 
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,12 @@ from reshard.manifest import Manifest
 from reshard.model.naming import CONFIG, GATE_UP, ROLES
 from reshard.source.weights import INDEX_ENDING, SINGLE, TRANSFORMERS_KEY
 from reshard_runtime.ffn import DenseFFN
-from reshard_runtime.group import agree
+from reshard_runtime.group import agreement
 from reshard_runtime.kernels import device_of
 from reshard_runtime.loader import load_shard, read_manifest
 from reshard_runtime.probe import disagreement
 from reshard_runtime.serving.decoder import Decoder, Slot, decoder_of
-from reshard_runtime.shard import LayerShard, Shard
+from reshard_runtime.shard import Shard
 
 
 def attach(
@@ -44,16 +43,16 @@ def attach(
     Raises ShardError, on all ranks and with the model as it was, where its dense layers or sizes are not the shards',
     or what its MLPs compute between their matrices: that is asked of their own code, with a few values.
     """
-    problem: Exception | None = None
-    held: dict[int, LayerShard] = {}
-    try:
+    with agreement(group):
         decoder = decoder_of(model)
-        held = _held(model, decoder, shards, group)
-    except Exception as error:  # whatever it is, the others must not wait for this rank
-        problem = error
-    agree(group, {}, problem)
-    own: dict[str, Any] = {"dtype": next(decoder.module.parameters()).dtype}
-    made = {index: DenseFFN(layer, group, **(own | options)) for index, layer in held.items()}
+        weight = next(decoder.module.parameters())
+        if not isinstance(shards, Shard):
+            rank, size = (0, 1) if group is None else (group.rank(), group.size())
+            shards = load_shard(shards, rank, weight.device, tp_size=size)
+        _compare(model, decoder, shards)
+    made = {
+        index: DenseFFN(layer, group, **({"dtype": weight.dtype} | options)) for index, layer in shards.layers.items()
+    }
     for index, ffn in made.items():
         decoder.layers[index].mlp = ffn
     return model
@@ -75,13 +74,8 @@ def load_model(
 
     Everything else is loaded by transformers' own `from_pretrained`. Raises as `attach` does.
     """
-    model: Any = None
-    problem: Exception | None = None
-    try:
+    with agreement(group):
         model = _load(path, dtype, Path(shards)).to(device_of(device)).eval()
-    except Exception as error:  # whatever it is, the others must not wait for this rank
-        problem = error
-    agree(group, {}, problem)
     return attach(model, shards, group, **options)
 
 
@@ -108,34 +102,23 @@ def _check_taken(folder: Path, manifest: Manifest, told: str | None) -> None:
 
 def _load(path: str | Path, dtype: torch.dtype | None, shards: Path) -> Any:
     """The model with slots for its dense layers: as image-text-to-text where transformers has that for its config."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingDependencyError(f"transformers cannot be imported ({error}); pip install transformers") from error
     manifest, _ = read_manifest(shards)
-    transformers = _transformers()
     config = transformers.AutoConfig.from_pretrained(path)
     _check_taken(Path(path), manifest, getattr(config, TRANSFORMERS_KEY, None))
-    kinds: tuple[Mapping[type, Any], ...] = (
-        transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-        transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
-    )
-    base = next((known[type(config)] for known in kinds if type(config) in known), None)
+    kinds = (transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, transformers.MODEL_FOR_CAUSAL_LM_MAPPING)
+    base: Any = next((known[type(config)] for known in kinds if type(config) in known), None)
     if base is None:
         raise ShardError(
             f"{path}: transformers has no causal language model for {type(config).__name__}, nor an image-text-to-text "
             "one; load the model by its own class and attach the shards"
         )
     model = _without_dense(base, manifest.model.prefix).from_pretrained(path, dtype=dtype or "auto")
-    model.__class__ = base
+    model.__class__ = base  # the derived class was only for the build: it cannot be pickled, nor made again
     return model
-
-
-def _held(
-    model: nn.Module, decoder: Decoder, shards: str | Path | Shard, group: torch.distributed.ProcessGroup | None
-) -> dict[int, LayerShard]:
-    """The rank's part of each dense layer, compared with the model's."""
-    if not isinstance(shards, Shard):
-        rank, size = (0, 1) if group is None else (group.rank(), group.size())
-        shards = load_shard(shards, rank, next(decoder.module.parameters()).device, tp_size=size)
-    _compare(model, decoder, shards)
-    return dict(shards.layers)
 
 
 def _without_dense(base: Any, prefix: str) -> Any:
@@ -156,14 +139,6 @@ def _without_dense(base: Any, prefix: str) -> Any:
         self._keys_to_ignore_on_load_unexpected = {*(base._keys_to_ignore_on_load_unexpected or ()), *passed}
 
     return type(base.__name__, (base,), {"__init__": init, "__module__": base.__module__})
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingDependencyError(f"transformers cannot be imported ({error}); pip install transformers") from error
-    return transformers
 
 
 def _compare(model: nn.Module, decoder: Decoder, shard: Shard) -> None:

@@ -4,7 +4,7 @@ The engine's own code is asked (reshard_runtime.probe), once, when the layers ar
 with silu whatever a config.json says of a limit.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from reshard.checks.serving_option import OPTION
 from reshard.errors import ShardError
 from reshard.manifest import Manifest
 from reshard.model.activation import not_computed
+from reshard.model.naming import DOWN, GATE_UP
 from reshard_runtime.probe import answers, disagreement, without_linears
 
 _log = init_logger("vllm.denseffn_shards")
@@ -24,7 +25,6 @@ class _Passed(nn.Module):
     """In the place of an engine's linear: what it is given, and no bias."""
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """As the engine's linears answer."""
         return x, None
 
 
@@ -35,26 +35,19 @@ def compare_activations(mlps: Mapping[int, Any], manifest: Manifest, dtype: torc
     """
     said = {layer.index: layer.activation for layer in manifest.layers}
     for index, mlp in mlps.items():
-        activation, is_split = said[index], getattr(mlp, "group", None) is not None
+        activation, is_split = said[index], hasattr(mlp, "group")
         if activation is None or not activation.is_known:
             problem = f"layer {index}: {not_computed(activation)}"
             if is_split:
                 raise ShardError(f"{folder}: {problem}; without {OPTION} the engine's own partition is filled")
             _log.warning("denseffn_shards: what the engine computes is not compared with the shards: %s", problem)
             continue
-        found = _answers(mlp.act_fn if is_split else _between(mlp), dtype, next(mlp.parameters()).device)
+        between = mlp.act_fn if is_split else without_linears(mlp, {GATE_UP: _Passed(), DOWN: _Passed()})
+        with torch.compiler.set_stance("force_eager"):  # else vLLM compiles its activation for these sizes
+            found = answers(between, dtype, next(mlp.parameters()).device)
         difference = disagreement(found, activation, dtype)
         if difference is not None:
             raise ShardError(
                 f"{folder}: layer {index}'s activation is {activation}, the engine's {type(mlp).__name__} computes "
                 f"another: {difference}; serve the model that the set was cut from, in an engine that computes it so"
             )
-
-
-def _between(mlp: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    return without_linears(mlp, {"gate_up_proj": _Passed(), "down_proj": _Passed()})
-
-
-def _answers(between: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    with torch.compiler.set_stance("force_eager"):  # else vLLM compiles its activation for these sizes
-        return answers(between, dtype, device)

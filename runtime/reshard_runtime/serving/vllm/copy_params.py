@@ -62,7 +62,7 @@ def _fitted(shard: LinearShard, suffix: str, parameter: torch.Tensor, parts: int
             )
     if tensor.dtype == parameter.dtype:
         return tensor
-    floats = tensor.is_floating_point() and parameter.is_floating_point() and 1 not in _bytes(tensor, parameter)
+    floats = all(each.is_floating_point() and each.element_size() > 1 for each in (tensor, parameter))
     if suffix == "weight":
         may_be_cast = floats and scheme_named(shard.scheme, shard.name).is_float
     else:
@@ -84,10 +84,6 @@ def _computed(linear: nn.Module, shard: LinearShard) -> frozenset[str]:
     computed = getattr(getattr(linear, "quant_method", None), "get_computed_params", None)
     needed = {"weight"} if "deq_scale" in shard.tensors else {"weight", "weight_scale"}
     return frozenset(computed() if computed else ()) - needed
-
-
-def _bytes(*tensors: torch.Tensor) -> set[int]:
-    return {tensor.element_size() for tensor in tensors}
 
 
 def _names(tensors: Mapping[str, torch.Tensor]) -> str:

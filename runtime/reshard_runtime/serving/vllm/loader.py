@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.load import LoadConfig
@@ -30,7 +31,7 @@ from reshard.checks.serving_option import OPTION, option_of
 from reshard.errors import ShardError, UsageError
 from reshard.fit import share_of
 from reshard.manifest import Manifest
-from reshard_runtime.group import agree
+from reshard_runtime.group import agreement
 from reshard_runtime.loader import load_shard, read_manifest
 from reshard_runtime.serving.vllm.activation import compare_activations
 from reshard_runtime.serving.vllm.ascend import fixed_rows, is_rehearsal
@@ -41,6 +42,7 @@ from reshard_runtime.serving.vllm.model_layers import (
     compare_built,
     compare_found,
     compare_model,
+    dense_layers,
     dense_mlps,
     intermediate_size,
 )
@@ -66,13 +68,11 @@ class DenseFFNShardsLoader(DefaultModelLoader):
             )
         own = dataclasses.replace(load_config, load_format="safetensors", model_loader_extra_config=engines)
         super().__init__(own)
-        self._manifest: Manifest | None = None  # while a model is loaded whose dense layers come from it
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         """As the engine does it, with a say in what is built."""
-        if hasattr(DefaultModelLoader, "create_model"):
-            return super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
-        with _in_place_of(base_loader, "initialize_model", self.create_model):
+        in_its_place = _in_place_of(base_loader, "initialize_model", self.create_model)
+        with contextlib.nullcontext() if hasattr(DefaultModelLoader, "create_model") else in_its_place:
             return super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
 
     def create_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
@@ -84,23 +84,13 @@ class DenseFFNShardsLoader(DefaultModelLoader):
         additional, tensor = _additional(vllm_config), get_tp_group()
         size = split_size(additional, tensor.world_size)
         folder, config = self.options.shards, model_config.hf_text_config
-        problem: Exception | None = None
-        digest, share, fixed = "", 0, None
-        try:
-            manifest, digest = read_manifest(folder)
+        with agreement(*_loading_groups()) as own:
+            manifest, own["shard set"] = read_manifest(folder)
             refuse(vllm_config, additional, model_config.is_moe, manifest.tp_size)
             compare_model(config, manifest, str(folder))
             share = share_of(manifest)
             fixed = fixed_rows(vllm_config, size is not None, self.options.max_tokens)
-        except Exception as error:  # whatever it is, the others must not wait for this rank
-            problem = error
-        settings = {
-            "shard set": digest,
-            OPTION: option_of(additional),
-            "reduce_dtype": self.options.reduce_dtype,
-            "max_tokens": fixed,
-        }
-        _agree(settings, problem)
+            own |= {OPTION: option_of(additional), "reduce_dtype": self.options.reduce_dtype, "max_tokens": fixed}
         if size is None:
             return build(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         data = get_dp_group()
@@ -109,11 +99,11 @@ class DenseFFNShardsLoader(DefaultModelLoader):
         with intermediate_size(config, share * tensor.world_size):
             model = build(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         # Not at the top: it imports the engine's model, and `register` must not.
-        from reshard_runtime.serving.vllm.split_mlp import split
+        from reshard_runtime.serving.vllm.split_mlp import SplitMLP
 
-        for mlp in dense_mlps(model).values():
-            made = split(mlp, group, rows, self.options.reduce_dtype)
-            vllm_config.compilation_config.static_forward_context[made.layer_name] = made
+        for layer in dense_layers(model).values():
+            layer.mlp = SplitMLP(layer.mlp, group, rows, self.options.reduce_dtype)
+            vllm_config.compilation_config.static_forward_context[layer.mlp.layer_name] = layer.mlp
         return model
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
@@ -122,43 +112,35 @@ class DenseFFNShardsLoader(DefaultModelLoader):
             super().load_weights(model, model_config)
             return
         mlps = dense_mlps(model)
-        problem: Exception | None = None
-        digest = ""
-        try:
-            digest = self._fill(model_config, mlps)
-        except Exception as error:  # whatever it is, the others must not wait for this rank
-            problem = error
-        _agree({"shard set": digest}, problem)
-        try:
-            with _counted_as_loaded(model, mlps):
-                super().load_weights(model, model_config)
-        finally:
-            self._manifest = None
+        with agreement(*_loading_groups()) as own:
+            manifest, own["shard set"] = read_manifest(self.options.shards)
+            self._fill(model_config, mlps, manifest)
+        with _counted_as_loaded(model, mlps):
+            _Others(self.load_config, manifest, self.options.source == "same").load_weights(model, model_config)
 
     def get_all_weights(
         self, model_config: ModelConfig, model: nn.Module
     ) -> Generator[tuple[str, torch.Tensor], None, None]:
-        """The model's own weights, while it is loaded. Raises UsageError to an engine that loads them again."""
-        if self._manifest is None and not _is_draft(model_config):
+        """A draft's. Raises UsageError to an engine that loads the served model again."""
+        if not _is_draft(model_config):
             raise UsageError("denseffn_shards fills a model once, at start, and does not reload it; start it again")
         return super().get_all_weights(model_config, model)
 
-    def _fill(self, model_config: ModelConfig, mlps: dict[int, Any]) -> str:
-        """Fill the dense layers; the shard set's digest."""
+    def _fill(self, model_config: ModelConfig, mlps: dict[int, Any], manifest: Manifest) -> None:
+        """Fill the dense layers that this process holds: a pipeline stage may have none."""
         start, folder = time.perf_counter(), self.options.shards
-        self._manifest, digest = read_manifest(folder)
-        compare_model(model_config.hf_text_config, self._manifest, str(folder))
+        compare_model(model_config.hf_text_config, manifest, str(folder))
         compare_found(mlps, model_config.hf_text_config, str(folder))
-        if not mlps:  # a pipeline stage without any
-            return digest
-        rank, size = _place(mlps, self._manifest, folder)
-        compare_built(mlps, share_of(self._manifest), str(folder))
+        if not mlps:
+            return
+        rank, size = _place(mlps, manifest, folder)
+        compare_built(mlps, share_of(manifest), str(folder))
         shard = load_shard(folder, rank, tp_size=size, layers=mlps, verify=self.options.verify, dequantize=False)
         casts: set[str] = set()
         for index, mlp in mlps.items():
             layer = shard.layer(index)
             casts |= fill(mlp.gate_up_proj, layer.gate_up) | fill(mlp.down_proj, layer.down)
-        compare_activations(mlps, self._manifest, model_config.dtype, str(folder))
+        compare_activations(mlps, manifest, model_config.dtype, str(folder))
         if casts:
             _log.warning("denseffn_shards: the engine's dtype is not the shards': cast %s", ", ".join(sorted(casts)))
         held = sum(parameter.nbytes for mlp in mlps.values() for parameter in mlp.parameters())
@@ -172,14 +154,18 @@ class DenseFFNShardsLoader(DefaultModelLoader):
             shard.file,
             time.perf_counter() - start,
         )
-        return digest
+
+
+class _Others(DefaultModelLoader):
+    """Loads once, of the model's own files what the set does not hold; `same`: they must be those it was cut from."""
+
+    def __init__(self, load_config: LoadConfig, manifest: Manifest, same: bool) -> None:
+        super().__init__(load_config)
+        self._manifest, self._same = manifest, same
 
     def _get_weights_iterator(
         self, source: DefaultModelLoader.Source
     ) -> Generator[tuple[str, torch.Tensor], None, None]:
-        if self._manifest is None:
-            yield from super()._get_weights_iterator(source)
-            return
         self.counter_before_loading_weights = time.perf_counter()  # the engine logs the time since then
         folder, files, *_ = self._prepare_weights(
             source.model_or_path,
@@ -188,14 +174,13 @@ class DenseFFNShardsLoader(DefaultModelLoader):
             source.fall_back_to_pt,
             source.allow_patterns_overrides,
         )
-        same = self.options.source == "same"
-        if same:
+        if self._same:
             check_same(Path(folder), files, self._manifest)
 
         def passed_over(name: str) -> bool:
             return should_skip_weight(name, self.local_expert_ids)
 
-        for name, tensor in read_others(files, self._manifest, passed_over, same=same):
+        for name, tensor in read_others(files, self._manifest, passed_over, same=self._same):
             yield source.prefix + name, tensor
 
 
@@ -215,15 +200,9 @@ def _is_draft(model_config: ModelConfig) -> bool:
     return bool(model_config.runner_type == "draft")
 
 
-def _agree(own: dict[str, Any], problem: Exception | None) -> None:
-    """With all ranks that load the set together. Raises what any of them raises, on each of them."""
-    for group in (get_dp_group(), get_tp_group(), get_pp_group()):
-        try:
-            agree(group.cpu_group, own, problem)
-        except Exception as error:
-            problem = error
-    if problem is not None:
-        raise problem
+def _loading_groups() -> list[dist.ProcessGroup]:
+    """All ranks that load the set together, by one group after the other."""
+    return [group.cpu_group for group in (get_dp_group(), get_tp_group(), get_pp_group())]
 
 
 @contextlib.contextmanager
@@ -257,15 +236,11 @@ def _in_place_of(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 def _place(mlps: dict[int, Any], manifest: Manifest, folder: Path) -> tuple[int, int]:
     """(tp_rank, tp_size) of the layers, from the layers themselves."""
-    places = set()
-    for mlp in mlps.values():
-        group: Group | None = getattr(
-            mlp, "group", None
-        )  # of an MLP that is split (`reshard_runtime.serving.vllm.split_mlp`)
-        if group is not None:
-            places.add((group.rank, group.size))
-        else:
-            places |= {(linear.tp_rank, linear.tp_size) for linear in (mlp.gate_up_proj, mlp.down_proj)}
+    places = {
+        (part.rank, part.size) if isinstance(part, Group) else (part.tp_rank, part.tp_size)
+        for mlp in mlps.values()
+        for part in ([mlp.group] if hasattr(mlp, "group") else [mlp.gate_up_proj, mlp.down_proj])
+    }
     if len(places) != 1:
         raise ShardError(f"the engine's dense layers are cut in different ways (rank, size): {sorted(places)}")
     rank, size = places.pop()

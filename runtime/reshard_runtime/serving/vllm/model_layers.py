@@ -12,8 +12,8 @@ from reshard.errors import ShardError
 from reshard.manifest import Manifest
 
 
-def dense_mlps(model: nn.Module) -> dict[int, Any]:
-    """The dense layers' MLPs that this process holds (a pipeline stage has its own), by the layer's index.
+def dense_layers(model: nn.Module) -> dict[int, Any]:
+    """The dense layers that this process holds (a pipeline stage has its own), by index; `mlp` is each one's MLP.
 
     A decoder layer knows its index, and its `mlp` is DeepSeek's dense one. vLLM has more than one class of such layers
     (for V3.2 on CUDA its own).
@@ -21,10 +21,15 @@ def dense_mlps(model: nn.Module) -> dict[int, Any]:
     from vllm.model_executor.models.deepseek_v2 import DeepseekV2MLP  # not where the plugin is only registered
 
     return {
-        module.layer_idx: module.mlp
+        module.layer_idx: module
         for module in model.modules()
         if hasattr(module, "layer_idx") and isinstance(getattr(module, "mlp", None), DeepseekV2MLP)
     }
+
+
+def dense_mlps(model: nn.Module) -> dict[int, Any]:
+    """Their MLPs."""
+    return {index: layer.mlp for index, layer in dense_layers(model).items()}
 
 
 def dense_by_config(config: Any) -> list[int]:
@@ -82,7 +87,10 @@ def compare_built(mlps: Mapping[int, Any], share: int, folder: str) -> None:
 
 @contextmanager
 def intermediate_size(config: Any, size: int) -> Iterator[None]:
-    """While a model is built: its dense layers' MLPs take their size from here, and nothing else of its does."""
+    """While a model is built: its dense layers' MLPs take their size from its config, and nothing else of its does.
+
+    vLLM passes one config to everything that it builds, so there is no other place to tell the size of one part.
+    """
     whole = config.intermediate_size
     config.intermediate_size = size
     try:

@@ -1,7 +1,7 @@
 """The load format's own keys in the engine's `model_loader_extra_config`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,11 +11,12 @@ from reshard.errors import UsageError
 from reshard_runtime.ffn import REDUCE_DTYPES
 from reshard_runtime.loader import Verify
 
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in REDUCE_DTYPES}
-_VERIFY: tuple[str, ...] = get_args(Verify)
-_SOURCE = ("same", "any")
-# vLLM's own for its default loader.
-_ENGINES = {"enable_weights_track"}
+_CHOICES: dict[str, dict[str | None, Any]] = {
+    "reduce_dtype": {None: None, **{str(dtype).removeprefix("torch."): dtype for dtype in REDUCE_DTYPES}},
+    "verify": {name: name for name in get_args(Verify)},
+    "source": {name: name for name in ("same", "any")},
+}
+_ENGINES = {"enable_weights_track"}  # vLLM's own for its default loader
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Options:
 
     reduce_dtype: the type in which partial sums travel; None leaves it to the runtime (`reshard_runtime.ffn.DenseFFN`).
     max_tokens: how many rows every rank sends where the engine does not exchange token counts; None leaves it to the
-    engine's own bound. verify: "digest" hashes every tensor that is loaded. source: "same" wants the files that the
+    engine's own bound. verify: "digest" hashes every tensor that is loaded. source: "same" requires the files that the
     set was cut from in the model's folder, "any" takes any model of the same sizes.
     """
 
@@ -37,41 +38,30 @@ class Options:
 
 def parse(extra: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
     """The options, and the keys that are the engine's. Raises UsageError for an unknown key or value."""
-    own = {"shards", "reduce_dtype", "max_tokens", "verify", "source"}
+    own = {field.name for field in fields(Options)}
     for key in extra:
         if key not in own | _ENGINES:
             raise UsageError(
                 f"model_loader_extra_config has {key!r}; denseffn_shards takes {', '.join(sorted(own | _ENGINES))}"
             )
-    shards = extra.get("shards")
+    shards, max_tokens = extra.get("shards"), extra.get("max_tokens")
     if not isinstance(shards, str) or not shards:
-        raise UsageError(
-            f"model_loader_extra_config: shards is {shards!r}; it must be the folder that reshard split wrote"
-        )
+        raise _wrong("shards", shards, "it must be the folder that reshard split wrote")
     if "://" in shards:
-        raise UsageError(
-            f"model_loader_extra_config: shards is {shards!r}; a set is served from a folder: copy it to every host"
-        )
-    max_tokens = extra.get("max_tokens")
+        raise _wrong("shards", shards, "a set is served from a folder: copy it to every host")
     if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
-        raise UsageError(
-            f"model_loader_extra_config: max_tokens is {max_tokens!r}; it must be a number of tokens, 1 or more"
-        )
-    reduce_dtype = _one_of("reduce_dtype", extra.get("reduce_dtype"), (None, *_DTYPES))
-    return (
-        Options(
-            Path(shards),
-            _DTYPES.get(reduce_dtype),
-            max_tokens,
-            _one_of("verify", extra.get("verify", "header"), _VERIFY),
-            _one_of("source", extra.get("source", "same"), _SOURCE),
-        ),
-        {key: value for key, value in extra.items() if key in _ENGINES},
-    )
+        raise _wrong("max_tokens", max_tokens, "it must be a number of tokens, 1 or more")
+    chosen = {key: _chosen(key, extra[key]) for key in _CHOICES if key in extra}
+    engines = {key: value for key, value in extra.items() if key in _ENGINES}
+    return Options(Path(shards), max_tokens=max_tokens, **chosen), engines
 
 
-def _one_of(key: str, value: Any, allowed: tuple[Any, ...]) -> Any:
-    if value not in allowed:
-        names = ", ".join(repr(name) for name in allowed if name is not None)
-        raise UsageError(f"model_loader_extra_config: {key} is {value!r}; it may be {names}")
-    return value
+def _chosen(key: str, value: Any) -> Any:
+    for name, chosen in _CHOICES[key].items():
+        if value == name:
+            return chosen
+    raise _wrong(key, value, f"it may be {', '.join(repr(name) for name in _CHOICES[key] if name)}")
+
+
+def _wrong(key: str, value: Any, way_out: str) -> UsageError:
+    return UsageError(f"model_loader_extra_config: {key} is {value!r}; {way_out}")

@@ -19,23 +19,35 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from reshard.checks.serving_option import OPTION
 from reshard.errors import UsageError
+from reshard.model.naming import GATE_UP
 from reshard_runtime.collectives import reduce_dtype_for
 from reshard_runtime.kernels import kernels_for
 from reshard_runtime.serving.vllm.groups import Group
 from reshard_runtime.serving.vllm.rows import Rows
-from reshard_runtime.serving.vllm.token_codec import Travel, product, travel_of
+from reshard_runtime.serving.vllm.token_codec import TokenCodec, codec_of, product
 
 _log = init_logger("vllm.denseffn_shards")
 
 
 class SplitMLP(DeepseekV2MLP):
-    """The engine's MLP after `split`; its linears are the engine's own, with their quantization and kernels."""
+    """An MLP that the engine has built with one rank's sizes, run over the group by the linears that it has.
 
-    layer_name: str
-    group: Group
-    rows: Rows
-    reduce_dtype: torch.dtype | None
-    _travel: Travel | None
+    They keep their quantization and kernels. The engine takes them for whole ones, and would cut whatever it loads into
+    them to the first rank's part: their parameters refuse that. Raises UsageError for linears that the engine runs in a
+    way of its own.
+    """
+
+    def __init__(self, built: DeepseekV2MLP, group: Group, rows: Rows, reduce_dtype: torch.dtype | None) -> None:
+        nn.Module.__init__(self)  # the engine's own would make the linears again
+        for linear in (built.gate_up_proj, built.down_proj):
+            _check_built(linear, group.tensor.size())
+        self.gate_up_proj, self.down_proj, self.act_fn = built.gate_up_proj, built.down_proj, built.act_fn
+        self.layer_name = built.gate_up_proj.prefix.removesuffix(f".{GATE_UP}")
+        self.group, self.rows, self.reduce_dtype = group, rows, reduce_dtype
+        self.codec: TokenCodec | None = None
+        for parameter in self.parameters():
+            parameter.weight_loader = _refuse_to_load
+        record_metadata_for_reloading(self)  # what the engine makes the parameters of again, before it reloads them
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, H] -> [T, H]. One opaque operator, so that torch.compile neither traces nor moves the collectives."""
@@ -52,16 +64,16 @@ class SplitMLP(DeepseekV2MLP):
         _log.debug("%s rank %d of %d: tokens %s", self.layer_name, group.rank, group.size, layout.counts)
         if layout.total == 0:
             return torch.empty_like(x_TH)
-        if self._travel is None:  # only now are the weights in the form that the kernels want
-            self._travel = travel_of(self.gate_up_proj, x_TH.dtype)
+        if self.codec is None:  # only now are the weights in the form that the kernels want
+            self.codec = codec_of(self.gate_up_proj, x_TH.dtype)
         kernels, size = kernels_for(x_TH.device), group.data.size()
         collectives = kernels.collectives(group.data)
         reduce_dtype = self.reduce_dtype or reduce_dtype_for(collectives, group.size, x_TH.dtype)
-        packed = self._travel.pack(x_TH if own else x_TH.new_zeros(1, x_TH.shape[1]))  # kernels take none that is empty
+        packed = self.codec.pack(x_TH if own else x_TH.new_zeros(1, x_TH.shape[1]))  # kernels take none that is empty
         sent = rows.place("sent", packed, layout, 1)
         gathered = rows.result("gathered", layout, size, sent, sent.dtype)
         gathered = group.meet(collectives.gather, sent, gathered)
-        h = self.act_fn(self._travel.multiply(layout.drop_padding(gathered)))
+        h = self.act_fn(self.codec.multiply(layout.drop_padding(gathered)))
         partial = layout.restore_padding(product(self.down_proj, h).to(reduce_dtype))
         partial = rows.place("partial", partial, layout, size)
         kept = rows.result("summed", layout, 1, partial, torch.float32 if collectives.in_float32 else reduce_dtype)
@@ -69,23 +81,6 @@ class SplitMLP(DeepseekV2MLP):
         if group.tensor.size() > 1 and own and self.down_proj.reduce_results:  # else the next layer adds them up
             y_TH = group.meet(kernels.collectives(group.tensor).all_reduce, y_TH.to(reduce_dtype))
         return y_TH.to(x_TH.dtype, copy=kept is not None)
-
-
-def split(mlp: DeepseekV2MLP, group: Group, rows: Rows, reduce_dtype: torch.dtype | None) -> SplitMLP:
-    """Turn an MLP that was built with one rank's sizes into one that runs over the group. It stays the same object.
-
-    The engine takes its linears for whole ones, and would cut whatever it loads into them to the first rank's part:
-    their parameters refuse that. Raises UsageError for linears that the engine runs in a way of its own.
-    """
-    for linear in (mlp.gate_up_proj, mlp.down_proj):
-        _check_built(linear, group.tensor.size())
-    mlp.__class__ = SplitMLP
-    mlp.layer_name = mlp.gate_up_proj.prefix.removesuffix(".gate_up_proj")
-    mlp.group, mlp.rows, mlp.reduce_dtype, mlp._travel = group, rows, reduce_dtype, None
-    for parameter in mlp.parameters():
-        parameter.weight_loader = _refuse_to_load
-    record_metadata_for_reloading(mlp)  # what the engine makes the parameters of again, before it reloads them
-    return mlp
 
 
 def _check_built(linear: nn.Module, tensor_parallel_size: int) -> None:

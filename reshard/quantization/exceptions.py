@@ -2,8 +2,7 @@
 
 from collections.abc import Callable
 
-from reshard.model.naming import GATE, GATE_UP, UP
-from reshard.quantization.names import Match, at_boundary, component, exact, mentions, names_of, wildcard
+from reshard.quantization.names import Match, at_boundary, component, exact, mentions, names_of, stack_of, wildcard
 from reshard.quantization.section import Section
 
 Lists = tuple[tuple[str, Match], ...]
@@ -26,13 +25,14 @@ EVERY_LIST: Lists = (
 def left_alone(lists: Lists, rule: Rule | None, section: Section, module: str) -> str | None:
     """The key by which the module is left alone, None where it is quantized.
 
-    Gate and up stacked are left alone where both are.
+    What is stacked is left alone where each of its linears is.
     """
     listed = (key for key, match in lists if mentions(match, section.names(key), module, section))
     key = next(listed, None) or (rule(section, module) if rule else None)
     parent, _, role = module.rpartition(".")
-    if key is None and role == GATE_UP:
-        keys = [left_alone(lists, rule, section, f"{parent}.{half}") for half in (GATE, UP)]
+    stack = stack_of(role)
+    if key is None and stack is not None and role == stack.name:
+        keys = [left_alone(lists, rule, section, f"{parent}.{one.name}") for one in stack.roles]
         return keys[0] if None not in keys else None
     return key
 

@@ -1,6 +1,6 @@
 """Transforms of activations that a quantized model makes while it runs: what has one in a dense layer is not cut.
 
-A Hadamard or Kronecker rotation in front of down_proj mixes all I intermediate features, of which a rank holds I/R.
+A Hadamard or Kronecker rotation in front of a row-parallel linear mixes all its inputs, of which a rank holds 1/R.
 What is fused into the weights offline (compressed-tensors' weight_input and weight_output, SpinQuant's R1 and R2,
 ModelSlim's global rotation) is in the weights that are cut.
 
@@ -15,7 +15,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from reshard.errors import SchemeError
-from reshard.model.naming import CONFIG, GATE_UP, ROLES, parse_layer, stands_beside
+from reshard.model.naming import CONFIG, parse_layer, stands_beside
+from reshard.model.parts import DENSE_FFN
 from reshard.quantization.accounts import MODELOPT, Accounts, list_accounts
 from reshard.quantization.names import mentions
 from reshard.quantization.section import Section
@@ -30,7 +31,7 @@ _CONFIG = "transform_config"
 _ONLINE = frozenset({"input", "output"})
 # Fused into the weights; of attention.
 _ELSEWHERE = frozenset(["weight_input", "weight_output", "attn_q", "attn_k", "attn_v", "q_attn", "k_attn", "k_cache"])
-_LINEARS = (*ROLES, GATE_UP)
+_LINEARS = tuple(DENSE_FFN.names())
 _OTHER_CLASSES = re.compile(r"\w*(?:Embedding|Attention|Norm|DecoderLayer|Model|ForCausalLM|LMHead|Router)\w*")
 _SMELLS = re.compile(
     r"transform(?!er)|rotat|quarot|hadamard|kronecker|spinquant|flatquant|(?:^|_)had(?:_|$)", re.IGNORECASE

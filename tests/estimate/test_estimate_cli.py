@@ -359,7 +359,7 @@ def test_a_model_without_dense_layers(tmp_path: Path) -> None:
     )
     done = reshard("estimate", "--config", tmp_path / "config.json", "--tp", "2")
     assert done.code == 1
-    assert "no dense layer: config.json (mixtral: every layer is a mixture of experts) gives none" in done.err
+    assert "no dense layer: config.json (mixtral: every layer is a MoE layer) gives none" in done.err
 
 
 def test_a_model_that_is_not_known(tmp_path: Path) -> None:

@@ -339,7 +339,7 @@ def test_any_model_s_config_will_do(tmp_path: Path) -> None:
         (
             ("--config", CONFIG, "--tp", "8", "--scheme", "int3"),
             2,
-            "unknown scheme int3; supported are bf16, ",
+            "--scheme: unknown scheme int3; supported are bf16, ",
         ),
         (("--config", "nowhere.json", "--tp", "8"), 1, "nowhere.json: cannot be read: No such file or directory"),
         (("nowhere", "--tp", "8"), 1, "nowhere: no such folder"),

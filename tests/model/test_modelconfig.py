@@ -50,7 +50,7 @@ def test_sizes() -> None:
         ({"first_k_dense_replace": 1, "moe_layer_freq": 2}, [0, 1, 3, 5, 7]),
         ({"first_k_dense_replace": 0, "moe_layer_freq": 3}, [1, 2, 4, 5, 7]),
         ({"moe_layer_freq": 4}, [1, 2, 3, 5, 6, 7]),
-        # As a list: 1 for MoE, layer by layer; entries behind the last layer are the prediction blocks'.
+        # As a list: 1 for MoE, layer by layer; entries behind the last layer are the MTP layers'.
         ({"moe_layer_freq": [0, 1, 1, 0, 1, 1, 1, 1]}, [0, 3]),
         ({"moe_layer_freq": [0, 1, 1, 0, 1, 1, 1, 1, 0]}, [0, 3]),
         ({"first_k_dense_replace": 2, "moe_layer_freq": [1, 1, 1, 0, 1, 1, 1, 1]}, [0, 1, 3]),

@@ -13,6 +13,7 @@ from reshard.model.naming import CONFIG, PREFIX, WRAPPED, layer_name, parse_dens
 from reshard.model.parts import DENSE_FFN
 from reshard.tensors.dtypes import FLOATS
 
+_SHAPED = DENSE_FFN.modules[-1]  # the linear whose shape is looked at
 _PUBLISHED = {
     model_type: prefix
     for prefix, model_types in {
@@ -25,8 +26,6 @@ _PUBLISHED = {
 }
 """What precedes the layers' names in the published checkpoints of wrappers, by the wrapper's model_type."""
 
-_LAST = DENSE_FFN.modules[-1]
-"""Stored as it is in every layout: its weight's shape tells the model's sizes."""
 _MLP_OR_NORM = re.compile(r"(?:mlp|\w*norm\w*)\.")
 _EXPERTS = re.compile(r"(?:\w+\.)?experts\.")
 _UNPACKED = FLOATS | {"F8_E4M3", "F8_E5M2"}
@@ -121,7 +120,7 @@ def _modules(tensors: Mapping[str, Tensor], other_names: Iterable[str]) -> dict[
         dense = parse_dense(name)
         if dense is not None:
             found[dense.prefix].dense.add(dense.layer)
-            if dense.role == _LAST.name and dense.suffix == "weight" and tensor.dtype in _UNPACKED:
+            if dense.role == _SHAPED.name and dense.suffix == "weight" and tensor.dtype in _UNPACKED:
                 found[dense.prefix].shapes.add(tensor.shape)
     return {prefix: module for prefix, module in found.items() if not stands_beside(prefix)}
 
@@ -133,7 +132,7 @@ def _fitting(modules: Mapping[str, _Module], config: ModelConfig | None) -> list
     """
     signs: list[Callable[[_Module], bool]] = [lambda module: module.mixes, lambda module: module.has_experts]
     if config is not None:
-        sizes, dense = {DENSE_FFN.weight_shape(_LAST, config)}, config.dense_layers or frozenset()
+        sizes, dense = {DENSE_FFN.weight_shape(_SHAPED, config)}, config.dense_layers or frozenset()
         last = config.num_hidden_layers - 1
         signs = [
             lambda module: module.shapes <= sizes,

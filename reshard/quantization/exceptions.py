@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-from reshard.quantization.names import Match, at_boundary, component, exact, mentions, names_of, stack_of, wildcard
+from reshard.model.parts import DENSE_FFN
+from reshard.quantization.names import Match, at_boundary, component, exact, mentions, names_of, wildcard
 from reshard.quantization.section import Section
 
 Lists = tuple[tuple[str, Match], ...]
@@ -25,14 +26,13 @@ EVERY_LIST: Lists = (
 def left_alone(lists: Lists, rule: Rule | None, section: Section, module: str) -> str | None:
     """The key by which the module is left alone, None where it is quantized.
 
-    What is stacked is left alone where each of its linears is.
+    Gate and up stacked are left alone where both are.
     """
     listed = (key for key, match in lists if mentions(match, section.names(key), module, section))
     key = next(listed, None) or (rule(section, module) if rule else None)
     parent, _, role = module.rpartition(".")
-    stack = stack_of(role)
-    if key is None and stack is not None and role == stack.name:
-        keys = [left_alone(lists, rule, section, f"{parent}.{one.name}") for one in stack.roles]
+    if key is None and (halves := DENSE_FFN.stacked(role)):
+        keys = [left_alone(lists, rule, section, f"{parent}.{half}") for half in halves]
         return keys[0] if None not in keys else None
     return key
 

@@ -10,7 +10,7 @@ from functools import cache
 
 from reshard.errors import SourceError
 from reshard.model.naming import PREFIX, WRAPPED, parse_layer
-from reshard.model.parts import DENSE_FFN, Module
+from reshard.model.parts import DENSE_FFN
 from reshard.quantization.section import Section
 
 Match = Callable[[str, str], bool]
@@ -24,12 +24,6 @@ def names_of(module: str) -> tuple[str, ...]:
         return (module,)
     prefix = parsed[0]
     return tuple(dict.fromkeys((module, *(other + module.removeprefix(prefix) for other in (PREFIX, *WRAPPED)))))
-
-
-def stack_of(role: str) -> Module | None:
-    """What a linear is stacked in, or what has the name itself."""
-    stacks = (module for module in DENSE_FFN.modules if len(module.roles) > 1)
-    return next((stack for stack in stacks if role in {stack.name, *(one.name for one in stack.roles)}), None)
 
 
 def exact(entry: str, module: str) -> bool:
@@ -68,12 +62,11 @@ def mentions(match: Match, entries: list[str], module: str, section: Section) ->
     An entry may name linears by what engines stack them in (vLLM's is_layer_skipped).
     """
     parent, _, role = module.rpartition(".")
-    stack, names = stack_of(role), names_of(module)
-    stacked = names_of(f"{parent}.{stack.name}") if stack is not None else ()
+    stack = DENSE_FFN.stack(role)
+    names, stacked = names_of(module), names_of(f"{parent}.{stack}") if stack else ()
     for entry in entries:
         try:
-            more = stacked if stack is not None and stack.name in entry else ()
-            if any(_means(match, entry, name) for name in (*names, *more)):
+            if any(_means(match, entry, name) for name in (*names, *(stacked if stack and stack in entry else ()))):
                 return True
         except (re.error, OverflowError, RecursionError) as error:
             raise SourceError(f"{section.file}: {section.path}: {entry!r} is not a pattern: {error}") from error

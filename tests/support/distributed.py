@@ -85,7 +85,8 @@ class Ranks:
 
     def _start(self) -> None:
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(_IMPORTED_ONCE)
+        # A process that is prepared imports nothing before that.
+        context.set_forkserver_preload(_IMPORTED_ONCE if self._prepare is None else ["torch"])
         meeting = Path(tempfile.mkdtemp()) / "ranks"
         for rank in range(self.size):
             here, there = context.Pipe()

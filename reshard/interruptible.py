@@ -2,24 +2,14 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import TypeVar
-
-from reshard.source.base import Cancelled
 
 T = TypeVar("T")
 
 # A signal that arrives just before the main thread begins to wait is not seen until the wait ends.
 _LOOK_SECONDS = 0.2
-
-
-def raise_first(futures: Iterable[Future[T]]) -> None:
-    """Raise what stopped the first of several workers, not how the others took it."""
-    for future in futures:
-        if not future.cancelled() and not isinstance(future.exception(), Cancelled | None):
-            future.result()
 
 
 def interruptible(call: Callable[[], T], stop: Callable[[], None]) -> T:

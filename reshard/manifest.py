@@ -153,14 +153,10 @@ class Shard(_Strict):
 
 
 class Record(_Strict):
-    """A finished shard of an unfinished set, until the manifest takes it over; `fingerprint` tells whose it is.
-
-    `etag` is what an object store calls the very bytes.
-    """
+    """A finished shard of an unfinished set, until the manifest takes it over; `fingerprint` tells whose it is."""
 
     fingerprint: Digest
     shard: Shard
-    etag: str | None = None
 
 
 class SideFile(_Strict):

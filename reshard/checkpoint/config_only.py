@@ -1,7 +1,7 @@
 """The DenseFFN that a config.json alone promises: layers, tensors, types and shapes, no file behind them."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,10 @@ from reshard.model.config import known_dense_layers, language_levels, read_model
 from reshard.model.naming import CONFIG, PREFIX, WRAPPED, module_name
 from reshard.model.parts import DENSE_FFN
 from reshard.model.prefix import is_known_wrapper, published_prefix
-from reshard.quantization import Accounts, check_transforms, list_accounts
+from reshard.quantization import Account, Accounts, check_transforms, list_accounts
 from reshard.quantization.formats import as_kind
 from reshard.quantization.refusals import words
-from reshard.schemes import BLOCK, FLOAT, VARIANTS, Operand, QuantSpec, check_kind, check_scheme
+from reshard.schemes import FLOAT, VARIANTS, Operand, QuantSpec, check_kind, check_scheme
 from reshard.source.base import parse_json_object
 from reshard.tensors.dtypes import TORCH
 
@@ -32,7 +32,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return parse_json_object(raw, str(path))
 
 
-def promised(config: Mapping[str, Any], name: str, scheme: str | None = None) -> Checkpoint:
+def config_checkpoint(config: Mapping[str, Any], name: str, scheme: str | None = None) -> Checkpoint:
     """The checkpoint, every tensor without parts.
 
     scheme: one of reshard.schemes; None takes what the config's own quantization_config says (BF16 where it says
@@ -45,7 +45,8 @@ def promised(config: Mapping[str, Any], name: str, scheme: str | None = None) ->
         raise LayersError(f"no dense layer: {CONFIG} ({model.reason}) gives none")
     if model.bias is not None:
         raise SchemeError(f"{CONFIG}: {model.bias} is set: dense layers with a bias are not cut by this version")
-    declare = _declared(config) if scheme is None else _named(config, scheme)
+    accounts = list_accounts(Accounts(config))
+    told = None if scheme is None else _told(scheme, accounts)
     prefix = published_prefix(config)
     check_transforms(Accounts(config), {index: module_name(prefix, index) for index in dense}, ())
     own, doubts = _own_dtype(config)
@@ -55,7 +56,7 @@ def promised(config: Mapping[str, Any], name: str, scheme: str | None = None) ->
         for role in DENSE_FFN.roles:
             module = f"{module_name(prefix, index)}.{role.name}"
             weight = (getattr(model, role.out), getattr(model, role.in_))
-            linears[role.name] = _linear(module, declare(module), weight, own)
+            linears[role.name] = _linear(module, told or _declared(module, accounts), weight, own)
         layers.append(Layer(index, linears, prefix, model.activation(index)))
         check_stacked(layers[-1])
     tensors = [tensor for layer in layers for tensor in layer.tensors()]
@@ -81,48 +82,34 @@ def promised(config: Mapping[str, Any], name: str, scheme: str | None = None) ->
     )
 
 
-def _declared(config: Mapping[str, Any]) -> Callable[[str], QuantSpec]:
+def _declared(module: str, accounts: Iterable[Account]) -> QuantSpec:
     """What the config's own accounts say. Where two differ, the tensors would have to say which is right."""
-    accounts = list_accounts(Accounts(config))
-
-    def declare(module: str) -> QuantSpec:
-        said = [declared for account in accounts if (declared := account.declare(module)) is not None]
-        for other in said[1:]:
-            if (other.kind, other.block) != (said[0].kind, said[0].block):
-                first, second = words(said[0], other)
-                raise SchemeError(
-                    f"{module}: {said[0].said_by} says {first}, {other.said_by} says {second}: give the checkpoint, "
-                    "whose headers tell, or make both say what the weights are"
-                )
-        return said[0] if said else QuantSpec(FLOAT, None, f"{CONFIG} (no quantization_config)")
-
-    return declare
+    said = [spec for account in accounts if (spec := account.declare(module)) is not None]
+    for other in said[1:]:
+        if (other.kind, other.block) != (said[0].kind, said[0].block):
+            first, second = words(said[0], other)
+            raise SchemeError(
+                f"{module}: {said[0].said_by} says {first}, {other.said_by} says {second}: give the checkpoint, whose "
+                "headers tell, or make both say what the weights are"
+            )
+    return said[0] if said else QuantSpec(FLOAT, None, f"{CONFIG} (no quantization_config)")
 
 
-def _named(config: Mapping[str, Any], scheme: str) -> Callable[[str], QuantSpec]:
-    """--scheme; its block is the config's own where one is said for that scheme."""
+def _told(scheme: str, accounts: Iterable[Account]) -> QuantSpec:
+    """--scheme; its block is the config's own where it has one."""
     check_scheme(scheme)
     variant = next(variant for variant in VARIANTS if variant.scheme == scheme)
-    own = _own_block(config)
-
-    return lambda module: as_kind(variant, own or BLOCK, "--scheme")
-
-
-def _own_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    for account in list_accounts(Accounts(config)):
-        sizes = account.section.values.get("weight_block_size") if account.section else None
-        if isinstance(sizes, list) and len(sizes) == 2 and all(type(size) is int and size > 0 for size in sizes):
-            return sizes[0], sizes[1]
-    return None
+    for account in accounts:
+        if account.section is not None and isinstance(account.section.values.get("weight_block_size"), list):
+            return as_kind(variant, account.section.block("weight_block_size"), "--scheme")
+    return as_kind(variant, said_by="--scheme")
 
 
-def _linear(module: str, declared: QuantSpec, weight: tuple[int, int], own: str) -> Linear:
+def _linear(module: str, spec: QuantSpec, weight: tuple[int, int], own: str) -> Linear:
     """What the first variant of the declared kind has."""
-    check_kind(module, declared)
-    variant = next(variant for variant in VARIANTS if variant.kind == declared.kind)
-    block = variant.block or declared.block
-    if variant.in_blocks and block is None:
-        raise SchemeError(f"{module}: {declared.said_by} gives no block size for {variant.scheme}")
+    check_kind(module, spec)
+    variant = next(variant for variant in VARIANTS if variant.kind == spec.kind)
+    block = variant.block or spec.block
     tensors = {
         rule.suffix: Tensor(
             f"{module}.{rule.suffix}",

@@ -58,10 +58,10 @@ class Serving:
 class Request:
     """What to check beyond the input itself.
 
-    tp_sizes: group sizes to cut for; of a shard set, those that it may be cut for. scheme: see describe and promised.
-    weights, pad: as `split` takes them. revision: of a hub repository that is checked. index: which account of a
-    checkpoint's weights to take (reshard.source.choice). against: the address of what a shard set was cut from. Raises
-    UsageError for values that are none of these.
+    tp_sizes: group sizes to cut for; of a shard set, those that it may be cut for. scheme: see describe and
+    config_checkpoint. weights, pad: as `split` takes them. revision: of a hub repository that is checked. index: which
+    account of a checkpoint's weights to take (reshard.source.choice). against: the address of what a shard set was cut
+    from. Raises UsageError for values that are none of these.
     """
 
     tp_sizes: tuple[int, ...] = ()

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from reshard.checkpoint.config_only import promised, read_config
+from reshard.checkpoint.config_only import config_checkpoint, read_config
 from reshard.checkpoint.description import Checkpoint
 from reshard.checks.cut import check_cut, no_cut
 from reshard.checks.device import check_kernels, check_npu
@@ -56,7 +56,9 @@ def check_config(path: str, request: Request) -> Report:
     if request.index is not None:
         raise UsageError(f"--index goes with a checkpoint's files, which {path} is not")
     config = read_config(path)
-    findings, checkpoint = check_layers(lambda: converted(promised(config, path, request.scheme), request.weights))
+    findings, checkpoint = check_layers(
+        lambda: converted(config_checkpoint(config, path, request.scheme), request.weights)
+    )
     return Report(path, "config", (*findings, *_cuts(checkpoint, request)), file=path)
 
 

@@ -121,14 +121,14 @@ def _measure(output: Output) -> None:
 
 def _of_config(config: Path, schemes: list[str]) -> "dict[str, Checkpoint]":
     """The checkpoint that a config.json describes, by scheme."""
-    from reshard.checkpoint.config_only import promised, read_config
+    from reshard.checkpoint.config_only import config_checkpoint, read_config
     from reshard.model.naming import CONFIG
     from reshard.schemes import scheme_by_option
 
     parsed = read_config(config)
     model = config.resolve().parent.name if config.name == CONFIG else config.stem
     names = dict.fromkeys(map(scheme_by_option, schemes))
-    return {name: promised(parsed, model, name) for name in names}
+    return {name: config_checkpoint(parsed, model, name) for name in names}
 
 
 def _of_source(

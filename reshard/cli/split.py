@@ -46,15 +46,15 @@ def split(
         from reshard.errors import OutputError, UsageError
         from reshard.plan.pipeline import Cut, check_set_digests, prepare
         from reshard.source.open import open_source
-        from reshard.writer.open import open_target, open_team
-        from reshard.writer.split import DEFAULT_WORKERS, SplitOptions, write_shards
-        from reshard.writer.team import agree, read_place
+        from reshard.writer.open import open_target
+        from reshard.writer.split import DEFAULT_WORKERS, SplitOptions, own_ranks, write_shards
+        from reshard.writer.team import agree, open_team, read_place
 
         place = read_place()
         if place.size > 1:
             output.is_process(place.number, place.size, socket.gethostname())
             # Where the store's host dies torch adds the stack of its own code to our line.
-            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
         with open_team(place) as team:
             if resume and overwrite:
                 raise UsageError("--resume keeps what is there, --overwrite replaces it: give one of them")
@@ -74,9 +74,9 @@ def split(
                     _report(output, prepared, target.address, None)
                     return
                 check_set_digests(opened, options.workers)
-                total = sum(s.size for s in prepared.plan.shards if options.ranks is None or s.tp_rank in options.ranks)
-                with output.progress("split", total) as team.show:
-                    result = write_shards(prepared, target, options, team=team)
+                own = own_ranks(prepared.plan, options, place)
+                with output.progress("split", sum(prepared.plan.shards[rank].size for rank in own)) as tick:
+                    result = write_shards(prepared, target, options, tick, team)
                 _report(output, prepared, target.address, result)
 
 

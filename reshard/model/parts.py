@@ -82,6 +82,10 @@ class Part:
             (*(role.name for role in self.roles), *(module.name for module in self.modules)),
         )
 
+    def module(self, name: str) -> Module:
+        """The module of that name, of either layout."""
+        return next(m for layout in ("fused", "separate") for m in self.laid_out(layout) if m.name == name)
+
     def stacked(self, name: str) -> Module:
         """The module of the fused layout that a linear of that name is in, or that has the name itself."""
         return next(m for m in self.modules if name == m.name or any(name == role.name for role in m.roles))

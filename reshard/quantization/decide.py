@@ -5,21 +5,21 @@ Where they do not fit it, nothing is cut unless `--scheme` says what they are. W
 scheme alone are taken for that, with a warning.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator
 
 from reshard.errors import LayersError, ReshardError, SchemeError
 from reshard.model.naming import CONFIG, MANIFEST
-from reshard.quantization.accounts import Account, Accounts, Recorded, list_accounts
+from reshard.quantization.accounts import Account, Accounts, list_accounts
 from reshard.quantization.formats import (
     as_kind,
     is_quantized_name,
     names_of_formats,
     needs_block,
-    specs_of,
+    spec_of_scheme,
     tensors_text,
     variants_of,
 )
-from reshard.quantization.refusals import contradiction, no_account, not_of_option, two_fit, unsaid, words
+from reshard.quantization.refusals import OPTION, contradiction, no_account, two_fit, unsaid, words
 from reshard.schemes import (
     BLOCK,
     FLOAT,
@@ -35,8 +35,6 @@ from reshard.schemes import (
     scheme_of,
 )
 from reshard.tensors.dtypes import FLOATS
-
-_OPTION = "--scheme"
 
 
 class Schemes:
@@ -60,16 +58,15 @@ class Schemes:
         Raises SchemeError where what is said does not fit the tensors, or is not split; SourceError where it makes no
         sense; LayersError where a set's manifest does not name the linear.
         """
-        scheme = self._given.scheme
-        if self._given.recorded is not None:
-            spec = _recorded(module, self._given.recorded, found)
-        elif scheme is not None and (not is_plain(found) or SCHEMES[scheme].is_float):
-            self._option_used = True
-            spec = self._by_option(scheme, module, found)
-        elif self._accounts:
-            spec = self._by_accounts(module, found)
+        spec, *others = self._said(module, found)
+        if fitting_variant(spec, found) is not None:
+            self._compare(module, found, spec, others)
         else:
-            spec = self._by_tensors(module, found)
+            quantized = any(map(is_quantized_name, self._names))
+            error = contradiction(module, found, [spec, *others], quantized)
+            if error is not None:
+                raise error
+            check_kind(module, spec, tensors_text(found, shapes=False))
         variant = match_variant(module, spec, found)
         return variant, variant.block or spec.block
 
@@ -84,30 +81,30 @@ class Schemes:
             more = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
             yield f"{next(iter(modules))}{more}: {line}"
 
-    def _by_accounts(self, module: str, found: Stored) -> QuantSpec:
-        first, *others = self._accounts
-        spec = first.declare(module)
-        if spec is None:
-            raise unsaid(module, first.file, found)
-        if fitting_variant(spec, found) is None:
-            quantized = any(map(is_quantized_name, self._names))
-            error = contradiction(module, found, [spec, *self._said(others, module)], quantized)
-            if error is not None:
-                raise error
-            check_kind(module, spec, tensors_text(found, shapes=False))
-            return spec  # match_variant says which tensor
-        self._compare(module, found, spec, self._said(others, module))
-        return spec
-
-    def _by_option(self, scheme: str, module: str, found: Stored) -> QuantSpec:
-        """`--scheme`, which an account that the tensors fit must not contradict."""
-        said = list(self._said(self._accounts, module))
-        blocks = [spec.block for spec in said if spec.block and scheme_of(spec.kind) == scheme]
-        spec = next(specs_of(found, scheme, blocks or [BLOCK], _OPTION), None)
-        if spec is None:
-            raise not_of_option(module, scheme, found)
-        self._compare(module, found, spec, said)
-        return spec
+    def _said(self, module: str, found: Stored) -> Iterator[QuantSpec]:
+        """What is said of a linear, that which counts first: the manifest, --scheme, the account that engines read."""
+        scheme = self._given.scheme
+        if self._given.recorded is not None:
+            said = self._given.recorded.get(module)
+            if said is None:
+                raise LayersError(
+                    f"{MANIFEST}: its layers lack that of {module}, whose tensors the shards hold; copy the set again"
+                )
+            yield spec_of_scheme(said.scheme, [said.block or BLOCK], MANIFEST, found)
+        elif scheme is not None and (not is_plain(found) or SCHEMES[scheme].is_float):
+            self._option_used = True
+            others = list(self._read(self._accounts, module))
+            blocks = [spec.block for spec in others if spec.block and scheme_of(spec.kind) == scheme]
+            yield spec_of_scheme(scheme, blocks or [BLOCK], OPTION, found)
+            yield from others
+        elif self._accounts:
+            spec = self._accounts[0].declare(module)
+            if spec is None:
+                raise unsaid(module, self._accounts[0].file, found)
+            yield spec
+            yield from self._read(self._accounts[1:], module)
+        else:
+            yield self._by_tensors(module, found)
 
     def _compare(self, module: str, found: Stored, taken: QuantSpec, others: Iterable[QuantSpec]) -> None:
         """Warns of what else is said. Raises SchemeError where the tensors fit that, too."""
@@ -117,7 +114,7 @@ class Schemes:
                 continue
             if fitting_variant(other, found) is not None:
                 raise two_fit(module, found, taken, other)
-            engines = "; an engine goes by the file" if taken.said_by == _OPTION else ""
+            engines = "; an engine goes by the file" if taken.said_by == OPTION else ""
             self._warn(
                 module,
                 f"{other.said_by} says {said}, {taken.said_by} says {own}, which the tensors are: taken as {own}"
@@ -139,7 +136,7 @@ class Schemes:
         )
         return as_kind(variants[0], said_by="the tensors alone")
 
-    def _said(self, accounts: Iterable[Account], module: str) -> Iterable[QuantSpec]:
+    def _read(self, accounts: Iterable[Account], module: str) -> Iterator[QuantSpec]:
         """What the accounts say that can be read; one that engines do not read first must not stop a cut."""
         for account in accounts:
             try:
@@ -152,18 +149,3 @@ class Schemes:
 
     def _warn(self, module: str, line: str) -> None:
         self._lines.setdefault(line, {})[module] = None
-
-
-def _recorded(module: str, recorded: Mapping[str, Recorded], found: Stored) -> QuantSpec:
-    """What a set was cut as: whatever its config.json says, the manifest is the account of what is in it."""
-    said = recorded.get(module)
-    if said is None:
-        raise LayersError(
-            f"{MANIFEST}: its layers lack that of {module}, whose tensors the shards hold; copy the set again"
-        )
-    spec = next(specs_of(found, said.scheme, [said.block or BLOCK], MANIFEST), None)
-    if spec is None:
-        raise SchemeError(
-            f"{MANIFEST}: {module} is {said.scheme}, its tensors ({tensors_text(found)}) are not; copy the set again"
-        )
-    return spec

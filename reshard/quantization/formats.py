@@ -1,7 +1,7 @@
 """Formats by the tensors that a linear has: the schemes that are split, and those that are known and are not."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from reshard.schemes import BLOCK, VARIANTS, QuantSpec, Stored, Variant, fitting_variant, group_size, is_plain
 
@@ -67,13 +67,10 @@ def as_kind(variant: Variant, block: tuple[int, int] = BLOCK, said_by: str = "")
     return QuantSpec(variant.kind, block if needs_block(variant.kind) else None, said_by)
 
 
-def specs_of(found: Stored, scheme: str, blocks: Iterable[tuple[int, int]], said_by: str) -> Iterator[QuantSpec]:
-    """What the tensors fit of a scheme, of each block."""
-    for block in blocks:
-        for variant in VARIANTS:
-            spec = as_kind(variant, block, said_by)
-            if variant.scheme == scheme and fitting_variant(spec, found) is not None:
-                yield spec
+def spec_of_scheme(scheme: str, blocks: Iterable[tuple[int, int]], said_by: str, found: Stored) -> QuantSpec:
+    """What is declared of a linear that is said to be of a scheme: what its tensors fit, if any."""
+    specs = [as_kind(v, block, said_by) for block in blocks for v in VARIANTS if v.scheme == scheme]
+    return next((spec for spec in specs if fitting_variant(spec, found) is not None), specs[0])
 
 
 def variants_of(found: Stored) -> tuple[Variant, ...]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from reshard.errors import SchemeError
-from reshard.model.naming import CONFIG
+from reshard.model.naming import CONFIG, MANIFEST
 from reshard.quantization.description import DESCRIPTION, is_description
 from reshard.quantization.formats import names_of_formats, needs_block, tensors_text, variants_of
 from reshard.quantization.methods import FP8_PB_WO, NO_BLOCK_SIZE
@@ -25,6 +25,8 @@ _BLOCKS = {
     "F8_E4M3": '"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128], …}',
     "I8": '"quantization_config": {"quant_method": "blockwise_int8", "weight_block_size": [128, 128]}',
 }
+OPTION = "--scheme"
+_MENDS = {OPTION: "leave --scheme out", MANIFEST: "copy the set again"}
 _NOT_SPLIT = f"this version does not split it; {WAY_OUT}"
 
 
@@ -37,13 +39,17 @@ def contradiction(module: str, found: Stored, said: Sequence[QuantSpec], quantiz
     first, file = said[0], _file(said[0])
     scheme, option, fits, formats = scheme_of(first.kind), _option(found), variants_of(found), names_of_formats(found)
     right = next((other for other in said[1:] if _is(other, found) and scheme_of(other.kind) != scheme), None)
-    stale = f"{file} is not of these weights: give the one that was written with them"
+    stale = _MENDS.get(file, f"{file} is not of these weights: give the one that was written with them")
+    if file == MANIFEST:
+        return _error(module, found, (first,), "", stale)
     if right is not None:
         same = f"make both places in {file} say that" if _file(right) == file else stale
         ways = (same, option) if is_split(right.kind) else (_NOT_SPLIT, "")
         return _error(module, found, (first, right), f", as {right.said_by} says", *ways)
-    if is_plain(found) and first.kind != FLOAT:
-        note = f" with no scales (in {found['weight'].file})"
+    if is_plain(found) and first.kind == FLOAT:
+        return None
+    if is_plain(found):
+        note = f" with no scales ({module}.weight in {found['weight'].file})"
         return _error(module, found, (first,), note, _mend_of_plain(file, quantized), option)
     if fits and first.kind == FP8_PB_WO:
         unless = f"{option}, unless the engine leaves activations as they are"
@@ -63,11 +69,11 @@ def contradiction(module: str, found: Stored, said: Sequence[QuantSpec], quantiz
 
 def two_fit(module: str, found: Stored, one: QuantSpec, other: QuantSpec) -> SchemeError:
     """For a linear of which two things are said, and whose tensors fit both."""
-    mend, option = "make the two say what the weights are", ""
+    ways: tuple[str, ...] = ("make the two say what the weights are",)
     if scheme_of(one.kind) != scheme_of(other.kind):
-        by_option = one.said_by == "--scheme"
-        mend, option = (f"leave --scheme out, or mend {_file(other)}", "") if by_option else (mend, _option(found))
-    return _error(module, found, (one, other), ": they fit both", mend, option)
+        by_option = (_MENDS[OPTION], f"mend {_file(other)}")
+        ways = by_option if one.said_by == OPTION else (*ways, _option(found))
+    return _error(module, found, (one, other), ": they fit both", *ways)
 
 
 def words(one: QuantSpec, other: QuantSpec) -> tuple[str, str]:
@@ -100,13 +106,6 @@ def unsaid(module: str, file: str, found: Stored) -> SchemeError:
         return _error(f"{module}.weight", found, (), "", stale, option, says=says)
     says = f"{file} says MIXED_PRECISION, and not what this layer is"
     return _error(module, found, (), "", option or WAY_OUT, says=says)
-
-
-def not_of_option(module: str, scheme: str, found: Stored) -> SchemeError:
-    """For a linear that is not what --scheme says."""
-    fitting = dict.fromkeys(variant.scheme for variant in variants_of(found))
-    mend = f"they fit {' and '.join(fitting)}" if fitting else WAY_OUT
-    return SchemeError(f"{module}: --scheme {scheme}: its tensors ({tensors_text(found)}) are not {scheme}'s; {mend}")
 
 
 def _error(module: str, found: Stored, said: Sequence[QuantSpec], note: str, *ways: str, says: str = "") -> SchemeError:

@@ -5,39 +5,31 @@ from fractions import Fraction
 from math import floor
 from typing import Any
 
-from reshard.errors import SourceError, UsageError
+from reshard.errors import UsageError
 from reshard.model.config import experts_key, read_model_config
-from reshard.model.naming import CONFIG
-
-Config = Mapping[str, Any]
+from reshard.model.config.values import number
 
 _TILE = 16  # sizes of matrices stay whole tiles of the matrix units
-_SPLITTABLE = 8 * _TILE  # intermediate sizes stay whole tiles over eight ranks
-_TILED = (
-    "hidden_size",
-    "moe_intermediate_size",
-    "shared_expert_intermediate_size",
-    "q_lora_rank",
-    "kv_lora_rank",
-    "vocab_size",
-)
+_SCALED = {
+    "hidden_size": _TILE,
+    "intermediate_size": 8 * _TILE,  # whole tiles over eight ranks
+    "moe_intermediate_size": _TILE,
+    "shared_expert_intermediate_size": _TILE,
+    "q_lora_rank": _TILE,
+    "kv_lora_rank": _TILE,
+    "vocab_size": _TILE,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "index_n_heads": 1,
+}
+"""What is scaled, and what it stays a multiple of."""
 _PER_LAYER = ("mlp_layer_types", "layer_types", "moe_layer_freq")
 
 
-def size(config: Config, key: str, default: int | None = None) -> int:
-    """A size from 1. Raises SourceError naming the key that is missing or makes no sense."""
-    value = config.get(key)
-    if value is None:
-        value = default
-    if type(value) is not int or value < 1:
-        raise SourceError(f"{CONFIG}: {key} is {value!r}, a whole number from 1 is wanted")
-    return value
-
-
-def shrink(config: Config, scale: Fraction, layers: int | None) -> dict[str, Any]:
+def shrink(config: Mapping[str, Any], scale: Fraction, layers: int | None) -> dict[str, Any]:
     """The config with its sizes scaled and only its first layers. Raises UsageError where that cannot be."""
     if not 0 < scale <= 1:
-        raise UsageError(f"scale {scale}: a fraction above 0 and up to 1 is wanted, such as 1/16")
+        raise UsageError(f"scale {scale}: expected a fraction above 0 and up to 1, such as 1/16")
     shrunk = dict(config)
     if layers is not None:
         _keep_layers(shrunk, layers)
@@ -52,32 +44,27 @@ def _keep_layers(config: dict[str, Any], layers: int) -> None:
         raise UsageError(f"layers {layers}: the model has {before}; give a number from 1 to {before}")
     config["num_hidden_layers"] = layers
     if type(config.get("first_k_dense_replace")) is int:
-        # Not above the number of layers: the prediction block behind them is a mixture of experts.
+        # Not above the number of layers: the MTP layer behind them is a mixture of experts.
         config["first_k_dense_replace"] = min(config["first_k_dense_replace"], layers)
     if isinstance(config.get("mlp_only_layers"), list):
         config["mlp_only_layers"] = [layer for layer in config["mlp_only_layers"] if layer in range(layers)]
     for key in _PER_LAYER:
-        if isinstance(config.get(key), list):  # some lists go on with the prediction block
+        if isinstance(config.get(key), list):  # some lists go on with the MTP layers
             config[key] = [*config[key][:layers], *config[key][before:]]
 
 
 def _scale(config: dict[str, Any], scale: Fraction) -> None:
-    heads = size(config, "num_attention_heads")
-    if config.get("kv_lora_rank") is None:
+    if config.get("kv_lora_rank") is None and config.get("head_dim") is None:
         # Heads get fewer, not smaller; so their size no longer follows from the two others.
-        config["head_dim"] = size(config, "head_dim", size(config, "hidden_size") // heads)
-    for key in _TILED:
+        config["head_dim"] = number(config, "hidden_size") // number(config, "num_attention_heads")
+    for key, multiple in _SCALED.items():
         if config.get(key) is not None:
-            config[key] = _scaled(size(config, key), scale, _TILE)
-    config["intermediate_size"] = _scaled(size(config, "intermediate_size"), scale, _SPLITTABLE)
-    config["num_attention_heads"] = _scaled(heads, scale)
+            config[key] = _scaled(number(config, key), scale, multiple)
+    heads = number(config, "num_attention_heads")
     if config.get("num_key_value_heads") is not None:
-        wanted = _scaled(size(config, "num_key_value_heads"), scale)
-        config["num_key_value_heads"] = _divisor(config["num_attention_heads"], wanted)
-    if config.get("index_n_heads") is not None:
-        config["index_n_heads"] = _scaled(size(config, "index_n_heads"), scale)
+        config["num_key_value_heads"] = _divisor(heads, config["num_key_value_heads"])
     _scale_experts(config, scale)
-    last = size(config, "vocab_size") - 1
+    last = number(config, "vocab_size") - 1
     for key, value in config.items():
         if key.endswith("_token_id") and type(value) is int:
             config[key] = min(value, last)
@@ -89,17 +76,17 @@ def _scale_experts(config: dict[str, Any], scale: Fraction) -> None:
     key = experts_key(config, named=True)
     if key is None:
         return
-    before = size(config, key)
+    before = number(config, key)
     experts = config[key] = min(before, max(2, _scaled(before, scale)))
     reachable = experts
     if config.get("n_group") is not None:
         # A group is chosen by its two best experts.
-        groups = config["n_group"] = _divisor(experts, min(size(config, "n_group"), max(1, experts // 2)))
+        groups = config["n_group"] = _divisor(experts, min(number(config, "n_group"), max(1, experts // 2)))
         if config.get("topk_group") is not None:
-            config["topk_group"] = min(size(config, "topk_group"), groups)
+            config["topk_group"] = min(number(config, "topk_group"), groups)
             reachable = config["topk_group"] * experts // groups
     if config.get("num_experts_per_tok") is not None:
-        config["num_experts_per_tok"] = min(size(config, "num_experts_per_tok"), reachable)
+        config["num_experts_per_tok"] = min(number(config, "num_experts_per_tok"), reachable)
 
 
 def _scaled(value: int, scale: Fraction, multiple: int = 1) -> int:

@@ -1,16 +1,17 @@
 """Every parameter of a model by its config.json: its name in the published checkpoints, its shape, what it is.
 
-H hidden_size, I intermediate_size, E experts. Order: the model's own, with the prediction block last, as published.
+H hidden_size, I intermediate_size, E experts. Order: the model's own, with the MTP layers last, as published.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Any
 
 from reshard.errors import SourceError
-from reshard.model.config import ModelConfig, experts_key, known_dense_layers, read_model_config
-from reshard.model.naming import CONFIG, DOWN, GATE, PREFIX, UP, layer_name
-from reshard.synth.config import Config, size
+from reshard.model.config import experts_key, known_dense_layers, read_model_config
+from reshard.model.config.values import number
+from reshard.model.naming import CONFIG, DOWN, PREFIX, ROLES, layer_name
 
 
 class Kind(Enum):
@@ -66,7 +67,7 @@ _FAMILIES = {
 }
 
 
-def parameters(config: Config, prefix: str = PREFIX) -> Iterator[Parameter]:
+def parameters(config: Mapping[str, Any], prefix: str = PREFIX) -> Iterator[Parameter]:
     """Every parameter of a language model, in its order. Raises SourceError where its config does not give them.
 
     prefix: what precedes the layers' names.
@@ -75,128 +76,132 @@ def parameters(config: Config, prefix: str = PREFIX) -> Iterator[Parameter]:
 
 
 class _Model:
-    """A config.json, read for names and shapes."""
+    """A config.json, read for names and shapes; names are those within the module that a method describes."""
 
-    def __init__(self, config: Config, prefix: str) -> None:
-        self._config = config
-        self._prefix = prefix
-        self._model: ModelConfig = read_model_config(config)
-        family = _FAMILIES.get(self._model.model_type)
-        if family is None:
+    def __init__(self, config: Mapping[str, Any], prefix: str) -> None:
+        self._config, self._prefix = config, prefix
+        self._model = read_model_config(config)
+        if self._model.model_type not in _FAMILIES:
             raise SourceError(
                 f"{CONFIG}: model_type {self._model.model_type!r}: its tensors' names are not known here; known are "
                 f"{', '.join(sorted(_FAMILIES))}"
             )
-        self._family = family
+        self._family = _FAMILIES[self._model.model_type]
         self._dense = known_dense_layers(self._model)
         self._hidden = self._model.hidden_size
-        key = experts_key(config, named=True)
-        self._experts = size(config, key) if key else 0
+        self._experts = experts_key(config, named=True)
 
     def parameters(self) -> Iterator[Parameter]:
-        last = self._model.num_hidden_layers
-        table = (size(self._config, "vocab_size"), self._hidden)
-        yield Parameter(f"{self._prefix}embed_tokens.weight", table, Kind.EMBEDDING)
-        for layer in range(last):
-            yield from self._block(layer_name(self._prefix, layer), dense=layer in self._dense)
-        yield self._norm(f"{self._prefix}norm")
+        first_mtp, prefix = self._model.num_hidden_layers, self._prefix
+        table = (self._size("vocab_size"), self._hidden)
+        yield Parameter(f"{prefix}embed_tokens.weight", table, Kind.EMBEDDING)
+        for layer in range(first_mtp):
+            yield from _within(layer_name(prefix, layer), self._layer(dense=layer in self._dense))
+        yield from _within(prefix.removesuffix("."), self._norm("norm"))
         if not self._config.get("tie_word_embeddings"):
-            yield Parameter(f"{self._head()}lm_head.weight", table, Kind.HEAD)
-        for layer in range(last, last + self._model.mtp_layers):
-            prefix = layer_name(self._prefix, layer)
-            yield Parameter(f"{prefix}.embed_tokens.weight", table, Kind.EMBEDDING)
-            yield self._norm(f"{prefix}.enorm")
-            yield self._norm(f"{prefix}.hnorm")
-            yield Parameter(f"{prefix}.eh_proj.weight", (self._hidden, 2 * self._hidden), Kind.HEAD)
-            yield from self._block(prefix, dense=not self._experts)
-            yield self._norm(f"{prefix}.shared_head.norm")
-            yield Parameter(f"{prefix}.shared_head.head.weight", table, Kind.HEAD)
+            # It stands beside the `model` whose layers these are, or at the top.
+            above = prefix.removesuffix("model.") if f".{prefix}".endswith(".model.") else ""
+            yield Parameter(f"{above}lm_head.weight", table, Kind.HEAD)
+        for layer in range(first_mtp, first_mtp + self._model.mtp_layers):
+            yield from _within(layer_name(prefix, layer), self._mtp_layer(table))
 
-    def _head(self) -> str:
-        """What precedes the output head's name: it stands beside the `model` whose layers these are, or at the top."""
-        *above, last, _ = ["", *self._prefix.split(".")]
-        return ".".join((*above[1:], "")) if last == "model" else ""
+    def _mtp_layer(self, table: tuple[int, int]) -> Iterator[Parameter]:
+        yield Parameter("embed_tokens.weight", table, Kind.EMBEDDING)
+        yield from self._norm("enorm")
+        yield from self._norm("hnorm")
+        yield Parameter("eh_proj.weight", (self._hidden, 2 * self._hidden), Kind.HEAD)
+        yield from self._layer(dense=self._experts is None)
+        yield from self._norm("shared_head.norm")
+        yield Parameter("shared_head.head.weight", table, Kind.HEAD)
 
-    def _block(self, prefix: str, *, dense: bool) -> Iterator[Parameter]:
-        attention = self._grouped if self._config.get("kv_lora_rank") is None else self._latent
-        yield from attention(f"{prefix}.self_attn")
+    def _layer(self, *, dense: bool) -> Iterator[Parameter]:
+        grouped = self._config.get("kv_lora_rank") is None
+        yield from _within("self_attn", self._grouped() if grouped else self._latent())
         if dense:
-            yield from self._mlp(f"{prefix}.mlp", self._model.intermediate_size, bool(self._config.get("mlp_bias")))
+            inner = self._mlp(self._model.intermediate_size, biased=bool(self._config.get("mlp_bias")))
         else:
-            yield from self._mixture(f"{prefix}.mlp")
-        yield self._norm(f"{prefix}.input_layernorm")
-        yield self._norm(f"{prefix}.post_attention_layernorm")
+            inner = self._mixture()
+        yield from _within("mlp", inner)
+        yield from self._norm("input_layernorm")
+        yield from self._norm("post_attention_layernorm")
 
-    def _grouped(self, prefix: str) -> Iterator[Parameter]:
+    def _grouped(self) -> Iterator[Parameter]:
         """Heads that share keys and values, as in Llama, Qwen and GLM-4.5."""
-        heads = size(self._config, "num_attention_heads")
-        shared = size(self._config, "num_key_value_heads", heads)
-        head = size(self._config, "head_dim", self._hidden // heads)
-        yield from self._projection(prefix, "q_proj", heads * head, self._hidden)
-        yield from self._projection(prefix, "k_proj", shared * head, self._hidden)
-        yield from self._projection(prefix, "v_proj", shared * head, self._hidden)
-        yield from self._projection(prefix, "o_proj", self._hidden, heads * head)
+        heads = self._size("num_attention_heads")
+        shared = self._size("num_key_value_heads", heads)
+        head = self._size("head_dim", self._hidden // heads)
+        yield from self._projection("q_proj", heads * head, self._hidden)
+        yield from self._projection("k_proj", shared * head, self._hidden)
+        yield from self._projection("v_proj", shared * head, self._hidden)
+        yield from self._projection("o_proj", self._hidden, heads * head)
         if self._family.qk_norm or self._config.get("use_qk_norm"):
-            yield self._norm(f"{prefix}.q_norm", head)
-            yield self._norm(f"{prefix}.k_norm", head)
+            yield from self._norm("q_norm", head)
+            yield from self._norm("k_norm", head)
 
-    def _latent(self, prefix: str) -> Iterator[Parameter]:
+    def _latent(self) -> Iterator[Parameter]:
         """Multi-head latent attention, as in DeepSeek V2, V3, R1 and Kimi K2."""
-        heads, value = size(self._config, "num_attention_heads"), size(self._config, "v_head_dim")
-        plain, rotary = size(self._config, "qk_nope_head_dim"), size(self._config, "qk_rope_head_dim")
-        query, key_value = heads * (plain + rotary), size(self._config, "kv_lora_rank")
+        heads, value = self._size("num_attention_heads"), self._size("v_head_dim")
+        plain, rotary = self._size("qk_nope_head_dim"), self._size("qk_rope_head_dim")
+        query, key_value = heads * (plain + rotary), self._size("kv_lora_rank")
         if self._config.get("q_lora_rank") is None:
-            yield from self._projection(prefix, "q_proj", query, self._hidden)
+            yield from self._projection("q_proj", query, self._hidden)
         else:
-            rank = size(self._config, "q_lora_rank")
-            yield from self._projection(prefix, "q_a_proj", rank, self._hidden)
-            yield self._norm(f"{prefix}.q_a_layernorm", rank)
-            yield from self._projection(prefix, "q_b_proj", query, rank)
-        yield from self._projection(prefix, "kv_a_proj_with_mqa", key_value + rotary, self._hidden)
-        yield self._norm(f"{prefix}.kv_a_layernorm", key_value)
-        yield Parameter(f"{prefix}.kv_b_proj.weight", (heads * (plain + value), key_value), Kind.ABSORBED)
-        yield from self._projection(prefix, "o_proj", self._hidden, heads * value)
-        if self._config.get("index_n_heads") is not None:
-            yield from self._indexer(f"{prefix}.indexer")
+            rank = self._size("q_lora_rank")
+            yield from self._projection("q_a_proj", rank, self._hidden)
+            yield from self._norm("q_a_layernorm", rank)
+            yield from self._projection("q_b_proj", query, rank)
+        yield from self._projection("kv_a_proj_with_mqa", key_value + rotary, self._hidden)
+        yield from self._norm("kv_a_layernorm", key_value)
+        yield Parameter("kv_b_proj.weight", (heads * (plain + value), key_value), Kind.ABSORBED)
+        yield from self._projection("o_proj", self._hidden, heads * value)
+        if self._config.get("index_n_heads") is not None:  # the sparse attention of DeepSeek V3.2
+            count, head = self._size("index_n_heads"), self._size("index_head_dim")
+            yield Parameter("indexer.wq_b.weight", (count * head, self._size("q_lora_rank")), Kind.ABSORBED)
+            yield Parameter("indexer.wk.weight", (head, self._hidden), Kind.ABSORBED)
+            yield from self._norm("indexer.k_norm", head)
+            yield Parameter("indexer.k_norm.bias", (head,), Kind.BIAS)
+            yield Parameter("indexer.weights_proj.weight", (count, self._hidden), Kind.HEAD)
         if self._family.frequencies:  # of a head's size that this attention does not have, as published
-            yield Parameter(f"{prefix}.rotary_emb.inv_freq", (self._hidden // heads // 2,), Kind.FREQUENCIES)
+            yield Parameter("rotary_emb.inv_freq", (self._hidden // heads // 2,), Kind.FREQUENCIES)
 
-    def _indexer(self, prefix: str) -> Iterator[Parameter]:
-        """The sparse attention of DeepSeek V3.2."""
-        heads, head = size(self._config, "index_n_heads"), size(self._config, "index_head_dim")
-        yield Parameter(f"{prefix}.wq_b.weight", (heads * head, size(self._config, "q_lora_rank")), Kind.ABSORBED)
-        yield Parameter(f"{prefix}.wk.weight", (head, self._hidden), Kind.ABSORBED)
-        yield self._norm(f"{prefix}.k_norm", head)
-        yield Parameter(f"{prefix}.k_norm.bias", (head,), Kind.BIAS)
-        yield Parameter(f"{prefix}.weights_proj.weight", (heads, self._hidden), Kind.HEAD)
-
-    def _mixture(self, prefix: str) -> Iterator[Parameter]:
-        if not self._experts:
+    def _mixture(self) -> Iterator[Parameter]:
+        if self._experts is None:
             raise SourceError(f"{CONFIG}: {self._model.reason}: the experts' names are not known here")
-        inner = size(self._config, "moe_intermediate_size")
-        yield Parameter(f"{prefix}.gate.weight", (self._experts, self._hidden), Kind.HEAD)
+        experts, inner = self._size(self._experts), self._size("moe_intermediate_size")
+        yield Parameter("gate.weight", (experts, self._hidden), Kind.HEAD)
         method = self._config.get("topk_method")
         if method == "noaux_tc" or (method is None and self._family.router_bias):
-            yield Parameter(f"{prefix}.gate.e_score_correction_bias", (self._experts,), Kind.ROUTER_BIAS)
-        for expert in range(self._experts):
-            yield from self._mlp(f"{prefix}.experts.{expert}", inner)
+            yield Parameter("gate.e_score_correction_bias", (experts,), Kind.ROUTER_BIAS)
+        for expert in range(experts):
+            yield from _within(f"experts.{expert}", self._mlp(inner))
         if self._config.get("n_shared_experts"):
-            yield from self._mlp(f"{prefix}.shared_experts", inner * size(self._config, "n_shared_experts"))
+            yield from _within("shared_experts", self._mlp(inner * self._size("n_shared_experts")))
         if self._config.get("shared_expert_intermediate_size"):  # Qwen2's, which is weighted by a gate of its own
-            yield from self._mlp(f"{prefix}.shared_expert", size(self._config, "shared_expert_intermediate_size"))
-            yield Parameter(f"{prefix}.shared_expert_gate.weight", (1, self._hidden), Kind.HEAD)
+            yield from _within("shared_expert", self._mlp(self._size("shared_expert_intermediate_size")))
+            yield Parameter("shared_expert_gate.weight", (1, self._hidden), Kind.HEAD)
 
-    def _mlp(self, prefix: str, inner: int, biased: bool = False) -> Iterator[Parameter]:
-        shapes = {GATE: (inner, self._hidden), UP: (inner, self._hidden), DOWN: (self._hidden, inner)}
-        for role, shape in shapes.items():
-            yield Parameter(f"{prefix}.{role}.weight", shape, Kind.LINEAR)
-            if biased:
-                yield Parameter(f"{prefix}.{role}.bias", shape[:1], Kind.BIAS)
+    def _mlp(self, inner: int, *, biased: bool = False) -> Iterator[Parameter]:
+        for role in ROLES:
+            shape = (self._hidden, inner) if role == DOWN else (inner, self._hidden)
+            yield from _linear(role, shape, biased=biased)
 
-    def _projection(self, prefix: str, name: str, out_features: int, in_features: int) -> Iterator[Parameter]:
-        yield Parameter(f"{prefix}.{name}.weight", (out_features, in_features), Kind.LINEAR)
-        if name in self._family.biased and (self._family.always_biased or self._config.get("attention_bias")):
-            yield Parameter(f"{prefix}.{name}.bias", (out_features,), Kind.BIAS)
+    def _projection(self, name: str, out_features: int, in_features: int) -> Iterator[Parameter]:
+        biased = self._family.always_biased or self._config.get("attention_bias")
+        yield from _linear(name, (out_features, in_features), biased=bool(biased) and name in self._family.biased)
 
-    def _norm(self, module: str, width: int | None = None) -> Parameter:
-        return Parameter(f"{module}.weight", (width or self._hidden,), Kind.NORM)
+    def _norm(self, module: str, width: int | None = None) -> Iterator[Parameter]:
+        yield Parameter(f"{module}.weight", (width or self._hidden,), Kind.NORM)
+
+    def _size(self, key: str, default: int | None = None) -> int:
+        return number(self._config, key, default, least=1)
+
+
+def _within(module: str, parameters: Iterable[Parameter]) -> Iterator[Parameter]:
+    for parameter in parameters:
+        yield replace(parameter, name=f"{module}.{parameter.name}")
+
+
+def _linear(module: str, shape: tuple[int, int], *, biased: bool) -> Iterator[Parameter]:
+    yield Parameter(f"{module}.weight", shape, Kind.LINEAR)
+    if biased:
+        yield Parameter(f"{module}.bias", shape[:1], Kind.BIAS)

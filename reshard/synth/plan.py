@@ -75,11 +75,12 @@ def plan_checkpoint(config: Mapping[str, Any], options: SynthOptions) -> SynthPl
     tensors = [tensor for parameter in kept for tensor in tensors_of(parameter, recipe)]
     types = description(recipe, kept)
     stem = "model" if types is None else "quant_model_weights"
-    groups = _deal(tensors, options.shards or _usual_count(tensors))
+    total = sum(tensor.nbytes for tensor in tensors)
+    groups = _deal(tensors, options.shards or min(len(tensors), -(-total // _FILE_BYTES)))
     names = [f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
     metadata = {"format": "pt"} if types is None else {}
     index = {
-        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)},
+        "metadata": {"total_size": total},
         "weight_map": {t.name: name for name, group in zip(names, groups, strict=True) for t in group},
     }
     side_files = {CONFIG: _json(_wrapped(config, wrapper, shrunk))}
@@ -93,11 +94,7 @@ def plan_checkpoint(config: Mapping[str, Any], options: SynthOptions) -> SynthPl
 def _dense(everything: Sequence[Parameter], config: Mapping[str, Any]) -> list[Parameter]:
     model = read_model_config(config)
     dense = known_dense_layers(model)
-    kept = []
-    for parameter in everything:
-        parsed = parse_dense(parameter.name)
-        if parsed and parsed.layer in dense:
-            kept.append(parameter)
+    kept = [p for p in everything if (parsed := parse_dense(p.name)) and parsed.layer in dense]
     if not kept:
         raise SourceError(f"{CONFIG}: no layer of the model is dense ({model.reason})")
     return kept
@@ -112,10 +109,6 @@ def _wrapped(config: Mapping[str, Any], wrapper: str | None, language: Mapping[s
     whole.pop("quantization_config", None)  # the language model's own says it
     whole[key] = _wrapped(whole[key], rest or None, language)
     return whole
-
-
-def _usual_count(tensors: Sequence[TensorSpec]) -> int:
-    return min(len(tensors), -(-sum(tensor.nbytes for tensor in tensors) // _FILE_BYTES))
 
 
 def _deal(tensors: Sequence[TensorSpec], count: int) -> list[list[TensorSpec]]:

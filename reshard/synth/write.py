@@ -1,14 +1,13 @@
 """Write a synthetic checkpoint: the files under temporary names first, then their names, the index last."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from reshard.synth.plan import SynthFile, SynthOptions, SynthPlan, plan_checkpoint
+from reshard.synth.plan import SynthFile, SynthOptions, SynthPlan
 from reshard.synth.values import blocks
-from reshard.writer.folder import OutputFolder, new_folder
+from reshard.writer.folder import new_folder
 
 Tick = Callable[[int], None]
 
@@ -23,40 +22,28 @@ class SynthResult:
     size: int
 
 
-def synthesise(config: Mapping[str, Any], out: Path, options: SynthOptions, tick: Tick = lambda n: None) -> SynthResult:
-    """A checkpoint of the model of `config` in a new or empty folder; `tick` is called with the bytes of each step."""
-    return write_checkpoint(plan_checkpoint(config, options), out, tick)
-
-
 def write_checkpoint(plan: SynthPlan, out: Path, tick: Tick = lambda n: None) -> SynthResult:
-    """Write a planned checkpoint. Raises OutputError where the folder holds anything; then nothing is written."""
+    """Write a planned checkpoint into a new or empty folder; `tick` is called with the bytes of each step.
+
+    All of it or nothing: an unfinished checkpoint without its index would pass for a smaller one. Raises OutputError
+    where the folder holds anything.
+    """
     with new_folder(out) as folder:
-        folder.check_space(_disk_bytes(plan))
-        _write_all(plan, folder, tick)
+        data = sum(len(file.header) if plan.options.sparse else file.size for file in plan.files)
+        folder.check_space(data + sum(map(len, plan.side_files.values())))
+        try:
+            temporaries = [folder.temporary(file.name) for file in plan.files]
+            for temporary, file in zip(temporaries, plan.files, strict=True):
+                _write(temporary, file, plan.options, tick)
+            for temporary, file in zip(temporaries, plan.files, strict=True):
+                folder.rename(temporary, file.name)
+            for name, content in plan.side_files.items():
+                folder.put(name, content)
+        except BaseException:
+            folder.remove([*(file.name for file in plan.files), *plan.side_files])
+            raise
     tensors = [tensor for file in plan.files for tensor in file.tensors]
     return SynthResult(len(plan.files), len(tensors), sum(tensor.nbytes for tensor in tensors), plan.size)
-
-
-def _disk_bytes(plan: SynthPlan) -> int:
-    data = sum(len(file.header) for file in plan.files) if plan.options.sparse else plan.size
-    return data + sum(len(content) for content in plan.side_files.values())
-
-
-def _write_all(plan: SynthPlan, folder: OutputFolder, tick: Tick) -> None:
-    """All of it or nothing: an unfinished checkpoint without its index would pass for a smaller one."""
-    temporaries = [(folder.temporary(file.name), file.name) for file in plan.files]
-    try:
-        for (temporary, _), file in zip(temporaries, plan.files, strict=True):
-            _write(temporary, file, plan.options, tick)
-        for temporary, name in temporaries:
-            folder.rename(temporary, name)
-        for name, content in plan.side_files.items():
-            folder.put(name, content)
-    except BaseException:
-        for temporary, _ in temporaries:
-            temporary.unlink(missing_ok=True)
-        folder.remove([*(name for _, name in temporaries), *plan.side_files])
-        raise
 
 
 def _write(path: Path, file: SynthFile, options: SynthOptions, tick: Tick) -> None:

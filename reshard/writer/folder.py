@@ -5,25 +5,22 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from reshard.errors import OutputError, SpaceError
-from reshard.manifest import Record
-from reshard.model.naming import MANIFEST
+from reshard.manifest import Shard
 from reshard.source.folder import FolderSource
 from reshard.tensors.digests import file_digest
 from reshard.writer.file import DirectFile, sync
-from reshard.writer.lock import Lock, locked
-from reshard.writer.target import LOCK_FILE, REPLACED, TEMPORARY, Contents, rank_of, sort_names
+from reshard.writer.lock import WriteLease
+from reshard.writer.target import LOCK_FILE, TEMPORARY, Tick, rank_of
 
 _RESERVE = 1 << 20  # for the manifest, records and folder entries
 
 
 class OutputFolder:
     """A folder that a shard set is written into."""
-
-    stages = True
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -35,70 +32,55 @@ class OutputFolder:
         """The path."""
         return str(self.path)
 
-    def contents(self) -> Contents:
-        """Look at what is there. Raises OutputError if it is no folder."""
+    def files(self) -> Mapping[str, int]:
+        """Names and sizes, as they are now; what another run removes meanwhile is left out."""
+        found = {}
         try:
-            names = sorted(os.listdir(self.path))
+            for name in os.listdir(self.path):
+                with contextlib.suppress(FileNotFoundError):
+                    path = self.path / name
+                    found[name] = (path.stat() if path.exists() else path.lstat()).st_size
         except FileNotFoundError:
-            names = []
+            pass
         except OSError as error:
             raise OutputError(f"{self.path}: {error.strerror}; give a folder that can be written") from error
-        return sort_names(names)
+        return found
 
     @contextlib.contextmanager
-    def writing(self, ranks: Sequence[int] | None) -> Iterator[Lock]:
+    def writing(self, ranks: Sequence[int] | None) -> Iterator[Callable[[], bool]]:
         """The folder made, and the ranks' locks held; what is left unfinished is removed."""
+        lease = WriteLease(self.path)
         try:
             with os_errors(self.path):
-                self.make()
-            with os_errors(self.path), locked(self.path, ranks) as lock:
-                yield lock
+                self._make()
+                try:
+                    lease.acquire(ranks)
+                    yield lease.finish
+                finally:
+                    lease.release()
         finally:
             self.remove_own_temporaries()
-            self.remove_if_created()
+            for path in reversed(self._created):  # where nothing was put into what was made
+                with contextlib.suppress(OSError):
+                    path.rmdir()
 
     def require_empty(self) -> None:
         """Raises OutputError where there is anything but what killed runs leave."""
-        contents = self.contents()
-        names = os.listdir(self.path) if self.path.exists() else []
-        there = sorted(set(names) - {*contents.temporaries, LOCK_FILE})
+        there = [name for name in sorted(self.files()) if not (TEMPORARY.fullmatch(name) or LOCK_FILE.fullmatch(name))]
         if there:
             raise OutputError(f"{self.path}: holds {there[0]}; give a new or empty folder")
 
-    def make(self) -> None:
-        """Make the folder and its parents, remembering which were not there."""
-        missing = []
-        path = self.path
-        while not path.exists():
-            missing.append(path)
-            path = path.parent
-        for path in reversed(missing):
-            try:
-                path.mkdir()
-            except FileExistsError:
-                continue
-            except OSError as error:
-                raise OutputError(f"{path}: cannot be made: {error.strerror}") from error
-            self._created.append(path)
-            sync(path.parent)
-
-    def remove_if_created(self) -> None:
-        """Undo `make` where nothing was put into what it made."""
-        for path in reversed(self._created):
-            with contextlib.suppress(OSError):
-                path.rmdir()
-
     def check_space(self, wanted: int) -> None:
         """Raises SpaceError if `wanted` bytes do not fit. What they replace stays until they are written."""
-        free = shutil.disk_usage(self.path).free
-        if wanted + _RESERVE > free:
-            raise SpaceError(
-                f"{self.path}: {wanted:,} bytes are to be written, {free:,} are free; make room or choose another disk"
-            )
+        check_space(self.path, wanted, "make room or choose another disk")
 
-    def create(self, name: str, size: int) -> DirectFile:
+    def create(self, name: str) -> DirectFile:
         """Begin a file; it has a name of its own until it is committed."""
         return DirectFile(self.temporary(name), name)
+
+    def publish(self, file: DirectFile, shard: Shard, tick: Tick) -> None:
+        """Give a shard its name, durably."""
+        file.commit()
 
     def temporary(self, name: str) -> Path:
         """A path of its own for a file that will be called `name`."""
@@ -106,25 +88,14 @@ class OutputFolder:
         self._temporaries.append(path)
         return path
 
-    def files(self) -> Mapping[str, int]:
-        """Names and sizes, as they are now; what another run removes meanwhile is left out."""
-        found = {}
-        with os.scandir(self.path) as entries:
-            for entry in entries:
-                with contextlib.suppress(FileNotFoundError):
-                    if entry.is_file():
-                        found[entry.name] = entry.stat().st_size
-        return found
-
     def read(self, name: str) -> bytes:
         """A small file."""
-        with FolderSource(self.path) as there:
-            return there.read(name, 0, self.files()[name])
+        return (self.path / name).read_bytes()
 
-    def holds(self, record: Record) -> bool:
-        """Whether the shard has the recorded digest: it is read."""
+    def holds(self, shard: Shard, tick: Tick) -> bool:
+        """Whether the shard has the digest: it is read."""
         with FolderSource(self.path) as there:
-            return file_digest(there, record.shard.file, 0, record.shard.size) == record.shard.blake3
+            return file_digest(there, shard.file, 0, shard.size, tick) == shard.blake3
 
     def remove_own_temporaries(self) -> None:
         """Remove what `temporary` named and nothing was made of."""
@@ -134,11 +105,9 @@ class OutputFolder:
 
     def remove_temporaries(self, ranks: Collection[int | None] | None) -> None:
         """Remove what killed runs left of these ranks, None among them for what is of no rank; with None, all of it."""
-        for name in self.contents().temporaries:
-            match = TEMPORARY.fullmatch(name)
-            rank = rank_of(match[1]) if match else None
-            if ranks is None or rank in ranks:
-                (self.path / name).unlink(missing_ok=True)
+        for match in filter(None, map(TEMPORARY.fullmatch, self.files())):
+            if ranks is None or rank_of(match[1]) in ranks:
+                (self.path / match[0]).unlink(missing_ok=True)
 
     def put(self, name: str, data: bytes) -> None:
         """A small file: written aside, made durable, renamed; one that holds that already is left alone."""
@@ -157,17 +126,24 @@ class OutputFolder:
         temporary.replace(self.path / name)
         sync(self.path)
 
-    def take_manifest_away(self) -> None:
-        """From here on the set is one that is being replaced: no reader takes it, and `--resume` finishes it."""
-        with contextlib.suppress(FileNotFoundError):
-            (self.path / MANIFEST).replace(self.path / REPLACED)
-            sync(self.path)
-
     def remove(self, names: Iterable[str]) -> None:
         """Remove files, durably."""
         for name in names:
             (self.path / name).unlink(missing_ok=True)
         sync(self.path)
+
+    def _make(self) -> None:
+        """Make the folder and its parents, remembering which were not there."""
+        missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        for path in reversed(missing):
+            try:
+                path.mkdir()
+            except FileExistsError:
+                continue
+            except OSError as error:
+                raise OutputError(f"{path}: cannot be made: {error.strerror}") from error
+            self._created.append(path)
+            sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -175,16 +151,17 @@ def new_folder(path: Path) -> Iterator[OutputFolder]:
     """A folder that must be new or empty, locked; temporary files that are left when the block ends are removed."""
     folder = OutputFolder(path)
     folder.require_empty()
-    try:
-        with os_errors(path):
-            folder.make()
-        with os_errors(path), locked(path, None):
-            folder.require_empty()  # again, now that no other run can change it
-            folder.remove_temporaries(None)
-            yield folder
-    finally:
-        folder.remove_own_temporaries()
-        folder.remove_if_created()
+    with folder.writing(None):
+        folder.require_empty()  # again, now that no other run can change it
+        folder.remove_temporaries(None)
+        yield folder
+
+
+def check_space(folder: Path, wanted: int, way_out: str) -> None:
+    """Raises SpaceError if `wanted` bytes do not fit on a folder's disk."""
+    free = shutil.disk_usage(folder).free
+    if wanted + _RESERVE > free:
+        raise SpaceError(f"{folder}: {wanted:,} bytes are to be written, {free:,} are free; {way_out}")
 
 
 @contextlib.contextmanager

@@ -47,7 +47,7 @@ def merge(
         for number, layers in enumerate(groups, 1):
             name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
             tensors = [tensor for layer in layers for tensor in layer.stored()]
-            sinks.append(folder.create(name, sum(tensor.nbytes for tensor in tensors)))
+            sinks.append(folder.create(name))
             files.append(_write(sinks[-1], tensors, readers, tick))
             weight_map |= {tensor.name: name for tensor in tensors}
         source.check_unchanged()
@@ -89,6 +89,6 @@ def _write(
             stream.write_tensor(PlannedTensor(tensor.name, tensor.dtype, tensor.shape, (whole,)), readers, tick)
         size, digest = stream.close()
     except BaseException:
-        stream.discard()
+        sink.discard()
         raise
     return MergedFile(sink.name, size, digest, len(tensors))

@@ -1,30 +1,31 @@
-"""From an address to a target, and from a place to a team."""
+"""From an address to a target."""
 
-import contextlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from reshard.source.address import FOLDER, parse_target
 from reshard.writer.folder import OutputFolder
 from reshard.writer.target import Target
-from reshard.writer.team import Alone, Place, Team
 
 
 def open_target(address: str | Path) -> Target:
-    """The target at a folder's path or an fsspec address. Raises UsageError or MissingDependencyError."""
+    """The target at a folder's path or an address. Raises UsageError or MissingDependencyError."""
     if isinstance(address, Path):
         return OutputFolder(address)
     found = parse_target(address)
-    if found.kind == FOLDER:
-        return OutputFolder(Path(found.place))
+    scheme = FOLDER if found.kind == FOLDER else address.partition("://")[0].lower()
+    return TARGETS.get(scheme, _fsspec)(found.place)
+
+
+def _folder(place: str) -> Target:
+    return OutputFolder(Path(place))
+
+
+def _fsspec(place: str) -> Target:
     from reshard.writer.remote import RemoteTarget  # asyncio and a driver, which a folder does without
 
-    return RemoteTarget(found.place)
+    return RemoteTarget(place)
 
 
-def open_team(place: Place) -> contextlib.AbstractContextManager[Team]:
-    """The team at a place. Raises GroupError where the others do not come, MissingDependencyError without torch."""
-    if place.size == 1:
-        return contextlib.nullcontext(Alone())
-    from reshard.writer.gloo import GlooTeam  # torch
-
-    return GlooTeam(place)
+# scheme -> what opens it; any other is a file system that fsspec knows
+TARGETS: Mapping[str, Callable[[str], Target]] = {FOLDER: _folder}

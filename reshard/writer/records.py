@@ -1,17 +1,16 @@
 """The shards of one set in one target: which are there already, by their records or by the manifest."""
 
 import contextlib
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from reshard.errors import ManifestError, OutputError
 from reshard.manifest import Manifest, Record, Shard, parse_manifest, parse_record
 from reshard.model.naming import MANIFEST, shard_file
 from reshard.plan.manifest_builder import fingerprint, make_manifest
 from reshard.plan.pipeline import Prepared
-from reshard.plan.plan import Plan, PlannedShard
+from reshard.plan.plan import Plan
 from reshard.writer.stream import first_difference
-from reshard.writer.target import Target, record_file
-from reshard.writer.team import Tick
+from reshard.writer.target import Target, Tick, record_file
 
 
 class Records:
@@ -27,14 +26,10 @@ class Records:
         """The set's manifest; shards by rank."""
         return make_manifest(self._prepared.checkpoint, self._plan, self._prepared.sample, shards)
 
-    def put(self, shard: Shard, etag: str | None) -> None:
+    def put(self, shard: Shard) -> None:
         """Say that a shard is finished."""
-        record = Record(fingerprint=self._fingerprint, shard=shard, etag=etag)
+        record = Record(fingerprint=self._fingerprint, shard=shard)
         self._target.put(record_file(shard.file), (record.model_dump_json(indent=1) + "\n").encode())
-
-    def forget(self, shards: Collection[PlannedShard]) -> None:
-        """Remove the records of shards that are to be written, whatever set they are of."""
-        self._target.remove(record_file(shard.file) for shard in shards)
 
     def finished(self) -> bool:
         """Whether the set has its manifest."""
@@ -57,7 +52,7 @@ class Records:
                 )
             if differing is not None:
                 return False
-        return self._target.holds(record)
+        return self._target.holds(shard, tick)
 
     def found(self) -> dict[int, Record]:
         """The shards in the target that a record of this very set (or its manifest) names, in the size it names."""

@@ -6,6 +6,7 @@ there the target takes them.
 
 import mmap
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import numpy as np
 from blake3 import blake3
@@ -14,16 +15,25 @@ from reshard.manifest import Shard
 from reshard.plan.plan import PlannedShard, PlannedTensor
 from reshard.tensors.byte_grid import BlockReader
 from reshard.tensors.dtypes import itemsize
-from reshard.writer.target import Sink
 
 STAGE_BYTES = 1 << 20
 
 
+class Sink(Protocol):
+    """Takes a file's bytes, front to back."""
+
+    def write(self, data: memoryview) -> None:
+        """Append bytes."""
+
+    def close(self) -> None:
+        """Make what was written durable."""
+
+
 class ShardStream:
-    """Writes into a sink. `close` makes it durable; `discard` gives it up."""
+    """Writes into a sink."""
 
     def __init__(self, sink: Sink) -> None:
-        self.sink = sink
+        self._sink = sink
         memory = mmap.mmap(-1, STAGE_BYTES)  # page-aligned, as direct writes want it
         self._memory = memoryview(memory)
         self._stage = np.frombuffer(memory, np.uint8)
@@ -62,12 +72,8 @@ class ShardStream:
     def close(self) -> tuple[int, str]:
         """Write what is staged and make it durable. Returns the file's size and BLAKE3."""
         self._flush()
-        self.sink.close()
+        self._sink.close()
         return self._written, self._hasher.hexdigest()
-
-    def discard(self) -> None:
-        """Nothing of it stays."""
-        self.sink.discard()
 
     def _advance(self, size: int) -> None:
         self._filled += size
@@ -77,7 +83,7 @@ class ShardStream:
     def _flush(self) -> None:
         data = self._memory[: self._filled]
         self._hasher.update(data)
-        self.sink.write(data)
+        self._sink.write(data)
         self._written += self._filled
         self._filled = 0
 
@@ -90,12 +96,6 @@ class _Nowhere:
 
     def close(self) -> None:
         """Nothing is open."""
-
-    def commit(self) -> None:
-        """Nothing is kept."""
-
-    def discard(self) -> None:
-        """Nothing is kept."""
 
 
 def first_difference(

@@ -1,106 +1,61 @@
-"""Where a shard set is written: what a target offers, and whose its names are.
+"""A target: where a shard set is written, as files by name. A folder is one, an object store another.
 
-A folder is one, an object store another; the split knows nothing of what stands behind it.
+To add one: a class with the methods of `Target`, and its scheme in reshard.writer.open.
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from reshard.manifest import Record
+from reshard.manifest import Shard
 from reshard.model.naming import MANIFEST, parse_shard_file
 from reshard.source.files import is_side_file
+from reshard.writer.file import DirectFile
 
-LOCK_FILE = ".reshard.lock"
+Tick = Callable[[int], None]
+
+LOCK_FILE = re.compile(r"\.reshard(-set|-rank-\d{5})?\.lock")
 REPLACED = f".{MANIFEST}.replaced"
 TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}\.tmp")
 _RECORD_ENDING = ".record.json"
 
 
-@dataclass(frozen=True)
-class Contents:
-    """What stands in a target.
-
-    finished: the manifest is there; replaced: an overwrite was cut off between two sets; shards: (rank, size).
-    """
-
-    finished: bool
-    replaced: bool
-    shards: frozenset[tuple[int, int]]
-    temporaries: tuple[str, ...]
-    foreign: tuple[str, ...]
-
-
-class Sink(Protocol):
-    """A file that is being written, front to back."""
-
-    def write(self, data: memoryview) -> None:
-        """Append bytes."""
-
-    def close(self) -> None:
-        """Make what was written durable."""
-
-    def commit(self) -> str | None:
-        """Let the closed file be seen. Returns what its store calls these very bytes (an S3 ETag), if it does."""
-
-    def discard(self) -> None:
-        """Give it up: nothing of it stays."""
-
-
-class Turn(Protocol):
-    """The right to write some ranks."""
-
-    @property
-    def exclusive(self) -> bool:
-        """Whether no other run can write these ranks meanwhile."""
-
-    def finish(self) -> bool:
-        """Exchange it for the right to complete the set. False if another run is still writing some of it."""
-
-
 class Target(Protocol):
-    """Files by name. Safe to use from several threads."""
+    """Files by name. Safe to use from several threads. What goes wrong is an OutputError."""
 
     @property
     def address(self) -> str:
         """How messages call it."""
 
-    @property
-    def stages(self) -> bool:
-        """Whether a closed file stays unseen until it is committed."""
+    def files(self) -> Mapping[str, int]:
+        """Names and sizes, as they are now; none where nothing was written yet."""
 
-    def contents(self) -> Contents:
-        """Look at what is there. Raises OutputError where nothing can be written."""
+    def writing(self, ranks: Sequence[int] | None) -> AbstractContextManager[Callable[[], bool]]:
+        """The time in which these ranks (None: all) are written; nothing unfinished stays.
 
-    def writing(self, ranks: Sequence[int] | None) -> AbstractContextManager[Turn]:
-        """The time in which these ranks (None: all) are written: what killed runs left of them is removed.
-
-        What goes wrong is an OutputError; nothing unfinished stays. Raises BusyError if another run is known to
-        write there.
+        Yields a call that says whether the set may be completed now: False if another run is known to write some of
+        it. Raises BusyError if another run is known to write these ranks.
         """
 
     def check_space(self, wanted: int) -> None:
         """Raises SpaceError if `wanted` bytes are known not to fit."""
 
-    def create(self, name: str, size: int) -> Sink:
-        """Begin a file that will be called `name` and have `size` bytes."""
+    def create(self, name: str) -> DirectFile:
+        """Begin a file that will be called `name`. Only while `writing`."""
 
-    def files(self) -> Mapping[str, int]:
-        """Names and sizes, as they are now."""
+    def publish(self, file: DirectFile, shard: Shard, tick: Tick) -> None:
+        """Let a shard that was written be seen under its name. tick: called at each step, raises to end it."""
 
     def read(self, name: str) -> bytes:
         """A small file."""
 
-    def holds(self, record: Record) -> bool:
-        """Whether a shard that is there is the recorded one, by what can be known of it without fetching it."""
+    def holds(self, shard: Shard, tick: Tick) -> bool:
+        """Whether the shard that is there has the digest: it is read. tick: called at each step, raises to end it."""
 
     def put(self, name: str, data: bytes) -> None:
-        """A small file, seen whole or not at all; one that holds that already may be left alone."""
-
-    def take_manifest_away(self) -> None:
-        """From here on the set is one that is being replaced: no reader takes it, and `--resume` finishes it."""
+        """A small file, seen whole or not at all."""
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove files, durably; one that is not there is no error."""
@@ -109,23 +64,42 @@ class Target(Protocol):
         """Remove what killed runs left of these ranks, None among them for what is of no rank; with None, all of it."""
 
 
-def record_file(shard: str) -> str:
-    """The name of a finished shard's record in an unfinished set."""
-    return shard.removesuffix(".safetensors") + _RECORD_ENDING
+@dataclass(frozen=True)
+class Contents:
+    """What is in a target.
+
+    finished: the manifest is there; replaced: an overwrite was cut off between two sets; shards: (rank, size).
+    """
+
+    finished: bool
+    replaced: bool
+    shards: frozenset[tuple[int, int]]
+    foreign: tuple[str, ...]
 
 
-def sort_names(names: Iterable[str]) -> Contents:
+def contents(target: Target) -> Contents:
     """What the names in a target are."""
-    names = sorted(names)
+    names = sorted(target.files())
     shards = frozenset(parsed for name in names if (parsed := parse_shard_file(name)))
     of_a_set = bool(shards) or REPLACED in names
     return Contents(
         finished=MANIFEST in names and bool(shards),
         replaced=REPLACED in names,
         shards=shards,
-        temporaries=tuple(name for name in names if TEMPORARY.fullmatch(name)),
         foreign=tuple(n for n in names if not (_is_ours(n) or (of_a_set and (n == MANIFEST or is_side_file(n))))),
     )
+
+
+def take_manifest_away(target: Target) -> None:
+    """From here on the set is one that is being replaced: no reader takes it, and `--resume` finishes it."""
+    if MANIFEST in target.files():
+        target.put(REPLACED, target.read(MANIFEST))
+        target.remove([MANIFEST])
+
+
+def record_file(shard: str) -> str:
+    """The name of a finished shard's record in an unfinished set."""
+    return shard.removesuffix(".safetensors") + _RECORD_ENDING
 
 
 def stale(names: Iterable[str], keep: Collection[str]) -> list[str]:
@@ -142,4 +116,5 @@ def rank_of(name: str) -> int | None:
 
 
 def _is_ours(name: str) -> bool:
-    return name in {REPLACED, LOCK_FILE} or bool(TEMPORARY.fullmatch(name)) or rank_of(name) is not None
+    passing = name == REPLACED or LOCK_FILE.fullmatch(name) or TEMPORARY.fullmatch(name)
+    return bool(passing) or rank_of(name) is not None

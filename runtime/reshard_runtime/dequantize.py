@@ -6,7 +6,7 @@ weight_dequant; compressed-tensors `dequantize`). Shapes: [N, K] a weight, b x k
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -23,17 +23,11 @@ _GIB = 1 << 30
 
 def dequantized(layers: Mapping[int, LayerShard], kernels: Kernels) -> dict[int, LayerShard]:
     """The layers with every linear in a scheme that `kernels` has; one line of the log for all that were changed."""
-    found = {
-        index: replace(layer, gate_up=_linear(layer.gate_up, kernels), down=_linear(layer.down, kernels))
-        for index, layer in layers.items()
-    }
+    found = {index: layer.changed(partial(_linear, kernels=kernels)) for index, layer in layers.items()}
     changed = [
         (before, after)
         for index in found
-        for before, after in (
-            (layers[index].gate_up, found[index].gate_up),
-            (layers[index].down, found[index].down),
-        )
+        for before, after in zip(layers[index].linears, found[index].linears, strict=True)
         if before is not after
     ]
     if changed:

@@ -14,9 +14,10 @@ from safetensors import SafetensorError, safe_open
 
 from reshard.errors import HeaderError, ManifestError, ShardError
 from reshard.fit import fit_digest, fit_header, fit_size, fit_weights, require, share_of
-from reshard.manifest import Manifest, ShardTensor, parse_manifest
+from reshard.manifest import Manifest, parse_manifest
 from reshard.manifest import Shard as ShardEntry
 from reshard.model.naming import MANIFEST, module_name, parse_dense
+from reshard.model.parts import DENSE_FFN
 from reshard.source.opened import Opened, reason, unfollowed
 from reshard.tensors.header import read_header
 from reshard_runtime.dequantize import dequantized
@@ -67,7 +68,7 @@ def load_shard(
             entry.tp_rank,
             manifest.tp_size,
             manifest.model.hidden_size,
-            manifest.model.intermediate_size,
+            DENSE_FFN.shared_size(manifest.model),
             share,
             set_digest,
             *linears_of(module_name(manifest.model.prefix, layer.index), layer, tensors, entry.file),
@@ -83,7 +84,7 @@ def load_shard(
         manifest.tp_size,
         manifest.model.model_type,
         manifest.model.hidden_size,
-        manifest.model.intermediate_size,
+        DENSE_FFN.shared_size(manifest.model),
         set_digest,
         dequantized(found, kernels) if dequantize else found,
     )
@@ -125,60 +126,35 @@ def _wanted_layers(manifest: Manifest, folder: Path, layers: Iterable[int] | Non
 
 
 def _read(
-    path: Path,
-    entry: ShardEntry,
-    manifest: Manifest,
-    device: torch.device,
-    layers: frozenset[int],
-    verify: Verify,
+    path: Path, entry: ShardEntry, manifest: Manifest, device: torch.device, layers: frozenset[int], verify: Verify
 ) -> dict[str, torch.Tensor]:
-    """The tensors of `layers`, after the header was compared with the manifest."""
-    try:
-        opened = Opened(path)
-    except OSError as error:
-        what = f"cannot be read: {reason(error)}; copy the shard again"
-        raise ShardError(f"{path}: {f'is {unfollowed(path, error)}' if path.is_symlink() else what}") from error
-    with opened:
-        tensors = _tensors(opened, entry, manifest, device, layers, verify)
-        if difference := opened.difference():
-            raise ShardError(f"{path}: {difference}; load it again when nothing writes there any more")
-    return tensors
-
-
-def _tensors(
-    opened: Opened,
-    entry: ShardEntry,
-    manifest: Manifest,
-    device: torch.device,
-    layers: frozenset[int],
-    verify: Verify,
-) -> dict[str, torch.Tensor]:
-    path = opened.path
+    """The tensors of `layers`, after the file was compared with the manifest."""
     file = str(path)
-    require(fit_size(file, opened.size, entry.size), ShardError)
-    try:
-        header = read_header(opened.read, file, opened.size)
-    except HeaderError as error:
-        raise ShardError(str(error)) from error
-    except OSError as error:
-        raise ShardError(f"{path}: cannot be read: {reason(error)}; copy the shard again") from error
-    require(fit_header(header, entry, manifest.tp_size, file), ShardError)
-    require(fit_weights(manifest, entry, file), ShardError)
     first = torch.device("cpu") if verify == "digest" else device
     tensors: dict[str, torch.Tensor] = {}
     try:
-        with safe_open(opened.same_file, framework="pt", device=str(first)) as file:
-            for tensor in entry.tensors:
-                parsed = parse_dense(tensor.name)
-                if parsed is not None and parsed.layer in layers:
-                    tensors[tensor.name] = _value(path, file.get_tensor(tensor.name), tensor, device, verify)
-    except (SafetensorError, OSError) as error:
+        with Opened(path) as opened:
+            require(fit_size(file, opened.size, entry.size), ShardError)
+            header = read_header(opened.read, file, opened.size)
+            require(fit_header(header, entry, manifest.tp_size, file), ShardError)
+            require(fit_weights(manifest, entry, file), ShardError)
+            with safe_open(opened.same_file, framework="pt", device=str(first)) as stored:
+                for tensor in entry.tensors:
+                    parsed = parse_dense(tensor.name)
+                    if parsed is None or parsed.layer not in layers:
+                        continue
+                    value = stored.get_tensor(tensor.name)
+                    if verify == "digest":
+                        digest = blake3(value.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+                        require(fit_digest(f"{path}: {tensor.name}", digest, tensor.blake3), ShardError)
+                    tensors[tensor.name] = value.to(device)
+            if difference := opened.difference():
+                raise ShardError(f"{path}: {difference}; load it again when nothing writes there any more")
+    except HeaderError as error:
+        raise ShardError(str(error)) from error
+    except SafetensorError as error:
         raise ShardError(f"{path}: cannot be read: {error}; copy the shard again") from error
+    except OSError as error:
+        what = f"cannot be read: {reason(error)}; copy the shard again"
+        raise ShardError(f"{path}: {f'is {unfollowed(path, error)}' if path.is_symlink() else what}") from error
     return tensors
-
-
-def _value(path: Path, value: torch.Tensor, tensor: ShardTensor, device: torch.device, verify: Verify) -> torch.Tensor:
-    if verify == "digest":
-        digest = blake3(value.reshape(-1).view(torch.uint8).numpy()).hexdigest()
-        require(fit_digest(f"{path}: {tensor.name}", digest, tensor.blake3), ShardError)
-    return value.to(device)

@@ -64,7 +64,7 @@ class PartialFFN(nn.Module):
 
 def _dtype_of(layer: LayerShard, dtype: torch.dtype | None) -> torch.dtype:
     """The tokens' type: that of the weights that are not quantized."""
-    for linear in (layer.gate_up, layer.down):
+    for linear in layer.linears:
         own, is_float = linear.tensors["weight"].dtype, scheme_named(linear.scheme, linear.name).is_float
         if is_float and dtype not in (None, own):
             raise UsageError(f"dtype is {dtype}, {linear.name}.weight is {own}; weights are not cast")

@@ -4,8 +4,8 @@ Shapes: H hidden_size, I intermediate_size, R tp_size, L = I'/R the rank's share
 padding, if any).
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -52,9 +52,18 @@ class LayerShard:
     activation: Activation | None
 
     @property
+    def linears(self) -> tuple[LinearShard, LinearShard]:
+        """Both."""
+        return self.gate_up, self.down
+
+    def changed(self, change: Callable[[LinearShard], LinearShard]) -> "LayerShard":
+        """The layer with every linear changed."""
+        return replace(self, gate_up=change(self.gate_up), down=change(self.down))
+
+    @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
-        return self.gate_up.nbytes + self.down.nbytes
+        return sum(linear.nbytes for linear in self.linears)
 
     def known_activation(self) -> Activation:
         """Its activation. Raises ShardError for one that is not said, or whose formula is not known."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from reshard.checkpoint.config_only import promised
+from reshard.checkpoint.config_only import config_checkpoint
 from reshard.checks.report import CHECKS
 from reshard.checks.serving_option import OPTION
 from reshard.errors import printable
@@ -64,7 +64,7 @@ def test_every_bad_input_fails_in_the_words_of_split(case: Any, tmp_path: Path) 
 def test_a_config_alone_promises_the_dense_ffn_and_no_more(model: str, scheme: str) -> None:
     """The first public implementation of the option caught expert layers. The names are frozen, not computed."""
     config_json = json.loads((CONFIGS / f"{model}.json").read_text())
-    checkpoint = promised(config_json, model, scheme)
+    checkpoint = config_checkpoint(config_json, model, scheme)
     assert sorted(tensor.name for tensor in checkpoint.tensors()) == FROZEN[model][scheme]
     assert [layer.index for layer in checkpoint.layers] == DENSE_LAYERS[model]
     plan = make_plan(checkpoint, 2, pad=True)
@@ -103,7 +103,7 @@ def test_a_promised_checkpoint_is_what_a_real_one_is_read_as(tmp_path: Path, rec
     with open_source(str(tmp_path / "model")) as source:
         real = describe(source)
     told = RECIPES[recipe].description is None
-    made = promised(config_json, "model", None if told else RECIPES[recipe].scheme)
+    made = config_checkpoint(config_json, "model", None if told else RECIPES[recipe].scheme)
     assert [layer.index for layer in made.layers] == [layer.index for layer in real.layers]
     weights = [{t.name: (t.dtype, t.shape) for t in c.tensors() if t.name.endswith("weight")} for c in (made, real)]
     if recipe == "fp16":  # the builder's config says bfloat16 of every model

@@ -119,7 +119,7 @@ def tensor(manifest: dict[str, Any], rank: int, name: str) -> dict[str, Any]:
         (
             lambda m: m["layers"][1]["linears"]["down_proj"].update(scheme="bf16"),
             "scheme",
-            "layers.1.mlp.down_proj is bf16, its tensors",
+            "layers.1.mlp.down_proj: manifest.json says bf16, and its tensors",
         ),
         (lambda m: m["layers"].pop(), "layers", "its layers lack that of model.layers.1.mlp.gate_proj"),
         (lambda m: m["layers"].append(dict(m["layers"][0], index=2)), "layers", "its layers are [0, 1, 2]"),

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reshard.checkpoint.config_only import promised, read_config
+from reshard.checkpoint.config_only import config_checkpoint, read_config
 from reshard.convert.rules import converted
 from reshard.errors import AlignmentError, ProfileError, SchemeError
 from reshard.estimate.document import SchemeEstimate, Size
@@ -266,7 +266,7 @@ def test_a_config_is_estimated_as_the_checkpoint_that_is_made_of_it(tmp_path: Pa
     done = reshard("synth", R1, tmp_path / "m", "--scheme", scheme, "--scale", "1/16", "--layers", 4, "--sparse")
     assert done.code == 0, done.err
     config = read_config(tmp_path / "m" / "config.json")
-    assert estimated(promised(config, "m", scheme), (1, 2, 4)) == _estimate(tmp_path / "m", 1, 2, 4)
+    assert estimated(config_checkpoint(config, "m", scheme), (1, 2, 4)) == _estimate(tmp_path / "m", 1, 2, 4)
 
 
 def test_conversion_is_estimated_as_what_it_makes(tmp_path: Path) -> None:
@@ -383,7 +383,9 @@ def test_a_size_that_is_faster_but_left_out_is_named_with_its_own_reason() -> No
     """
     config = read_config(R1.with_name("deepseek-v2-lite.json"))
     pair = load_profile("atlas-a3-560t")
-    lite, narrow = (promised(config | {"intermediate_size": size}, "lite", "w8a8_dynamic") for size in (10944, 10912))
+    lite, narrow = (
+        config_checkpoint(config | {"intermediate_size": size}, "lite", "w8a8_dynamic") for size in (10944, 10912)
+    )
     assert estimated(lite, (1, 2, 4), pair).recommended == 4
     found = estimated(narrow, (1, 2, 4), pair)
     assert found.recommended == 2
@@ -397,7 +399,7 @@ def test_a_size_that_is_faster_but_left_out_is_named_with_its_own_reason() -> No
 def test_what_the_kernel_refuses_is_not_recommended() -> None:
     """Llama 3.1 405B's I: the runtime refuses a last dim of 2 * 53248."""
     wide = {"model_type": "llama", "hidden_size": 8192, "intermediate_size": 53248, "num_hidden_layers": 2}
-    checkpoint = promised(wide, "wide", "w8a8_dynamic")
+    checkpoint = config_checkpoint(wide, "wide", "w8a8_dynamic")
     alone = estimated(checkpoint, (1,), A2)
     assert alone.recommended is None
     assert alone.reasons[0].startswith("gate_up_proj is 106496 wide, the int8 kernel takes up to 65535")
@@ -474,7 +476,7 @@ def test_every_reason_is_true(
     tensor: int,
 ) -> None:
     profile = load_profile("atlas-a3-752t", [f"{key}={value}" for key, value in values.items()])
-    checkpoint = promised(read_config(R1.with_name(f"{model}.json")), model, scheme)
+    checkpoint = config_checkpoint(read_config(R1.with_name(f"{model}.json")), model, scheme)
     options = Options(tokens, 2, pad, None if spare is None else spare * tokens, tensor)
     try:
         found = estimated(checkpoint, sizes, profile, options)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reshard.checkpoint.config_only import promised
+from reshard.checkpoint.config_only import config_checkpoint
 from reshard.errors import LayersError, SchemeError, SourceError
 from reshard.model.activation import Activation
 from reshard.model.config import (
@@ -216,23 +216,23 @@ def test_layers_behind_the_last() -> None:
     ids=str,
 )
 def test_a_config_alone_is_warned_of(keys: dict[str, Any], says: str) -> None:
-    (warning,) = promised(SIZES | keys, "model").warnings
+    (warning,) = config_checkpoint(SIZES | keys, "model").warnings
     assert says in warning
 
 
 def test_a_config_alone_of_a_family_that_is_known() -> None:
     pangu = {"num_routed_experts": 8, "num_dense_layers": 3, "num_mtp_layers": 1, "model_type": "pangu_ultra_moe"}
-    found = promised(SIZES | pangu, "model")
+    found = config_checkpoint(SIZES | pangu, "model")
     assert [layer.index for layer in found.layers] == [0, 1, 2]
     assert found.warnings == ()
     with pytest.raises(
         LayersError, match=r"no dense layer: config.json \(mixtral: every layer is a mixture of experts"
     ):
-        promised(SIZES | {"model_type": "mixtral", "num_local_experts": 8}, "model")
+        config_checkpoint(SIZES | {"model_type": "mixtral", "num_local_experts": 8}, "model")
     with pytest.raises(LayersError, match="llama4_text: its layers are named feed_forward"):
-        promised(SIZES | {"model_type": "llama4_text", "num_local_experts": 8}, "model")
+        config_checkpoint(SIZES | {"model_type": "llama4_text", "num_local_experts": 8}, "model")
     with pytest.raises(SchemeError, match="mlp_bias is set: dense layers with a bias are not cut"):
-        promised(SIZES | {"model_type": "llama", "mlp_bias": True}, "model")
+        config_checkpoint(SIZES | {"model_type": "llama", "mlp_bias": True}, "model")
 
 
 # Experts, as an engine asks

@@ -15,8 +15,8 @@ import pytest
 
 from reshard.model.naming import parse_dense
 from reshard.source.open import describe, open_source
-from reshard.synth.plan import SynthOptions
-from reshard.synth.write import synthesise
+from reshard.synth.plan import SynthOptions, plan_checkpoint
+from reshard.synth.write import write_checkpoint
 from tests.support.paths import CONFIGS, DATA
 
 FROZEN: dict[str, dict[str, list[str]]] = json.loads((DATA / "split_tensors.json").read_text())
@@ -47,7 +47,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     model, scheme = request.param
     folder = tmp_path_factory.mktemp("model") / model
     config = json.loads((CONFIGS / f"{model}.json").read_text())
-    synthesise(config, folder, SynthOptions(scheme, sparse=True))
+    write_checkpoint(plan_checkpoint(config, SynthOptions(scheme, sparse=True)), folder)
     yield model, scheme, folder
     shutil.rmtree(folder)  # terabytes, if something copied it
 

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reshard.checkpoint.config_only import promised
+from reshard.checkpoint.config_only import config_checkpoint
 from reshard.checkpoint.description import Checkpoint
 from reshard.errors import AlignmentError
 from reshard.plan.plan import Plan, make_plan, required_multiple, working_sizes
-from tests.model.test_models import CONFIGS
 from tests.plan.test_plan import BLOCK, checkpoint_of, grid_of, share_of
 from tests.support.builders import Spec
+from tests.support.paths import CONFIGS
 
 
 @settings(deadline=None, max_examples=60)
@@ -63,7 +63,7 @@ def test_blocks_of_two_sizes_are_both_kept_whole() -> None:
             "weights": {**common, "strategy": "block", "block_structure": block},
             "input_activations": {**common, "strategy": "group", "dynamic": True},
         }
-    checkpoint = promised(config, "model")
+    checkpoint = config_checkpoint(config, "model")
     assert required_multiple(checkpoint.layers) == 96
     with pytest.raises(
         AlignmentError, match=r"gives 240 rows, not a multiple of the 96-row .*; use a tp of 1, 2, 5, 10;"

@@ -15,21 +15,18 @@ from reshard.model.config.rules import RULES
 from reshard.model.config.wrapper import WRAPPERS
 from reshard.schemes import VARIANTS, TensorRule
 from tests.support.paths import ROOT
-from tests.support.running import reshard, steady
+from tests.support.running import reshard
+from tests.support.transcripts import check_output, commands_of
 
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
 COMMANDS = [command.callback.__name__ for command in app.registered_commands if command.callback]
 
 
 def transcript() -> list[tuple[str, str]]:
-    """The (command, output) pairs of the README's console blocks."""
-    pairs = []
-    for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL):
-        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
-            command, _, output = part.partition("\n")
-            pairs.append((command, output))
-    return pairs
+    """The (command, output) pairs of the pages' console blocks, README's first: the others go on with its demo."""
+    blocks = re.findall(r"```console\n(.*?)```", "".join(page.read_text() for page in PAGES), re.DOTALL)
+    return [pair for block in blocks for pair in commands_of(block)]
 
 
 def scheme_rows() -> list[str]:
@@ -129,13 +126,11 @@ def test_the_transcript_is_what_the_commands_say(tmp_path: Path, monkeypatch: py
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     pairs = transcript()
-    assert len(pairs) >= 5
+    assert len(pairs) >= 9
     for command, output in pairs:
         program, *arguments = shlex.split(command)
         assert program == "reshard"
-        done = reshard(*arguments)
-        said = "\n".join(line.rstrip() for line in (done.out + done.err).splitlines())
-        assert steady(said) == steady(output.rstrip()), command
+        check_output(reshard(*arguments), output)
 
 
 def test_the_steps_to_a_server_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,8 +161,11 @@ def test_every_command_is_described() -> None:
 
 def test_options_that_are_named_exist() -> None:
     helps = "".join(reshard(command, "--help").out for command in COMMANDS) + reshard("--help").out
-    ours = re.sub(r"```sh\n.*?```", "", README, flags=re.DOTALL)  # a serving engine's options are its own
-    text = ours + (ROOT / "CHANGELOG.md").read_text()
+    others = {"serving.md", "check.md"}  # with options of engines
+    pages = [page for page in PAGES if page.name not in others] + [ROOT / "CHANGELOG.md"]
+    text = "".join(page.read_text() for page in pages)
+    text = re.sub(r"```.*?```|torchrun's own `.*?`", "", text, flags=re.DOTALL)
+    text = "".join(re.findall(r"`(?:reshard |--)[^`]*`", text))
     for option in sorted(set(re.findall(r"--[a-z][a-z-]+", text))):
         assert option in helps, option
 
@@ -180,13 +178,29 @@ def test_targets_that_are_named_exist() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_that_are_named_exist(page: Path) -> None:
-    for path in re.findall(r"\]\(((?!http|#)[^)]+)\)", page.read_text()):
+    for path in re.findall(r"\]\(((?!http|#)[^)#]+)", page.read_text()):
         assert (page.parent / path).exists(), path
 
 
-def test_every_page_can_be_found_from_the_readme() -> None:
-    for page in PAGES[1:]:
-        assert f"](docs/{page.name})" in README, page.name
+def test_files_that_contributors_are_sent_to_exist() -> None:
+    named = re.findall(
+        r"`((?:reshard|runtime|tests|configs|docs|\.ci)/[^` ]*)`", (ROOT / "CONTRIBUTING.md").read_text()
+    )
+    assert len(named) > 20
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    assert re.findall(r"^\| \[(.+)\]\(\1\)", index, re.MULTILINE)
+    assert set(re.findall(r"^\| \[(.+)\]", index, re.MULTILINE)) == {
+        page.name for page in (ROOT / "docs").glob("*.md") if page.name != "README.md"
+    }
+    assert "](docs/README.md)" in README
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 180
 
 
 def test_the_version_stands_in_the_changelog_and_once_in_the_code() -> None:
@@ -196,9 +210,14 @@ def test_the_version_stands_in_the_changelog_and_once_in_the_code() -> None:
     assert __version__ not in (ROOT / "pyproject.toml").read_text()
 
 
-def test_headings_that_are_linked_exist() -> None:
-    headings = {re.sub(r"[^a-z0-9 -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.+)$", README, re.M)}
-    for anchor in re.findall(r"\]\(#([^)]+)\)", README):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_headings_that_are_linked_exist(page: Path) -> None:
+    for path, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text()):
+        linked = (page.parent / path if path else page).read_text()
+        headings = {
+            re.sub(r"[^a-z0-9 -]", "", h.lower()).replace(" ", "-")
+            for h in re.findall(r"^#+ (.+)$", linked, re.MULTILINE)
+        }
         assert anchor in headings, anchor
 
 

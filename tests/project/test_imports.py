@@ -117,7 +117,7 @@ def test_there_is_no_import_cycle() -> None:
 
 def test_only_two_modules_import_torch() -> None:
     importing = {name for name, path in _modules().items() if "torch" in {i.split(".")[0] for i in _imports(path)}}
-    assert importing == {"reshard.convert.compute", "reshard.writer.gloo"}
+    assert importing == {"reshard.convert.compute", "reshard.writer.team"}
 
 
 def test_the_runtime_takes_only_the_vocabulary() -> None:

@@ -232,7 +232,7 @@ def test_both_sides_are_named(found: dict[str, StoredTensor], accounts: Accounts
 @pytest.mark.parametrize("quantization", [FP8, INT8, AWQ])
 def test_plain_weights_beside_a_quantized_config(quantization: dict[str, Any]) -> None:
     line = refused(PLAIN, of(quantization))
-    assert "plain BF16 with no scales (in model.safetensors); weights that were cast" in line
+    assert f"plain BF16 with no scales ({MODULE}.weight in model.safetensors); weights that were cast" in line
     assert "remove quantization_config from config.json" in line
     assert "--scheme bf16" in line
     scheme, _, (warning,) = decided(PLAIN, of(quantization, scheme="bf16"))

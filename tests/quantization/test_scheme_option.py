@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from reshard.checkpoint.config_only import promised
+from reshard.checkpoint.config_only import config_checkpoint
 from reshard.errors import SchemeError, UsageError
 from reshard.plan.manifest_builder import scheme_name
 from reshard.quantization import Accounts, Schemes
@@ -57,18 +57,26 @@ def test_what_is_told(found: dict[str, StoredTensor], accounts: Accounts, scheme
 def test_a_told_scheme_has_the_config_s_block() -> None:
     found = tensors(weight="F8_E4M3") | {"weight_scale_inv": StoredTensor("F32", (8, 2), "f")}
     assert decided(found, of(FP8 | {"weight_block_size": [64, 128]}, scheme="fp8_block"))[1] == (64, 128)
-    assert "are not fp8_block's" in refused(found, of(scheme="fp8_block"))
+    assert "shape [8, 2], with a weight of [512, 256] (blocks of 128 x 128)" in refused(found, of(scheme="fp8_block"))
 
 
 @pytest.mark.parametrize(
     ("found", "accounts", "says"),
     [
-        (BLOCKS, of(scheme="w8a8_dynamic"), ("--scheme w8a8_dynamic", "they fit fp8_block")),
-        (FP4, of(scheme="w8a8_dynamic"), ("are not w8a8_dynamic's", "it splits bf16")),
+        (
+            BLOCKS,
+            of(scheme="w8a8_dynamic"),
+            ("--scheme says w8a8_dynamic, and its", "out, or say --scheme fp8_block"),
+        ),
+        (
+            FP4,
+            of(scheme="w8a8_dynamic"),
+            ("says w8a8_dynamic", "are NVFP4; this version does not split it"),
+        ),
         (
             STATIC,
             of(description=(DESCRIPTION, {f"{MODULE}.weight": "W8A8"}), scheme="w8a8_mix"),
-            ("they fit w8a8_static",),
+            ("are w8a8_static, as quant_model", "leave --scheme out, or say --scheme w8a8_static"),
         ),
         (
             STATIC_OF_BOTH,
@@ -100,9 +108,9 @@ def test_a_config_alone_with_two_accounts() -> None:
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "hidden_act": "silu"}
     both = {"text_config": {**sizes, "quantization_config": FP8}, "quantization_config": INT8}
     with pytest.raises(SchemeError, match=r"says w8a8_dynamic, config\.json .* says fp8_block: give the checkpoint"):
-        promised(both, "model")
-    assert scheme_name(promised(both, "model", "fp8_block").layers) == "fp8_block"
-    assert scheme_name(promised(sizes | {"compression_config": INT8}, "model").layers) == "w8a8_dynamic"
+        config_checkpoint(both, "model")
+    assert scheme_name(config_checkpoint(both, "model", "fp8_block").layers) == "fp8_block"
+    assert scheme_name(config_checkpoint(sizes | {"compression_config": INT8}, "model").layers) == "w8a8_dynamic"
 
 
 def test_a_config_alone_with_an_online_transform(tmp_path: Path) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from reshard.errors import SourceError, UsageError
-from reshard.plan.pipeline import Cut, prepare
-from reshard.source.open import describe, open_source
+from reshard.plan.pipeline import Cut
 from tests.support.builders import Spec, build, dense_only, read_safetensors, write_safetensors
 from tests.support.corrupt import FIRST, INDEX, SECOND, mapped
 from tests.support.refusals import warnings_of
@@ -65,30 +64,6 @@ def same_shards(model: Path, right: Path, folder: Path) -> None:
 # --- links ---
 
 
-def test_a_hub_cache_whose_blobs_are_on_another_disk(model: Path, tmp_path: Path) -> None:
-    repository, disk = tmp_path / "models--org--name", tmp_path / "bigdisk"
-    snapshot = repository / "snapshots" / "0123abcd"
-    snapshot.mkdir(parents=True)
-    disk.mkdir()
-    (repository / "blobs").symlink_to(Path("..") / "bigdisk")
-    for number, path in enumerate(sorted(model.iterdir())):
-        shutil.copy(path, disk / str(number))
-        (snapshot / path.name).symlink_to(Path("../../blobs") / str(number))
-    same_shards(snapshot, model, tmp_path)
-    assert reshard("verify", tmp_path / "out", "--source", snapshot).code == 0
-
-
-def test_shards_linked_from_two_disks(model: Path, tmp_path: Path) -> None:
-    linked = tmp_path / "linked"
-    linked.mkdir()
-    for number, path in enumerate(sorted(model.iterdir())):
-        disk = tmp_path / f"disk{number % 2}"
-        disk.mkdir(exist_ok=True)
-        shutil.copy(path, disk)
-        (linked / path.name).symlink_to(disk / path.name)
-    same_shards(linked, model, tmp_path)
-
-
 def test_a_link_in_a_circle_is_a_file_that_is_not_there(model: Path) -> None:
     (model / "loop.safetensors").symlink_to("loop.safetensors")
     assert warnings_of(model) == ()
@@ -114,35 +89,11 @@ def test_a_shard_set_may_be_linked_and_its_manifest_may_not_lead_away(model: Pat
 # --- an index that is written otherwise, or out of date ---
 
 
-def test_dot_slash_in_an_index(model: Path, tmp_path: Path) -> None:
-    shutil.copytree(model, tmp_path / "dotted")
-    index = json.loads((model / INDEX).read_text())
-    index["weight_map"] = {name: f"./{file}" for name, file in index["weight_map"].items()}
-    (tmp_path / "dotted" / INDEX).write_text(json.dumps(index))
-    same_shards(tmp_path / "dotted", model, tmp_path)
-
-
 @pytest.mark.parametrize("path", ["../model/" + FIRST, "./../x.safetensors", "sub/x.safetensors", "/etc/x", ".", "./"])
 def test_an_index_that_leads_away_is_refused_whatever_the_tensor(path: str, model: Path) -> None:
     mapped("model.norm.weight", path)(model)
     with pytest.raises(SourceError, match=r"maps model.norm.weight to '.*', which is no file of this folder"):
         warnings_of(model)
-
-
-def test_a_missing_file_of_other_tensors_is_a_warning(model: Path, tmp_path: Path) -> None:
-    shutil.copytree(model, tmp_path / "whole")
-    lost = without_dense(model)
-    count = len(files_of(model)[lost])
-    (model / lost).unlink()
-    (line,) = warnings_of(model)
-    assert line == (f"{INDEX} names files that are not there: 1 ({lost}), with {count} tensors, none of a dense layer")
-    same_shards(model, tmp_path / "whole", tmp_path)
-    checked = reshard("check", model, "--tp", 2)
-    assert checked.code == 0
-    assert f"files that are not there: 1 ({lost})" in checked.out
-    shown = reshard("inspect", model, "--format", "json")
-    assert shown.document["total_tensors"] == len(files_of(model)[FIRST])
-    assert "files that are not there" in shown.err
 
 
 @pytest.mark.parametrize("what", ["pointer", "zeros", "cut short"])
@@ -182,18 +133,6 @@ def test_a_tensor_that_moved_is_a_warning_unless_it_is_dense(model: Path) -> Non
     holder = next(file for file, names in files_of(model).items() if other in names)
     mapped(other, next(file for file in files_of(model) if file != holder))(model)
     assert warnings_of(model) == (f"{INDEX} names tensors in the wrong file: 1, none of a dense layer ({other})",)
-
-
-def test_scales_that_a_cast_left_in_the_index(model: Path, tmp_path: Path) -> None:
-    """fp8_cast_bf16: the files and config.json are BF16, the index is the FP8 original's."""
-    shutil.copytree(model, tmp_path / "whole")
-    scale = GATE + "_scale_inv"
-    mapped(scale, min(files_of(model)))(model)
-    (line,) = warnings_of(model)
-    assert f"still names scales of dense layers whose weights are not quantized in the files: 1 ({scale})" in line
-    same_shards(model, tmp_path / "whole", tmp_path)
-    mapped(scale, "model-00163-of-000163.safetensors")(model)  # a file of the original alone
-    assert any("still names scales of dense layers" in line for line in warnings_of(model))
 
 
 def test_a_scale_that_is_lost_is_no_cast(tmp_path: Path) -> None:
@@ -293,23 +232,6 @@ def test_a_single_file_that_the_index_names_is_one_account(tmp_path: Path) -> No
     assert warnings_of(tmp_path / "model") == ()
 
 
-def test_a_single_file_beside_shards_without_an_index(model: Path) -> None:
-    single(model)
-    (model / INDEX).unlink()
-    with pytest.raises(SourceError) as caught:
-        warnings_of(model)
-    for text in (
-        "in two files, model-0000",
-        f"{SINGLE} (",
-        f"transformers takes {SINGLE}, vLLM takes every .safetensors",
-        f"with --index {SINGLE}, or move the file that is not this model's",
-    ):
-        assert text in str(caught.value)
-    assert "stale" not in str(caught.value)
-    with open_source(str(model), index=SINGLE) as source:
-        assert [file.name for file in describe(source).identity.files] == [SINGLE]
-
-
 def test_shards_of_two_versions_without_an_index(model: Path) -> None:
     """Neither is the single file: no --index can tell."""
     (model / INDEX).unlink()
@@ -323,19 +245,6 @@ def test_shards_of_two_versions_without_an_index(model: Path) -> None:
 
 
 DRAFTS = {"the same names": GATE, "a layer of its own": "model.layers.2.mlp.gate_proj.weight"}
-
-
-@pytest.mark.parametrize("case", list(DRAFTS))
-def test_a_draft_beside_the_single_file(case: str, tmp_path: Path) -> None:
-    model = _single_only(tmp_path)
-    draft = {DRAFTS[case]: ("BF16", (4,), bytes(8)), "fc.weight": ("BF16", (4,), bytes(8))}
-    write_safetensors(model / "draft.safetensors", draft)
-    with pytest.raises(SourceError) as caught:
-        warnings_of(model)
-    for text in ("draft.safetensors (2 tensors)", f"{SINGLE} (", DRAFTS[case], "transformers takes", "a draft"):
-        assert text in str(caught.value)
-    with open_source(str(model), index=SINGLE) as source:
-        assert prepare(source, Cut(2)).checkpoint.warnings == ()
 
 
 def _single_only(folder: Path) -> Path:
@@ -352,16 +261,6 @@ BESIDE = {
 }
 
 
-@pytest.mark.parametrize("file", list(BESIDE))
-def test_known_files_beside_the_single_one(file: str, tmp_path: Path) -> None:
-    model = _single_only(tmp_path)
-    shutil.copytree(model, tmp_path / "without")
-    write_safetensors(model / file, {"layers.0.w1.weight": ("BF16", (4,), bytes(8))})
-    (line,) = warnings_of(model)
-    assert line.startswith(f"{file} {BESIDE[file]}")
-    same_shards(model, tmp_path / "without", tmp_path)
-
-
 def test_an_adapter_beside_an_index_is_said_too_and_mistral_s_own_is_not(model: Path) -> None:
     for file in BESIDE:
         write_safetensors(model / file, {"layers.0.w1.weight": ("BF16", (4,), bytes(8))})
@@ -376,15 +275,6 @@ def test_two_indexes_of_which_one_names_nothing_that_is_there(model: Path, tmp_p
     (model / old).write_text(json.dumps({"weight_map": {GATE: "old-00001-of-00002.safetensors"}}))
     assert warnings_of(model) == (f"{old} names no file that is there; it is passed over",)
     same_shards(model, tmp_path / "without", tmp_path)
-
-
-def test_two_indexes_of_which_both_can_be_followed(model: Path) -> None:
-    other = "quant_model_weights.safetensors.index.json"
-    shutil.copy(model / INDEX, model / other)
-    with pytest.raises(SourceError, match=f"two indexes, {INDEX} and {other}: .*--index {INDEX} or --index {other}"):
-        warnings_of(model)
-    with open_source(str(model), index=other) as source:
-        assert describe(source).warnings == ()
 
 
 # --- no safetensors at all ---

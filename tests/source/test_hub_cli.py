@@ -17,7 +17,8 @@ from reshard.source.hub import find_repository
 from tests.support.builders import Spec, build
 from tests.support.faults import ROOT
 from tests.support.hub_server import COMMIT, ORIGIN, REPO, Asked, Handler, Hub, serving
-from tests.support.running import interrupted, reshard, reshard_process, same_but_for_the_origin, split, steady
+from tests.support.running import interrupted, reshard, reshard_process, same_but_for_the_origin, split
+from tests.support.transcripts import check_output, commands_of
 
 SET_COMMIT = "3" * 40
 
@@ -304,17 +305,14 @@ def test_revisions_that_contradict(tmp_path: Path) -> None:
         assert done.err.count("\n") == 1
 
 
-def test_the_readme_s_transcript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = (ROOT / "README.md").read_text()
-    (block,) = re.findall(r"<!-- hub -->\n```text\n(.*?)```\n<!-- /hub -->", readme, re.DOTALL)
-    (synth,) = re.findall(r"^\$ reshard (synth .*)$", readme, re.MULTILINE)
+def test_the_page_s_transcript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "sources.md").read_text()
+    (block,) = re.findall(r"<!-- hub -->\n```text\n(.*?)```\n<!-- /hub -->", page, re.DOTALL)
+    (synth,) = re.findall(r"^\$ reshard (synth .*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     assert reshard(*shlex.split(synth)).code == 0
     with serving(Hub({COMMIT: tmp_path / "demo" / "model"})) as hub:
         use(hub, monkeypatch)
-        for part in re.split(r"^\$ reshard ", block, flags=re.MULTILINE)[1:]:
-            command, _, output = part.partition("\n")
-            done = reshard(*shlex.split(command))
-            said = "\n".join(line.rstrip() for line in (done.out + done.err).splitlines())
-            assert steady(said) == steady(output.rstrip()), command
+        for command, output in commands_of(block, r"^\$ reshard "):
+            check_output(reshard(*shlex.split(command)), output)

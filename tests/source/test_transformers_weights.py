@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.builders import Spec, build, read_safetensors, write_safetensors
+from tests.support.builders import Spec, build
 from tests.support.corrupt import INDEX
 from tests.support.refusals import refusal, warnings_of
-from tests.support.running import reshard
 
 SINGLE = "model.safetensors"
 
@@ -24,24 +23,6 @@ def test_transformers_weights_that_is_the_account(tmp_path: Path) -> None:
     for same in (INDEX, f"./{INDEX}", None):
         told(tmp_path / "model", same)
         assert warnings_of(tmp_path / "model") == ()
-
-
-@pytest.mark.parametrize("command", ["check", "split"])
-def test_transformers_weights_that_is_another_account(command: str, tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    build(model, Spec())
-    other = {name: raw for path in model.glob("*.safetensors") for name, raw in read_safetensors(path).items()}
-    write_safetensors(model / "tuned.safetensors", other)
-    told(model, "tuned.safetensors")
-    said = refusal(model, command)
-    for text in (
-        f"config.json: transformers_weights names tuned.safetensors: another account of the weights than {INDEX}",
-        f"transformers takes tuned.safetensors, vLLM takes what {INDEX} names",
-        f"--index tuned.safetensors or --index {INDEX}",
-    ):
-        assert text in said
-    for index in ("tuned.safetensors", INDEX):
-        assert reshard("check", model, "--tp", 2, "--index", index).code == 0
 
 
 @pytest.mark.parametrize(

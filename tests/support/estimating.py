@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from reshard.checkpoint.config_only import promised, read_config
+from reshard.checkpoint.config_only import config_checkpoint, read_config
 from reshard.checkpoint.description import Checkpoint
 from reshard.estimate.document import SchemeEstimate
 from reshard.estimate.profile import Profile, load_profile
@@ -15,7 +15,7 @@ R1 = CONFIGS / "deepseek-r1.json"
 
 def r1(scheme: str) -> Checkpoint:
     """DeepSeek-R1 by its config."""
-    return promised(read_config(R1), "deepseek-r1", scheme)
+    return config_checkpoint(read_config(R1), "deepseek-r1", scheme)
 
 
 def estimated(

@@ -58,23 +58,18 @@ class Job:
     main: str = "reshard.cli.main"
 
 
-def run(*jobs: Job, last: int | None = None) -> list[Done]:
-    """Run them at once and wait for all. last: the number of one that is killed when the others have ended."""
+def run(*jobs: Job) -> list[Done]:
+    """Run them at once and wait for all."""
     with tempfile.TemporaryDirectory() as place:
         folders = [Path(place, str(number)) for number in range(len(jobs))]
         for folder in folders:
             folder.mkdir()
         forks = [Fork(job, folder) for job, folder in zip(jobs, folders, strict=True)]
         try:
-            ended = {}
-            for number in sorted(range(len(forks)), key=lambda number: number == last):
-                if number == last:
-                    forks[number].kill()
-                ended[number] = forks[number].done()
+            return [fork.done() for fork in forks]
         finally:
             for fork in forks:
                 fork.kill()
-    return [ended[number] for number in range(len(forks))]
 
 
 def reshard(*arguments: object, before: str = "", **environment: str) -> Done:
@@ -91,7 +86,8 @@ class Server:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.forks"],
             cwd=ROOT,
-            env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},  # no threads where one forks
+            # No threads where one forks; the log level is what the command sets before it imports torch.
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "FATAL"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
@@ -139,7 +135,13 @@ def _server() -> Server:
 
 
 def _serve() -> None:
-    for module in ("s3fs", "reshard.plan.pipeline", "reshard.writer.remote", "tests.support.team_process"):
+    for module in (
+        "s3fs",
+        "reshard.plan.pipeline",
+        "reshard.writer.remote",
+        "torch.distributed",
+        "tests.support.team_process",
+    ):
         importlib.import_module(module)
     gc.collect()
     gc.freeze()  # what was imported is not copied for a fork to collect it

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -105,8 +104,3 @@ def same_but_for_the_origin(origin: dict[str, str], out: Path, right: Path) -> N
             assert ours == theirs
         else:
             assert got == wanted, path.name
-
-
-def steady(text: str) -> str:
-    """Without the rounding that a processor's own order of additions makes."""
-    return re.sub(r"differ by \S+ of", "differ by … of", text)

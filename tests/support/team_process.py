@@ -5,9 +5,9 @@ import os
 from pathlib import Path
 
 import reshard.cli.main
-import reshard.writer.gloo
 import reshard.writer.split
 import reshard.writer.stream
+import reshard.writer.team
 from tests.support.faults import STAGE_BYTES, Steps
 
 
@@ -17,7 +17,7 @@ def main() -> None:
     reshard.writer.stream.STAGE_BYTES = STAGE_BYTES
     reshard.writer.split._APPEARING_SECONDS = 1.0
     for name, value in fault.get("constants", {}).items():
-        setattr(reshard.writer.gloo, name, value)
+        setattr(reshard.writer.team, name, value)
     run = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if fault.get("process") == int(os.environ["RANK"]) and fault.get("run", run) == run:
         Steps(Path(fault["out"]), fault["at"], fault["action"]).install()

@@ -61,13 +61,13 @@ def processes(
     folders: Sequence[Path] = (),
     fault: dict[str, Any] | None = None,
     size: int | None = None,
+    first: int = 0,
     before: str = "",
-    last: int | None = None,
 ) -> list[Done]:
     """A split in one process for each command, each in a folder of its own where such are given.
 
-    fault: see tests.support.team_process. size: how many there are to be, where not all come. before: Python that runs
-    first in each. last: a process that does nothing more, and is killed when the others have ended.
+    fault: see tests.support.team_process. size, first: how many there are to be and the number of the first that comes,
+    where not all come. before: Python that runs first in each.
     """
     port = free_port()
     jobs = [
@@ -78,9 +78,9 @@ def processes(
             before,
             "tests.support.team_process",
         )
-        for number, arguments in enumerate(commands)
+        for number, arguments in enumerate(commands, first)
     ]
-    return forks.run(*jobs, last=last)
+    return forks.run(*jobs)
 
 
 def place(number: int, size: int, port: int) -> dict[str, str]:

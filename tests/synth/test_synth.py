@@ -15,7 +15,7 @@ from reshard.schemes import VARIANTS, Operand
 from reshard.source.open import describe, open_source
 from reshard.synth.plan import SynthOptions, plan_checkpoint
 from reshard.synth.schemes import RECIPES
-from reshard.synth.write import synthesise, write_checkpoint
+from reshard.synth.write import SynthResult, Tick, write_checkpoint
 from reshard.tensors.numeric import to_f32
 from tests.support.builders import Raw, dense_only, read_folder
 from tests.support.paths import CONFIGS
@@ -39,9 +39,13 @@ def array(raw: Raw) -> np.ndarray:
     return np.frombuffer(data, _NUMPY[dtype]).reshape(shape)
 
 
+def make(config: dict[str, Any], folder: Path, options: SynthOptions, tick: Tick = lambda nbytes: None) -> SynthResult:
+    return write_checkpoint(plan_checkpoint(config, options), folder, tick)
+
+
 def small(folder: Path, scheme: str, **options: Any) -> dict[str, Raw]:
     """A small R1 of four layers: three dense ones, one mixture, and the prediction block."""
-    synthesise(config_of("deepseek-r1"), folder, SynthOptions(scheme, SMALL, 4, **options))
+    make(config_of("deepseek-r1"), folder, SynthOptions(scheme, SMALL, 4, **options))
     return read_folder(folder)
 
 
@@ -106,9 +110,20 @@ def test_attention_follows_the_family() -> None:
     assert names("kimi-k2") == latent | low_rank | {"rotary_emb.inv_freq"}
 
 
-def test_tied_embeddings_have_no_head() -> None:
-    plan = plan_checkpoint(config_of("llama-3.1-8b", tie_word_embeddings=True), SynthOptions())
-    assert "lm_head.weight" not in {tensor.name for file in plan.files for tensor in file.tensors}
+@pytest.mark.parametrize(
+    ("model", "tied", "head"),
+    [
+        ("llama-3.1-8b", True, []),
+        ("llama-3.1-8b", False, ["lm_head.weight"]),
+        ("glm-4.5v", False, ["lm_head.weight"]),
+        ("kimi-k2.5", False, ["language_model.lm_head.weight"]),
+    ],
+)
+def test_the_head_stands_beside_the_model_or_at_the_top(model: str, tied: bool, head: list[str]) -> None:
+    config = config_of(model, tie_word_embeddings=tied) if tied else config_of(model)
+    plan = plan_checkpoint(config, SynthOptions(scale=SMALL, layers=1))
+    names = [tensor.name for file in plan.files for tensor in file.tensors]
+    assert [name for name in names if "lm_head" in name] == head
 
 
 def test_modelslim_leaves_what_its_recipes_leave(tmp_path: Path) -> None:
@@ -145,7 +160,7 @@ def test_files_are_named_as_the_tool_names_them(tmp_path: Path, scheme: str) -> 
 @pytest.mark.parametrize("scheme", RECIPES)
 def test_reads_back(tmp_path: Path, scheme: str, model: str) -> None:
     config = config_of(model)
-    synthesise(config, tmp_path / "out", SynthOptions(scheme, SMALL, 4, sparse=True))
+    make(config, tmp_path / "out", SynthOptions(scheme, SMALL, 4, sparse=True))
     with open_source(str(tmp_path / "out")) as source:
         checkpoint = describe(source)
     written = json.loads((tmp_path / "out/config.json").read_text())
@@ -288,7 +303,7 @@ def test_full_scale_changes_only_the_quantization() -> None:
 
 
 def test_first_layers(tmp_path: Path) -> None:
-    synthesise(config_of("deepseek-r1"), tmp_path, SynthOptions(scale=SMALL, layers=2, sparse=True))
+    make(config_of("deepseek-r1"), tmp_path, SynthOptions(scale=SMALL, layers=2, sparse=True))
     names = set(read_folder(tmp_path))
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["num_hidden_layers"], config["first_k_dense_replace"]) == (2, 2)
@@ -322,7 +337,7 @@ def test_dense_only_of_r1_is_what_the_split_reads() -> None:
 
 def test_sparse_r1(tmp_path: Path) -> None:
     ticks: list[int] = []
-    result = synthesise(config_of("deepseek-r1"), tmp_path, SynthOptions("fp8_block", sparse=True), tick=ticks.append)
+    result = make(config_of("deepseek-r1"), tmp_path, SynthOptions("fp8_block", sparse=True), tick=ticks.append)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) == result.files == len(ticks) == 163
     assert (result.tensors, result.tensor_bytes) == (91_991, 688_574_839_360)
@@ -338,7 +353,7 @@ def test_sparse_r1(tmp_path: Path) -> None:
 def test_any_number_of_files(tmp_path: Path, shards: int) -> None:
     config = config_of("deepseek-r1", n_routed_experts=16, n_group=1, topk_group=1)
     options = SynthOptions(scale=Fraction(1, 128), layers=4, shards=shards, sparse=True)
-    result = synthesise(config, tmp_path, options)
+    result = make(config, tmp_path, options)
     assert result.tensors == 85  # so the largest number gives each a file of its own
     assert len(list(tmp_path.glob("*.safetensors"))) == result.files == shards
     assert all(json.loads(h) for h in map(_header, tmp_path.glob("*.safetensors")))

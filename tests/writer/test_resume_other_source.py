@@ -13,9 +13,7 @@ from tests.source.test_hub import COMMIT, opened
 from tests.support.builders import Spec, build, read_safetensors, write_safetensors
 from tests.support.hub_server import Hub, serving
 from tests.support.running import reshard, split
-from tests.writer.test_split_bytes import no_fsync, snapshot  # noqa: F401
-from tests.writer.test_writer import ranks_of, shard
-from tests.writer.test_writer_resume import Files
+from tests.support.sets import Files, ranks_of, shard, snapshot
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 COLUMNS = 512  # of down's, two bytes each; a rank of four has 128

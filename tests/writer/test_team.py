@@ -1,6 +1,8 @@
-"""One set written by several processes: the bytes of one. What happens to one: tests/writer/test_team_faults.py."""
+"""One set written by several processes: the bytes of one; and what is said where one fails, dies or is absent."""
 
 import shutil
+import signal
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,30 +13,24 @@ from hypothesis import strategies as st
 
 from reshard.errors import GroupError, UsageError
 from reshard.plan.pipeline import Cut
-from reshard.writer.team import Alone, Place, agree, read_place, share
+from reshard.writer.team import Place, Team, agree, read_place, share
 from tests.support.builders import Spec, build
-from tests.support.running import reshard, split
-from tests.support.teams import processes, torchrun
-from tests.writer.test_split_bytes import snapshot
-from tests.writer.test_writer import record, shard
+from tests.support.faults import INTERRUPT, KILL
+from tests.support.forks import Fork, Job
+from tests.support.running import TIMEOUT_SECONDS, reshard
+from tests.support.sets import Files, record, shard, snapshot, split, with_records
+from tests.support.teams import place, processes, torchrun
 
-SPEC = Spec("modelslim_v0_static", hidden=256, intermediate=1024, dense=1, seed=1)
-Files = dict[str, bytes]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("team") / "source"
-    build(folder, SPEC)
-    return folder
+KEPT = "run the same command with --resume"
+HOST = socket.gethostname()
+SHORT = {"constants": {"WAIT_SECONDS": 2.0, "JOIN_SECONDS": 2.0}}
 
 
-@pytest.fixture(scope="module")
-def wanted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Files:
-    """What one process makes of it for four ranks."""
-    out = tmp_path_factory.mktemp("wanted") / "out"
-    split(source, out, Cut(4))
-    return snapshot(out)
+def check_left(folder: Path, wanted: Files) -> None:
+    """No manifest, and no shard that is not whole."""
+    there = snapshot(folder)
+    assert "manifest.json" not in there
+    assert all(data == wanted[name] for name, data in there.items() if name.endswith(".safetensors"))
 
 
 # --- who does what ---
@@ -58,59 +54,43 @@ def test_a_place_is_what_torchrun_says() -> None:
             read_place({**said, **wrong})
 
 
-class Others(Alone):
+class Others(Team):
     """A team whose other process gives what it is told to."""
 
     def __init__(self, other: Any) -> None:
-        super().__init__()
+        super().__init__(Place(0, 2))
         self._other = other
 
-    def exchange(self, value: Any) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
         return [value, self._other]
 
 
 def test_accounts_that_differ_are_refused_by_name() -> None:
     agree(Others({"tp_size": "4", "a source": "x"}), {"tp_size": "4", "a source": "x"})
-    with pytest.raises(GroupError, match=r"process 1 has tp_size 8, process 0 has 4; give every process the same"):
+    with pytest.raises(GroupError, match=r"process 1 of 2 has tp_size 8, process 0 of 2 has 4; give every process the"):
         agree(Others({"tp_size": "8", "a source": "y"}), {"tp_size": "4", "a source": "x"})
 
 
 # --- the same bytes ---
 
 
-def test_torchrun_makes_the_set_of_one_process(tmp_path: Path, source: Path, wanted: Files) -> None:
-    (done,) = torchrun(source, tmp_path / "out", "--tp", 4, size=3)
-    assert done.code == 0, done.err
-    assert snapshot(tmp_path / "out") == wanted
-    assert done.out == reshard("split", source, tmp_path / "alone", "--tp", 4).out.replace("alone", "out")
-    assert done.err.count("split: ") == 1, "progress is the first process's to show"
-
-
-def test_two_nodes(tmp_path: Path, source: Path, wanted: Files) -> None:
-    nodes = torchrun(source, tmp_path / "out", "--tp", 4, "--format", "json", size=1, nodes=2)
+def test_two_nodes_make_the_set_of_one_process(tmp_path: Path, source: Path, wanted: Files) -> None:
+    nodes = torchrun(source, tmp_path / "out", "--tp", 4, size=2, nodes=2)
     assert [done.code for done in nodes] == [0, 0], nodes
     assert snapshot(tmp_path / "out") == wanted
-    (spoken,) = [done for done in nodes if done.out]
-    assert [entry["tp_rank"] for entry in spoken.document["shards"]] == [0, 1, 2, 3]
-    assert spoken.document["complete"] is True
+    alone = reshard("split", source, tmp_path / "alone", "--tp", 4)
+    assert sorted(done.out for done in nodes) == ["", alone.out.replace("alone", "out")]
+    assert sum(done.err.count("split: ") for done in nodes) == 1, "progress is the first process's to show"
 
 
-def test_more_processes_than_ranks(tmp_path: Path, source: Path) -> None:
-    command = [source, tmp_path / "out", "--tp", 2, "--pad", "--weights", "keep"]
-    ended = processes(command, command, command)
-    assert [done.code for done in ended] == [0, 0, 0], ended
-    split(source, tmp_path / "alone", Cut(2, pad=True))
-    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "alone")
-    assert [bool(done.out) for done in ended] == [True, False, False]
-
-
-def test_converted_and_padded(tmp_path: Path) -> None:
+def test_converted_and_padded_by_more_processes_than_ranks(tmp_path: Path) -> None:
     build(tmp_path / "source", Spec("fp8_block", intermediate=640, dense=1))
     command = [tmp_path / "source", tmp_path / "out", "--tp", 2, "--weights", "bf16", "--pad", "--layout", "separate"]
-    ended = processes(command, command)
-    assert [done.code for done in ended] == [0, 0], ended
-    split(tmp_path / "source", tmp_path / "alone", Cut(2, "separate", True, "bf16"))
+    ended = processes(command, command, command)
+    assert [done.code for done in ended] == [0, 0, 0], ended
+    split(tmp_path / "source", tmp_path / "alone", cut=Cut(2, "separate", True, "bf16"))
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "alone")
+    assert [bool(done.out) for done in ended] == [True, False, False]
 
 
 def test_chosen_ranks_are_divided_and_the_rest_follows(tmp_path: Path, source: Path, wanted: Files) -> None:
@@ -119,7 +99,7 @@ def test_chosen_ranks_are_divided_and_the_rest_follows(tmp_path: Path, source: P
     first, second = processes(command, command)
     assert (first.code, second.code) == (0, 0), (first, second)
     assert "the set still lacks ranks 0" in first.out
-    assert snapshot(out).keys() == {name for rank in (1, 2, 3) for name in (shard(rank), record(rank))}
+    assert snapshot(out).keys() == with_records((1, 2, 3))
     again = [*command[:4], "--resume", "--format", "json"]
     first, second = processes(again, again)
     assert (first.code, second.code) == (0, 0), (first, second)
@@ -146,24 +126,14 @@ def refused(first: Sequence[object], second: Sequence[object], message: str) -> 
         assert done.out == ""
 
 
-def test_commands_that_differ(tmp_path: Path, source: Path) -> None:
+def test_commands_and_sources_that_differ(tmp_path: Path, source: Path, other: Path) -> None:
+    """Sources of one name, with files of the same sizes and headers: only bytes tell them apart."""
     out = tmp_path / "out"
-    refused([source, out, "--tp", 4], [source, out, "--tp", 2], "has tp_size 2, process 0 of 2 (")
-    assert not out.exists()
-
-
-def test_sources_that_differ(tmp_path: Path, source: Path) -> None:
-    """Of one name, with files of the same sizes and headers: only bytes tell them apart."""
-    other = tmp_path / "other" / "source"
-    build(other, Spec(**{**vars(SPEC), "seed": 2}))
-    out = tmp_path / "out"
-    refused([source, out, "--tp", 4], [other, out, "--tp", 4], "has a source of bytes ")
-    assert not out.exists()
-
-
-def test_a_source_that_one_host_lacks(tmp_path: Path, source: Path) -> None:
-    out = tmp_path / "out"
-    refused([source, out, "--tp", 4], [tmp_path / "nowhere", out, "--tp", 4], "nowhere: no such folder")
+    command = [source, out, "--tp", 4]
+    refused(command, [source, out, "--tp", 2], f"process 1 of 2 ({HOST}) has tp_size 2, process 0 of 2 ({HOST}) has 4")
+    refused(command, [other, out, "--tp", 4], "has a source of bytes ")
+    refused(command, [tmp_path / "nowhere", out, "--tp", 4], "nowhere: no such folder")
+    refused([source, out, "--tp", 5], [source, out, "--tp", 5], "is not divisible by tp 5")
     assert not out.exists()
 
 
@@ -179,7 +149,7 @@ def test_a_folder_on_each_host(tmp_path: Path, source: Path, wanted: Files) -> N
     assert "each host has a folder of its own" in first.err
     assert "--resume" in first.err
     for folder, ranks in ((here, (0, 1)), (there, (2, 3))):
-        assert snapshot(folder / "out").keys() == {name for r in ranks for name in (shard(r), record(r))}
+        assert snapshot(folder / "out").keys() == with_records(ranks)
     shutil.copytree(there / "out", here / "out", dirs_exist_ok=True)
     done = reshard("split", source, here / "out", "--tp", 4, "--resume")
     assert done.code == 0
@@ -187,19 +157,117 @@ def test_a_folder_on_each_host(tmp_path: Path, source: Path, wanted: Files) -> N
     assert snapshot(here / "out") == wanted
 
 
+# --- one fails, dies, does not come ---
+
+
+@pytest.mark.parametrize(("process", "step"), [(1, f"replace {record(3)} #1"), (0, "replace manifest.json #1")])
+def test_a_process_is_killed(tmp_path: Path, source: Path, wanted: Files, process: int, step: str) -> None:
+    """Where torchrun does not end the others, they wait for a while."""
+    out = tmp_path / "out"
+    command = [source, out, "--tp", 4, "--workers", 1]
+    fault = {"process": process, "out": out, "at": step, "action": KILL, **SHORT}
+    ended = processes(command, command, fault=fault)
+    dead, alive = ended[process], ended[1 - process]
+    assert dead.code == -signal.SIGKILL, dead
+    assert alive.code == 1, alive
+    check_left(out, wanted)
+    said = "did not come within 2 s" if process else "or torchrun on its host, has ended or does not answer ("
+    assert f"error: process {1 - process} of 2 ({HOST}): process {process} of 2 ({HOST})" in alive.err
+    assert said in alive.err
+    assert KEPT in alive.err
+    again = [*command, "--resume"]
+    assert [done.code for done in processes(again, again)] == [0, 0]
+    assert snapshot(out) == wanted
+
+
+def test_torchrun_ends_the_others_and_starts_them_anew(tmp_path: Path, source: Path, wanted: Files) -> None:
+    out = tmp_path / "out"
+    command = [source, out, "--tp", 4, "--workers", 1, "--resume"]
+    fault = {"process": 1, "out": out, "at": f"replace {shard(3)} #1", "action": KILL, "run": 0}
+    (done,) = torchrun(*command, restarts=1, fault=fault)
+    assert done.code == 0, done.err
+    assert f"error: process 0 of 2 ({HOST}): told to end, as torchrun does when another process has ended" in done.err
+    assert "(kept)" in done.out
+    assert snapshot(out) == wanted
+
+
+@pytest.mark.parametrize(("action", "code"), [("ENOSPC", 1), (INTERRUPT, 130)])
+def test_a_process_fails(tmp_path: Path, source: Path, wanted: Files, action: str, code: int) -> None:
+    out = tmp_path / "out"
+    command = [source, out, "--tp", 4, "--workers", 1]
+    fault = {"process": 1, "out": out, "at": f"pwrite {shard(2)}~ #1", "action": action}
+    first, second = processes(command, command, fault=fault)
+    assert (first.code, second.code) == (1, code), (first, second)
+    why = f"{out}: the disk is full" if action == "ENOSPC" else "interrupted"
+    assert f"error: process 0 of 2 ({HOST}): process 1 of 2 ({HOST}) has failed: {why}" in first.err
+    assert second.err.count("\n") == 1, second.err
+    check_left(out, wanted)
+    assert [name for name in snapshot(out) if name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_process_that_is_alone(tmp_path: Path, source: Path, number: int) -> None:
+    commands = [[source, tmp_path / "out", "--tp", 4]]
+    (alone,) = processes(*commands, size=2, first=number, fault=SHORT)
+    assert alone.code == 1
+    absent = "process 1 of 2 did not come within 2 s" if number == 0 else "no meeting of the 2 processes at 127.0.0.1:"
+    assert absent in alone.err
+    assert "unset RANK and WORLD_SIZE to run alone" in alone.err
+    assert alone.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_interrupted_while_it_waits_for_the_others(tmp_path: Path, source: Path) -> None:
+    """A store that takes the connection and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(TIMEOUT_SECONDS)
+        arguments = ["split", str(source), str(tmp_path / "out"), "--tp", "4"]
+        process = Fork(Job(arguments, place(1, 2, silent.getsockname()[1])), tmp_path)
+        try:
+            connection, _ = silent.accept()
+            with connection:
+                process.kill(signal.SIGINT)
+                done = process.done()
+        finally:
+            process.kill()
+    assert (done.code, done.out) == (130, "")
+    assert done.err == f"process 1 of 2 ({HOST}): interrupted\n"
+
+
+def test_without_torch_the_extra_is_named(tmp_path: Path, source: Path) -> None:
+    command = [source, tmp_path / "out", "--tp", 4]
+    hidden = "import sys; sys.modules['torch'] = sys.modules['torch.distributed'] = None"
+    for done in processes(command, command, before=hidden):
+        assert done.code == 1
+        assert "pip install 'reshard[runtime]'" in done.err
+        assert done.err.startswith("error: process ")
+        assert done.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 # --- overwriting ---
 
 
-def another_set(folder: Path) -> Files:
-    """Another model's finished set in `out`."""
-    build(folder / "old" / "source", Spec(**{**vars(SPEC), "seed": 3}))
-    split(folder / "old" / "source", folder / "out", Cut(2))
-    return snapshot(folder / "out")
-
-
-def test_overwriting(tmp_path: Path, source: Path, wanted: Files) -> None:
-    another_set(tmp_path)
-    command = [source, tmp_path / "out", "--tp", 4, "--overwrite"]
-    ended = processes(command, command)
+@pytest.mark.parametrize(
+    ("process", "step"),
+    [(None, ""), (0, "unlink manifest.json #1"), (1, f"replace {shard(2)} #1")],
+)
+def test_overwriting(tmp_path: Path, source: Path, wanted: Files, other: Path, process: int | None, step: str) -> None:
+    """Undisturbed, and where a process is killed."""
+    out = tmp_path / "out"
+    split(other, out, 2)
+    old = snapshot(out)
+    command = [source, out, "--tp", 4, "--workers", 1]
+    fault = {"process": process, "out": out, "at": step, "action": KILL, **SHORT}
+    ended = processes([*command, "--overwrite"], [*command, "--overwrite"], fault=fault)
+    if process is not None:
+        assert ended[process].code == -signal.SIGKILL
+        assert ended[1 - process].code == 1
+        there = snapshot(out)
+        if "manifest.json" in there:
+            assert {name: there[name] for name in old} == old, "an old manifest beside new shards"
+        assert ("manifest.json" in there) == (step != f"replace {shard(2)} #1")
+        again = [*command, "--overwrite" if "manifest.json" in there else "--resume"]
+        ended = processes(again, again)
     assert [done.code for done in ended] == [0, 0], ended
-    assert snapshot(tmp_path / "out") == wanted
+    assert snapshot(out) == wanted

@@ -1,4 +1,4 @@
-"""Killed, or refused by the disk, at every step of a split: what is left, and that `--resume` mends it.
+"""Killed, or refused by the disk, at the steps of a split: what is left, and that `--resume` mends it.
 
 The steps are the labels of tests.support.faults; each test first runs undisturbed to learn them.
 """
@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,15 @@ import pytest
 
 from reshard.writer.folder import OutputFolder
 from tests.support.builders import Spec, build
-from tests.support.faults import INTERRUPT, ROOT, TIMEOUT, Job, Outcome, Server
-from tests.writer.test_split_bytes import snapshot
+from tests.support.faults import INTERRUPT, TIMEOUT, Job, Outcome, Server
+from tests.support.paths import ROOT
+from tests.support.sets import Files, hidden, snapshot
 
 OLD = Spec("modelslim_v0_static", hidden=128, intermediate=512, dense=1, seed=1)
 NEW = Spec("modelslim_v0_static", hidden=128, intermediate=512, dense=1, seed=2)
 CUT = {"tp_size": 2}  # shards of 110 kB: two writes each
-SWAP = "replace .manifest.json.replaced #1"  # from here on an old set gives way to the new one
-
-Files = dict[str, bytes]
+REPLACED = ".manifest.json.replaced"
+SWAP = "unlink manifest.json #1"  # from here on an old set gives way to the new one
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +37,6 @@ def server() -> Iterator[Server]:
 
 def is_shard(name: str) -> bool:
     return name.startswith("denseffn-") and name.endswith(".safetensors")
-
-
-def files_in(folder: Path) -> Files:
-    return snapshot(folder) if folder.exists() else {}
 
 
 def is_whole(there: Files, wanted: Files) -> bool:
@@ -56,11 +52,6 @@ def check_left(there: Files, *sets: Files) -> None:
         assert there[name] in [wanted.get(name) for wanted in sets], f"{name} is incomplete"
 
 
-def check_clean(there: Files) -> None:
-    """Neither temporary files nor a lock."""
-    assert [name for name in there if name.endswith((".tmp", ".lock"))] == []
-
-
 def finished(server: Server, job: Job, after: str = "nothing") -> tuple[Outcome, Files]:
     """A run without faults, and what it leaves. `after`: what came before, for messages."""
     outcome = server.run(job)
@@ -68,189 +59,158 @@ def finished(server: Server, job: Job, after: str = "nothing") -> tuple[Outcome,
     return outcome, snapshot(job.out)
 
 
-# --- a new folder ---
+def chosen(labels: Sequence[str], *without: str) -> list[str]:
+    """Of steps that are alike the first and the last. Locks are taken and left again and again: each counts once."""
+    first = {label.rpartition(" ")[0]: label for label in reversed(labels)}
+    last = {label.rpartition(" ")[0]: label for label in labels if ".lock " not in label}
+    ends = {*first.values(), *last.values()}
+    return [label for label in labels if label in ends and not label.startswith(without or ("-",))]
 
 
-def test_killed_at_every_step(server: Server, tmp_path: Path) -> None:
+# --- a new folder, one with half a set, one with the ranks of others ---
+
+
+class Case:
+    """A run in a folder that holds something already: its steps, what it makes, and a fresh copy for each fault."""
+
+    def __init__(self, server: Server, folder: Path, begun: Path | None, tp: int, **options: Any) -> None:
+        self.server, self.folder, self.begun = server, folder, begun
+        self.cut, self.options = {"tp_size": tp}, options
+        undisturbed, self.wanted = finished(server, self.job())
+        self.labels = undisturbed.labels
+
+    def job(self, at: str | None = None, action: str = "kill", **options: Any) -> Job:
+        out = self.folder / "out"
+        if at is not None or not out.exists():
+            shutil.rmtree(out, ignore_errors=True)
+            if self.begun:
+                shutil.copytree(self.begun, out)
+        return Job(self.folder / "source", out, self.cut, {**self.options, **options}, at=at, action=action)
+
+    def resumed(self, label: str) -> Outcome:
+        outcome, there = finished(self.server, self.job(resume=True, overwrite=False), label)
+        assert there == self.wanted, f"{label}: other files"
+        return outcome
+
+
+@pytest.fixture(params=["new", "half", "ranks"])
+def case(request: pytest.FixtureRequest, server: Server, tmp_path: Path) -> Case:
     build(tmp_path / "source", NEW)
-    options = {"workers": 2}
-    undisturbed, wanted = finished(server, Job(tmp_path / "source", tmp_path / "whole", CUT, options))
-    assert len(undisturbed.labels) > 30
-    assert "pwrite denseffn-rank-00001-of-00002.safetensors~ #2" in undisturbed.labels
-    for label in undisturbed.labels:
-        out = tmp_path / "out"
-        outcome = server.run(Job(tmp_path / "source", out, CUT, options, at=label))
+    begun = tmp_path / "begun"
+    if request.param == "new":
+        return Case(server, tmp_path, None, 2, workers=2)
+    if request.param == "half":
+        at = "replace denseffn-rank-00001-of-00002.safetensors #1"
+        assert server.run(Job(tmp_path / "source", begun, CUT, at=at)).killed
+        return Case(server, tmp_path, begun, 2, resume=True)
+    # Nobody need run the whole command: each host goes on with its own ranks, and nothing is left behind.
+    finished(server, Job(tmp_path / "source", begun, {"tp_size": 4}, {"ranks": [0, 1]}))
+    return Case(server, tmp_path, begun, 4, ranks=[2, 3])
+
+
+def test_killed_at_every_step(case: Case) -> None:
+    steps = chosen(case.labels)
+    assert len(steps) > 20
+    for label in steps:
+        job = case.job(at=label)
+        outcome = case.server.run(job)
         assert outcome.killed, f"{label}: {outcome}"
-        check_left(files_in(out), wanted)
-        finished(server, Job(tmp_path / "source", out, CUT, {**options, "resume": True}), label)
-        assert snapshot(out) == wanted, f"killed at {label}"
-        shutil.rmtree(out)
-
-
-def test_a_resumed_run_killed_at_every_step(server: Server, tmp_path: Path) -> None:
-    build(tmp_path / "source", NEW)
-    _, wanted = finished(server, Job(tmp_path / "source", tmp_path / "whole", CUT))
-    begun = tmp_path / "begun"
-    at = "replace denseffn-rank-00001-of-00002.safetensors #1"
-    assert server.run(Job(tmp_path / "source", begun, CUT, at=at)).killed
-    shutil.copytree(begun, tmp_path / "resumed")
-    undisturbed, _ = finished(server, Job(tmp_path / "source", tmp_path / "resumed", CUT, {"resume": True}))
-    assert (undisturbed.kept, undisturbed.written) == ([0], [1])
-    for label in undisturbed.labels:
-        out = tmp_path / "out"
-        shutil.copytree(begun, out)
-        assert server.run(Job(tmp_path / "source", out, CUT, {"resume": True}, at=label)).killed, label
-        check_left(files_in(out), wanted)
-        resumed, _ = finished(server, Job(tmp_path / "source", out, CUT, {"resume": True}), label)
-        assert 0 in resumed.kept
-        assert snapshot(out) == wanted, f"killed at {label}"
-        shutil.rmtree(out)
-
-
-@pytest.mark.parametrize("ranks", [[0, 1], [2, 3]])
-def test_a_run_of_some_ranks_killed_at_every_step(server: Server, tmp_path: Path, ranks: list[int]) -> None:
-    """Nobody need run the whole command: each host goes on with its own ranks, and nothing is left behind."""
-    build(tmp_path / "source", NEW)
-    cut = {"tp_size": 4}
-    _, wanted = finished(server, Job(tmp_path / "source", tmp_path / "whole", cut))
-    others = [rank for rank in range(4) if rank not in ranks]
-    begun = tmp_path / "begun"
-    finished(server, Job(tmp_path / "source", begun, cut, {"ranks": others}))
-    shutil.copytree(begun, tmp_path / "undisturbed")
-    undisturbed, there = finished(server, Job(tmp_path / "source", tmp_path / "undisturbed", cut, {"ranks": ranks}))
-    assert there == wanted
-    for label in undisturbed.labels:
-        out = tmp_path / "out"
-        shutil.copytree(begun, out)
-        assert server.run(Job(tmp_path / "source", out, cut, {"ranks": ranks}, at=label)).killed, label
-        check_left(files_in(out), wanted)
-        finished(server, Job(tmp_path / "source", out, cut, {"ranks": ranks, "resume": True}), label)
-        assert snapshot(out).keys() == wanted.keys(), f"killed at {label}"
-        assert snapshot(out) == wanted, f"killed at {label}"
-        shutil.rmtree(out)
+        check_left(snapshot(job.out), case.wanted)
+        resumed = case.resumed(label)
+        assert not (case.begun and case.options.get("resume")) or 0 in resumed.kept
 
 
 @pytest.mark.parametrize(
-    ("action", "kind", "workers"), [("ENOSPC", "SpaceError", 1), ("ENOSPC", "SpaceError", 2), ("EIO", "OutputError", 1)]
+    ("action", "kind", "workers"), [("ENOSPC", "SpaceError", 2), ("EIO", "OutputError", 1), (INTERRUPT, "", 1)]
 )
-def test_refused_at_every_step(server: Server, tmp_path: Path, action: str, kind: str, workers: int) -> None:
-    build(tmp_path / "source", NEW)
-    options = {"workers": workers}
-    undisturbed, wanted = finished(server, Job(tmp_path / "source", tmp_path / "whole", CUT, options))
-    steps = [label for label in undisturbed.labels if not label.startswith("unlink")]
-    assert len(steps) > 25
-    for label in steps:
-        out = tmp_path / "out"
-        outcome = server.run(Job(tmp_path / "source", out, CUT, options, at=label, action=action))
-        assert outcome.error is not None, f"{label}: {outcome}"
-        assert outcome.error[:2] == (kind, 1), f"{label}: {outcome.error}"
-        there = files_in(out)
-        check_clean(there)
-        check_left(there, wanted)
-        if label == "create .reshard.lock #1":
-            assert not out.exists(), "an empty folder is left"
-        resumed, _ = finished(server, Job(tmp_path / "source", out, CUT, {**options, "resume": True}), label)
-        recorded = {name for name in there if name.endswith(".record.json")}
-        assert len(recorded) <= len(resumed.kept), f"{label}: a finished shard was written again"
-        assert snapshot(out) == wanted, f"{action} at {label}"
-        shutil.rmtree(out)
-
-
-def test_interrupted_at_every_step(server: Server, tmp_path: Path) -> None:
+def test_refused_or_interrupted_at_every_step(
+    server: Server, tmp_path: Path, action: str, kind: str, workers: int
+) -> None:
     """Ctrl-C is no fault: what is finished stays, what is not is removed."""
     build(tmp_path / "source", NEW)
-    undisturbed, wanted = finished(server, Job(tmp_path / "source", tmp_path / "whole", CUT))
-    for label in undisturbed.labels:
-        if label.startswith("unlink"):
-            continue  # the set is complete, and is being tidied up
-        out = tmp_path / "out"
-        outcome = server.run(Job(tmp_path / "source", out, CUT, at=label, action=INTERRUPT))
+    case = Case(server, tmp_path, None, 2, workers=workers)
+    steps = chosen(case.labels, "unlink")  # the set is complete, and is being tidied up
+    assert len(steps) > 20
+    for label in steps:
+        job = case.job(at=label, action=action)
+        outcome = server.run(job)
         assert outcome.error is not None, f"{label}: {outcome}"
-        assert outcome.error[0] == "unexpected KeyboardInterrupt", f"{label}: {outcome.error}"
-        there = files_in(out)
-        check_clean(there)
-        check_left(there, wanted)
-        finished(server, Job(tmp_path / "source", out, CUT, {"resume": True}), label)
-        assert snapshot(out) == wanted, f"interrupted at {label}"
-        shutil.rmtree(out)
+        said = (kind, 1) if kind else ("unexpected KeyboardInterrupt", -1)
+        assert outcome.error[:2] == said, f"{label}: {outcome.error}"
+        there = snapshot(job.out)
+        assert hidden(there) == [], label
+        check_left(there, case.wanted)
+        if label == "create .reshard.lock #1":
+            assert not job.out.exists(), "an empty folder is left"
+        recorded = {name for name in there if name.endswith(".record.json")}
+        assert len(recorded) <= len(case.resumed(label).kept), f"{label}: a finished shard was written again"
 
 
 # --- a finished set that is overwritten ---
 
 
-@pytest.fixture(params=[{"tp_size": 2}, {"tp_size": 4}, {"tp_size": 1}], ids=str)
-def swap(request: pytest.FixtureRequest, server: Server, tmp_path: Path) -> dict[str, Any]:
-    """An old set, and what another source's makes of it: the steps up to the swap, those behind, the new files."""
+@pytest.fixture(params=[2, 4, 1])
+def swap(request: pytest.FixtureRequest, server: Server, tmp_path: Path) -> tuple[Case, Files]:
+    """The overwriting of another source's set of two, and that old set."""
     build(tmp_path / "a" / "source", OLD)
-    build(tmp_path / "b" / "source", NEW)
+    build(tmp_path / "source", NEW)
     _, old = finished(server, Job(tmp_path / "a" / "source", tmp_path / "old", CUT))
-    shutil.copytree(tmp_path / "old", tmp_path / "new")
-    job = Job(tmp_path / "b" / "source", tmp_path / "new", request.param, {"overwrite": True})
-    undisturbed, new = finished(server, job)
-    assert not is_whole(new, old)
-    at = undisturbed.labels.index(SWAP)
-    assert at > 4
-    return {
-        "cut": request.param,
-        "old": old,
-        "new": new,
-        "before": undisturbed.labels[: at + 1],
-        "behind": undisturbed.labels[at + 1 :],
-    }
+    case = Case(server, tmp_path, tmp_path / "old", request.param, overwrite=True)
+    assert not is_whole(case.wanted, old)
+    return case, old
 
 
-def overwrite(tmp_path: Path, swap: dict[str, Any], **fault: str) -> Job:
-    """The overwriting of a fresh copy of the old set."""
-    shutil.rmtree(tmp_path / "out", ignore_errors=True)
-    shutil.copytree(tmp_path / "old", tmp_path / "out")
-    return Job(tmp_path / "b" / "source", tmp_path / "out", swap["cut"], {"overwrite": True}, **fault)
+def parts_of(case: Case) -> tuple[list[str], list[str]]:
+    """The steps up to the swap, and those behind."""
+    at = case.labels.index(SWAP)
+    steps = chosen(case.labels)
+    before = [label for label in steps if label in case.labels[: at + 1]]
+    return before, [label for label in steps if label not in before]
 
 
-def test_killed_before_the_swap(server: Server, tmp_path: Path, swap: dict[str, Any]) -> None:
-    for label in swap["before"]:
-        job = overwrite(tmp_path, swap, at=label)
-        assert server.run(job).killed, label
-        assert is_whole(snapshot(job.out), swap["old"]), f"killed at {label}: the old set is not whole"
-        _, there = finished(server, Job(job.source, job.out, job.cut, job.options), label)
-        assert there == swap["new"], f"killed at {label}"
+def test_killed_while_overwriting(swap: tuple[Case, Files]) -> None:
+    case, old = swap
+    before, behind = parts_of(case)
+    assert len(before) > 4
+    assert len(behind) > 10
+    for label in before:
+        job = case.job(at=label)
+        assert case.server.run(job).killed, label
+        assert is_whole(snapshot(job.out), old), f"killed at {label}: the old set is not whole"
+        _, there = finished(case.server, case.job(), label)
+        assert there == case.wanted, f"killed at {label}"
+    for label in behind:
+        job = case.job(at=label)
+        assert case.server.run(job).killed, label
+        check_behind(snapshot(job.out), old, case.wanted, label)
+        case.resumed(label)
 
 
-def test_killed_in_the_swap(server: Server, tmp_path: Path, swap: dict[str, Any]) -> None:
-    assert len(swap["behind"]) > 10
-    for label in swap["behind"]:
-        job = overwrite(tmp_path, swap, at=label)
-        assert server.run(job).killed, label
-        there = snapshot(job.out)
-        assert "manifest.json" not in there or is_whole(there, swap["new"]), f"killed at {label}: a false manifest"
-        for name in filter(is_shard, there):
-            assert there[name] in (swap["old"].get(name), swap["new"].get(name)), f"killed at {label}: {name}"
-        _, there = finished(server, Job(job.source, job.out, job.cut, {"resume": True}), label)
-        assert there == swap["new"], f"killed at {label}"
+def check_behind(there: Files, old: Files, new: Files, label: str) -> None:
+    assert "manifest.json" not in there or is_whole(there, new), f"{label}: a false manifest"
+    for name in filter(is_shard, there):
+        assert there[name] in (old.get(name), new.get(name)), f"{label}: {name}"
 
 
 @pytest.mark.parametrize(("action", "kind"), [("ENOSPC", "SpaceError"), ("EIO", "OutputError")])
-def test_refused_before_the_swap(server: Server, tmp_path: Path, swap: dict[str, Any], action: str, kind: str) -> None:
-    for label in swap["before"]:
-        job = overwrite(tmp_path, swap, at=label, action=action)
-        outcome = server.run(job)
+def test_refused_while_overwriting(swap: tuple[Case, Files], action: str, kind: str) -> None:
+    case, old = swap
+    before, behind = parts_of(case)
+    for label in before + behind:
+        if label.startswith("unlink") and label != SWAP:
+            continue
+        job = case.job(at=label, action=action)
+        outcome = case.server.run(job)
         assert outcome.error is not None, f"{label}: {outcome}"
         assert outcome.error[:2] == (kind, 1), f"{label}: {outcome.error}"
-        assert snapshot(job.out) == swap["old"], f"{action} at {label}: the old set is touched"
-
-
-def test_refused_in_the_swap(server: Server, tmp_path: Path, swap: dict[str, Any]) -> None:
-    for label in swap["behind"]:
-        if label.startswith("unlink"):
-            continue
-        job = overwrite(tmp_path, swap, at=label, action="ENOSPC")
-        outcome = server.run(job)
-        assert outcome.error is not None, f"{label}: {outcome}"
-        assert outcome.error[:2] == ("SpaceError", 1), f"{label}: {outcome.error}"
         there = snapshot(job.out)
-        check_clean(there)
-        assert "manifest.json" not in there or is_whole(there, swap["new"]), f"{label}: a false manifest"
-        _, there = finished(server, Job(job.source, job.out, job.cut, {"resume": True}), label)
-        assert there == swap["new"], f"ENOSPC at {label}"
+        assert [name for name in hidden(there) if name != REPLACED] == [], label
+        if label in before:
+            there.pop(REPLACED, None)
+            assert there == old, f"{action} at {label}: the old set is touched"
+        else:
+            check_behind(there, old, case.wanted, label)
+            case.resumed(label)
 
 
 # --- the command itself ---
@@ -319,10 +279,10 @@ def test_the_command_is_killed(
     else:
         pytest.fail(f"the command always ended before it could be killed at {moment}")
     assert ended == status
-    there = files_in(out)
+    there = snapshot(out)
     check_left(there, wanted)
     if number != signal.SIGKILL:
-        check_clean(there)  # asked to end, it tidies up
+        assert hidden(there) == [], "asked to end, it tidies up"
     resume = command(source, out, "--resume")
     subprocess.run(resume, cwd=ROOT, check=True, timeout=TIMEOUT, stdout=subprocess.DEVNULL)
     assert snapshot(out) == wanted

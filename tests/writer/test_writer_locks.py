@@ -1,5 +1,6 @@
 """Two runs at once: who may write which ranks of a folder, and what is left when they end."""
 
+import errno
 import fcntl
 import os
 import signal
@@ -8,7 +9,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,40 +16,24 @@ import pytest
 from reshard.errors import BusyError, OutputError
 from reshard.plan.pipeline import Cut, prepare
 from reshard.source.open import open_source
-from reshard.writer.lock import Lock
+from reshard.writer import lock
+from reshard.writer.lock import WriteLease
 from reshard.writer.split import SplitOptions, write_shards
-from tests.support.builders import build
-from tests.support.faults import ROOT, TIMEOUT, Job, Server
-from tests.writer.test_split_bytes import no_fsync, snapshot  # noqa: F401
-from tests.writer.test_writer import LOCK, SPEC, record, shard, split
-
-Files = dict[str, bytes]
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    build(tmp_path / "source", SPEC)
-    return tmp_path / "source"
-
-
-@pytest.fixture
-def wanted(tmp_path: Path, source: Path) -> Files:
-    """The finished set of four."""
-    split(source, tmp_path / "wanted")
-    return snapshot(tmp_path / "wanted")
-
+from tests.support.faults import TIMEOUT, Job, Server
+from tests.support.paths import ROOT
+from tests.support.sets import Files, hidden, snapshot, split, with_records
 
 HOLDER = """
 import sys
 from pathlib import Path
-from reshard.writer.lock import Lock
+from reshard.writer.lock import WriteLease
 
 ranks = [int(rank) for rank in sys.argv[2].split(",")] if sys.argv[2] else None
-lock = Lock(Path(sys.argv[1]))
-lock.acquire(ranks)
+lease = WriteLease(Path(sys.argv[1]))
+lease.acquire(ranks)
 print("held", flush=True)
 sys.stdin.readline()
-lock.release()
+lease.release()
 """
 
 
@@ -94,7 +78,7 @@ def test_a_second_run_is_refused(
         with pytest.raises(BusyError, match=message) as caught:
             split(source, out, ranks=mine)
         assert caught.value.exit_code == 1
-        assert set(snapshot(out)) == {LOCK}
+        assert sorted(snapshot(out)) == hidden(sorted(snapshot(out)))
         let_go(process)
     assert snapshot(out) == {}
     split(source, out)
@@ -106,25 +90,22 @@ def test_runs_of_other_ranks_go_on_beside(tmp_path: Path, source: Path, wanted: 
     with held(out, (0, 1)) as process:
         result = split(source, out, ranks=(2, 3))
         assert result.missing == (0, 1)
-        assert LOCK in snapshot(out), "the lock of a run that goes on is removed"
+        assert hidden(snapshot(out)), "the lock of a run that goes on is removed"
         let_go(process)
-    assert set(snapshot(out)) == {shard(2), record(2), shard(3), record(3)}
+    assert snapshot(out).keys() == with_records((2, 3))
     split(source, out, ranks=(0, 1))
     assert snapshot(out) == wanted
 
 
 @pytest.mark.parametrize("ranks", [None, (0, 1)])
 def test_a_killed_runs_lock_does_not_block(
-    tmp_path: Path,
-    source: Path,
-    wanted: Files,
-    ranks: tuple[int, ...] | None,
+    tmp_path: Path, source: Path, wanted: Files, ranks: tuple[int, ...] | None
 ) -> None:
     out = tmp_path / "out"
     with held(out, ranks) as process:
         process.kill()
         assert process.wait(TIMEOUT) == -signal.SIGKILL
-    assert set(snapshot(out)) == {LOCK}
+    assert hidden(snapshot(out))
     split(source, out)
     assert snapshot(out) == wanted
 
@@ -132,7 +113,7 @@ def test_a_killed_runs_lock_does_not_block(
 def test_real_runs_of_other_ranks_at_the_same_time(tmp_path: Path, source: Path, wanted: Files) -> None:
     servers = [Server(), Server()]
     try:
-        for turn in range(10):
+        for turn in range(6):
             out = tmp_path / f"out{turn}"
             out.mkdir()
             for server, ranks in zip(servers, ([0, 1], [2, 3]), strict=True):
@@ -140,65 +121,82 @@ def test_real_runs_of_other_ranks_at_the_same_time(tmp_path: Path, source: Path,
             outcomes = [server.outcome() for server in servers]
             assert all(outcome.done for outcome in outcomes), outcomes
             assert [] in [outcome.missing for outcome in outcomes], "neither run completed the set"
-            there = snapshot(out)
-            there.pop(LOCK, None)  # the next test's
-            assert there == wanted
+            assert snapshot(out) == wanted
     finally:
         for server in servers:
             server.close()
 
 
-def test_of_two_runs_that_end_together_one_removes_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each may find the other still there; then neither is the last one out."""
-    first, second = Lock(tmp_path), Lock(tmp_path)
+def test_of_two_runs_that_end_together_the_last_completes_the_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "_RELEASE_SECONDS", 0.1)
+    first, second = WriteLease(tmp_path), WriteLease(tmp_path)
     first.acquire([0])
     second.acquire([1])
-    real, other = os.close, threading.Thread(target=second.release)
-
-    def close(descriptor: int) -> None:
-        if other.ident is None:  # the first run has looked for others, and has not closed yet
-            other.start()
-            other.join(0.5)  # it ends, or waits for the first one
-        real(descriptor)
-
-    monkeypatch.setattr(os, "close", close)
+    assert not first.finish()
+    assert second.finish()
+    claimed = threading.Thread(target=claim_and_release, args=(tmp_path,))
+    claimed.start()
     first.release()
-    other.join(TIMEOUT)
-    assert not other.is_alive(), f"the second run still waits after {TIMEOUT:.0f} s"
+    assert claimed.is_alive(), "a run has begun while the set is completed"
+    second.release()
+    claimed.join(TIMEOUT)
+    assert not claimed.is_alive()
     assert list(tmp_path.iterdir()) == []
+
+
+def claim_and_release(folder: Path) -> None:
+    lease = WriteLease(folder)
+    lease.acquire([0])
+    lease.release()
 
 
 def test_a_run_that_starts_as_another_ends_gets_a_lock_that_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has opened the file that the other one then removes: that file's lock would keep nobody out."""
-    first, second, third = Lock(tmp_path), Lock(tmp_path), Lock(tmp_path)
+    """It has looked at the file that the other one then removes: that file's lock would keep nobody out."""
+    first, second = WriteLease(tmp_path), WriteLease(tmp_path)
     first.acquire(None)
-    real, seen = fcntl.fcntl, []
+    real, seen = lock._inode, []
 
-    def request(descriptor: int, *rest: object) -> object:
-        if not seen:  # the second run's first request: its file is open
-            seen.append(descriptor)
+    def inode(path: Path) -> tuple[int, int] | None:
+        found = real(path)
+        seen.append(found)
+        if len(seen) == 1:
             first.release()
-        return real(descriptor, *rest)  # type: ignore[arg-type]
+            (tmp_path / "keeps the number of the inode").touch()
+        return found
 
-    monkeypatch.setattr(fcntl, "fcntl", request)
+    monkeypatch.setattr(lock, "_inode", inode)
     second.acquire([0])
     monkeypatch.undo()
-    assert seen
-    assert (tmp_path / LOCK).exists()
+    assert seen[-1] != seen[0]
+    assert seen[-1] == real(tmp_path / ".reshard.lock")
     with pytest.raises(BusyError):
-        third.acquire([0])
-    third.release()
+        WriteLease(tmp_path).acquire([0])
     second.release()
-    assert list(tmp_path.iterdir()) == []
+    assert hidden(path.name for path in tmp_path.iterdir()) == []
 
 
-def test_a_set_is_not_completed_while_its_ranks_are_written(tmp_path: Path, source: Path, wanted: Files) -> None:
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EIO])
+def test_a_file_system_without_locks(
+    tmp_path: Path, source: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with pytest.raises(OutputError, match=r"out/\.reshard\.lock: cannot be locked: .*on another file system"):
+        split(source, tmp_path / "out")
+
+
+def test_a_set_is_not_completed_while_its_ranks_are_written(
+    tmp_path: Path, source: Path, wanted: Files, other: Path
+) -> None:
     """One run has the last missing ranks; another, at the same time, is replacing those that are there."""
-    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
-    build(elsewhere / "source", replace(SPEC, seed=7))
-    split(elsewhere / "source", elsewhere / "wanted")
+    out = tmp_path / "out"
+    split(other, tmp_path / "elsewhere")
     split(source, out, ranks=(2, 3))
     started = []
 
@@ -207,11 +205,11 @@ def test_a_set_is_not_completed_while_its_ranks_are_written(tmp_path: Path, sour
             started.append(nbytes)
             split(source, out, ranks=(0, 1))
 
-    with open_source(str(elsewhere / "source")) as opened:
+    with open_source(str(other)) as opened:
         options = SplitOptions(ranks=(2, 3), overwrite=True, workers=1)
         with suppress(OutputError):
             write_shards(prepare(opened, Cut(4)), out, options, meanwhile)
     assert started
     there = snapshot(out)
     if "manifest.json" in there:
-        assert there in (wanted, snapshot(elsewhere / "wanted")), "one manifest for the shards of two sources"
+        assert there in (wanted, snapshot(tmp_path / "elsewhere")), "one manifest for the shards of two sources"

@@ -9,30 +9,13 @@ import pytest
 from reshard.errors import OutputError
 from reshard.plan.pipeline import Cut
 from tests.support.builders import Spec, build, read_safetensors, write_safetensors
-from tests.writer.test_split_bytes import no_fsync, snapshot  # noqa: F401
-from tests.writer.test_writer import SPEC, flip, identity, ranks_of, record, shard, split
-
-Files = dict[str, bytes]
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    build(tmp_path / "source", SPEC)
-    return tmp_path / "source"
-
-
-@pytest.fixture
-def wanted(tmp_path: Path, source: Path) -> Files:
-    """The finished set of four."""
-    split(source, tmp_path / "wanted")
-    return snapshot(tmp_path / "wanted")
-
+from tests.support.sets import Files, flip, identity, ranks_of, record, shard, snapshot, split, with_records
 
 # --- what is kept ---
 
 
-def test_resuming_a_finished_set_changes_nothing(tmp_path: Path, source: Path, wanted: Files) -> None:
-    out = tmp_path / "wanted"
+def test_resuming_a_finished_set_changes_nothing(tmp_path: Path, finished: Path, source: Path, wanted: Files) -> None:
+    out = finished
     before = identity(out)
     result = split(source, out, resume=True)
     assert (ranks_of(result.kept), ranks_of(result.written)) == ([0, 1, 2, 3], [])
@@ -44,11 +27,12 @@ def test_resuming_a_finished_set_changes_nothing(tmp_path: Path, source: Path, w
 @pytest.mark.parametrize("at", [0, 9, 4096, 100_000, -1])
 def test_a_damaged_shard_of_a_finished_set_is_written_again(
     tmp_path: Path,
+    finished: Path,
     source: Path,
     wanted: Files,
     at: int,
 ) -> None:
-    out = tmp_path / "wanted"
+    out = finished
     flip(out / shard(2), at)
     before = identity(out)
     result = split(source, out, resume=True)
@@ -105,22 +89,15 @@ def test_a_damaged_shard_is_not_taken_into_a_set_of_ranks(tmp_path: Path, source
     assert "manifest.json" not in snapshot(out)
 
 
-def other_values(folder: Path, spec: Spec) -> Path:
-    """A source of the same name, files, headers and config, with other weights."""
-    build(folder / "source", replace(spec, seed=7))
-    return folder / "source"
-
-
-def test_shards_of_other_values_are_not_kept(tmp_path: Path, source: Path, wanted: Files) -> None:
-    other = other_values(tmp_path / "elsewhere", SPEC)
+def test_shards_of_other_values_are_not_kept(tmp_path: Path, other: Path, source: Path, wanted: Files) -> None:
     split(other, tmp_path / "out", ranks=(0, 3))
     result = split(source, tmp_path / "out", resume=True)
     assert (ranks_of(result.kept), ranks_of(result.written)) == ([], [0, 1, 2, 3])
     assert snapshot(tmp_path / "out") == wanted
 
 
-def test_shards_of_other_values_do_not_complete_a_set(tmp_path: Path, source: Path) -> None:
-    split(other_values(tmp_path / "elsewhere", SPEC), tmp_path / "out", ranks=(0, 3))
+def test_shards_of_other_values_do_not_complete_a_set(tmp_path: Path, other: Path, source: Path) -> None:
+    split(other, tmp_path / "out", ranks=(0, 3))
     result = split(source, tmp_path / "out", ranks=(1, 2))
     assert result.missing == (0, 3)
     assert "manifest.json" not in snapshot(tmp_path / "out")
@@ -129,24 +106,22 @@ def test_shards_of_other_values_do_not_complete_a_set(tmp_path: Path, source: Pa
 def test_a_changed_source_file_is_seen_by_its_values(tmp_path: Path, source: Path) -> None:
     """One tensor with other values, anywhere in the model, makes other shards."""
     split(source, tmp_path / "out", ranks=(0,))
-    (path,) = [p for p in source.glob("*.safetensors") if "model.layers.1.mlp.down_proj.weight" in read_safetensors(p)]
+    source = Path(shutil.copytree(source, tmp_path / "source"))
+    (path,) = [p for p in source.glob("*.safetensors") if "model.layers.0.mlp.down_proj.weight" in read_safetensors(p)]
     tensors = read_safetensors(path)
-    dtype, shape, data = tensors["model.layers.1.mlp.down_proj.weight"]
-    tensors["model.layers.1.mlp.down_proj.weight"] = (dtype, shape, bytes(byte ^ 1 for byte in data))
+    dtype, shape, data = tensors["model.layers.0.mlp.down_proj.weight"]
+    tensors["model.layers.0.mlp.down_proj.weight"] = (dtype, shape, bytes(byte ^ 1 for byte in data))
     write_safetensors(path, tensors, {"format": "pt"})
     assert ranks_of(split(source, tmp_path / "out", resume=True).kept) == []
 
 
 def test_a_finished_set_of_other_values_is_not_taken_for_done(
-    tmp_path: Path,
-    source: Path,
-    wanted: Files,
+    finished: Path, source: Path, wanted: Files, other: Path
 ) -> None:
     """Same names, sizes and headers as the set's own source: only the weights tell that it is another."""
-    other = other_values(tmp_path / "elsewhere", SPEC)
     with pytest.raises(OutputError, match="another source"):
-        split(other, tmp_path / "wanted", resume=True)
-    assert snapshot(tmp_path / "wanted") == wanted
+        split(other, finished, resume=True)
+    assert snapshot(finished) == wanted
 
 
 W8A8 = Cut(4, weights="w8a8")
@@ -209,8 +184,7 @@ def test_ranks_of_two_folders_copied_together(tmp_path: Path, source: Path, want
         result = split(source, tmp_path / folder, ranks=ranks)
         assert not result.complete
         assert result.missing == lacking
-        files = {name for rank in ranks for name in (shard(rank), record(rank))}
-        assert set(snapshot(tmp_path / folder)) == files
+        assert snapshot(tmp_path / folder).keys() == with_records(ranks)
     for path in (tmp_path / "b").iterdir():
         shutil.copy2(path, tmp_path / "a")
     before = identity(tmp_path / "a")
@@ -229,7 +203,7 @@ def test_the_last_ranks_complete_the_set(
     order: list[tuple[int, ...]],
 ) -> None:
     for ranks in order:
-        assert "manifest.json" not in snapshot(tmp_path / "out") if (tmp_path / "out").exists() else True
+        assert "manifest.json" not in snapshot(tmp_path / "out")
         result = split(source, tmp_path / "out", ranks=ranks)
         assert ranks_of(result.written) == sorted(ranks)
     assert result.complete

@@ -11,7 +11,8 @@ from safetensors import safe_open
 
 from reshard.errors import ShardError
 from reshard.manifest import Manifest, SourceFile
-from reshard.model.naming import DOWN, GATE_UP, parse_dense
+from reshard.model.naming import parse_dense
+from reshard.model.parts import DENSE_FFN
 from reshard.source.opened import Opened
 from reshard.tensors.header import read_raw_header
 
@@ -72,9 +73,8 @@ def _is_dense(name: str, tensors: Any, manifest: Manifest) -> bool:
     parsed = parse_dense(name)
     if parsed is None or parsed.layer not in {layer.index for layer in manifest.layers}:
         return False
-    hidden, intermediate = manifest.model.hidden_size, manifest.model.intermediate_size
-    full = {GATE_UP: [2 * intermediate, hidden], DOWN: [hidden, intermediate]}
-    same_size = tensors.get_slice(name).get_shape() == full.get(parsed.role, [intermediate, hidden])
+    out, in_ = DENSE_FFN.weight_shape(DENSE_FFN.module(parsed.role), manifest.model)
+    same_size = tensors.get_slice(name).get_shape() == [out, in_]
     return parsed.prefix == manifest.model.prefix or same_size
 
 

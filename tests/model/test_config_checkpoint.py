@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from reshard.checkpoint.config_only import promised
+from reshard.checkpoint.config_only import config_checkpoint
 from reshard.errors import SchemeError
 from reshard.model.naming import WRAPPED
 
@@ -19,7 +19,9 @@ FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 
 
 def schemes(config: dict[str, Any]) -> set[str]:
-    return {linear.variant.scheme for layer in promised(config, "m").layers for linear in layer.linears.values()}
+    return {
+        linear.variant.scheme for layer in config_checkpoint(config, "m").layers for linear in layer.linears.values()
+    }
 
 
 def wrapper(model_type: str, **quantization: Any) -> dict[str, Any]:
@@ -36,14 +38,14 @@ def test_a_wrapper_s_exceptions_are_found_under_every_prefix(model_type: str, pr
 
 @pytest.mark.parametrize(("model_type", "warns"), [("kimi_vl", False), ("a_wrapper", True)])
 def test_a_wrapper_that_is_not_known_is_named(model_type: str, warns: bool) -> None:
-    lines = promised(wrapper(model_type), "m").warnings
+    lines = config_checkpoint(wrapper(model_type), "m").warnings
     assert (f"what precedes the layers' names in a {model_type!r} is not known" in " ".join(lines)) is warns
 
 
 def test_accounts_that_differ_are_not_decided() -> None:
     other = {**SIZES, "quantization_config": FP8 | {"weight_block_size": [128, 256]}}
     with pytest.raises(SchemeError, match=r"fp8_block in blocks of 128 x 128, .* fp8_block in blocks of 128 x 256"):
-        promised({"text_config": other, "quantization_config": FP8}, "m")
+        config_checkpoint({"text_config": other, "quantization_config": FP8}, "m")
 
 
 @pytest.mark.parametrize(
@@ -58,7 +60,7 @@ def test_accounts_that_differ_are_not_decided() -> None:
     ids=str,
 )
 def test_the_type_may_be_said_within(config: dict[str, Any], dtype: str, warns: int) -> None:
-    checkpoint = promised(config, "m")
+    checkpoint = config_checkpoint(config, "m")
     assert {tensor.dtype for tensor in checkpoint.tensors()} == {dtype}
     assert ["dtype is float16 at its top, float32 in text_config" in line for line in checkpoint.warnings] == [
         True

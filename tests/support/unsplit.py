@@ -14,7 +14,7 @@ from reshard.source.open import describe, open_source
 from reshard.verification.compute import unsplit_layer
 from reshard.verification.reference import stored_linear
 from reshard_runtime import DenseFFN, LayerShard, load_shard
-from reshard_runtime.collectives import Collectives
+from reshard_runtime.collectives import Collectives, PairwiseCollectives
 from reshard_runtime.kernels.cpu import CpuKernels
 from reshard_runtime.shard import LinearShard
 from tests.support.running import split
@@ -26,6 +26,31 @@ class TensorCpuKernels(CpuKernels):
     """The CPU backend, partial sums added by the collective."""
 
     collectives = Collectives
+
+
+class Counting:
+    """Collectives that note what they are given: (name, shape, bytes)."""
+
+    def __init__(self, inner: Collectives, calls: list[tuple[str, tuple[int, ...], int]]) -> None:
+        self._inner, self._calls, self.in_float32 = inner, calls, inner.in_float32
+
+    def __getattr__(self, name: str) -> Any:
+        def call(rows: torch.Tensor) -> torch.Tensor:
+            self._calls.append((name, tuple(rows.shape), rows.nbytes))
+            return getattr(self._inner, name)(rows)
+
+        return call
+
+
+class CountingKernels(CpuKernels):
+    """The CPU backend with such collectives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, tuple[int, ...], int]] = []
+
+    def collectives(self, group: dist.ProcessGroup) -> Counting:
+        return Counting(PairwiseCollectives(group), self.calls)
 
 
 def unsplit_mlp(hidden: int, intermediate: int, dtype: torch.dtype, seed: int = 0) -> Any:

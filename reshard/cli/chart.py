@@ -1,6 +1,7 @@
 """`reshard estimate`'s chart: a step's time by kind of work, as bars that need no colours."""
 
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,8 +16,8 @@ _GLYPHS, _ASCII = "█▓▒░", "#+=-"
 _MARK = " recommended"
 
 
-def show_chart(found: "Estimate") -> None:
-    """Print the chart to stdout, as wide as a terminal allows; the recommended sizes are marked."""
+def chart(found: "Estimate") -> "Iterator[Text]":
+    """The chart's lines, as wide as a terminal allows; the recommended sizes are marked."""
     from rich.console import Console
     from rich.text import Text
 
@@ -32,11 +33,11 @@ def show_chart(found: "Estimate") -> None:
     for one, size in rows:
         line = Text(f"{one.scheme:<{wide}} tp {size.tp_size:<4} ")
         line.append_text(_bar(size.runs, cells / longest, glyphs)).append(_time(size.runs.step_seconds))
-        console.print(line.append(_MARK if one.recommended == size.tp_size else ""), soft_wrap=True)
+        yield line.append(_MARK if one.recommended == size.tp_size else "")
     entries = [Text.assemble((glyph, _COLOURS[kind]), f" {LABELS[kind]}") for kind, glyph in glyphs.items()]
     legend = Text("  ").join(entries)
     indent = max(0, min(label, console.width - len(legend)))
-    console.print(Text(" " * indent).append_text(legend) if len(legend) <= console.width else Text("\n").join(entries))
+    yield Text(" " * indent).append_text(legend) if len(legend) <= console.width else Text("\n").join(entries)
 
 
 def _time(seconds: float) -> str:

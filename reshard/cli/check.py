@@ -99,16 +99,12 @@ def _report(output: Output, target: str, is_config: bool, request: "Request") ->
 def _write(output: Output, form: str, reports: "list[Report]", strict: bool) -> None:
     from reshard.checks import forms
 
-    if form == "json":
-        output.json(forms.document(reports, strict))
-        return
     lines: dict[str, Iterable[str]] = {
         "human": forms.text(reports),
         "junit": [forms.junit(reports, strict)],
         "github": forms.github(reports, strict),
     }
-    for line in lines[form]:
-        output.text(line)
+    output.document(forms.document(reports, strict), lambda: lines[form])
 
 
 def _serving(additional: str | None, *sizes: int | None) -> "Serving | None":

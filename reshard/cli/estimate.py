@@ -1,14 +1,17 @@
 """`reshard estimate`."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
 
 from reshard.cli.options import ADDRESS, Debug, Format, Index, Pad, Revision, parse_list, parse_sizes
-from reshard.cli.output import Output
+from reshard.cli.output import Output, Table
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from reshard.checkpoint.description import Checkpoint
     from reshard.estimate.document import Estimate, FixedRows, Size
 
@@ -109,14 +112,14 @@ def estimate(
         found = estimate_sizes(checkpoints, sizes, profile, options)
         if picture is not None:
             _draw(picture, found)
-        output.document(found, _show)
+        output.document(found, lambda: _lines(found))
 
 
 def _measure(output: Output) -> None:
     from reshard.estimate.measure import measured_profile, to_toml
 
     profile = measured_profile()
-    output.document(profile.model_dump(exclude_none=True), lambda output, _: output.text(to_toml(profile).rstrip()))
+    output.document(profile.model_dump(exclude_none=True), lambda: [to_toml(profile).rstrip()])
 
 
 def _of_config(config: Path, schemes: list[str]) -> "dict[str, Checkpoint]":
@@ -152,51 +155,44 @@ def _of_source(
     return {scheme_name(one.layers): one for one in found}
 
 
-def _show(output: Output, found: "Estimate") -> None:
-    from reshard.cli.chart import show_chart
+def _lines(found: "Estimate") -> "Iterator[str | Table | Text]":
+    from reshard.cli.chart import chart
 
-    output.text(f"{found.title}: {found.subtitle}")
-    output.text()
-    output.table(
-        (
-            "scheme",
-            *(">tp", ">holds GiB", ">saves GiB", ">sent", ">as int8", ">messages", ">ms/step", ">as int8"),
-            *(">tiles", ">blocks"),
-        ),
+    yield f"{found.title}: {found.subtitle}"
+    yield ""
+    runs = (">sent", ">as int8", ">messages", ">ms/step", ">as int8")
+    yield Table(
+        ("scheme", ">tp", ">holds GiB", ">saves GiB", *runs, ">tiles", ">blocks"),
         [_row(one.scheme, size, found.batch) for one in found.schemes for size in one.sizes],
     )
-    output.text()
-    show_chart(found)
-    output.text()
-    output.text(
+    yield ""
+    yield from chart(found)
+    yield ""
+    yield (
         "sent: bytes a token and layer; messages: a layer, whatever the batch; as int8: tokens quantized before the "
         "gather"
     )
-    output.text("tiles: whole tiles of the device; blocks: I/R a multiple of 128, as block-scaled checkpoints need")
-    for line in found.notes:
-        output.text(line)
-    fixed = [
+    yield "tiles: whole tiles of the device; blocks: I/R a multiple of 128, as block-scaled checkpoints need"
+    yield from found.notes
+    rows = [
         _fixed(one.scheme, size.tp_size, size.fixed_rows)
         for one in found.schemes
         for size in one.sizes
         if size.fixed_rows
     ]
-    if fixed:
-        output.text()
-        output.text(f"fixed rows: every rank sends {found.max_tokens} for its {found.batch} tokens")
-        output.text()
+    if rows:
+        yield from ("", f"fixed rows: every rank sends {found.max_tokens} for its {found.batch} tokens", "")
         pairs = (title for name in (">gathered", ">scattered", ">ms/layer", ">ms/step") for title in (name, ">exact"))
-        output.table(("scheme", ">tp", ">rows", ">unneeded", *pairs), fixed)
-        output.text()
-        output.text(
+        yield Table(("scheme", ">tp", ">rows", ">unneeded", *pairs), rows)
+        yield ""
+        yield (
             "rows: multiplied in a layer, by every rank; unneeded: of these, for nobody; gathered, scattered: bytes "
             "that a rank sends a layer; exact: with as many rows as tokens"
         )
     for one in found.schemes:
-        output.text()
-        output.text(f"{one.scheme}: choose {'none' if one.recommended is None else f'tp {one.recommended}'}")
-        for reason in one.reasons:
-            output.text(f"  {reason}")
+        yield ""
+        yield f"{one.scheme}: choose {'none' if one.recommended is None else f'tp {one.recommended}'}"
+        yield from (f"  {reason}" for reason in one.reasons)
 
 
 def _row(scheme: str, size: "Size", tokens: int) -> list[str]:

@@ -1,14 +1,15 @@
 """`reshard inspect`."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from reshard.cli.options import ADDRESS, Debug, Format, Index, Revision, Scheme
-from reshard.cli.output import Output, size_text
+from reshard.cli.output import Output, Table, size_text
 
 if TYPE_CHECKING:
-    from reshard.checkpoint.description import Checkpoint, Linear, Tensor
+    from reshard.checkpoint.description import Checkpoint, Tensor
     from reshard.source.base import Source
 
 
@@ -36,10 +37,7 @@ def inspect(
             shard_set = _shard_set(source) if is_shard_set(source) else None
             source.check_unchanged()
         document = _document(checkpoint) | ({"shard_set": shard_set} if shard_set else {})
-        if output.is_json:
-            output.json(document)
-        else:
-            _show(output, document)
+        output.document(document, lambda: _lines(document))
 
 
 def _shard_set(source: "Source") -> dict[str, Any]:
@@ -70,23 +68,19 @@ def _document(checkpoint: "Checkpoint") -> dict[str, Any]:
         "layers": [
             {
                 "index": layer.index,
-                "activation": vars(layer.activation) if layer.activation else None,
+                "activation": layer.activation,
                 "linears": {
                     role: {
-                        "scheme": layer.linears[role].variant.scheme,
-                        "block": layer.linears[role].block,
-                        "tensors": [_tensor(t) for t in _in_table_order(layer.linears[role])],
+                        "scheme": linear.variant.scheme,
+                        "block": linear.block,
+                        "tensors": [_tensor(linear.tensors[rule.suffix]) for rule in linear.variant.tensors],
                     }
-                    for role in ROLES
+                    for role, linear in ((role, layer.linears[role]) for role in ROLES)
                 },
             }
             for layer in checkpoint.layers
         ],
     }
-
-
-def _in_table_order(linear: "Linear") -> list["Tensor"]:
-    return [linear.tensors[rule.suffix] for rule in linear.variant.tensors]
 
 
 def _tensor(tensor: "Tensor") -> dict[str, Any]:
@@ -99,39 +93,27 @@ def _tensor(tensor: "Tensor") -> dict[str, Any]:
     }
 
 
-def _activation(document: dict[str, Any] | None) -> str:
-    from reshard.model.activation import Activation
-
-    return str(Activation(**document)) if document else "not known"
-
-
-def _show(output: Output, document: dict[str, Any]) -> None:
+def _lines(document: dict[str, Any]) -> Iterator[str | Table]:
     rows = []
     for layer in document["layers"]:
         for linear in layer["linears"].values():
             for tensor in linear["tensors"]:
                 first, more = tensor["parts"][0], len(tensor["parts"]) - 1
                 where = f"{first['file']} @ {first['offset']}" + (f" and {more} more" if more else "")
-                shape = str(tensor["shape"])
-                rows.append(
-                    [tensor["name"], linear["scheme"], tensor["dtype"], shape, size_text(tensor["bytes"]), where]
-                )
-    output.table(("tensor", "scheme", "dtype", "shape", ">size", "where"), rows)
-    output.text()
+                size = size_text(tensor["bytes"])
+                rows.append([tensor["name"], linear["scheme"], tensor["dtype"], str(tensor["shape"]), size, where])
+    yield Table(("tensor", "scheme", "dtype", "shape", ">size", "where"), rows)
+    yield ""
     model, shard_set = document["model"], document.get("shard_set")
-    dense = size_text(document["dense_bytes"])
     layers = ", ".join(str(layer["index"]) for layer in document["layers"])
-    activations = dict.fromkeys(_activation(layer["activation"]) for layer in document["layers"])
-    output.text(
+    activations = ", ".join(dict.fromkeys(str(layer["activation"] or "not known") for layer in document["layers"]))
+    yield (
         f"{document['source']['name']}: {model['model_type'] or 'model'}, hidden_size {model['hidden_size']}, "
-        f"intermediate_size {model['intermediate_size']}, dense layers {layers}, activation {', '.join(activations)}"
+        f"intermediate_size {model['intermediate_size']}, dense layers {layers}, activation {activations}"
     )
+    dense = f"{size_text(document['dense_bytes'])} of {document['scheme']}"
     if shard_set:
-        output.text(
-            f"shard set: tp_size {shard_set['tp_size']}, {shard_set['layout']} layout, {dense} of {document['scheme']}"
-        )
+        yield f"shard set: tp_size {shard_set['tp_size']}, {shard_set['layout']} layout, {dense}"
     else:
-        output.text(
-            f"DenseFFN: {dense} of {document['scheme']}; the whole checkpoint: {document['total_tensors']:,} tensors, "
-            f"{size_text(document['total_bytes'])}"
-        )
+        whole = f"{document['total_tensors']:,} tensors, {size_text(document['total_bytes'])}"
+        yield f"DenseFFN: {dense}; the whole checkpoint: {whole}"

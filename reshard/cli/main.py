@@ -21,7 +21,6 @@ from reshard.cli.verify import verify
 
 app = typer.Typer(
     name="reshard",
-    help="Cut the DenseFFN weights of a checkpoint into one verified safetensors shard per rank.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from reshard.cli.options import ADDRESS, Debug, Format, Quiet
-from reshard.cli.output import Output, size_text
+from reshard.cli.output import Output, Table, size_text
 
 
 def merge(
@@ -25,12 +25,11 @@ def merge(
         from reshard.writer.merge import INDEX
 
         done = api.merge(shards, out, warn=output.warn, progress=output.progress)
-        if output.is_json:
-            output.json({"out": str(done.out), "index": INDEX, "files": [vars(file) for file in done.files]})
-            return
-        output.table(
+        table = Table(
             ("file", ">tensors", ">size", "blake3"),
             [[f.name, str(f.tensors), size_text(f.size), f.blake3[:16]] for f in done.files],
         )
-        output.text()
-        output.text(f"{done.out / INDEX} completes the checkpoint")
+        output.document(
+            {"out": str(done.out), "index": INDEX, "files": done.files},
+            lambda: [table, "", f"wrote {done.out / INDEX}: the checkpoint is complete"],
+        )

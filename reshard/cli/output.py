@@ -7,17 +7,27 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from reshard.errors import OutputError, ReshardError, printable
+if TYPE_CHECKING:
+    from rich.text import Text
 
-T = TypeVar("T")
+from reshard.errors import OutputError, ReshardError, printable
 
 _INTERRUPTED = 130
 _WHOLE = 10_000  # columns: no cell is cut to fit, a narrow terminal wraps the line
 _LINE_SECONDS = 5.0  # without a terminal: how often a line of progress is written at most
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under titles; where a title begins with >, the column's cells stand right."""
+
+    columns: Sequence[str]
+    rows: Iterable[Sequence[str]]
 
 
 class Output:
@@ -71,18 +81,22 @@ class Output:
         print(f"error: {self._who}{about}{message}", file=sys.stderr)  # noqa: T201
         return message
 
-    def document(self, document: T, show: "Callable[[Output, T], None]") -> None:
-        """What the command has to say, a dataclass or a JSON object: as JSON, or as `show` prints it for people."""
+    def document(self, document: Any, human: Callable[[], "Iterable[str | Table | Text]"]) -> None:
+        """What a command has to say: a dataclass or an object of JSON, or the lines and tables that people read."""
         if self.is_json:
             self.json(document)
-        else:
-            show(self, document)
+            return
+        for part in human():
+            if isinstance(part, str):
+                self.text(part)
+            elif self._speaks:
+                _show(part)
 
     def json(self, document: Any) -> None:
-        """The command's one JSON document."""
+        """One JSON document; of what JSON does not know, its attributes."""
         self.text(json.dumps(document, indent=2, default=vars))
 
-    def text(self, line: str = "") -> None:
+    def text(self, line: str) -> None:
         """A line of data."""
         if self._speaks:
             with _stdout():
@@ -92,23 +106,6 @@ class Output:
         """A warning."""
         if self._speaks:
             print(f"warning: {line}", file=sys.stderr)  # noqa: T201
-
-    def table(self, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """Rows under titles; of a column whose title begins with > the cells stand right."""
-        if not self._speaks:
-            return
-        from rich.box import SIMPLE_HEAD
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-        for title in columns:
-            table.add_column(title.lstrip(">"), justify="right" if title.startswith(">") else "left", no_wrap=True)
-        for row in rows:
-            table.add_row(*row)
-        # Without a height rich makes a terminal that is called dumb 80 columns wide.
-        with _stdout():
-            Console(width=_WHOLE, height=1, highlight=False).print(table)
 
     @contextlib.contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -122,6 +119,26 @@ class Output:
             lines = _Lines(what, total)
             yield lines
             lines.finish()
+
+
+def _show(part: "Table | Text") -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table as Grid
+
+    # Without a height rich makes a terminal that is called dumb 80 columns wide.
+    console = Console(width=_WHOLE, height=1, highlight=False)
+    if not isinstance(part, Table):
+        with _stdout():
+            console.print(part)
+        return
+    grid = Grid(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for title in part.columns:
+        grid.add_column(title.lstrip(">"), justify="right" if title.startswith(">") else "left", no_wrap=True)
+    for row in part.rows:
+        grid.add_row(*row)
+    with _stdout():
+        console.print(grid)
 
 
 @contextlib.contextmanager

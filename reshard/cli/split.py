@@ -3,13 +3,14 @@
 import os
 import re
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from reshard.cli.options import ADDRESS, Debug, Format, Index, Pad, Quiet, Revision, Scheme, Weights
-from reshard.cli.output import Output, size_text
+from reshard.cli.output import Output, Table, size_text
 
 if TYPE_CHECKING:
     from reshard.plan.pipeline import Cut, Prepared
@@ -134,7 +135,6 @@ def _parse_ranks(text: str | None, tp: int) -> tuple[int, ...] | None:
 
 def _report(output: Output, prepared: "Prepared", out: str, result: "SplitResult | None") -> None:
     """The closing table, or the document; without a result, what would be written."""
-    from reshard.model.naming import MANIFEST
     from reshard.plan.manifest_builder import scheme_name
 
     plan = prepared.plan
@@ -166,35 +166,38 @@ def _report(output: Output, prepared: "Prepared", out: str, result: "SplitResult
             for shard in shown
         ],
     }
-    if output.is_json:
-        output.json(document)
-        return
-    output.table(
+    output.document(document, lambda: _lines(document, prepared))
+
+
+def _lines(document: dict[str, Any], prepared: "Prepared") -> Iterator[str | Table]:
+    from reshard.model.naming import MANIFEST
+
+    yield Table(
         (">rank", "file", ">size", "blake3"),
         [
             [
-                str(shard.tp_rank),
-                shard.file,
-                size_text(shard.size),
-                entries[shard.tp_rank].blake3[:_SHOWN_DIGEST] + (" (kept)" if shard.tp_rank in kept else "")
-                if shard.tp_rank in entries
-                else "not written",
+                str(shard["tp_rank"]),
+                shard["file"],
+                size_text(shard["size"]),
+                (shard["blake3"] or "not written")[:_SHOWN_DIGEST] + (" (kept)" if shard["kept"] else ""),
             ]
-            for shard in shown
+            for shard in document["shards"]
         ],
     )
-    layers = len(document["layers"])
-    output.text()
-    output.text(
+    yield ""
+    layers, whole = len(document["layers"]), document["unsplit_bytes"]
+    saved = document["saved_bytes_per_device"]
+    yield (
         f"{document['scheme']}, {layers} dense {'layer' if layers == 1 else 'layers'}: {size_text(whole)} unsplit; "
-        f"each device holds {size_text(largest)} and saves {size_text(max(0, whole - largest))}"
+        f"each device holds {size_text(whole - saved)} and saves {size_text(max(0, saved))}"
     )
-    if plan.padding:
-        output.text(f"padded: intermediate_size {prepared.checkpoint.model.intermediate_size} to {plan.padding.padded}")
-    if result is None:
-        output.text("dry run: nothing was written")
-    elif result.complete:
-        output.text(f"{out}/{MANIFEST} completes the set")
+    padded = document["padded_intermediate_size"]
+    if padded:
+        yield f"padded: intermediate_size {prepared.checkpoint.model.intermediate_size} to {padded}"
+    if document["dry_run"]:
+        yield "dry run: nothing was written"
+    elif document["complete"]:
+        yield f"wrote {document['out']}/{MANIFEST}: the set is complete"
     else:
-        lacking = ", ".join(map(str, result.missing))
-        output.text(f"the set still lacks ranks {lacking}: write them, then run the same command with --resume")
+        lacking = ", ".join(map(str, document["missing_ranks"]))
+        yield f"the set still lacks ranks {lacking}: write them, then run the same command with --resume"

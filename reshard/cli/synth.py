@@ -33,34 +33,21 @@ def synth(
     """Make a synthetic checkpoint of a model's shape."""
     output = Output(form, quiet=quiet, debug=debug)
     with output.errors():
+        from reshard.checkpoint.config_only import read_config
         from reshard.source.address import parse_local_target
-        from reshard.source.base import parse_json_object
         from reshard.synth.plan import SynthOptions, plan_checkpoint
         from reshard.synth.write import write_checkpoint
 
         folder = parse_local_target(out, "synth")
-        wanted = parse_json_object(_read(config), str(config))
         options = SynthOptions(scheme, _fraction(scale), layers, shards, sparse, dense_only, seed)
-        plan = plan_checkpoint(wanted, options)
+        plan = plan_checkpoint(read_config(config), options)
         with output.progress("synth", plan.size) as tick:
             result = write_checkpoint(plan, folder, tick)
-        if output.is_json:
-            output.json({"out": str(folder), "scheme": scheme, **vars(result)})
-            return
-        hole = ", a hole that takes no disk" if sparse else ""
-        output.text(
+        line = (
             f"{folder}: {scheme}, {result.tensors:,} tensors of {size_text(result.tensor_bytes)} in {result.files} "
-            f"{'file' if result.files == 1 else 'files'}{hole}"
+            f"{'file' if result.files == 1 else 'files'}{', a hole that takes no disk' if sparse else ''}"
         )
-
-
-def _read(path: Path) -> bytes:
-    from reshard.errors import SourceError
-
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
+        output.document({"out": str(folder), "scheme": scheme, **vars(result)}, lambda: [line])
 
 
 def _fraction(text: str) -> "Fraction":
@@ -73,5 +60,5 @@ def _fraction(text: str) -> "Fraction":
     except (ValueError, ZeroDivisionError):
         scale = Fraction(0)
     if not 0 < scale <= 1:
-        raise UsageError(f"--scale {text}: a fraction above 0 and up to 1 is wanted, such as 1/16")
+        raise UsageError(f"--scale {text}: expected a fraction above 0 and up to 1, such as 1/16")
     return scale

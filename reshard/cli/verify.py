@@ -1,16 +1,12 @@
 """`reshard verify`."""
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 import typer
 
 from reshard.cli.options import ADDRESS, Debug, Format, Index, Quiet, Revision, Scheme
 from reshard.cli.output import Output, size_text
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from reshard.verification.compute import LayerResult
 
 _MISMATCH = 3
 
@@ -49,39 +45,35 @@ def verify(
         for note in done.notes:
             output.warn(f"{note.where}: {note.message}")
         held = done.manifest.shards
-        nbytes = sum(shard.size for shard in held)
-        if output.is_json:
-            output.json(
-                {
-                    "ok": done.ok,
-                    "shards": len(held),
-                    "bytes": nbytes,
-                    "against_source": done.against_source,
-                    "layers": [vars(layer) for layer in done.layers],
-                    "findings": [vars(finding) for finding in done.findings],
-                    "notes": [vars(note) for note in done.notes],
-                }
-            )
-        elif done.ok:
-            tensors = sum(len(shard.tensors) for shard in held)
-            output.text(f"digests: {len(held)} shards, {tensors} tensors, {size_text(nbytes)}: as written")
-            if source is not None:
-                output.text(f"source: every byte is {shown(source)}'s")
-                output.text(f"computation: {_computation(done.layers)}")
-        else:
-            for finding in done.findings:
-                output.text(f"{finding.check}: {finding.where}: {finding.message}")
-            output.text(f"{len(done.findings)} differences")
+        document = {
+            "ok": done.ok,
+            "shards": len(held),
+            "bytes": sum(shard.size for shard in held),
+            "against_source": done.against_source,
+            "layers": done.layers,
+            "findings": done.findings,
+            "notes": done.notes,
+        }
+        tensors = sum(len(shard.tensors) for shard in held)
+        output.document(document, lambda: _lines(document, tensors, source and shown(source)))
         if not done.ok:
             raise typer.Exit(_MISMATCH)
 
 
-def _computation(computed: "Sequence[LayerResult]") -> str:
-    """A line on layers that are right."""
-    if not computed:
-        return "not made"
-    worst = max(computed, key=lambda layer: layer.difference)
-    return (
-        f"{len(computed)} layers on random tokens, split against unsplit: they differ by {worst.difference:.1e} of "
-        f"what is added up, rounding allows {worst.bound:.1e}"
-    )
+def _lines(document: dict[str, Any], tensors: int, source: str | None) -> Iterator[str]:
+    if not document["ok"]:
+        for finding in document["findings"]:
+            yield f"{finding.check}: {finding.where}: {finding.message}"
+        yield f"{len(document['findings'])} differences"
+        return
+    yield f"digests: {document['shards']} shards, {tensors} tensors, {size_text(document['bytes'])}: match the manifest"
+    if source is not None:
+        yield f"source: every byte matches {source}"
+        layers = document["layers"]
+        worst = max(layers, key=lambda layer: layer.difference, default=None)
+        yield "computation: " + (
+            f"{len(layers)} layers on random tokens, split against unsplit: max relative error {worst.difference:.1e}, "
+            f"tolerance {worst.bound:.1e}"
+            if worst
+            else "not made"
+        )

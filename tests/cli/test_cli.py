@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from reshard import __version__
-from reshard.cli.output import Output
+from reshard.cli.output import Output, Table
 from reshard.plan.pipeline import Cut
 from tests.support.builders import RECIPES, Spec, build
 from tests.support.running import TIMEOUT_SECONDS, reshard, reshard_process, split
@@ -64,7 +64,7 @@ def test_split_closes_with_a_table(model: Path, tmp_path: Path) -> None:
     largest = max(shard["size"] for shard in manifest["shards"])
     assert f"w8a8_dynamic, 2 dense layers: {whole / 1024:.2f} KiB unsplit" in done.out
     assert f"saves {(whole - largest) / 1024:.2f} KiB" in done.out
-    assert "manifest.json completes the set" in done.out
+    assert "manifest.json: the set is complete" in done.out
 
 
 def test_split_as_json_is_one_document(model: Path, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_ranks_from_two_hosts_make_one_set(model: Path, tmp_path: Path) -> None:
     assert "lacks ranks 2, 3" in first.out
     assert not (out / "manifest.json").exists()
     second = reshard("split", model, out, "--tp", 4, "--ranks", "2,3")
-    assert "completes the set" in second.out
+    assert "the set is complete" in second.out
     finished = reshard("split", model, out, "--tp", 4, "--resume")
     assert finished.code == 0
     assert finished.out.count("(kept)") == 4
@@ -279,7 +279,8 @@ def test_what_stdout_cannot_take_is_an_error(shards: Path, command: str, form: s
 
 
 def test_a_table_shows_whole_cells_however_long(capsys: pytest.CaptureFixture[str]) -> None:
-    Output("human", quiet=True, debug=False).table([("file", "left"), ("size", "right")], [["x" * 300, "1 B"]])
+    table = Table(("file", ">size"), [["x" * 300, "1 B"]])
+    Output("human", quiet=True, debug=False).document({}, lambda: [table])
     assert f"{'x' * 300}    1 B\n" in capsys.readouterr().out
 
 
@@ -300,7 +301,7 @@ def test_a_terminal_gets_a_bar(model: Path, tmp_path: Path) -> None:
         os.close(follower)
     assert "split" in shown
     assert "\x1b[" in shown
-    assert b"completes the set" in done.stdout
+    assert b"the set is complete" in done.stdout
 
 
 @pytest.mark.parametrize("recipe", ["fp8_block", "bf16"])

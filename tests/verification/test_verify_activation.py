@@ -80,7 +80,7 @@ def test_an_activation_that_is_not_known_is_a_warning(tmp_path: Path) -> None:
     line = "layers 0-1: not computed: its activation is situ, whose formula is not known here"
     assert line in done.err
     assert done.err.count("situ") == 1, "by the source and by the computation: once"
-    assert "source: every byte is" in done.out
+    assert "source: every byte matches" in done.out
     assert "computation: not made" in done.out
     document = reshard("verify", shards, "--source", source, "--format", "json").document
     assert (document["ok"], document["layers"], document["findings"]) == (True, [], [])

@@ -74,7 +74,7 @@ def memory() -> Iterator[str]:
 def test_the_objects_are_the_folder_s_files(source: Path, wanted: Files, memory: str) -> None:
     done = reshard("split", source, memory + "/", "--tp", 4)
     assert done.code == 0, done.err
-    assert f"{memory}/manifest.json completes the set" in done.out
+    assert f"wrote {memory}/manifest.json: the set is complete" in done.out
     assert objects(memory) == wanted
 
 

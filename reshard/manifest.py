@@ -7,11 +7,12 @@ plan is made of its entries, and a shard set that is read as a source gives them
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from reshard.errors import ManifestError
 from reshard.model.activation import Activation
 from reshard.model.naming import MANIFEST, MAX_TP_SIZE, shard_file
+from reshard.schemes.table import SCHEMES, unknown_scheme
 from reshard.source.recognise import PREFIX_BYTES, recognised
 
 SCHEMA = "denseffn-shards/2"
@@ -51,10 +52,16 @@ class ModelDims(_Strict):
     ]
 
 
+def _known(scheme: str) -> str:
+    if scheme not in SCHEMES:
+        raise ValueError(unknown_scheme(scheme))
+    return scheme
+
+
 class LinearScheme(_Strict):
     """What a linear is quantized as, and the block (rows, columns) of its weight that one scale stands for, if any."""
 
-    scheme: str
+    scheme: Annotated[str, AfterValidator(_known)]
     block: tuple[Positive, Positive] | None = None
 
     def __str__(self) -> str:

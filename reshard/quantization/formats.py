@@ -9,10 +9,6 @@ _FLOAT, _INT, _MX = "BF16 F16 F32", "U8 I8", "U8 F8_E8M0"  # _MX: the exponents 
 _W8A16 = {"weight": "I8", "weight_scale": "", "weight_offset": ""}
 
 
-def _one_scale(found: Stored) -> bool:
-    return found["weight_scale"].shape in {(), (1,), (1, 1)}
-
-
 def _by_groups(found: Stored) -> bool:
     return group_size(found["weight_scale"].shape, found["weight"].shape) is not None
 
@@ -23,8 +19,6 @@ _NOT_SPLIT: tuple[tuple[str, Mapping[str, str], Callable[[Stored], bool]], ...] 
     ("NVFP4", {"weight_packed": _INT, "weight_global_scale": ""}, bool),  # compressed-tensors
     ("MXFP4", {"weight_packed": _INT, "weight_scale": _MX}, bool),
     ("MXFP4", {"weight": "U8", "weight_scale": _MX}, bool),  # Quark, ModelSlim
-    ("MXFP8", {"weight": "F8_E4M3", "weight_scale": _MX}, bool),
-    ("FP8 in blocks with UE8M0 scales", {"weight": "F8_E4M3", "weight_scale_inv": _MX}, bool),
     ("GPTQ", {"qweight": "", "g_idx": ""}, bool),
     ("AWQ or GPTQ", {"qweight": "", "qzeros": ""}, bool),
     ("W4A16 of compressed-tensors", {"weight_packed": "I32"}, bool),
@@ -39,7 +33,6 @@ _NOT_SPLIT: tuple[tuple[str, Mapping[str, str], Callable[[Stored], bool]], ...] 
     ("bitsandbytes int8", {"weight": "", "SCB": ""}, bool),
     ("HQQ", {"W_q": ""}, bool),
     ("FP8 E5M2", {"weight": "F8_E5M2"}, bool),
-    ("FP8 with one scale per tensor", {"weight": "F8_E4M3", "weight_scale": ""}, _one_scale),
     ("FP8 without scales", {"weight": "F8_E4M3"}, lambda found: len(found) == 1),
     ("int8 with scales by groups along in", {"weight": "I8", "weight_scale": ""}, _by_groups),
     ("W8A16", _W8A16, lambda found: found.keys() == _W8A16.keys()),  # ModelSlim's: its W8A8_DYNAMIC has these, too

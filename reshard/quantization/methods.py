@@ -22,14 +22,11 @@ from reshard.quantization.names import at_boundary, component, contained, exact,
 from reshard.quantization.section import Section
 from reshard.schemes import FLOAT, QuantSpec, kind_said
 
-NO_BLOCK_SIZE = "FP8 with one scale per tensor (no weight_block_size)"
-"""The kind that vLLM reads where the key is missing."""
+NO_BLOCK_SIZE = frozenset(kind_said(f"fp8 tensor {activations}") for activations in ("dynamic", "static"))
+"""The kinds that vLLM reads where weight_block_size is missing."""
 
 FP8_PB_WO = "FP8_PB_WO (FP8 in blocks of 128 x 128)"
 """Weights alone by its name; vLLM quantizes the activations, too (its modelopt.py), as fp8_block does."""
-
-_MODELOPT = {"FP8": "FP8 with one scale per tensor", "FP8_PB_WO": FP8_PB_WO}
-"""What else algorithms of ModelOpt are called."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,7 @@ def _fp8(section: Section, module: str) -> QuantSpec:
     elif (said := kind_said(f"fp8 {'block' if in_blocks else 'tensor'} {activations}")) is not None:
         kind, block = said, section.block("weight_block_size") if in_blocks else None
     else:
-        kind = f"FP8 with activation_scheme {activations}" if in_blocks else NO_BLOCK_SIZE
+        kind = f"FP8 with activation_scheme {activations}"
     return QuantSpec(kind, block, section.says("quant_method fp8"))
 
 
@@ -110,7 +107,7 @@ def _modelopt(section: Section, module: str) -> QuantSpec | None:
     if algorithm is None:
         return QuantSpec(FLOAT, None, section.says("quant_algo null"))
     name = str(algorithm).upper()
-    kind = kind_said(f"modelopt {name}") or _MODELOPT.get(name, name)
+    kind = kind_said(f"modelopt {name}") or (FP8_PB_WO if name == "FP8_PB_WO" else name)
     return QuantSpec(kind, None, section.says(f"quant_algo {algorithm}"))
 
 

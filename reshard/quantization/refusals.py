@@ -54,8 +54,8 @@ def contradiction(module: str, found: Stored, said: Sequence[QuantSpec], quantiz
     if fits and first.kind == FP8_PB_WO:
         unless = f"{option}, unless the engine leaves activations as they are"
         return _error(module, found, (first,), ": vLLM computes the two alike", unless)
-    if fits and first.kind == NO_BLOCK_SIZE:
-        give = f"give its weight_block_size in {file}" if needs_block(fits[0].kind) else ""
+    if fits and first.kind in NO_BLOCK_SIZE and scheme not in formats:
+        give = f"give its weight_block_size in {file}" if needs_block(fits[0].kind) and file == CONFIG else ""
         return _error(module, found, (first,), "", give, option)
     if first.kind != FLOAT and (not is_split(first.kind) or _is_damaged(first, found)):
         return None

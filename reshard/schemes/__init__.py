@@ -34,6 +34,7 @@ from reshard.schemes.table import (
     scheme_by_option,
     scheme_named,
     summary,
+    unknown_scheme,
     variant_with,
 )
 
@@ -69,5 +70,6 @@ __all__ = [
     "scheme_named",
     "scheme_of",
     "summary",
+    "unknown_scheme",
     "variant_with",
 ]

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from reshard.errors import SchemeError, UsageError
-from reshard.schemes.table import SCHEMES, VARIANTS, WAY_OUT, Shape, TensorRule, Variant
+from reshard.schemes.table import SCHEMES, VARIANTS, WAY_OUT, Shape, TensorRule, Variant, unknown_scheme
 from reshard.tensors.dtypes import FLOATS
 
 
@@ -33,7 +33,7 @@ Stored = Mapping[str, StoredTensor]
 def check_scheme(scheme: str) -> None:
     """Raises UsageError for a `--scheme` that is none of SCHEMES."""
     if scheme not in SCHEMES:
-        raise UsageError(f"--scheme {scheme}: there are {', '.join(SCHEMES)}")
+        raise UsageError(f"--scheme: {unknown_scheme(scheme)}")
 
 
 def check_kind(module: str, declared: QuantSpec, tensors: str = "") -> None:

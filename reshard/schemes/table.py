@@ -166,6 +166,8 @@ SCHEMES = {
         Scheme("w8a8_mix", (Arithmetic.DYNAMIC, Arithmetic.STATIC), _EVERYWHERE),
         Scheme("fp8_block", (Arithmetic.SCALED,), _NOWHERE, _CONVERTED),
         Scheme("fp8_channel", (Arithmetic.SCALED,), _NOWHERE, _CONVERTED),
+        Scheme("fp8_tensor", (Arithmetic.SCALED,), _NOWHERE, _CONVERTED),
+        Scheme("w8a8_mxfp8", (Arithmetic.SCALED,), frozenset({VLLM_ASCEND}), _CONVERTED),
         Scheme("int8_block", (Arithmetic.SCALED,), _NOWHERE, _CONVERTED),
     )
 }
@@ -186,20 +188,21 @@ def _blocks(suffix: str, *dtypes: str) -> TensorRule:
     return TensorRule(suffix, Operand.SCALE, Shape.BLOCKS, dtypes, _ROWS, _COLUMNS)
 
 
-def _of_input(suffix: str, operand: Operand, *dtypes: str) -> TensorRule:
+def _one(suffix: str, operand: Operand, *dtypes: str) -> TensorRule:
     return TensorRule(suffix, operand, Shape.ONE, dtypes, _ALL, _ALL)
 
 
 _OFFSET = TensorRule("weight_offset", Operand.OFFSET, Shape.CHANNEL, _F32, _ROWS, _ALL)
 _STATIC = (
     _weight("I8"),
-    _of_input("input_scale", Operand.INPUT_SCALE, *_F32),
-    _of_input("input_offset", Operand.INPUT_OFFSET, *_F32, "I8", "I32"),
+    _one("input_scale", Operand.INPUT_SCALE, *_F32),
+    _one("input_offset", Operand.INPUT_OFFSET, *_F32, "I8", "I32"),
     TensorRule("quant_bias", Operand.BIAS, Shape.OUT, ("I32",), _ROWS, _RANK_0),
     TensorRule("deq_scale", Operand.OUTPUT_SCALE, Shape.OUT, ("F32", "I64"), _ROWS, _ALL),
 )
 _DYNAMIC_SLIM = (_channel(_F32), _OFFSET)
-_STATIC_COMPRESSED = (_weight("I8"), _channel(_BF16), _of_input("input_scale", Operand.INPUT_SCALE, *_BF16))
+_STATIC_COMPRESSED = (_weight("I8"), _channel(_BF16), _one("input_scale", Operand.INPUT_SCALE, *_BF16))
+_FP8_TENSOR = (_weight("F8_E4M3"), _one("weight_scale", Operand.SCALE, *_F32))
 
 VARIANTS = (
     Variant("bf16", "bf16", "FLOAT", (_weight("BF16", "F16", "F32"),)),
@@ -225,7 +228,7 @@ VARIANTS = (
         "w8a8_static_asymmetric",
         "w8a8_static",
         "int8-channel-static-asymmetric",
-        (*_STATIC_COMPRESSED, _of_input("input_zero_point", Operand.INPUT_OFFSET, "I8")),
+        (*_STATIC_COMPRESSED, _one("input_zero_point", Operand.INPUT_OFFSET, "I8")),
         ("compressed-tensors int8 channel static asymmetric",),
     ),
     Variant(
@@ -248,6 +251,34 @@ VARIANTS = (
         "fp8-channel",
         (_weight("F8_E4M3"), _channel(_BF16)),
         ("compressed-tensors float8 channel dynamic", "w8a8_fp8", "modelopt FP8_PER_CHANNEL_PER_TOKEN"),
+    ),
+    Variant(
+        "fp8_block_ue8m0",  # `scale_fmt: ue8m0`, as DeepSeek V3.2 and V4; older ones keep such scales as F32
+        "fp8_block",
+        "fp8-block",
+        (_weight("F8_E4M3"), _blocks("weight_scale_inv", "F8_E8M0")),
+        ("fp8 block dynamic",),
+    ),
+    Variant(
+        "fp8_tensor",
+        "fp8_tensor",
+        "fp8-tensor-dynamic",
+        _FP8_TENSOR,
+        ("fp8 tensor dynamic", "compressed-tensors float8 tensor dynamic"),
+    ),
+    Variant(
+        "fp8_tensor_static",
+        "fp8_tensor",
+        "fp8-tensor-static",
+        (*_FP8_TENSOR, _one("input_scale", Operand.INPUT_SCALE, *_F32)),
+        ("fp8 tensor static", "compressed-tensors float8 tensor static", "modelopt FP8"),
+    ),
+    Variant(
+        "w8a8_mxfp8",
+        "w8a8_mxfp8",
+        "W8A8_MXFP8",
+        (_weight("F8_E4M3"), _blocks("weight_scale", "U8", "F8_E8M0")),
+        block=(1, 32),
     ),
     Variant(
         "int8_block",
@@ -273,10 +304,15 @@ WAY_OUT = (
 )
 
 
+def unknown_scheme(name: str) -> str:
+    """What is said of a scheme that is not in the table."""
+    return f"unknown scheme {name}; supported are {', '.join(SCHEMES)}"
+
+
 def scheme_named(name: str, where: str) -> Scheme:
     """A row of SCHEMES. Raises SchemeError, which names `where`, for what is not in the table."""
     if name not in SCHEMES:
-        raise SchemeError(f"{where}: unknown scheme {name}; supported are {', '.join(SCHEMES)}")
+        raise SchemeError(f"{where}: {unknown_scheme(name)}")
     return SCHEMES[name]
 
 

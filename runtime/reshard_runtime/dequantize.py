@@ -63,11 +63,11 @@ def _linear(linear: LinearShard, kernels: Kernels) -> LinearShard:
             f"{linear.name}: a scale of {list(scale.shape)} for a weight of {list(weight.shape)} in blocks of "
             f"{list(block)}, expected {grid}; cut the set again"
         )
-    value = dequantize_blocks(weight, _float32(scale).reshape(grid), block)
+    value = dequantize_blocks(weight, scale_values(scale).reshape(grid), block)
     return LinearShard(linear.name, UNQUANTIZED, None, {"weight": value})
 
 
-def _float32(scale: torch.Tensor) -> torch.Tensor:
+def scale_values(scale: torch.Tensor) -> torch.Tensor:
     """A scale's values; of one byte it is the exponent of 2, biased by 127, and 255 is NaN (OCP MX, E8M0)."""
     if scale.element_size() > 1:
         return scale.float()

@@ -140,7 +140,7 @@ def test_a_config_that_no_checkpoint_can_be_of(tmp_path: Path, change: dict[str,
 def test_modelslim_s_scheme_is_named_with_a_config_alone() -> None:
     (scheme,) = of(findings("--config", R1, "--scheme", "w8a8_dynamic")[1], "scheme")
     assert scheme["message"] == "w8a8_dynamic (weight I8, weight_offset F32, weight_scale F32)"
-    assert f"there are {', '.join(SCHEMES)}" in usage("--config", R1, "--scheme", "w4a4")
+    assert f"unknown scheme w4a4; supported are {', '.join(SCHEMES)}" in usage("--config", R1, "--scheme", "w4a4")
 
 
 def test_the_default_scheme_is_the_config_s_own() -> None:
@@ -220,7 +220,7 @@ def test_sizes_that_are_none(tp: str) -> None:
 
 def test_options_that_do_not_go_with_the_target(tmp_path: Path) -> None:
     build(tmp_path / "model", Spec())
-    assert "--scheme int4: there are bf16, w8a8_dynamic" in usage(tmp_path / "model", "--scheme", "int4")
+    assert "unknown scheme int4; supported are bf16, w8a8_dynamic" in usage(tmp_path / "model", "--scheme", "int4")
     assert "--against goes with a shard set" in usage(tmp_path / "model", "--against", "x")
     assert "--against goes with a shard set" in usage("--config", R1, "--against", "x")
 

@@ -20,10 +20,9 @@ import yaml
 from reshard.checks.report import Report
 from reshard.errors import UsageError
 from reshard.plan.pipeline import Cut
-from tests.model.test_models import CONFIGS
 from tests.support.builders import Spec, build
-from tests.support.paths import ROOT
-from tests.support.running import TIMEOUT_SECONDS, split
+from tests.support.paths import CONFIGS, ROOT
+from tests.support.running import TIMEOUT_SECONDS, reshard, split
 
 pytest_plugins = ["pytester"]
 
@@ -51,8 +50,18 @@ def action() -> dict[str, Any]:
     return loaded
 
 
-def test_the_action_is_one_by_github_s_schema() -> None:
-    done = run(BIN / "check-jsonschema", "--builtin-schema", "vendor.github-actions", ROOT / "action.yml")
+@pytest.mark.parametrize(
+    ("kind", "files"),
+    [
+        ("actions", "action.yml"),
+        ("workflows", ".github/workflows/*.yml"),
+        ("issue-forms", ".github/ISSUE_TEMPLATE/[!c]*.yml"),
+    ],
+)
+def test_files_for_github_are_some_by_its_schemas(kind: str, files: str) -> None:
+    found = sorted(ROOT.glob(files))
+    assert found
+    done = run(BIN / "check-jsonschema", "--builtin-schema", f"vendor.github-{kind}", *found)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -64,11 +73,11 @@ def test_every_input_is_used_and_every_use_is_an_input(action: dict[str, Any]) -
     assert all("${{" not in step["run"] for step in steps), "an input in a script would be run as a command"
 
 
-def step(action: dict[str, Any], **inputs: str) -> subprocess.CompletedProcess[str]:
+def step(action: dict[str, Any], program: Path = BIN / "reshard", **inputs: str) -> subprocess.CompletedProcess[str]:
     """The action's last step, as a runner starts it: bash, and the inputs or their defaults in the environment."""
     last = action["runs"]["steps"][-1]
     assert not inputs.keys() - {key.replace("-", "_") for key in action["inputs"]}
-    environment = {"RESHARD": str(BIN / "reshard")}
+    environment = {"RESHARD": str(program)}
     for variable, value in last["env"].items():
         name = value[len("${{ inputs.") : -len(" }}")]
         if name in action["inputs"]:
@@ -87,26 +96,36 @@ def test_the_action_passes_and_fails_as_the_command(action: dict[str, Any]) -> N
 
 
 def test_the_action_hands_every_input_on(action: dict[str, Any], tmp_path: Path) -> None:
+    """What the step starts is written down, and run here."""
+    noting = tmp_path / "reshard"
+    noting.write_text(f"#!/bin/bash\nprintf '%s\\0' \"$@\" > {tmp_path}/arguments\n")
+    noting.chmod(0o755)
+
+    def code(**inputs: str) -> int:
+        done = step(action, noting, **inputs)
+        assert done.returncode == 0, done.stderr
+        return reshard(*(tmp_path / "arguments").read_text().split("\0")[:-1]).code
+
     option = json.dumps({"denseffn_tensor_parallel_size": 32})
     sizes = {"data_parallel_size": "64", "tensor_parallel_size": "1"}
     given = {"paths": str(R1), "tp": "32", "additional_config": option, "pad": "true", **sizes}
-    assert step(action, **given).returncode == 0
-    assert step(action, **{**given, "pad": "false"}).returncode == 3
-    assert step(action, **{**given, "pad": "false", "weights": "w8a8"}).returncode == 0
-    assert step(action, **{**given, "tensor_parallel_size": "3"}).returncode == 3
-    assert step(action, **{**given, "data_parallel_size": "8"}).returncode == 3
+    assert code(**given) == 0
+    assert code(**{**given, "pad": "false"}) == 3
+    assert code(**{**given, "pad": "false", "weights": "w8a8"}) == 0
+    assert code(**{**given, "tensor_parallel_size": "3"}) == 3
+    assert code(**{**given, "data_parallel_size": "8"}) == 3
     ascends = {"paths": str(R1), "additional_config": '{"finegrained_tp_config": {"mlp_tensor_parallel_size": 1}}'}
-    assert step(action, **ascends, pipeline_parallel_size="2").returncode == 0
+    assert code(**ascends, pipeline_parallel_size="2") == 0
     ascends["additional_config"] = ascends["additional_config"].replace("1", "2")
-    assert step(action, **ascends, data_parallel_size="2").returncode == 0
-    assert step(action, **ascends, data_parallel_size="2", pipeline_parallel_size="2").returncode == 3
-    assert step(action, paths=str(R1), scheme="bf16", tp="32").returncode == 0
-    assert step(action, paths=str(R1), tp="8", device="npu").returncode == 0
-    assert step(action, paths=str(R1), tp="8", device="npu", strict="true").returncode == 3
+    assert code(**ascends, data_parallel_size="2") == 0
+    assert code(**ascends, data_parallel_size="2", pipeline_parallel_size="2") == 3
+    assert code(paths=str(R1), scheme="bf16", tp="32") == 0
+    assert code(paths=str(R1), tp="8", device="npu") == 0
+    assert code(paths=str(R1), tp="8", device="npu", strict="true") == 3
     build(tmp_path / "model", Spec())
     split(tmp_path / "model", tmp_path / "a set", Cut(2))
-    assert step(action, paths=str(tmp_path / "a set"), against=str(tmp_path / "model")).returncode == 0
-    assert step(action, paths=str(tmp_path / "a set"), against=str(tmp_path / "none")).returncode == 1
+    assert code(paths=str(tmp_path / "a set"), against=str(tmp_path / "model")) == 0
+    assert code(paths=str(tmp_path / "a set"), against=str(tmp_path / "none")) == 1
 
 
 def test_the_action_writes_junit_as_well(action: dict[str, Any], tmp_path: Path) -> None:
@@ -134,8 +153,12 @@ def hooks() -> dict[str, dict[str, Any]]:
 
 
 def test_the_hooks_are_some_by_pre_commit_itself() -> None:
-    done = run(BIN / "pre-commit", "validate-manifest", ROOT / ".pre-commit-hooks.yaml")
-    assert done.returncode == 0, done.stdout
+    for command, file in (
+        ("validate-manifest", ".pre-commit-hooks.yaml"),
+        ("validate-config", ".pre-commit-config.yaml"),
+    ):
+        done = run(BIN / "pre-commit", command, ROOT / file)
+        assert done.returncode == 0, done.stdout
 
 
 def hook(entry: dict[str, Any], arguments: list[str], files: list[Path]) -> int:
@@ -194,7 +217,7 @@ def test_the_fixture_passes_fails_and_says_why(pytester: pytest.Pytester) -> Non
             reshard_check("nowhere")
         """
     )
-    result = pytester.runpytest_subprocess("-p", "no:cacheprovider")
+    result = pytester.runpytest_inprocess("-p", "no:cacheprovider")
     result.assert_outcomes(passed=2, failed=4)
     result.stdout.fnmatch_lines(
         [
@@ -240,7 +263,7 @@ def test_a_set_in_the_fixture(pytester: pytest.Pytester, tmp_path: Path) -> None
             assert reshard_check(folder / "set", tp=2, against=folder / "model").kind == "shard set"
         """
     )
-    pytester.runpytest_subprocess("-p", "no:cacheprovider").assert_outcomes(passed=1)
+    pytester.runpytest_inprocess("-p", "no:cacheprovider").assert_outcomes(passed=1)
 
 
 def test_the_plugin_costs_nothing_where_it_is_not_used(pytester: pytest.Pytester) -> None:

@@ -32,6 +32,7 @@ class Cut:
     warns: tuple[str, ...] = ()
     prefix: str = "model."
     activation: tuple[str, float | None] | None = ("silu", None)
+    fused: str = ""  # why it needs --layout separate
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,10 @@ class Refused:
 WRAPPED, GLM, VL2 = "language_model.model.", "model.language_model.", "language.model."
 SECOND = "model-00002-of-00003.safetensors"
 ALONE = "taken from names alone"
+DIFFERENT_SCALES = (
+    "gate_proj.weight_scale is 0.0060416325, model.layers.0.mlp.up_proj.weight_scale is 0.00864976738; the fused "
+    "layout holds one for both: use --layout separate"
+)
 EXPECTED: dict[str, Cut | Refused] = {
     "a01-kimi-k25-int4": Cut("bf16", (0,), prefix=WRAPPED),
     "a02-kimi-k25-modelslim": Cut("w8a8_dynamic", (0,), prefix=WRAPPED),
@@ -63,13 +68,13 @@ EXPECTED: dict[str, Cut | Refused] = {
     ),
     "c01-nvfp4-hf-quant-config": Refused("scheme", ("NVFP4", "hf_quant_config.json")),
     "c02-nvfp4-modelopt-config": Cut("bf16", (0,)),
-    "c03-modelopt-fp8-tensor": Refused("scheme", ("hf_quant_config.json", "one scale per tensor")),
+    "c03-modelopt-fp8-tensor": Cut("fp8_tensor", (0,), fused=DIFFERENT_SCALES),
     "c05-awq-dense": Refused("scheme", ("awq", "BF16 or FP8 original")),
     "c06-gptq": Refused("scheme", ("gptq", "BF16 or FP8 original")),
     "c07-k2-thinking": Cut("bf16", (0,)),
     "c08-meituan-channel-int8": Cut("w8a8_dynamic", (0,)),
     "c09-meituan-block-int8": Cut("int8_block", (0,)),
-    "c10-modelslim-mxfp8": Refused("scheme", ("W8A8_MXFP8", "BF16 or FP8 original")),
+    "c10-modelslim-mxfp8": Cut("w8a8_mxfp8", (0,)),
     "c11-modelslim-w4a8-dense-w8a8": Cut("w8a8_dynamic", (0,)),
     "c12-description-weights-only": Cut("w8a8_dynamic", (0,)),
     "c14-modelslim-nonfusion-smooth": Refused("scheme", ("down_proj.linear.weight", "smoothing", "1/R")),
@@ -85,7 +90,7 @@ EXPECTED: dict[str, Cut | Refused] = {
     "c27-modelslim-wfp8afp8": Refused("scheme", ("WFP8AFP8_DYNAMIC",)),
     "c28-auto-round": Cut("bf16", (0,)),
     "c30-fp8-config-stripped": Refused("scheme", ("quantization_config", "weight_block_size", "--scheme fp8_block")),
-    "c32-fp8-static": Refused("scheme", ("FP8 with one scale per tensor",)),
+    "c32-fp8-static": Cut("fp8_tensor", (0,), fused=DIFFERENT_SCALES),
     "c33-qat-amax": Refused("scheme", ("input_quantizer._amax", "ModelOpt", "export_hf_checkpoint")),
     "c36-compression-config": Cut("w8a8_dynamic", (0,)),
     "c37-glm45-fp8": Cut("fp8_channel", (0, 1, 2)),
@@ -198,7 +203,12 @@ def test_it_is_cut(tmp_path: Path, name: str) -> None:
     warned = " ".join(f["message"] for f in findings if f["severity"] == "warning")
     assert [word for word in expected.warns if word not in warned] == [], warned
     assert bool(warned) == bool(expected.warns), warned
-    done = reshard("split", folder, tmp_path / "out", "--tp", 4, "--quiet")
+    if expected.fused:
+        done = reshard("split", folder, tmp_path / "out", "--tp", 4, "--quiet")
+        assert done.code == 1
+        assert expected.fused in done.err
+    layout = "separate" if expected.fused else "fused"
+    done = reshard("split", folder, tmp_path / "out", "--tp", 4, "--layout", layout, "--quiet")
     assert done.code == 0, done.err
     assert [word for word in expected.warns if word not in done.err] == [], done.err
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())

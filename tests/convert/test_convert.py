@@ -21,9 +21,12 @@ DTYPES = {
     "F16": torch.float16,
     "F32": torch.float32,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U8": torch.float8_e8m0fnu,  # scales
     "I8": torch.int8,
 }
-CONVERTIBLE = ["bf16", "fp16", "fp32", "fp8_block", "ct_fp8_block", "ct_fp8_channel", "int8_block"]
+CONVERTIBLE = ["bf16", "fp16", "fp32", "fp8_block", "fp8_block_ue8m0", "ct_fp8_block", "ct_fp8_channel", "fp8_tensor",
+               "ct_fp8_tensor", "modelslim_mxfp8", "int8_block"]  # fmt: skip
 FORMATS = ["modelslim", "compressed-tensors"]
 TARGETS = [("bf16", "modelslim"), ("w8a8", "modelslim"), ("w8a8", "compressed-tensors")]
 
@@ -32,7 +35,7 @@ TARGETS = [("bf16", "modelslim"), ("w8a8", "modelslim"), ("w8a8", "compressed-te
 
 
 def to_torch(raw: Raw) -> Any:
-    return torch.frombuffer(bytearray(raw[2]), dtype=DTYPES[raw[0]]).reshape(raw[1])
+    return torch.frombuffer(bytearray(raw[2]), dtype=torch.uint8).view(DTYPES[raw[0]]).reshape(raw[1])
 
 
 def to_raw(dtype: str, tensor: Any) -> Raw:
@@ -47,8 +50,9 @@ def values_of(module: str, dense: dict[str, Raw]) -> Any:
     if scale is None:
         return weight
     factor = to_torch(scale).float()
-    if factor.shape != (len(weight), 1):
-        factor = factor.repeat_interleave(128, 0)[: weight.shape[0]].repeat_interleave(128, 1)[:, : weight.shape[1]]
+    if factor.numel() > 1 and factor.shape[1] > 1:
+        tall, wide = (1, 32) if len(factor) == len(weight) else (128, 128)
+        factor = factor.repeat_interleave(tall, 0).repeat_interleave(wide, 1)[: weight.shape[0], : weight.shape[1]]
     return weight * factor
 
 

@@ -336,7 +336,11 @@ def test_any_model_s_config_will_do(tmp_path: Path) -> None:
         (("--measure", "--set", "a=b"), 2, "--measure prints this machine's profile and takes no PATH"),
         (("--measure", "--svg", "e.svg"), 2, "--measure prints this machine's profile and takes no PATH"),
         (("--config", CONFIG, "--tp", "8", "--device", "abacus"), 1, "device abacus: no such profile; there are "),
-        (("--config", CONFIG, "--tp", "8", "--scheme", "int3"), 2, "--scheme int3: there are bf16, "),
+        (
+            ("--config", CONFIG, "--tp", "8", "--scheme", "int3"),
+            2,
+            "unknown scheme int3; supported are bf16, ",
+        ),
         (("--config", "nowhere.json", "--tp", "8"), 1, "nowhere.json: cannot be read: No such file or directory"),
         (("nowhere", "--tp", "8"), 1, "nowhere: no such folder"),
     ],

@@ -31,9 +31,10 @@ def transcript() -> list[tuple[str, str]]:
 
 def scheme_rows() -> list[str]:
     """The table of schemes, out of the split table."""
-    head = ["| scheme | said by | tensors of a linear |", "| --- | --- | --- |"]
+    head = ["| scheme | `synth --scheme` | said by | tensors of a linear |", "| --- | --- | --- | --- |"]
     return head + [
-        f"| `{v.scheme}` | `{v.kind}` | {', '.join(f'`{rule.suffix}`' for rule in v.tensors)} |" for v in VARIANTS
+        f"| `{v.scheme}` | `{v.name}` | `{v.kind}` | {', '.join(f'`{rule.suffix}`' for rule in v.tensors)} |"
+        for v in VARIANTS
     ]
 
 
@@ -307,7 +308,7 @@ def test_the_estimate_page_has_what_fixed_rows_cost_by_the_command() -> None:
         (line,) = [line for line in out.splitlines() if line.startswith("w8a8_dynamic  ")]
         return line.split()[2:]
 
-    wanted = []
+    wanted: list[str] = []
     for rows in (24, 32, 64, 128, 256, 512):
         computed, unneeded, gathered, exact_g, scattered, exact_s, layer, exact_l, step, exact_t = fixed(rows)
         if not wanted:

@@ -3,6 +3,7 @@
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,7 +46,8 @@ def test_a_function_takes_what_its_command_takes(name: str) -> None:
 def test_the_functions_do_what_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build(tmp_path / "model", Spec("modelslim_dynamic", computable=True))
     monkeypatch.chdir(tmp_path)
-    exec(example("import reshard"), given := {})
+    given: dict[str, Any] = {}
+    exec(example("import reshard"), given)
     assert [shard.tp_rank for shard in given["result"].written] == [0, 1]
     assert given["manifest"].tp_size == 2
     assert (tmp_path / "merged" / "model.safetensors.index.json").exists()

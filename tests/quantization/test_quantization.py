@@ -106,10 +106,14 @@ def test_fp8_with_a_block_that_is_none(sizes: object) -> None:
     assert f"config.json: quantization_config.weight_block_size is {sizes!r}" in str(caught.value)
 
 
-def test_fp8_per_tensor_and_static_get_kinds_that_no_variant_has() -> None:
-    """They are refused by these names when the variant is looked for."""
+def test_fp8_without_blocks_has_one_scale_per_tensor() -> None:
     without_block = {key: value for key, value in FP8.items() if key != "weight_block_size"}
-    assert declared(without_block)[0] == "FP8 with one scale per tensor (no weight_block_size)"
+    assert declared(without_block)[:2] == ("fp8-tensor-dynamic", None)
+    assert declared(without_block | {"activation_scheme": "static"})[:2] == ("fp8-tensor-static", None)
+
+
+def test_static_fp8_in_blocks_and_e5m2_get_kinds_that_no_variant_has() -> None:
+    """They are refused by these names when the variant is looked for."""
     assert declared(FP8 | {"activation_scheme": "static"})[0] == "FP8 with activation_scheme static"
     assert declared(FP8 | {"fmt": "e5m2"})[0] == "FP8 E5M2"
 

@@ -97,7 +97,7 @@ def test_a_told_scheme_that_nothing_is_of() -> None:
 
 
 def test_an_unknown_scheme() -> None:
-    with pytest.raises(UsageError, match="--scheme int4: there are bf16, w8a8_dynamic"):
+    with pytest.raises(UsageError, match="--scheme: unknown scheme int4; supported are bf16, w8a8_dynamic"):
         Schemes(of(scheme="int4"))
 
 

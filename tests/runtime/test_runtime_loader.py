@@ -23,7 +23,8 @@ from tests.support.builders import RECIPES, Raw, Spec, build, read_safetensors, 
 from tests.support.running import split
 
 HIDDEN, INTERMEDIATE = 256, 512
-DEQUANTIZED = {"fp8_block", "ct_fp8_block", "ct_fp8_channel", "int8_block"}
+FOR_THE_CPU = {"bf16", "w8a8_dynamic", "w8a8_static", "w8a8_mix"}
+DEQUANTIZED = {name for name, recipe in RECIPES.items() if recipe.scheme not in FOR_THE_CPU}
 _STORAGE = {"I8": np.int8, "F8_E4M3": np.uint8, "BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, "I32": np.int32}
 
 
@@ -75,51 +76,17 @@ def test_every_bit_is_the_source_s(tmp_path: Path, recipe: str, layout: str, siz
                     assert tuple(tensor.shape) == wanted.shape
 
 
-def _e4m3() -> np.ndarray:
-    """The values of the 256 codes (OCP FP8 E4M3: bias 7, no infinity)."""
-    codes = np.arange(256)
-    sign, exponent, mantissa = 1 - 2.0 * (codes >> 7), (codes >> 3) & 15, codes & 7
-    values = np.where(exponent > 0, (1 + mantissa / 8) * 2.0 ** (exponent - 7), mantissa / 8 * 2.0**-6)
-    return (sign * values).astype(np.float32)
-
-
-def _to_bf16(values: np.ndarray) -> np.ndarray:
-    """Round to nearest, ties to even."""
-    bits = values.astype(np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-@pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("layout", ["fused", "separate"])
 @pytest.mark.parametrize("recipe", sorted(DEQUANTIZED))
-def test_weights_without_a_kernel_become_bf16(
-    tmp_path: Path, recipe: str, layout: str, size: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    tensors = build(tmp_path / "model", Spec(recipe, HIDDEN, INTERMEDIATE))
-    split(tmp_path / "model", tmp_path / "shards", Cut(size, layout=layout))
-    for rank in range(size):
-        caplog.clear()
-        with caplog.at_level(logging.WARNING):
-            shard = load_shard(tmp_path / "shards", rank)
-        (said,) = caplog.messages
-        assert said.startswith(f"cpu has no kernel for {RECIPES[recipe].scheme}: 4 linears are held as BF16, 0.00")
-        for index, layer in shard.layers.items():
-            for linear, shape in ((layer.gate_up, (2 * layer.share, HIDDEN)), (layer.down, (HIDDEN, layer.share))):
-                module = linear.name.split(".")[-1]
-                suffix = next(s for s in RECIPES[recipe].tensors if s != "weight")
-                stored = _wanted(tensors, index, module, "weight", rank, size)
-                scale = _wanted(tensors, index, module, suffix, rank, size)
-                scale = (
-                    (scale.astype(np.uint32) << 16).view(np.float32)
-                    if scale.dtype == np.uint16
-                    else scale.view(np.float32)
-                )
-                if scale.shape[1] != 1 or "block" in recipe:
-                    scale = np.kron(scale, np.ones((128, 128), np.float32))
-                values = _e4m3()[stored] if stored.dtype == np.uint8 else stored.astype(np.float32)
-                assert (linear.scheme, set(linear.tensors)) == ("bf16", {"weight"})
-                assert tuple(linear.tensors["weight"].shape) == shape
-                assert _bits(linear.tensors["weight"]) == _to_bf16(values * scale).tobytes(), linear.name
+def test_weights_without_a_kernel_are_named_once(tmp_path: Path, recipe: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Their values: tests/schemes."""
+    build(tmp_path / "model", Spec(recipe, HIDDEN, INTERMEDIATE))
+    split(tmp_path / "model", tmp_path / "shards", Cut(2))
+    with caplog.at_level(logging.WARNING):
+        shard = load_shard(tmp_path / "shards", 1)
+    (said,) = caplog.messages
+    assert said.startswith(f"cpu has no kernel for {RECIPES[recipe].scheme}: 4 linears are held as BF16, 0.00")
+    linears = [linear for layer in shard.layers.values() for linear in (layer.gate_up, layer.down)]
+    assert {(linear.scheme, *linear.tensors) for linear in linears} == {("bf16", "weight")}
 
 
 @pytest.fixture

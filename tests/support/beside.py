@@ -15,7 +15,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.support.faults import ROOT
+from tests.support.paths import ROOT
 from tests.support.running import reshard_process
 
 TIMEOUT_SECONDS = 120
@@ -56,7 +56,7 @@ def unmet(site: Path | None = None, leaving_out: Collection[str] = ()) -> list[s
     the environment does not meet on purpose.
     """
     found = (*distributions(), *(distributions(path=[str(site)]) if site else ()))
-    here = {canonicalize_name(each.name): each for each in found}
+    here = {str(canonicalize_name(each.name)): each for each in found}
     ours = {canonicalize_name(wanted.name) for wanted in _requirements(here[PROJECT])} - set(leaving_out)
     versions = {name: here[name].version if name in here else "none" for name in ours}
     return [

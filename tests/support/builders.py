@@ -61,6 +61,8 @@ def random_raw(rng: np.random.Generator, dtype: str, shape: tuple[int, ...], sca
     """Random bits for a weight, small positive values for a scale; no NaN, no infinity."""
     if scale:
         values = rng.uniform(1e-3, 1e-2, shape)
+        if dtype in _EXPONENTS:
+            return dtype, shape, _exponents(values)
         if dtype == "BF16":
             data = (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16).tobytes()
         elif dtype == "I64":
@@ -80,6 +82,14 @@ def random_raw(rng: np.random.Generator, dtype: str, shape: tuple[int, ...], sca
     kind = {"I8": np.int8, "I32": np.int32}[dtype]
     bounds = np.iinfo(np.int8)
     return dtype, shape, rng.integers(bounds.min, bounds.max, shape, dtype=kind, endpoint=True).tobytes()
+
+
+_EXPONENTS = {"U8", "F8_E8M0"}
+
+
+def _exponents(values: np.ndarray[Any, Any]) -> bytes:
+    """The nearest powers of 2, as exponents biased by 127."""
+    return np.rint(np.log2(values) + 127).astype(np.uint8).tobytes()
 
 
 @dataclass(frozen=True)
@@ -123,7 +133,7 @@ _STATIC = {
     "deq_scale": ("F32", "out"),
 }
 _CHANNEL = {"weight_scale": ("F32", "out,1"), "weight_offset": ("F32", "out,1")}
-_SLIM = {"index_file": "quant_model_weights.safetensors.index.json"}
+_SLIM: dict[str, Any] = {"index_file": "quant_model_weights.safetensors.index.json"}
 _BLOCK_SIZE = [128, 128]
 
 RECIPES = {
@@ -195,6 +205,35 @@ RECIPES = {
         {"weight": ("F8_E4M3", "out,in"), "weight_scale": ("BF16", "out,1")},
         quantization_config=_compressed("float", "channel", dynamic=True),
     ),
+    "fp8_block_ue8m0": Recipe(
+        "fp8_block",
+        {"weight": ("F8_E4M3", "out,in"), "weight_scale_inv": ("F8_E8M0", "blocks")},
+        quantization_config={
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "scale_fmt": "ue8m0",
+            "activation_scheme": "dynamic",
+            "weight_block_size": _BLOCK_SIZE,
+        },
+    ),
+    "fp8_tensor": Recipe(
+        "fp8_tensor",
+        {"weight": ("F8_E4M3", "out,in"), "weight_scale": ("F32", "1")},
+        quantization_config={"quant_method": "fp8", "activation_scheme": "dynamic"},
+    ),
+    "fp8_tensor_static": Recipe(
+        "fp8_tensor",
+        {"weight": ("F8_E4M3", "out,in"), "weight_scale": ("F32", "1"), "input_scale": ("F32", "1")},
+        quantization_config={"quant_method": "fp8", "activation_scheme": "static"},
+    ),
+    "ct_fp8_tensor": Recipe(
+        "fp8_tensor",
+        {"weight": ("F8_E4M3", "out,in"), "weight_scale": ("BF16", "1"), "input_scale": ("BF16", "1")},
+        quantization_config=_compressed("float", "tensor", dynamic=False),
+    ),
+    "modelslim_mxfp8": Recipe(
+        "w8a8_mxfp8", {"weight": ("F8_E4M3", "out,in"), "weight_scale": ("U8", "groups")}, "W8A8_MXFP8", **_SLIM
+    ),
     "int8_block": Recipe(
         "int8_block",
         {"weight": ("I8", "out,in"), "weight_scale_inv": ("F32", "blocks")},
@@ -210,6 +249,8 @@ RECIPES = {
 def _encode(dtype: str, values: np.ndarray[Any, Any]) -> bytes:
     """Values as stored; BF16 by truncation."""
     single = values.astype(np.float32)
+    if dtype in _EXPONENTS:
+        return _exponents(single)
     if dtype == "BF16":
         return (single.view(np.uint32) >> 16).astype(np.uint16).tobytes()
     if dtype == "I64":
@@ -244,9 +285,10 @@ def _computable(rng: np.random.Generator, recipe: Recipe, module: str, found: di
     of["input_offset"] = of["input_zero_point"] = np.array([-7.0])
     of["quant_bias"] = 7 * stored.astype(np.int64).sum(axis=1)
     of["deq_scale"] = np.float32(step) * scales.astype(np.float32)
-    for suffix, rule in (("weight_scale", "blocks"), ("weight_scale_inv", "blocks")):
-        if recipe.tensors.get(suffix, ("", ""))[1] == rule:
-            grid = (-(-out // 128), -(-in_ // 128))
+    grids = {"blocks": (-(-out // 128), -(-in_ // 128)), "groups": (out, -(-in_ // 32)), "1": (1,)}
+    for suffix in ("weight_scale", "weight_scale_inv"):
+        grid = grids.get(recipe.tensors.get(suffix, ("", ""))[1])
+        if grid is not None:
             of[suffix] = (1 + 0.5 * rng.random(grid)) * size / spread
     for name, (dtype, shape, _) in found.items():
         suffix = name.rsplit(".", 1)[1]
@@ -265,6 +307,7 @@ def linear(
         "out": (out,),
         "1": (1,),
         "blocks": (-(-out // 128), -(-in_ // 128)),
+        "groups": (out, -(-in_ // 32)),
     }
     found = {
         f"{module}.{suffix}": random_raw(rng, dtype, shapes[rule], scale="scale" in suffix)
@@ -298,8 +341,8 @@ def tensors_of(spec: Spec) -> dict[str, Raw]:
         prefix = f"model.layers.{layer}.mlp"
         gate = linear(rng, gate_up, f"{prefix}.gate_proj", spec.intermediate, spec.hidden, spec.computable)
         up = linear(rng, gate_up, f"{prefix}.up_proj", spec.intermediate, spec.hidden, spec.computable)
-        for suffix in ("input_scale", "input_offset", "input_zero_point"):
-            if f"{prefix}.gate_proj.{suffix}" in gate:
+        for suffix, (_, rule) in gate_up.tensors.items():
+            if rule == "1":  # what the fused layout holds once
                 up[f"{prefix}.up_proj.{suffix}"] = gate[f"{prefix}.gate_proj.{suffix}"]
         found |= gate | up | linear(rng, down, f"{prefix}.down_proj", spec.hidden, spec.intermediate, spec.computable)
         found[f"model.layers.{layer}.input_layernorm.weight"] = random_raw(rng, "BF16", (spec.hidden,))

@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from math import prod
 from pathlib import Path
 
 from reshard.errors import LayersError, SchemeError, ShapesError
@@ -45,7 +46,7 @@ def _int4(folder: Path) -> None:
             every.pop(f"{name}_scale")
             for suffix, (kind, size, per) in packed.items():
                 made = (shape[0], shape[1] // per) if per else (2,)
-                count = made[0] * made[1] if per else 2
+                count = prod(made)
                 every[name.removesuffix("weight") + suffix] = (kind, made, bytes(count * size))
 
     tensors(change)(folder)

@@ -9,7 +9,7 @@ from typing import Any
 from reshard.errors import ReshardError, SourceError
 from tests.support.builders import Raw, Spec, read_folder, read_safetensors, write_safetensors
 
-Damage = Callable[[Path], None]
+Damage = Callable[[Path], object]
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"

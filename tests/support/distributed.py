@@ -54,8 +54,8 @@ class Ranks:
         end = time.monotonic() + timeout
         waiting = dict(enumerate(self._pipes))
         while waiting and (left := end - time.monotonic()) > 0:
-            for pipe in wait(list(waiting.values()), left):
-                rank = self._pipes.index(pipe)
+            ready = wait(list(waiting.values()), left)
+            for rank, pipe in [(rank, pipe) for rank, pipe in waiting.items() if pipe in ready]:
                 del waiting[rank]
                 try:
                     failure, value = pipe.recv()
@@ -112,7 +112,8 @@ def _serve(rank: int, size: int, meeting: str, pipe: Connection, prepare: Callab
             function, args = pipe.recv()
             try:
                 if prepare is not None:
-                    prepare, _ = None, prepare()
+                    first, prepare = prepare, None
+                    first()
                 pipe.send((None, function(dist.group.WORLD, *args)))
             except Exception as error:
                 pipe.send((type(error).__name__, "".join(traceback.format_exception(error))))

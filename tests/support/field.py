@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from tests.support.builders import DATA, Raw, random_raw, write_safetensors
+from tests.support.builders import Raw, random_raw, write_safetensors
+from tests.support.paths import DATA
 
 CASES = {path.stem: path for path in sorted((DATA / "field").glob("*.json"))}
 _BITS = {"F4": 4, "U8": 8, "F8_E5M2": 8, "F8_E8M0": 8, "BOOL": 8}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support import forks
-from tests.support.forks import ROOT
+from tests.support.paths import ROOT
 from tests.support.running import TIMEOUT_SECONDS, Done
 
 

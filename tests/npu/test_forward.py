@@ -27,7 +27,8 @@ COUNTS = {1: [6], 2: [5, 3], 4: [5, 0, 1, 7]}
 class PairwiseNpuKernels(NpuKernels):
     """With the CPU backend's collectives: partial sums are added in the same order."""
 
-    collectives = PairwiseCollectives
+    def collectives(self, group: dist.ProcessGroup) -> PairwiseCollectives:
+        return PairwiseCollectives(group)
 
 
 def _both(

@@ -25,21 +25,31 @@ Weights = Mapping[str, torch.Tensor]
 class TensorCpuKernels(CpuKernels):
     """The CPU backend, partial sums added by the collective."""
 
-    collectives = Collectives
+    def collectives(self, group: dist.ProcessGroup) -> Collectives:
+        return Collectives(group)
 
 
-class Counting:
-    """Collectives that note what they are given: (name, shape, bytes)."""
+class Counting(PairwiseCollectives):
+    """The CPU's collectives, which note what they are given: (name, shape, bytes)."""
 
-    def __init__(self, inner: Collectives, calls: list[tuple[str, tuple[int, ...], int]]) -> None:
-        self._inner, self._calls, self.in_float32 = inner, calls, inner.in_float32
+    def __init__(self, group: dist.ProcessGroup, calls: list[tuple[str, tuple[int, ...], int]]) -> None:
+        super().__init__(group)
+        self._inner, self._calls = PairwiseCollectives(group), calls
 
-    def __getattr__(self, name: str) -> Any:
-        def call(rows: torch.Tensor) -> torch.Tensor:
-            self._calls.append((name, tuple(rows.shape), rows.nbytes))
-            return getattr(self._inner, name)(rows)
+    def gather(self, rows_PW: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        self._note("gather", rows_PW)
+        return self._inner.gather(rows_PW, out)
 
-        return call
+    def reduce_scatter(self, partial_RPH: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        self._note("reduce_scatter", partial_RPH)
+        return self._inner.reduce_scatter(partial_RPH, out)
+
+    def all_reduce(self, partial_PH: torch.Tensor) -> torch.Tensor:
+        self._note("all_reduce", partial_PH)
+        return self._inner.all_reduce(partial_PH)
+
+    def _note(self, name: str, rows: torch.Tensor) -> None:
+        self._calls.append((name, tuple(rows.shape), rows.nbytes))
 
 
 class CountingKernels(CpuKernels):
@@ -50,7 +60,7 @@ class CountingKernels(CpuKernels):
         self.calls: list[tuple[str, tuple[int, ...], int]] = []
 
     def collectives(self, group: dist.ProcessGroup) -> Counting:
-        return Counting(PairwiseCollectives(group), self.calls)
+        return Counting(group, self.calls)
 
 
 def unsplit_mlp(hidden: int, intermediate: int, dtype: torch.dtype, seed: int = 0) -> Any:

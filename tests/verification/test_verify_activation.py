@@ -4,20 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from reshard.checkpoint.description import Layer
-from reshard.manifest import parse_manifest
-from reshard.model.naming import CONFIG, MANIFEST
+from reshard.model.naming import CONFIG
 from reshard.plan.pipeline import Cut
 from reshard.source.open import describe, open_source
-from reshard.verification.compute import unsplit_layer
-from reshard.verification.reference import Reference
 from tests.support.activations import CASES, Case, checkpoint_of
 from tests.support.builders import Spec
 from tests.support.running import reshard
+from tests.support.unsplit import exact
 from tests.support.verifying import edit_manifest, made, split, verify
 
 HIDDEN, INTERMEDIATE = 256, 512
@@ -40,18 +36,9 @@ def test_what_split_writes_is_clean(tmp_path: Path, case: Case, layout: Any, rec
 
 @by_case
 def test_the_unsplit_layer_is_transformers_mlp(tmp_path: Path, case: Case) -> None:
-    mlp = case.mlp(HIDDEN, INTERMEDIATE)
-    source = checkpoint_of(mlp, tmp_path / "model", case.config)
-    shards = split(source, tmp_path / "shards", Cut(2))
-    x_HT = np.random.default_rng(1).standard_normal((HIDDEN, 8))
-    with open_source(str(source)) as opened:
-        layer: Layer = describe(opened).layers[0]
-        reference = Reference(opened, parse_manifest((shards / MANIFEST).read_bytes()))
-        linears = {role: reference.linear(linear, role) for role, linear in layer.linears.items()}
-        assert layer.activation is not None
-        found = unsplit_layer(linears, layer.activation, x_HT)
-    wanted = mlp.double()(torch.from_numpy(x_HT.T)).T.numpy()
-    np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-12)
+    mlp, x_TH = case.mlp(HIDDEN, INTERMEDIATE), torch.randn(8, HIDDEN, dtype=torch.float64)
+    found = exact(checkpoint_of(mlp, tmp_path / "model", case.config), x_TH)
+    torch.testing.assert_close(found, mlp.double()(x_TH), rtol=1e-10, atol=1e-12)
 
 
 @by_case

@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 
 from reshard.plan.pipeline import Cut
+from reshard.writer.split import SplitOptions
 from tests.support.builders import Raw, Spec, build, dense_only, read_safetensors, write_safetensors
-from tests.support.faults import ROOT, TIMEOUT
-from tests.writer.test_split_bytes import check_set, no_fsync, snapshot, split  # noqa: F401
+from tests.support.cut_by_hand import check_set
+from tests.support.faults import TIMEOUT
+from tests.support.paths import ROOT
+from tests.support.running import split
+from tests.support.sets import no_fsync, snapshot  # noqa: F401
 
 torch = pytest.importorskip("torch")
 
@@ -131,11 +135,11 @@ def test_workers_and_steps_change_nothing(
 ) -> None:
     build(tmp_path / "source", Spec("fp8_block", hidden=200, intermediate=512))
     cut = Cut(4, weights=weights, quant_format=quant_format)
-    split(tmp_path / "source", tmp_path / "1", cut, workers=1)
-    split(tmp_path / "source", tmp_path / "4", cut, workers=4)
+    split(tmp_path / "source", tmp_path / "1", cut, SplitOptions(workers=1))
+    split(tmp_path / "source", tmp_path / "4", cut, SplitOptions(workers=4))
     monkeypatch.setattr("reshard.writer.stream.STAGE_BYTES", 4096)
     monkeypatch.setattr("reshard.convert.compute._CHUNK_ELEMENTS", 700)
-    split(tmp_path / "source", tmp_path / "small", cut, workers=3)
+    split(tmp_path / "source", tmp_path / "small", cut, SplitOptions(workers=3))
     assert snapshot(tmp_path / "4") == snapshot(tmp_path / "1")
     assert snapshot(tmp_path / "small") == snapshot(tmp_path / "1")
 
@@ -168,7 +172,8 @@ PLAIN_PROCESSOR = """
 import sys
 from pathlib import Path
 from reshard.plan.pipeline import Cut
-from tests.writer.test_split_bytes import split
+from reshard.writer.split import SplitOptions
+from tests.support.running import split
 folder = Path(sys.argv[1])
 for line in sys.argv[2:]:
     source, weights, quant_format = line.split()

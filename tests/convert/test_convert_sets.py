@@ -12,7 +12,9 @@ from reshard.plan.pipeline import Cut, prepare
 from reshard.source.open import describe, open_source
 from tests.convert.test_convert import CONVERTIBLE, FORMATS, TARGETS, bf16, one_file, reference, rewrite, to_torch
 from tests.support.builders import CHECKPOINTS, RECIPES, Spec, build, dense_only
-from tests.writer.test_split_bytes import check_set, no_fsync, snapshot, split  # noqa: F401
+from tests.support.cut_by_hand import check_set
+from tests.support.running import split
+from tests.support.sets import no_fsync, snapshot  # noqa: F401
 
 pytest.importorskip("torch")
 

@@ -38,7 +38,7 @@ def test_float64_is_the_formula(name: str, x: float) -> None:
 
 
 @by_case
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(st.tuples(*[st.floats(-50, 50)] * 2), st.tuples(*[st.floats(-0.1, 0.1)] * 2))
 def test_no_error_is_carried_further_than_the_bound(
     case: Case, at: tuple[float, float], errors: tuple[float, float]

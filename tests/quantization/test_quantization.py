@@ -10,7 +10,8 @@ import pytest
 
 from reshard.checkpoint.description import Checkpoint
 from reshard.errors import SchemeError, SourceError
-from reshard.model.naming import DOWN, GATE, ROLES, UP
+from reshard.model.naming import ROLES
+from reshard.model.parts import DOWN, GATE, UP
 from reshard.plan.manifest_builder import scheme_name
 from reshard.quantization import Accounts, list_accounts
 from reshard.source.open import describe, open_source
@@ -71,20 +72,11 @@ def test_description_goes_before_the_config() -> None:
 
 
 def test_entries_decide_not_the_type_of_the_whole_file() -> None:
-    types = {
-        "model_quant_type": "W8A8_DYNAMIC",
-        f"{MODULE}.weight": "W8A8",
-        "model.layers.1.mlp.gate_proj.weight": "FLOAT",
-    }
-    assert declared(None, description=types)[0] == "W8A8"
-    assert declared(None, "model.layers.1.mlp.gate_proj", types)[0] == "FLOAT"
-
-
-def test_description_of_a_module_whose_name_begins_alike() -> None:
-    """Layer 1's entries are not layer 11's."""
-    types = {"model.layers.1.mlp.up_proj.weight": "FLOAT", "model.layers.11.mlp.up_proj.weight": "W8A8"}
-    assert declared(None, "model.layers.1.mlp.up_proj", types)[0] == "FLOAT"
-    assert declared(None, "model.layers.11.mlp.up_proj", types)[0] == "W8A8"
+    """Nor that of a module whose name begins alike: layer 1's entries are not layer 11's."""
+    one, eleven = "model.layers.1.mlp.gate_proj", "model.layers.11.mlp.gate_proj"
+    types = {"model_quant_type": "W8A8_DYNAMIC", f"{one}.weight": "FLOAT", f"{eleven}.weight": "W8A8"}
+    assert declared(None, one, types)[0] == "FLOAT"
+    assert declared(None, eleven, types)[0] == "W8A8"
 
 
 # config.json.
@@ -118,11 +110,27 @@ def test_static_fp8_in_blocks_and_e5m2_get_kinds_that_no_variant_has() -> None:
     assert declared(FP8 | {"fmt": "e5m2"})[0] == "FP8 E5M2"
 
 
-def test_int8_of_the_community() -> None:
-    blocks = {"quant_method": "blockwise_int8", "weight_block_size": [128, 128]}
-    assert declared(blocks) == ("int8-block", (128, 128), "config.json (quant_method blockwise_int8)")
-    assert declared({"quant_method": "w8a8_int8"})[:2] == ("int8-channel-dynamic", None)
-    with pytest.raises(SourceError, match="weight_block_size is None"):
+BLOCK_INT8 = {"quant_method": "blockwise_int8", "weight_block_size": [128, 128]}
+
+
+@pytest.mark.parametrize(
+    ("quantization", "kind", "block"),
+    [
+        (BLOCK_INT8, "int8-block", (128, 128)),
+        ({"quant_method": "w8a8_int8"}, "int8-channel-dynamic", None),
+        ({"quant_method": "w8a8_fp8"}, "fp8-channel", None),
+        ({"quant_method": "w4afp8"}, "fp8-block", (128, 128)),
+        ({"quant_method": "w4afp8", "weight_block_size": [64, 128]}, "fp8-block", (64, 128)),
+    ],
+    ids=str,
+)
+def test_methods_of_one_kind(quantization: dict[str, Any], kind: str, block: tuple[int, int] | None) -> None:
+    said_by = f"config.json (quant_method {quantization['quant_method']})"
+    assert declared(quantization) == (kind, block, said_by)
+
+
+def test_a_method_in_blocks_without_their_size() -> None:
+    with pytest.raises(SourceError, match="weight_block_size is None, expected two block sizes"):
         declared({"quant_method": "blockwise_int8"})
 
 
@@ -216,52 +224,6 @@ def test_quantized_outputs_are_no_known_scheme() -> None:
     assert declared(quantized)[0].endswith(", outputs int8")
 
 
-EXCEPTIONS = [
-    ("modules_to_not_convert", FP8),
-    ("ignored_layers", FP8),
-    ("ignored_layers", {"quant_method": "blockwise_int8", "weight_block_size": [128, 128]}),
-    ("ignore", {"quant_method": "w8a8_int8"}),
-    ("ignore", DYNAMIC),
-]
-
-
-@pytest.mark.parametrize(("key", "quantization"), EXCEPTIONS, ids=[f"{q['quant_method']}-{k}" for k, q in EXCEPTIONS])
-@pytest.mark.parametrize(
-    ("name", "excepted"),
-    [
-        (MODULE, True),
-        (r"re:.*gate_proj$", True),
-        (r"re:model\.layers\.[0-2]\.mlp", True),
-        ("re:mlp", False),  # from the name's start, as the tools match
-        ("model.layers.0.mlp.gate", False),  # the router of a MoE layer
-        ("model.layers.0.mlp.gate_proj_2", False),
-        ("model.layers.00", False),
-        ("lm_head", False),
-    ],
-)
-def test_exceptions(key: str, quantization: dict[str, Any], name: str, excepted: bool) -> None:
-    kind, _, said_by = declared(quantization | {key: ["lm_head", name]})
-    assert (kind == "FLOAT") == excepted
-    assert said_by == f"config.json (quantization_config.{key})" or not excepted
-
-
-@pytest.mark.parametrize(("key", "quantization"), EXCEPTIONS, ids=[f"{q['quant_method']}-{k}" for k, q in EXCEPTIONS])
-@pytest.mark.parametrize(
-    ("names", "says"),
-    [
-        ("lm_head", "{key} is not a list of names"),
-        ([1], "{key} is not a list"),
-        (["re:("], "'re:('"),
-        (["re:a{99999999999}"], "'re:a{{"),
-    ],
-)
-def test_exceptions_that_are_none(key: str, quantization: dict[str, Any], names: object, says: str) -> None:
-    with pytest.raises(SourceError) as caught:
-        declared(quantization | {key: names})
-    assert str(caught.value).startswith("config.json: quantization_config")
-    assert says.format(key=key) in str(caught.value)
-
-
 @pytest.mark.parametrize(
     "groups", [None, [], {"group_0": None}, {"group_0": {"targets": "Linear"}}, {"group_0": {"targets": [1]}}], ids=str
 )
@@ -286,19 +248,6 @@ def test_methods_that_are_not_split_keep_their_names(method: str) -> None:
 @pytest.mark.parametrize("method", [None, ["fp8"]])
 def test_a_method_that_is_no_name_is_spelt_out(method: object) -> None:
     assert declared({"quant_method": method, "bits": 8})[0] == f"quant_method {method!r}"
-
-
-@pytest.mark.parametrize(
-    ("quantization", "kind", "block"),
-    [
-        ({"quant_method": "w8a8_fp8"}, "fp8-channel", None),
-        ({"quant_method": "w4afp8"}, "fp8-block", (128, 128)),
-        ({"quant_method": "w4afp8", "weight_block_size": [64, 128]}, "fp8-block", (64, 128)),
-    ],
-)
-def test_sglang_s_methods(quantization: dict[str, Any], kind: str, block: tuple[int, int] | None) -> None:
-    said_by = f"config.json (quant_method {quantization['quant_method']})"
-    assert declared(quantization) == (kind, block, said_by)
 
 
 FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True}

@@ -1,66 +1,38 @@
 """Accounts of a quantization against the tensors: which is taken, which is named as stale, what --scheme decides."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from reshard.errors import SchemeError
-from reshard.quantization import Accounts, Schemes, list_accounts, without_quantization
+from reshard.quantization import DESCRIPTION, Accounts, Schemes, list_accounts, without_quantization
 from reshard.schemes import StoredTensor
 from reshard.source.open import describe, open_source
-from tests.support.builders import RECIPES, Spec, build
+from tests.support.builders import Spec, build
+from tests.support.linears import (
+    BLOCKS,
+    CHANNEL,
+    DYNAMIC,
+    FP4,
+    FP8,
+    INT8,
+    INT8_BLOCKS,
+    MODULE,
+    OFFSETS,
+    PLAIN,
+    STATIC,
+    STATIC_OF_BOTH,
+    decided,
+    described,
+    of,
+    refused,
+    tensors,
+)
 
-MODULE = "model.layers.0.mlp.gate_proj"
-DESCRIPTION = "quant_model_description.json"
-OUT, IN = 512, 256
-SHAPES = {"out,in": (OUT, IN), "out,1": (OUT, 1), "out": (OUT,), "1": (1,), "blocks": (4, 2)}
-
-FP8: dict[str, Any] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-INT8 = RECIPES["ct_dynamic"].quantization_config
 AWQ: dict[str, Any] = {"quant_method": "awq", "bits": 4}
-SLIM = (DESCRIPTION, {f"{MODULE}.weight": "W8A8_DYNAMIC"})
+SLIM = described("W8A8_DYNAMIC")
 NVFP4 = {"quantization": {"quant_algo": "NVFP4", "exclude_modules": ["lm_head"]}}
-
-
-def tensors(**dtypes: str) -> dict[str, StoredTensor]:
-    """A linear's tensors: suffix -> type and, with a space, what its shape is called."""
-    found = {}
-    for suffix, text in dtypes.items():
-        dtype, _, shape = text.partition(" ")
-        found[suffix] = StoredTensor(dtype, SHAPES[shape or "out,in"], "model.safetensors")
-    return found
-
-
-PLAIN = tensors(weight="BF16")
-BLOCKS = tensors(weight="F8_E4M3", weight_scale_inv="F32 blocks")
-CHANNEL = tensors(weight="F8_E4M3", weight_scale="BF16 out,1")
-INT8_BLOCKS = tensors(weight="I8", weight_scale_inv="F32 blocks")
-DYNAMIC = tensors(weight="I8", weight_scale="F32 out,1")
-OFFSETS = DYNAMIC | tensors(weight_offset="F32 out,1")
-STATIC = tensors(weight="I8", input_scale="F32 1", input_offset="F32 1", quant_bias="I32 out", deq_scale="F32 out")
-FP4 = tensors(weight="U8", weight_scale="F8_E4M3 out,1", weight_scale_2="F32 1", input_scale="F32 1")
-
-
-def decided(found: Mapping[str, StoredTensor], accounts: Accounts) -> tuple[str, tuple[int, int] | None, list[str]]:
-    """(scheme, block, warnings)"""
-    schemes = Schemes(accounts)
-    variant, block = schemes.decide(MODULE, found)
-    return variant.scheme, block, list(schemes.warnings())
-
-
-def refused(found: Mapping[str, StoredTensor], accounts: Accounts) -> str:
-    """The message."""
-    with pytest.raises(SchemeError) as caught:
-        decided(found, accounts)
-    assert MODULE in str(caught.value)
-    return str(caught.value)
-
-
-def of(quantization: object = None, key: str = "quantization_config", **more: Any) -> Accounts:
-    """Accounts of a config.json with this quantization."""
-    return Accounts({} if quantization is None else {key: quantization}, **more)
 
 
 # Where it is said.
@@ -292,9 +264,6 @@ def test_tensors_that_fit_one_scheme_alone(found: dict[str, StoredTensor], schem
     taken, block, warnings = decided(found, of())
     assert (taken, block) == (scheme, None)
     assert [f"fit {scheme} alone" in line for line in warnings] == ([] if scheme == "bf16" else [True])
-
-
-STATIC_OF_BOTH = STATIC | tensors(weight_scale="F32 out,1", weight_offset="F32 out,1")
 
 
 @pytest.mark.parametrize(

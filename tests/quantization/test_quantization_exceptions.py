@@ -26,6 +26,10 @@ def key(method: str, module: str = GATE, wrapped: bool = False, **values: Any) -
     return declared.said_by.rpartition("quantization_config.")[2].rstrip(")")
 
 
+TARGETED = {
+    "quant_algo": "FP8",
+    "config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int", "strategy": "channel"}}},
+}
 STACKING = [
     ("fp8", "modules_to_not_convert"),
     ("compressed-tensors", "ignore"),
@@ -90,6 +94,9 @@ def test_left_alone(method: str, name: str, entries: Any) -> None:
         ("fp8", {"modules_to_not_convert": ["model.layers.0.mlp.gate"]}),  # the router's name
         ("fp8", {"modules_to_not_convert": ["model.layers.00", "lm_head", "gate"]}),
         ("fp8", {"exclude_modules": ["model.layers.0*"]}),  # ModelOpt's key
+        ("fp8", {"ignored_layers": ["re:mlp", f"{GATE}_2"]}),  # from the name's start, as the tools match
+        ("w8a8_int8", {"ignore": ["re:mlp", "model.layers.0.mlp.gate", f"{GATE}_2"]}),
+        ("compressed-tensors", {"ignore": ["re:mlp", "model.layers.0.mlp.gate", f"{GATE}_2"], **TARGETED}),
         ("w8a8_int8", {"ignore": ["model.layers.0.mlp"]}),
         ("modelopt", {"ignore": ["model.layers.1*", "*self_attn*"], "quant_algo": "NVFP4"}),
         ("quark", {"exclude": ["lm_head", "model.layers.0.mlp.gate"]}),
@@ -124,6 +131,9 @@ def test_a_wrapper_s_modules_have_several_names(prefix: str, entry: str) -> None
         ("gptq", {"dynamic": {"-:(": {}}}, "'re:(' is not a pattern"),
         ("auto-round", {"extra_config": [GATE]}, "extra_config is not an object"),
         ("modelopt", {"ignore": "model.layers.0*"}, "ignore is not a list of names"),
+        ("fp8", {"ignored_layers": [1]}, "ignored_layers is not a list of names"),
+        ("w8a8_int8", {"ignore": ["re:("]}, "'re:(' is not a pattern"),
+        ("compressed-tensors", {"ignore": ["re:a{99999999999}"]}, "'re:a{99999999999}' is not a pattern"),
         ("fp8", {"modules_to_not_convert": ["*.mlp"]}, "'*.mlp' is not a pattern"),
     ],
     ids=str,
@@ -156,20 +166,14 @@ def test_as_transformers_matches(entry: str, module: str) -> None:
     assert at_boundary(entry, module) == (not should_convert(module, [entry]))
 
 
-CT = {
-    "quant_algo": "FP8",
-    "config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int", "strategy": "channel"}}},
-}
-
-
 @pytest.mark.parametrize(("method", "name"), STACKING)
 def test_stacked_gate_and_up_are_left_alone_where_both_are(method: str, name: str) -> None:
     stacked = "model.layers.0.mlp.gate_up_proj"
     both = [GATE, GATE.replace("gate", "up")]
-    assert key(method, stacked, **CT, **{name: both}) == name
-    assert key(method, stacked, **CT, **{name: both[:1]}) is None
-    assert key(method, stacked, **CT, **{name: [stacked]}) == name
-    assert key(method, "model.layers.0.mlp.down_proj", **CT, **{name: [stacked, *both]}) is None
+    assert key(method, stacked, **TARGETED, **{name: both}) == name
+    assert key(method, stacked, **TARGETED, **{name: both[:1]}) is None
+    assert key(method, stacked, **TARGETED, **{name: [stacked]}) == name
+    assert key(method, "model.layers.0.mlp.down_proj", **TARGETED, **{name: [stacked, *both]}) is None
 
 
 @pytest.mark.parametrize("name", ["fqn_to_config", "module_fqn_to_config"])

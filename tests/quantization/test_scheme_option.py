@@ -8,29 +8,28 @@ import pytest
 from reshard.checkpoint.config_only import config_checkpoint
 from reshard.errors import SchemeError, UsageError
 from reshard.plan.manifest_builder import scheme_name
-from reshard.quantization import Accounts, Schemes
+from reshard.quantization import DESCRIPTION, Accounts, Schemes
 from reshard.schemes import StoredTensor
-from tests.quantization.test_quantization_accounts import (
+from tests.support import field
+from tests.support.builders import Spec, build
+from tests.support.checking import failed
+from tests.support.corrupt import config
+from tests.support.linears import (
     BLOCKS,
     CHANNEL,
-    DESCRIPTION,
     FP4,
     FP8,
     INT8,
-    MODULE,
     OFFSETS,
     PLAIN,
     STATIC,
     STATIC_OF_BOTH,
     decided,
+    described,
     of,
     refused,
     tensors,
 )
-from tests.support import field
-from tests.support.builders import Spec, build
-from tests.support.checking import failed
-from tests.support.corrupt import config
 from tests.support.running import reshard
 
 
@@ -75,12 +74,12 @@ def test_a_told_scheme_has_the_config_s_block() -> None:
         ),
         (
             STATIC,
-            of(description=(DESCRIPTION, {f"{MODULE}.weight": "W8A8"}), scheme="w8a8_mix"),
+            of(description=described("W8A8"), scheme="w8a8_mix"),
             ("are w8a8_static, as quant_model", "leave --scheme out, or say --scheme w8a8_static"),
         ),
         (
             STATIC_OF_BOTH,
-            of(description=(DESCRIPTION, {f"{MODULE}.weight": "W8A8"}), scheme="w8a8_mix"),
+            of(description=described("W8A8"), scheme="w8a8_mix"),
             (f"--scheme says w8a8_mix, {DESCRIPTION} (W8A8) says w8a8_static", "leave --scheme out"),
         ),
         (PLAIN, of(FP8, scheme="fp8_block"), ("plain BF16",)),

@@ -15,8 +15,8 @@ from reshard.plan.pipeline import Cut
 from reshard.source import hub as hub_module
 from reshard.source.hub import find_repository
 from tests.support.builders import Spec, build
-from tests.support.faults import ROOT
 from tests.support.hub_server import COMMIT, ORIGIN, REPO, Asked, Handler, Hub, serving
+from tests.support.paths import ROOT
 from tests.support.running import interrupted, reshard, reshard_process, same_but_for_the_origin, split
 from tests.support.transcripts import check_output, commands_of
 

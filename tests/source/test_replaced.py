@@ -23,7 +23,7 @@ from reshard_runtime.loader import load_shard
 from reshard_runtime.serving.vllm.other_weights import read_others
 from tests.support.builders import Spec, build, write_safetensors
 from tests.support.running import reshard, split
-from tests.writer.test_split_bytes import snapshot
+from tests.support.sets import snapshot
 
 SPEC = Spec(files=1)
 

@@ -5,7 +5,6 @@ function must be importable (a module's own), arguments and results picklable.
 """
 
 import contextlib
-import multiprocessing as mp
 import tempfile
 import time
 import traceback
@@ -18,9 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.support import forks
+
 TIMEOUT_SECONDS = 120
-_IMPORTED_ONCE = ["pytest", "tests.support.unsplit", "transformers.models.deepseek_v3.modeling_deepseek_v3"]
-"""By the server that forks the processes; what is not installed is left out."""
 _AFTER_A_FAILURE_SECONDS = 5
 
 
@@ -84,9 +83,7 @@ class Ranks:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        context = mp.get_context("forkserver")
-        # A process that is prepared imports nothing before that.
-        context.set_forkserver_preload(_IMPORTED_ONCE if self._prepare is None else ["torch"])
+        context = forks.context()
         meeting = Path(tempfile.mkdtemp()) / "ranks"
         for rank in range(self.size):
             here, there = context.Pipe()

@@ -2,18 +2,16 @@
 
 A step is one call that changes the output folder, with a label of its own that is the same in every run: what is
 called, on which file (a temporary one is `name~`), the how-many-th time. `Steps` records them and kills the process
-or raises an error at one. `Server` runs splits in processes of their own: started once, it forks one for each.
+or raises an error at one. `run` is a split in a process of its own.
 """
 
 import errno
-import gc
 import json
 import os
 import re
-import select
 import signal
-import subprocess
 import sys
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -21,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.support.paths import ROOT
+from tests.support import forks
 
 TIMEOUT = 60.0
 PAGE = 4096
@@ -154,81 +152,38 @@ class Outcome:
         return self.signal == 0 and self.error is None
 
 
-class Server:
-    """A process that has imported what a split needs and forks one process for each job."""
+class Started:
+    """A split in a process of its own."""
 
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.faults"],
-            cwd=ROOT,
-            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # a process with threads must not fork
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def start(self, job: Job) -> None:
-        """Begin a job; `outcome` waits for its end."""
-        assert self._process.stdin is not None
-        values = {**asdict(job), "source": str(job.source), "out": str(job.out)}
-        self._process.stdin.write(json.dumps(values) + "\n")
-        self._process.stdin.flush()
+    def __init__(self, job: Job) -> None:
+        self._place = tempfile.TemporaryDirectory()
+        values = json.dumps(asdict(job), default=str)
+        self._fork = forks.Fork(forks.Job([], {"JOB": values}, main="tests.support.faults"), Path(self._place.name))
 
     def outcome(self) -> Outcome:
-        assert self._process.stdout is not None
-        ready, _, _ = select.select([self._process.stdout], [], [], TIMEOUT)
-        assert ready, f"a split had not ended after {TIMEOUT:.0f} s"
-        line = self._process.stdout.readline()
-        assert line, "the server of splits has died"
-        values = json.loads(line)
-        return Outcome(**{**values, "error": values["error"] and tuple(values["error"])})
-
-    def run(self, job: Job) -> Outcome:
-        self.start(job)
-        return self.outcome()
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
+        done = self._fork.done()
+        self._place.cleanup()
+        values: dict[str, Any] = {"labels": [], "error": None, "written": [], "kept": [], "missing": []}
+        values |= json.loads(done.out or "{}")
+        values["error"] = values["error"] and tuple(values["error"])
+        return Outcome(signal=max(0, -done.code), **values)
 
 
-# --- within the server ---
+def run(job: Job) -> Outcome:
+    """A split, and how it ended."""
+    return Started(job).outcome()
 
 
-def _serve() -> None:
-    import reshard.plan.pipeline
-    import reshard.source.open
-    import reshard.writer.split
-    import reshard.writer.stream
-
-    reshard.writer.stream.STAGE_BYTES = STAGE_BYTES
-    gc.collect()
-    gc.freeze()  # what was imported is not copied for a fork to collect it
-
-    for line in sys.stdin:
-        reading, writing = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.close(reading)
-            _run(json.loads(line), writing)
-        os.close(writing)
-        with os.fdopen(reading, "rb") as stream:
-            raw = stream.read()
-        _, status = os.waitpid(child, 0)
-        outcome: dict[str, Any] = {"labels": [], "error": None, "written": [], "kept": [], "missing": []}
-        outcome |= json.loads(raw or b"{}")
-        outcome["signal"] = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-        sys.stdout.write(json.dumps(outcome) + "\n")
-        sys.stdout.flush()
-
-
-def _run(job: dict[str, Any], writing: int) -> None:
-    """The job, in a process of its own that ends here."""
+def main() -> None:
+    """The job that the environment names, in this process, which ends here."""
     from reshard.errors import ReshardError
-    from reshard.plan.pipeline import Cut, prepare
-    from reshard.source.open import open_source
-    from reshard.writer.split import SplitOptions, write_shards
+    from reshard.plan.pipeline import Cut
+    from reshard.writer import stream
+    from reshard.writer.split import SplitOptions
+    from tests.support.running import split
 
+    stream.STAGE_BYTES = STAGE_BYTES
+    job = json.loads(os.environ["JOB"])
     steps = Steps(Path(job["out"]), job["at"], job["action"])
     steps.install()
     outcome: dict[str, Any] = {}
@@ -236,8 +191,7 @@ def _run(job: dict[str, Any], writing: int) -> None:
         options = {"workers": 1, **job["options"]}
         if options.get("ranks") is not None:
             options["ranks"] = tuple(options["ranks"])
-        with open_source(job["source"]) as source:
-            result = write_shards(prepare(source, Cut(**job["cut"])), Path(job["out"]), SplitOptions(**options))
+        result = split(Path(job["source"]), Path(job["out"]), Cut(**job["cut"]), SplitOptions(**options))
         outcome |= {
             "written": [shard.tp_rank for shard in result.written],
             "kept": [shard.tp_rank for shard in result.kept],
@@ -248,11 +202,6 @@ def _run(job: dict[str, Any], writing: int) -> None:
     except BaseException as error:  # any other is reported, and no test takes it for an expected one
         outcome["error"] = [f"unexpected {type(error).__name__}", -1, str(error)]
     outcome["labels"] = steps.labels
-    data = json.dumps(outcome).encode()
-    while data:
-        data = data[os.write(writing, data) :]
+    sys.stdout.write(json.dumps(outcome))
+    sys.stdout.flush()
     os._exit(0)
-
-
-if __name__ == "__main__":
-    _serve()

@@ -133,7 +133,10 @@ def test_quantized_layers_compute_what_the_model_does(one: str, other: str, erro
         assert np.linalg.norm(first - second) < error * np.linalg.norm(first)
 
 
-@pytest.mark.parametrize("recipe", ["bf16", "ct_dynamic", "modelslim_static", "modelslim_fp16_static", "modelslim_mix"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["bf16", "ct_dynamic", "modelslim_static", "modelslim_fp16_static", "modelslim_mix", "ct_static_asymmetric"],
+)
 def test_without_quantizing_tokens_it_is_the_float64_layer(tmp_path: Path, recipe: str) -> None:
     """Tokens as they are, weights as they are stored; the demo's and the tests' reference of what ranks compute."""
     build(tmp_path / "model", Spec(recipe, 256, 1024, computable=True))

@@ -1,6 +1,5 @@
-"""The bytes that are written, against the table of design.md written out by hand: numpy on raw bytes, no plan."""
+"""The bytes that are written, against the table written out by hand."""
 
-import os
 import time
 from collections.abc import Iterable
 from dataclasses import replace
@@ -11,9 +10,8 @@ import pytest
 from blake3 import blake3
 
 from reshard.errors import SchemeError
-from reshard.plan.pipeline import Cut, prepare
-from reshard.source.open import open_source
-from reshard.writer.split import SplitOptions, SplitResult, write_shards
+from reshard.plan.pipeline import Cut
+from reshard.writer.split import SplitOptions
 from tests.support.builders import (
     RECIPES,
     Raw,
@@ -24,110 +22,16 @@ from tests.support.builders import (
     read_safetensors,
     write_safetensors,
 )
+from tests.support.cut_by_hand import BLOCK, check_set, expected_rank
+from tests.support.running import split
+from tests.support.sets import snapshot
 
-UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-ITEMSIZE = {"I8": 1, "F8_E4M3": 1, "BF16": 2, "F16": 2, "F32": 4, "I32": 4, "I64": 8}
-BLOCK = 128
 MIXED = {
     "static gate and up, FLOAT down": Spec("modelslim_v0_static", down_recipe="bf16"),
     "dynamic gate and up, static down": Spec("modelslim_dynamic", down_recipe="modelslim_static"),
     "mixed gate and up, dynamic down": Spec("modelslim_mix", down_recipe="modelslim_v0_dynamic"),
 }
 SPECS = {name: Spec(name) for name in RECIPES} | MIXED
-
-Array = np.ndarray
-
-
-@pytest.fixture(autouse=True)
-def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bytes are looked at, not how they reach the disk; that is test_writer's."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
-def split(source: Path, out: Path, cut: Cut, workers: int = 2) -> SplitResult:
-    with open_source(str(source)) as opened:
-        return write_shards(prepare(opened, cut), out, SplitOptions(workers=workers))
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-# --- the table, by hand ---
-
-
-def to_array(raw: Raw) -> Array:
-    dtype, shape, data = raw
-    return np.frombuffer(data, UNSIGNED[ITEMSIZE[dtype]]).reshape(shape)
-
-
-def is_block_scale(suffix: str, weight: Array, scale: Array) -> bool:
-    return suffix in {"weight_scale", "weight_scale_inv"} and scale.shape not in {(len(weight),), (len(weight), 1)}
-
-
-def zeros_behind(array: Array, dim: int, length: int) -> Array:
-    missing = [(0, 0)] * array.ndim
-    missing[dim] = (0, length - array.shape[dim])
-    return np.pad(array, missing)
-
-
-def rows_of(array: Array, tp: int, rank: int, local: int) -> Array:
-    """Column-parallel: rows rank·local..(rank+1)·local, the matrix padded first."""
-    return zeros_behind(array, 0, local * tp)[rank * local : (rank + 1) * local]
-
-
-def columns_of(array: Array, tp: int, rank: int, local: int) -> Array:
-    """Row-parallel: columns rank·local..(rank+1)·local."""
-    return zeros_behind(array, 1, local * tp)[:, rank * local : (rank + 1) * local]
-
-
-def expected_rank(dense: dict[str, Raw], tp: int, rank: int, share: int, layout: str) -> dict[str, Raw]:
-    """One rank's tensors. `share`: the rank's part of the padded intermediate size."""
-    found: dict[str, Raw] = {}
-    prefixes = sorted({name.rsplit(".", 2)[0] for name in dense})
-    for prefix in prefixes:
-        arrays = {name.removeprefix(f"{prefix}."): to_array(raw) for name, raw in dense.items() if prefix in name}
-        local: dict[str, Array] = {}
-        for suffix in (name.removeprefix("gate_proj.") for name in arrays if name.startswith("gate_proj.")):
-            gate, up = arrays[f"gate_proj.{suffix}"], arrays[f"up_proj.{suffix}"]
-            if suffix in {"input_scale", "input_offset", "input_zero_point"}:
-                pieces = [gate, up]
-                fused = gate
-                assert layout == "separate" or np.array_equal(gate, up)
-            else:
-                in_blocks = is_block_scale(suffix, arrays["gate_proj.weight"], gate)
-                rows = -(-share // BLOCK) if in_blocks else share
-                pieces = [rows_of(gate, tp, rank, rows), rows_of(up, tp, rank, rows)]
-                fused = np.concatenate(pieces)
-            local |= (
-                {f"gate_up_proj.{suffix}": fused}
-                if layout == "fused"
-                else {f"gate_proj.{suffix}": pieces[0], f"up_proj.{suffix}": pieces[1]}
-            )
-        for suffix in (name.removeprefix("down_proj.") for name in arrays if name.startswith("down_proj.")):
-            down = arrays[f"down_proj.{suffix}"]
-            if suffix == "weight":
-                down = columns_of(down, tp, rank, share)
-            elif is_block_scale(suffix, arrays["down_proj.weight"], down):
-                down = columns_of(down, tp, rank, -(-share // BLOCK))
-            elif suffix == "quant_bias" and rank > 0:
-                down = np.zeros_like(down)
-            local[f"down_proj.{suffix}"] = down
-        for name, array in local.items():
-            origin = dense[f"{prefix}.{name.replace('gate_up_proj', 'gate_proj')}"]
-            found[f"{prefix}.{name}"] = (origin[0], array.shape, array.tobytes())
-    return found
-
-
-def check_set(folder: Path, dense: dict[str, Raw], tp: int, share: int, layout: str) -> None:
-    shards = [f"denseffn-rank-{rank:05d}-of-{tp:05d}.safetensors" for rank in range(tp)]
-    assert sorted(path.name for path in folder.glob("*.safetensors")) == shards
-    for rank, file in enumerate(shards):
-        got, wanted = read_safetensors(folder / file), expected_rank(dense, tp, rank, share, layout)
-        assert got.keys() == wanted.keys()
-        for name, raw in wanted.items():
-            assert got[name][:2] == raw[:2], f"{file}: {name}"
-            assert got[name][2] == raw[2], f"{file}: {name}: other bytes"
 
 
 # --- every recipe, every real checkpoint ---
@@ -279,7 +183,7 @@ def test_what_gate_and_up_share_must_be_the_same(tmp_path: Path, suffix: str) ->
 def test_the_same_bytes_for_any_workers_and_again(tmp_path: Path, spec: Spec) -> None:
     build(tmp_path / "source", spec)
     for number, workers in enumerate((1, 4, 1)):
-        split(tmp_path / "source", tmp_path / str(number), Cut(8), workers)
+        split(tmp_path / "source", tmp_path / str(number), Cut(8), SplitOptions(workers=workers))
     first = snapshot(tmp_path / "0")
     assert "manifest.json" in first
     assert snapshot(tmp_path / "1") == first

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pytest
 
 from reshard.writer.folder import OutputFolder
 from tests.support.builders import Spec, build
-from tests.support.faults import INTERRUPT, TIMEOUT, Job, Outcome, Server
+from tests.support.faults import INTERRUPT, TIMEOUT, Job, Outcome, run
 from tests.support.paths import ROOT
 from tests.support.sets import Files, hidden, snapshot
 
@@ -26,13 +26,6 @@ NEW = Spec("modelslim_v0_static", hidden=128, intermediate=512, dense=1, seed=2)
 CUT = {"tp_size": 2}  # shards of 110 kB: two writes each
 REPLACED = ".manifest.json.replaced"
 SWAP = "unlink manifest.json #1"  # from here on an old set gives way to the new one
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.close()
 
 
 def is_shard(name: str) -> bool:
@@ -52,9 +45,9 @@ def check_left(there: Files, *sets: Files) -> None:
         assert there[name] in [wanted.get(name) for wanted in sets], f"{name} is incomplete"
 
 
-def finished(server: Server, job: Job, after: str = "nothing") -> tuple[Outcome, Files]:
+def finished(job: Job, after: str = "nothing") -> tuple[Outcome, Files]:
     """A run without faults, and what it leaves. `after`: what came before, for messages."""
-    outcome = server.run(job)
+    outcome = run(job)
     assert outcome.done, f"after {after}: {outcome}"
     return outcome, snapshot(job.out)
 
@@ -73,10 +66,10 @@ def chosen(labels: Sequence[str], *without: str) -> list[str]:
 class Case:
     """A run in a folder that holds something already: its steps, what it makes, and a fresh copy for each fault."""
 
-    def __init__(self, server: Server, folder: Path, begun: Path | None, tp: int, **options: Any) -> None:
-        self.server, self.folder, self.begun = server, folder, begun
+    def __init__(self, folder: Path, begun: Path | None, tp: int, **options: Any) -> None:
+        self.folder, self.begun = folder, begun
         self.cut, self.options = {"tp_size": tp}, options
-        undisturbed, self.wanted = finished(server, self.job())
+        undisturbed, self.wanted = finished(self.job())
         self.labels = undisturbed.labels
 
     def job(self, at: str | None = None, action: str = "kill", **options: Any) -> Job:
@@ -88,24 +81,24 @@ class Case:
         return Job(self.folder / "source", out, self.cut, {**self.options, **options}, at=at, action=action)
 
     def resumed(self, label: str) -> Outcome:
-        outcome, there = finished(self.server, self.job(resume=True, overwrite=False), label)
+        outcome, there = finished(self.job(resume=True, overwrite=False), label)
         assert there == self.wanted, f"{label}: other files"
         return outcome
 
 
 @pytest.fixture(params=["new", "half", "ranks"])
-def case(request: pytest.FixtureRequest, server: Server, tmp_path: Path) -> Case:
+def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
     build(tmp_path / "source", NEW)
     begun = tmp_path / "begun"
     if request.param == "new":
-        return Case(server, tmp_path, None, 2, workers=2)
+        return Case(tmp_path, None, 2, workers=2)
     if request.param == "half":
         at = "replace denseffn-rank-00001-of-00002.safetensors #1"
-        assert server.run(Job(tmp_path / "source", begun, CUT, at=at)).killed
-        return Case(server, tmp_path, begun, 2, resume=True)
+        assert run(Job(tmp_path / "source", begun, CUT, at=at)).killed
+        return Case(tmp_path, begun, 2, resume=True)
     # Nobody need run the whole command: each host goes on with its own ranks, and nothing is left behind.
-    finished(server, Job(tmp_path / "source", begun, {"tp_size": 4}, {"ranks": [0, 1]}))
-    return Case(server, tmp_path, begun, 4, ranks=[2, 3])
+    finished(Job(tmp_path / "source", begun, {"tp_size": 4}, {"ranks": [0, 1]}))
+    return Case(tmp_path, begun, 4, ranks=[2, 3])
 
 
 def test_killed_at_every_step(case: Case) -> None:
@@ -113,7 +106,7 @@ def test_killed_at_every_step(case: Case) -> None:
     assert len(steps) > 20
     for label in steps:
         job = case.job(at=label)
-        outcome = case.server.run(job)
+        outcome = run(job)
         assert outcome.killed, f"{label}: {outcome}"
         check_left(snapshot(job.out), case.wanted)
         resumed = case.resumed(label)
@@ -123,17 +116,15 @@ def test_killed_at_every_step(case: Case) -> None:
 @pytest.mark.parametrize(
     ("action", "kind", "workers"), [("ENOSPC", "SpaceError", 2), ("EIO", "OutputError", 1), (INTERRUPT, "", 1)]
 )
-def test_refused_or_interrupted_at_every_step(
-    server: Server, tmp_path: Path, action: str, kind: str, workers: int
-) -> None:
+def test_refused_or_interrupted_at_every_step(tmp_path: Path, action: str, kind: str, workers: int) -> None:
     """Ctrl-C is no fault: what is finished stays, what is not is removed."""
     build(tmp_path / "source", NEW)
-    case = Case(server, tmp_path, None, 2, workers=workers)
+    case = Case(tmp_path, None, 2, workers=workers)
     steps = chosen(case.labels, "unlink")  # the set is complete, and is being tidied up
     assert len(steps) > 20
     for label in steps:
         job = case.job(at=label, action=action)
-        outcome = server.run(job)
+        outcome = run(job)
         assert outcome.error is not None, f"{label}: {outcome}"
         said = (kind, 1) if kind else ("unexpected KeyboardInterrupt", -1)
         assert outcome.error[:2] == said, f"{label}: {outcome.error}"
@@ -149,13 +140,13 @@ def test_refused_or_interrupted_at_every_step(
 # --- a finished set that is overwritten ---
 
 
-@pytest.fixture(params=[2, 4, 1])
-def swap(request: pytest.FixtureRequest, server: Server, tmp_path: Path) -> tuple[Case, Files]:
+@pytest.fixture(params=[2, 1])
+def swap(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Case, Files]:
     """The overwriting of another source's set of two, and that old set."""
     build(tmp_path / "a" / "source", OLD)
     build(tmp_path / "source", NEW)
-    _, old = finished(server, Job(tmp_path / "a" / "source", tmp_path / "old", CUT))
-    case = Case(server, tmp_path, tmp_path / "old", request.param, overwrite=True)
+    _, old = finished(Job(tmp_path / "a" / "source", tmp_path / "old", CUT))
+    case = Case(tmp_path, tmp_path / "old", request.param, overwrite=True)
     assert not is_whole(case.wanted, old)
     return case, old
 
@@ -175,13 +166,13 @@ def test_killed_while_overwriting(swap: tuple[Case, Files]) -> None:
     assert len(behind) > 10
     for label in before:
         job = case.job(at=label)
-        assert case.server.run(job).killed, label
+        assert run(job).killed, label
         assert is_whole(snapshot(job.out), old), f"killed at {label}: the old set is not whole"
-        _, there = finished(case.server, case.job(), label)
+        _, there = finished(case.job(), label)
         assert there == case.wanted, f"killed at {label}"
     for label in behind:
         job = case.job(at=label)
-        assert case.server.run(job).killed, label
+        assert run(job).killed, label
         check_behind(snapshot(job.out), old, case.wanted, label)
         case.resumed(label)
 
@@ -200,7 +191,7 @@ def test_refused_while_overwriting(swap: tuple[Case, Files], action: str, kind: 
         if label.startswith("unlink") and label != SWAP:
             continue
         job = case.job(at=label, action=action)
-        outcome = case.server.run(job)
+        outcome = run(job)
         assert outcome.error is not None, f"{label}: {outcome}"
         assert outcome.error[:2] == (kind, 1), f"{label}: {outcome.error}"
         there = snapshot(job.out)

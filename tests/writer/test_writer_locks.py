@@ -19,7 +19,7 @@ from reshard.source.open import open_source
 from reshard.writer import lock
 from reshard.writer.lock import WriteLease
 from reshard.writer.split import SplitOptions, write_shards
-from tests.support.faults import TIMEOUT, Job, Server
+from tests.support.faults import TIMEOUT, Job, Started
 from tests.support.paths import ROOT
 from tests.support.sets import Files, hidden, snapshot, split, with_records
 
@@ -111,20 +111,13 @@ def test_a_killed_runs_lock_does_not_block(
 
 
 def test_real_runs_of_other_ranks_at_the_same_time(tmp_path: Path, source: Path, wanted: Files) -> None:
-    servers = [Server(), Server()]
-    try:
-        for turn in range(6):
-            out = tmp_path / f"out{turn}"
-            out.mkdir()
-            for server, ranks in zip(servers, ([0, 1], [2, 3]), strict=True):
-                server.start(Job(source, out, {"tp_size": 4}, {"ranks": ranks, "workers": 2}))
-            outcomes = [server.outcome() for server in servers]
-            assert all(outcome.done for outcome in outcomes), outcomes
-            assert [] in [outcome.missing for outcome in outcomes], "neither run completed the set"
-            assert snapshot(out) == wanted
-    finally:
-        for server in servers:
-            server.close()
+    for turn in range(6):
+        out = tmp_path / f"out{turn}"
+        jobs = [Job(source, out, {"tp_size": 4}, {"ranks": ranks, "workers": 2}) for ranks in ([0, 1], [2, 3])]
+        outcomes = [started.outcome() for started in [*map(Started, jobs)]]
+        assert all(outcome.done for outcome in outcomes), outcomes
+        assert [] in [outcome.missing for outcome in outcomes], "neither run completed the set"
+        assert snapshot(out) == wanted
 
 
 def test_of_two_runs_that_end_together_the_last_completes_the_set(

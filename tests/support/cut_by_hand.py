@@ -1,0 +1,87 @@
+"""What a rank holds, by the table of the format written out by hand: numpy on raw bytes, no plan."""
+
+from pathlib import Path
+
+import numpy as np
+
+from tests.support.builders import Raw, read_safetensors
+
+UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+ITEMSIZE = {"I8": 1, "F8_E4M3": 1, "BF16": 2, "F16": 2, "F32": 4, "I32": 4, "I64": 8}
+BLOCK = 128
+
+Array = np.ndarray
+
+
+def to_array(raw: Raw) -> Array:
+    dtype, shape, data = raw
+    return np.frombuffer(data, UNSIGNED[ITEMSIZE[dtype]]).reshape(shape)
+
+
+def is_block_scale(suffix: str, weight: Array, scale: Array) -> bool:
+    return suffix in {"weight_scale", "weight_scale_inv"} and scale.shape not in {(len(weight),), (len(weight), 1)}
+
+
+def zeros_behind(array: Array, dim: int, length: int) -> Array:
+    missing = [(0, 0)] * array.ndim
+    missing[dim] = (0, length - array.shape[dim])
+    return np.pad(array, missing)
+
+
+def rows_of(array: Array, tp: int, rank: int, local: int) -> Array:
+    """Column-parallel: rows rank·local..(rank+1)·local, the matrix padded first."""
+    return zeros_behind(array, 0, local * tp)[rank * local : (rank + 1) * local]
+
+
+def columns_of(array: Array, tp: int, rank: int, local: int) -> Array:
+    """Row-parallel: columns rank·local..(rank+1)·local."""
+    return zeros_behind(array, 1, local * tp)[:, rank * local : (rank + 1) * local]
+
+
+def expected_rank(dense: dict[str, Raw], tp: int, rank: int, share: int, layout: str) -> dict[str, Raw]:
+    """One rank's tensors. `share`: the rank's part of the padded intermediate size."""
+    found: dict[str, Raw] = {}
+    prefixes = sorted({name.rsplit(".", 2)[0] for name in dense})
+    for prefix in prefixes:
+        arrays = {name.removeprefix(f"{prefix}."): to_array(raw) for name, raw in dense.items() if prefix in name}
+        local: dict[str, Array] = {}
+        for suffix in (name.removeprefix("gate_proj.") for name in arrays if name.startswith("gate_proj.")):
+            gate, up = arrays[f"gate_proj.{suffix}"], arrays[f"up_proj.{suffix}"]
+            if suffix in {"input_scale", "input_offset", "input_zero_point"}:
+                pieces = [gate, up]
+                fused = gate
+                assert layout == "separate" or np.array_equal(gate, up)
+            else:
+                in_blocks = is_block_scale(suffix, arrays["gate_proj.weight"], gate)
+                rows = -(-share // BLOCK) if in_blocks else share
+                pieces = [rows_of(gate, tp, rank, rows), rows_of(up, tp, rank, rows)]
+                fused = np.concatenate(pieces)
+            local |= (
+                {f"gate_up_proj.{suffix}": fused}
+                if layout == "fused"
+                else {f"gate_proj.{suffix}": pieces[0], f"up_proj.{suffix}": pieces[1]}
+            )
+        for suffix in (name.removeprefix("down_proj.") for name in arrays if name.startswith("down_proj.")):
+            down = arrays[f"down_proj.{suffix}"]
+            if suffix == "weight":
+                down = columns_of(down, tp, rank, share)
+            elif is_block_scale(suffix, arrays["down_proj.weight"], down):
+                down = columns_of(down, tp, rank, -(-share // BLOCK))
+            elif suffix == "quant_bias" and rank > 0:
+                down = np.zeros_like(down)
+            local[f"down_proj.{suffix}"] = down
+        for name, array in local.items():
+            origin = dense[f"{prefix}.{name.replace('gate_up_proj', 'gate_proj')}"]
+            found[f"{prefix}.{name}"] = (origin[0], array.shape, array.tobytes())
+    return found
+
+
+def check_set(folder: Path, dense: dict[str, Raw], tp: int, share: int, layout: str) -> None:
+    shards = [f"denseffn-rank-{rank:05d}-of-{tp:05d}.safetensors" for rank in range(tp)]
+    assert sorted(path.name for path in folder.glob("*.safetensors")) == shards
+    for rank, file in enumerate(shards):
+        got, wanted = read_safetensors(folder / file), expected_rank(dense, tp, rank, share, layout)
+        assert got.keys() == wanted.keys()
+        for name, raw in wanted.items():
+            assert got[name][:2] == raw[:2], f"{file}: {name}"
+            assert got[name][2] == raw[2], f"{file}: {name}: other bytes"

@@ -13,7 +13,7 @@ from reshard.estimate.recommend import recommend
 from reshard.estimate.step import SWIGLU, Kind, Split, layer_seconds, level_for, way_of, wire
 from reshard.model.parts import DENSE_FFN, DOWN, GATE
 from reshard.plan.plan import Plan, make_plan
-from reshard.schemes.table import BLOCK, SCHEMES
+from reshard.schemes.table import BLOCK, SCHEMES, Arithmetic
 from reshard.tensors.dtypes import RANKS_IN_OWN_TYPE, nbytes
 from reshard.tensors.tiles import limit_faults, tile_faults
 
@@ -94,7 +94,7 @@ def _notes(checkpoints: Mapping[str, Checkpoint], schemes: Sequence[SchemeEstima
         yield from (f"{one.scheme} tp {refused.tp_size}: not possible: {refused.reason}" for refused in one.refused)
         yield from (f"{one.scheme} tp {size.tp_size}: {note}" for size in one.sizes for note in size.alignment.notes)
         used = {linear.variant.scheme for layer in checkpoints[one.scheme].layers for linear in layer.linears.values()}
-        if any(not SCHEMES[scheme].is_float and way_of(scheme) == "bf16" for scheme in used):
+        if any(not SCHEMES[scheme].is_float and way_of(scheme) is Arithmetic.FLOAT for scheme in used):
             yield f"{one.scheme}: no kernel multiplies it as it is; held and run as BF16"
     activations = {layer.activation for checkpoint in checkpoints.values() for layer in checkpoint.layers}
     for name in sorted(str(activation) for activation in activations if activation and not activation.is_known):
@@ -136,7 +136,7 @@ def _size(checkpoint: Checkpoint, plan: Plan, profile: Profile, options: Options
     ]
     runs = _run(profile, splits)
     exact = _run(profile, [replace(split, max_tokens=None) for split in splits]) if splits[0].fixed else None
-    quantized = any(split.gate_up != "bf16" for split in splits)
+    quantized = any(split.gate_up is not Arithmetic.FLOAT for split in splits)
     return Size(
         tp_size=plan.tp_size,
         share=share,
@@ -157,7 +157,7 @@ def _held(checkpoint: Checkpoint, plan: Plan) -> int:
     as_bf16: set[str] = set()
     for layer in checkpoint.layers:
         for role, linear in layer.linears.items():
-            if way_of(linear.variant.scheme) == "bf16":
+            if way_of(linear.variant.scheme) is Arithmetic.FLOAT:
                 as_bf16 |= {f"{layer.module}.{role}", f"{layer.module}.{layer.part.stack(role) or role}"}
     held = 0
     for tensor in plan.shards[0].tensors:
@@ -179,9 +179,9 @@ def alignment(tiles: Tiles | None, splits: Sequence[Split]) -> Alignment:
     too_wide: list[str] = []
     ways = (zip(DENSE_FFN.modules, (split.gate_up, split.down), strict=True) for split in splits)
     for module, way in dict.fromkeys(chain.from_iterable(ways)):
-        number, tile = ("BF16", tiles.bf16_tile) if way == "bf16" else ("INT8", tiles.int8_tile)
+        number, tile = ("BF16", tiles.bf16_tile) if way is Arithmetic.FLOAT else ("INT8", tiles.int8_tile)
         padding += tile_faults(module, share, hidden, tile, number)
-        if way != "bf16" and tiles.last_dim_limit is not None:
+        if way is not Arithmetic.FLOAT and tiles.last_dim_limit is not None:
             too_wide += limit_faults(module, share, hidden, tiles.last_dim_limit)
     return Alignment(not padding, blocks, bool(too_wide), (*dict.fromkeys(padding), *too_wide[:1]))
 

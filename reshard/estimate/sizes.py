@@ -13,7 +13,7 @@ from reshard.estimate.recommend import recommend
 from reshard.estimate.step import SWIGLU, Kind, Split, layer_seconds, level_for, runs_as, wire
 from reshard.model.parts import DENSE_FFN, DOWN, GATE
 from reshard.plan.plan import Plan, make_plan
-from reshard.schemes import BLOCK, SCHEMES, Arithmetic
+from reshard.schemes.table import BLOCK, SCHEMES, Arithmetic
 from reshard.tensors.dtypes import RANKS_IN_OWN_TYPE, nbytes
 from reshard.tensors.tiles import limit_faults, tile_faults
 

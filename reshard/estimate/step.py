@@ -14,7 +14,7 @@ from reshard.checkpoint.description import Linear
 from reshard.errors import ProfileError
 from reshard.estimate.profile import GIB, MIB, Network, Profile
 from reshard.model.activation import SILU, Activation
-from reshard.schemes import Arithmetic, scheme_named
+from reshard.schemes.table import Arithmetic, scheme_named
 
 Kind = Literal["matmul", "vector", "gather", "scatter"]
 KINDS: tuple[Kind, ...] = ("matmul", "vector", "gather", "scatter")

@@ -20,7 +20,7 @@ from reshard.estimate.sizes import Options, alignment, estimate
 from reshard.estimate.step import KINDS, Collective, Kernel, Split, layer_seconds, level_for, steps, wire
 from reshard.model.activation import Activation
 from reshard.plan.pipeline import Cut
-from reshard.schemes import Arithmetic
+from reshard.schemes.table import Arithmetic
 from reshard.source.open import describe, open_source
 from reshard_runtime import DenseFFN, load_shard
 from tests.support.builders import RECIPES, Spec, build, read_safetensors

@@ -7,7 +7,7 @@ from reshard.checkpoint.description import Checkpoint
 from reshard.estimate.document import SchemeEstimate
 from reshard.estimate.profile import Profile, load_profile
 from reshard.estimate.sizes import Options, estimate
-from reshard.schemes import Arithmetic
+from reshard.schemes.table import Arithmetic
 from tests.support.paths import CONFIGS
 
 FLOAT, DYNAMIC, STATIC = Arithmetic.FLOAT, Arithmetic.DYNAMIC, Arithmetic.STATIC

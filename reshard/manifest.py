@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from reshard.errors import ManifestError
 from reshard.model.activation import Activation
 from reshard.model.naming import MANIFEST, MAX_TP_SIZE, shard_file
+from reshard.model.parts import DENSE_FFN
 from reshard.schemes.table import SCHEMES, unknown_scheme
 from reshard.source.recognise import PREFIX_BYTES, recognised
 
@@ -50,6 +51,11 @@ class ModelDims(_Strict):
     prefix: Annotated[
         str, Field(pattern=r"^([^.]+\.)*$", description="what precedes layers.{i} in the names of tensors")
     ]
+
+    @property
+    def shown(self) -> str:
+        """The sizes that weights have, with their names."""
+        return ", ".join(f"{name} {getattr(self, name)}" for name in DENSE_FFN.sizes)
 
 
 def _known(scheme: str) -> str:

@@ -64,8 +64,7 @@ def config_checkpoint(config: Mapping[str, Any], name: str, scheme: str | None =
         identity=Identity("folder", name, None, ()),
         model=ModelDims(
             model_type=model.model_type,
-            hidden_size=model.hidden_size,
-            intermediate_size=model.intermediate_size,
+            **{size: getattr(model, size) for size in DENSE_FFN.sizes},
             num_hidden_layers=model.num_hidden_layers,
             prefix=prefix,
         ),

@@ -53,7 +53,7 @@ def describe_layers(
         unstacked = _unstacked(by_layer[index], mlps[index])
         linears = {}
         for role in DENSE_FFN.roles:
-            stack = DENSE_FFN.stacked(role.name).name
+            stack = DENSE_FFN.stack(role.name)
             module = f"{mlps[index]}.{stack if stack in by_layer[index] else role.name}"
             suffixes = unstacked.get(role.name, {})
             if "weight" not in suffixes and suffixes.keys() <= _BESIDE_A_WEIGHT:

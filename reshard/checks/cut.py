@@ -12,7 +12,7 @@ _CHECKS = ("divides", "blocks")
 def check_cut(checkpoint: Checkpoint, tp_size: int, pad: bool) -> tuple[list[Finding], Plan | None]:
     """Findings and, if the cut can be made, the plan of rank 0; every rank's shapes are the same."""
     where = f"tp {tp_size}"
-    size, block = checkpoint.shared_size, required_multiple(checkpoint.layers)
+    name, size, block = checkpoint.part.size, checkpoint.shared_size, required_multiple(checkpoint.layers)
     divides = 1 <= tp_size <= size and size % tp_size == 0
     try:
         plan = make_plan(checkpoint, tp_size, pad=pad, tp_ranks=(0,))
@@ -22,11 +22,11 @@ def check_cut(checkpoint: Checkpoint, tp_size: int, pad: bool) -> tuple[list[Fin
         return [Finding("divides", where, _share(size, tp_size), "ok"), Finding("blocks", where, str(error))], None
     if plan.padding:
         padded = plan.padding.padded
-        line = f"intermediate_size {size} padded to {padded}, {_share(padded, tp_size)}"
+        line = f"{name} {size} padded to {padded}, {_share(padded, tp_size)}"
         share = padded // tp_size
     else:
         line, share = _share(size, tp_size), size // tp_size
-    blocks = f"{share // block} blocks of {block} a rank" if block > 1 else "no scale blocks along intermediate_size"
+    blocks = f"{share // block} blocks of {block} a rank" if block > 1 else f"no scale blocks along {name}"
     return [Finding("divides", where, line, "ok"), Finding("blocks", where, blocks, "ok")], plan
 
 

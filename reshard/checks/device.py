@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from reshard.checkpoint.description import Checkpoint
 from reshard.checks.finding import Finding
 from reshard.model.activation import not_computed
-from reshard.model.naming import DOWN, GATE, GATE_UP
+from reshard.model.parts import Module, Parallel
 from reshard.plan.plan import Plan, PlannedTensor
 from reshard.schemes import SCHEMES, VLLM_ASCEND, scheme_named
 from reshard.tensors.tiles import LAST_DIM_LIMIT, TILES, limit_faults, tile_faults
@@ -22,11 +22,11 @@ _TOKENS = (1, 24, 4096)
 
 
 @dataclass(frozen=True)
-class Module:
-    """One rank's part of a layer's gate_up_proj or down_proj, and the type that its weight has on the device."""
+class Matrix:
+    """One rank's part of a module of a layer, and the type that its weight has on the device."""
 
     name: str
-    role: str
+    module: Module
     scheme: str
     tensors: Mapping[str, PlannedTensor]
 
@@ -34,11 +34,11 @@ class Module:
     def sizes(self) -> tuple[int, int]:
         """L and H."""
         rows, columns = self.weight.shape
-        return (rows // 2, columns) if self.role == GATE_UP else (columns, rows)
+        return (rows // len(self.module.roles), columns) if self.module.parallel is Parallel.COLUMN else (columns, rows)
 
     @property
     def weight(self) -> PlannedTensor:
-        """[2L, H] or [H, L]."""
+        """[n·L, H] of n linears, or [H, L]."""
         return self.tensors["weight"]
 
     @property
@@ -47,33 +47,32 @@ class Module:
         return self.weight.dtype if _NPU in scheme_named(self.scheme, self.name).native else "BF16"
 
 
+_Layers = list[tuple[Matrix, ...]]
+
+
 def check_npu(checkpoint: Checkpoint, plan: Plan) -> list[Finding]:
     """Findings for rank 0 of a fused plan; every rank's shapes are the same."""
     layers = [
-        (
-            _module(plan, f"{layer.module}.{GATE_UP}", GATE_UP, layer.linears[GATE].variant.scheme),
-            _module(plan, f"{layer.module}.{DOWN}", DOWN, layer.linears[DOWN].variant.scheme),
+        tuple(
+            _matrix(plan, f"{layer.module}.{module.name}", module, linears[0].variant.scheme)
+            for module, linears in layer.modules("fused")
         )
         for layer in checkpoint.layers
     ]
     where = f"tp {plan.tp_size}"
-    return [
-        *_tiles(layers, where),
-        *_limits(layers, where),
-        _forward(checkpoint, plan, layers, where),
-    ]
+    return [*_tiles(layers, where), *_limits(layers, where), _forward(checkpoint, plan, layers, where)]
 
 
-def _module(plan: Plan, name: str, role: str, scheme: str) -> Module:
+def _matrix(plan: Plan, name: str, module: Module, scheme: str) -> Matrix:
     start = f"{name}."
     tensors = {t.name.removeprefix(start): t for t in plan.shards[0].tensors if t.name.startswith(start)}
-    return Module(start.rstrip("."), role, scheme, tensors)
+    return Matrix(name, module, scheme, tensors)
 
 
-def _distinct(layers: list[tuple[Module, Module]]) -> list[Module]:
-    """A module of every shape and type."""
-    modules = [module for pair in layers for module in pair]
-    return list({(module.weight.shape, module.dtype): module for module in reversed(modules)}.values())[::-1]
+def _distinct(layers: _Layers) -> list[Matrix]:
+    """A matrix of every shape and type."""
+    matrices = [matrix for layer in layers for matrix in layer]
+    return list({(matrix.weight.shape, matrix.dtype): matrix for matrix in reversed(matrices)}.values())[::-1]
 
 
 def check_kernels(checkpoint: Checkpoint) -> Finding:
@@ -89,18 +88,18 @@ def check_kernels(checkpoint: Checkpoint) -> Finding:
     return Finding("kernels", "", f"{line}; cut with {options}", "warning")
 
 
-def _tiles(layers: list[tuple[Module, Module]], where: str) -> Iterator[Finding]:
+def _tiles(layers: _Layers, where: str) -> Iterator[Finding]:
     """A matrix that is no whole tiles is padded on the device: right, and slower and larger than it looks."""
     wrong: list[str] = []
     right: dict[str, list[str]] = {}
-    for module in _distinct(layers):
-        if module.dtype not in TILES:
+    for matrix in _distinct(layers):
+        if matrix.dtype not in TILES:
             continue
-        number, tile = TILES[module.dtype]
-        shown = _shown(module.weight.shape)
+        number, tile = TILES[matrix.dtype]
+        shown = _shown(matrix.weight.shape)
         right.setdefault(f"{number} tiles of {tile[0]} x {tile[1]}", []).append(shown)
-        faults = tile_faults(module.role, *module.sizes, tile, number)
-        wrong += [f"{module.name}.weight {shown}: {fault}" for fault in faults]
+        faults = tile_faults(matrix.module, *matrix.sizes, tile, number)
+        wrong += [f"{matrix.name}.weight {shown}: {fault}" for fault in faults]
     for line in wrong:
         yield Finding("tiles", where, line, "warning")
     if not wrong:
@@ -108,22 +107,22 @@ def _tiles(layers: list[tuple[Module, Module]], where: str) -> Iterator[Finding]
         yield Finding("tiles", where, line or "no tiles for float32", "ok")
 
 
-def _limits(layers: list[tuple[Module, Module]], where: str) -> Iterator[Finding]:
-    quantized = [module for module in _distinct(layers) if module.dtype == "I8"]
+def _limits(layers: _Layers, where: str) -> Iterator[Finding]:
+    quantized = [matrix for matrix in _distinct(layers) if matrix.dtype == "I8"]
     wrong = [
-        f"{module.name}.weight {_shown(module.weight.shape)}: {fault}"
-        for module in quantized
-        for fault in limit_faults(module.role, *module.sizes, LAST_DIM_LIMIT)
+        f"{matrix.name}.weight {_shown(matrix.weight.shape)}: {fault}"
+        for matrix in quantized
+        for fault in limit_faults(matrix.module, *matrix.sizes, LAST_DIM_LIMIT)
     ]
     for line in wrong:
         yield Finding("limits", where, line)
     if not wrong:
-        widest = max((size for module in quantized for size in module.weight.shape), default=0)
+        widest = max((size for matrix in quantized for size in matrix.weight.shape), default=0)
         line = f"the widest matrix is {widest}, npu_quant_matmul takes up to {LAST_DIM_LIMIT}"
         yield Finding("limits", where, line if quantized else "no int8 matrix, so no npu_quant_matmul", "ok")
 
 
-def _forward(checkpoint: Checkpoint, plan: Plan, layers: list[tuple[Module, Module]], where: str) -> Finding:
+def _forward(checkpoint: Checkpoint, plan: Plan, layers: _Layers, where: str) -> Finding:
     """Every call of the forward pass on the meta device, by the runtime's own classes."""
 
     def skipped(why: str) -> Finding:
@@ -142,22 +141,22 @@ def _forward(checkpoint: Checkpoint, plan: Plan, layers: list[tuple[Module, Modu
         return skipped(f"torch_npu is installed and cannot be imported: {reason}")
     checked = 0
     seen = set()
-    for layer, (gate_up, down) in zip(checkpoint.layers, layers, strict=True):
+    for layer, matrices in zip(checkpoint.layers, layers, strict=True):
         activation = layer.activation
         if activation is None or not activation.is_known:
             return skipped(f"layer {layer.index}: {not_computed(activation)}")
-        first, second = (
-            Linear(module.name, module.scheme, {s: (t.dtype, t.shape) for s, t in module.tensors.items()})
-            for module in (gate_up, down)
-        )
-        key = activation, *((linear.scheme, tuple(sorted(linear.tensors.items()))) for linear in (first, second))
+        linears = [
+            Linear(matrix.name, matrix.scheme, {s: (t.dtype, t.shape) for s, t in matrix.tensors.items()})
+            for matrix in matrices
+        ]
+        key = activation, *((linear.scheme, tuple(sorted(linear.tensors.items()))) for linear in linears)
         if key in seen:
             continue
         seen.add(key)
-        size, hidden = checkpoint.model.intermediate_size, checkpoint.model.hidden_size
-        refused = forward_on_meta(first, second, plan.tp_size, hidden, size, kernels, _TOKENS, activation)
+        sizes = checkpoint.model.hidden_size, checkpoint.shared_size
+        refused = forward_on_meta(linears, plan.tp_size, sizes, kernels, _TOKENS, activation)
         if refused is not None:
-            return Finding("forward", where, f"{gate_up.name.rpartition('.')[0]}: {refused}")
+            return Finding("forward", where, f"{layer.module}: {refused}")
         checked += 1
     tokens = ", ".join(map(str, _TOKENS))
     kinds = "all layers alike" if checked == 1 else f"{checked} kinds of layers"

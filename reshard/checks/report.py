@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 from reshard.checks.finding import Finding, Severity
 from reshard.errors import UsageError
 from reshard.model.naming import MAX_TP_SIZE
+from reshard.model.parts import DENSE_FFN
 from reshard.schemes import Weights
 
 CHECKS = {
@@ -14,7 +15,7 @@ CHECKS = {
     "layers": "the dense layers are found by their tensors' names, and are those that config.json makes dense",
     "shapes": "the weights have the shapes that config.json's sizes make",
     "scheme": "each linear has the tensors, types and shapes of its scheme; gate and up agree",
-    "divides": "intermediate_size is divisible by the group's size",
+    "divides": f"{DENSE_FFN.size} is divisible by the group's size",
     "blocks": "a rank's share is whole scale blocks",
     "manifest": "the shard set has a manifest, of a known version, every field of it as its schema says",
     "ranks": "every file that the manifest names is there, in its size; no other shard is",

@@ -116,7 +116,7 @@ class Estimate:
     def subtitle(self) -> str:
         count = len(self.layers)
         return (
-            f"hidden_size {self.model.hidden_size}, intermediate_size {self.model.intermediate_size}, {count} dense "
+            f"{self.model.shown}, {count} dense "
             f"{'layer' if count == 1 else 'layers'}, {self.batch} tokens a rank and step"
             + (f" in {self.max_tokens} rows" if self.max_tokens is not None else "")
             + (f", tensor-parallel size {self.tensor_parallel_size}" if self.tensor_parallel_size > 1 else "")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from math import isfinite
 
 from reshard.checkpoint.description import Checkpoint
@@ -10,7 +11,7 @@ from reshard.estimate.document import Alignment, Estimate, FixedRows, Refused, R
 from reshard.estimate.profile import Profile, Tiles
 from reshard.estimate.recommend import recommend
 from reshard.estimate.step import SWIGLU, Kind, Split, layer_seconds, level_for, way_of, wire
-from reshard.model.naming import DOWN, GATE, GATE_UP
+from reshard.model.parts import DENSE_FFN, DOWN, GATE
 from reshard.plan.plan import Plan, make_plan
 from reshard.schemes import BLOCK, SCHEMES
 from reshard.tensors.dtypes import RANKS_IN_OWN_TYPE, nbytes
@@ -116,7 +117,7 @@ def _plan(checkpoint: Checkpoint, tp_size: int, options: Options) -> Plan:
 
 def _size(checkpoint: Checkpoint, plan: Plan, profile: Profile, options: Options, unsplit: int | None) -> Size:
     model = checkpoint.model
-    padded = plan.padding.padded if plan.padding else model.intermediate_size
+    padded = plan.padding.padded if plan.padding else checkpoint.shared_size
     share, held = padded // plan.tp_size, _held(checkpoint, plan)
     splits = [
         Split(
@@ -157,7 +158,7 @@ def _held(checkpoint: Checkpoint, plan: Plan) -> int:
     for layer in checkpoint.layers:
         for role, linear in layer.linears.items():
             if way_of(linear.variant.scheme) == "bf16":
-                as_bf16 |= {f"{layer.module}.{role}", f"{layer.module}.{GATE_UP if role == GATE else role}"}
+                as_bf16 |= {f"{layer.module}.{role}", f"{layer.module}.{layer.part.stack(role) or role}"}
     held = 0
     for tensor in plan.shards[0].tensors:
         module, _, suffix = tensor.name.rpartition(".")
@@ -176,12 +177,12 @@ def alignment(tiles: Tiles | None, splits: Sequence[Split]) -> Alignment:
         return Alignment(None, blocks)
     padding: list[str] = []
     too_wide: list[str] = []
-    linears = ((role, way) for split in splits for role, way in ((GATE_UP, split.gate_up), (DOWN, split.down)))
-    for role, way in dict.fromkeys(linears):
+    ways = (zip(DENSE_FFN.modules, (split.gate_up, split.down), strict=True) for split in splits)
+    for module, way in dict.fromkeys(chain.from_iterable(ways)):
         number, tile = ("BF16", tiles.bf16_tile) if way == "bf16" else ("INT8", tiles.int8_tile)
-        padding += tile_faults(role, share, hidden, tile, number)
+        padding += tile_faults(module, share, hidden, tile, number)
         if way != "bf16" and tiles.last_dim_limit is not None:
-            too_wide += limit_faults(role, share, hidden, tiles.last_dim_limit)
+            too_wide += limit_faults(module, share, hidden, tiles.last_dim_limit)
     return Alignment(not padding, blocks, bool(too_wide), (*dict.fromkeys(padding), *too_wide[:1]))
 
 

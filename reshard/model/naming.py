@@ -11,10 +11,6 @@ from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from reshard.model.parts import DENSE_FFN, Part
-from reshard.model.parts import DOWN as DOWN
-from reshard.model.parts import GATE as GATE
-from reshard.model.parts import GATE_UP as GATE_UP
-from reshard.model.parts import UP as UP
 
 ROLES = tuple(role.name for role in DENSE_FFN.roles)
 

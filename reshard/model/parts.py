@@ -86,9 +86,20 @@ class Part:
         """The module of that name, of either layout."""
         return next(m for layout in ("fused", "separate") for m in self.laid_out(layout) if m.name == name)
 
-    def stacked(self, name: str) -> Module:
+    def fused(self, name: str) -> Module | None:
         """The module of the fused layout that a linear of that name is in, or that has the name itself."""
-        return next(m for m in self.modules if name == m.name or any(name == role.name for role in m.roles))
+        return next((m for m in self.modules if name == m.name or any(name == r.name for r in m.roles)), None)
+
+    def stack(self, name: str) -> str | None:
+        """The name under which a linear may be stacked with others; None for any other name."""
+        module = self.fused(name)
+        return module.name if module is not None and module.name != name else None
+
+    def stacked(self, name: str) -> tuple[str, ...]:
+        """The linears that are stacked under that name; none for any other name."""
+        module = self.fused(name)
+        names = tuple(role.name for role in module.roles) if module is not None and module.name == name else ()
+        return names if names != (name,) else ()
 
     def shared_size(self, sizes: object) -> int:
         """What is shared out. sizes: has the sizes of the model by their names."""

@@ -9,9 +9,11 @@ from reshard.checkpoint.description import Tensor
 from reshard.errors import LayersError
 from reshard.model.config import ModelConfig, language_config
 from reshard.model.foreign import what_is_there
-from reshard.model.naming import CONFIG, DOWN, PREFIX, WRAPPED, layer_name, parse_dense, parse_layer, stands_beside
+from reshard.model.naming import CONFIG, PREFIX, WRAPPED, layer_name, parse_dense, parse_layer, stands_beside
+from reshard.model.parts import DENSE_FFN
 from reshard.tensors.dtypes import FLOATS
 
+_SHAPED = DENSE_FFN.modules[-1]  # the linear whose shape is looked at
 _PUBLISHED = {
     model_type: prefix
     for prefix, model_types in {
@@ -118,7 +120,7 @@ def _modules(tensors: Mapping[str, Tensor], other_names: Iterable[str]) -> dict[
         dense = parse_dense(name)
         if dense is not None:
             found[dense.prefix].dense.add(dense.layer)
-            if dense.role == DOWN and dense.suffix == "weight" and tensor.dtype in _UNPACKED:
+            if dense.role == _SHAPED.name and dense.suffix == "weight" and tensor.dtype in _UNPACKED:
                 found[dense.prefix].shapes.add(tensor.shape)
     return {prefix: module for prefix, module in found.items() if not stands_beside(prefix)}
 
@@ -130,7 +132,7 @@ def _fitting(modules: Mapping[str, _Module], config: ModelConfig | None) -> list
     """
     signs: list[Callable[[_Module], bool]] = [lambda module: module.mixes, lambda module: module.has_experts]
     if config is not None:
-        sizes, dense = {(config.hidden_size, config.intermediate_size)}, config.dense_layers or frozenset()
+        sizes, dense = {DENSE_FFN.weight_shape(_SHAPED, config)}, config.dense_layers or frozenset()
         last = config.num_hidden_layers - 1
         signs = [
             lambda module: module.shapes <= sizes,

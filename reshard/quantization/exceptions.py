@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from reshard.model.naming import GATE, GATE_UP, UP
+from reshard.model.parts import DENSE_FFN
 from reshard.quantization.names import Match, at_boundary, component, exact, mentions, names_of, wildcard
 from reshard.quantization.section import Section
 
@@ -31,8 +31,8 @@ def left_alone(lists: Lists, rule: Rule | None, section: Section, module: str) -
     listed = (key for key, match in lists if mentions(match, section.names(key), module, section))
     key = next(listed, None) or (rule(section, module) if rule else None)
     parent, _, role = module.rpartition(".")
-    if key is None and role == GATE_UP:
-        keys = [left_alone(lists, rule, section, f"{parent}.{half}") for half in (GATE, UP)]
+    if key is None and (halves := DENSE_FFN.stacked(role)):
+        keys = [left_alone(lists, rule, section, f"{parent}.{half}") for half in halves]
         return keys[0] if None not in keys else None
     return key
 

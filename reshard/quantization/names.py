@@ -9,7 +9,8 @@ from collections.abc import Callable
 from functools import cache
 
 from reshard.errors import SourceError
-from reshard.model.naming import GATE, GATE_UP, PREFIX, UP, WRAPPED, parse_layer
+from reshard.model.naming import PREFIX, WRAPPED, parse_layer
+from reshard.model.parts import DENSE_FFN
 from reshard.quantization.section import Section
 
 Match = Callable[[str, str], bool]
@@ -61,10 +62,11 @@ def mentions(match: Match, entries: list[str], module: str, section: Section) ->
     An entry may name gate and up by what engines make of them, gate_up_proj (vLLM's is_layer_skipped).
     """
     parent, _, role = module.rpartition(".")
-    names, stacked = names_of(module), names_of(f"{parent}.{GATE_UP}") if role in {GATE, UP} else ()
+    stack = DENSE_FFN.stack(role)
+    names, stacked = names_of(module), names_of(f"{parent}.{stack}") if stack else ()
     for entry in entries:
         try:
-            if any(_means(match, entry, name) for name in (*names, *(stacked if GATE_UP in entry else ()))):
+            if any(_means(match, entry, name) for name in (*names, *(stacked if stack and stack in entry else ()))):
                 return True
         except (re.error, OverflowError, RecursionError) as error:
             raise SourceError(f"{section.file}: {section.path}: {entry!r} is not a pattern: {error}") from error

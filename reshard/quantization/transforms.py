@@ -15,7 +15,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from reshard.errors import SchemeError
-from reshard.model.naming import CONFIG, GATE_UP, ROLES, parse_layer, stands_beside
+from reshard.model.naming import CONFIG, parse_layer, stands_beside
+from reshard.model.parts import DENSE_FFN
 from reshard.quantization.accounts import MODELOPT, Accounts, list_accounts
 from reshard.quantization.names import mentions
 from reshard.quantization.section import Section
@@ -30,7 +31,7 @@ _CONFIG = "transform_config"
 _ONLINE = frozenset({"input", "output"})
 # Fused into the weights; of attention.
 _ELSEWHERE = frozenset(["weight_input", "weight_output", "attn_q", "attn_k", "attn_v", "q_attn", "k_attn", "k_cache"])
-_LINEARS = (*ROLES, GATE_UP)
+_LINEARS = tuple(DENSE_FFN.names())
 _OTHER_CLASSES = re.compile(r"\w*(?:Embedding|Attention|Norm|DecoderLayer|Model|ForCausalLM|LMHead|Router)\w*")
 _SMELLS = re.compile(
     r"transform(?!er)|rotat|quarot|hadamard|kronecker|spinquant|flatquant|(?:^|_)had(?:_|$)", re.IGNORECASE

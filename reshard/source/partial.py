@@ -7,7 +7,8 @@ from reshard.checkpoint.description import Layer, Tensor
 from reshard.errors import ReshardError, SourceError
 from reshard.manifest import ModelDims
 from reshard.model.config import ModelConfig, read_model_config
-from reshard.model.naming import CONFIG, DOWN, GATE_UP, ROLES, numbers, parse_dense
+from reshard.model.naming import CONFIG, numbers, parse_dense
+from reshard.model.parts import DENSE_FFN
 from reshard.quantization import Accounts
 from reshard.schemes import VARIANTS, Variant
 from reshard.source.base import MISSING, Source
@@ -15,7 +16,7 @@ from reshard.source.choice import named
 from reshard.source.recognise import unfinished
 from reshard.source.weights import INDEX_ENDING
 
-_WHOLE = (set(ROLES), {GATE_UP, DOWN})
+_WHOLE = ({role.name for role in DENSE_FFN.roles}, {module.name for module in DENSE_FFN.modules})
 
 
 def describe_what_is_there(

@@ -11,7 +11,8 @@ from typing import Any
 from reshard.errors import SourceError
 from reshard.model.config import experts_key, known_dense_layers, read_model_config
 from reshard.model.config.values import number
-from reshard.model.naming import CONFIG, DOWN, PREFIX, ROLES, layer_name
+from reshard.model.naming import CONFIG, PREFIX, layer_name
+from reshard.model.parts import DENSE_FFN
 
 
 class Kind(Enum):
@@ -118,7 +119,7 @@ class _Model:
         grouped = self._config.get("kv_lora_rank") is None
         yield from _within("self_attn", self._grouped() if grouped else self._latent())
         if dense:
-            inner = self._mlp(self._model.intermediate_size, biased=bool(self._config.get("mlp_bias")))
+            inner = self._mlp(DENSE_FFN.shared_size(self._model), biased=bool(self._config.get("mlp_bias")))
         else:
             inner = self._mixture()
         yield from _within("mlp", inner)
@@ -181,9 +182,8 @@ class _Model:
             yield Parameter("shared_expert_gate.weight", (1, self._hidden), Kind.HEAD)
 
     def _mlp(self, inner: int, *, biased: bool = False) -> Iterator[Parameter]:
-        for role in ROLES:
-            shape = (self._hidden, inner) if role == DOWN else (inner, self._hidden)
-            yield from _linear(role, shape, biased=biased)
+        for module in DENSE_FFN.laid_out("separate"):
+            yield from _linear(module.name, DENSE_FFN.weight_shape(module, self._model, inner), biased=biased)
 
     def _projection(self, name: str, out_features: int, in_features: int) -> Iterator[Parameter]:
         biased = self._family.always_biased or self._config.get("attention_bias")

@@ -11,7 +11,7 @@ from statistics import NormalDist
 import numpy as np
 from blake3 import blake3
 
-from reshard.model.naming import GATE, UP
+from reshard.model.parts import DENSE_FFN
 from reshard.schemes import Operand
 from reshard.synth.schemes import Fill, TensorSpec
 from reshard.tensors.numeric import F32, Array, from_f32, storage
@@ -88,9 +88,10 @@ def _from_table(name: str, table: Array, shape: tuple[int, ...], seed: int) -> I
 
 
 def _input_of(module: str) -> str:
-    """The module whose name stands for what gate and up share."""
+    """The module whose name stands for what linears that may be stacked share: the first of them."""
     parent, _, role = module.rpartition(".")
-    return f"{parent}.{GATE}" if role == UP else module
+    fused = DENSE_FFN.fused(role)
+    return f"{parent}.{fused.roles[0].name}" if fused is not None else module
 
 
 def _input_scale(module: str, seed: int) -> np.float32:

@@ -22,7 +22,8 @@ from reshard.checks.finding import Finding
 from reshard.errors import MismatchError
 from reshard.manifest import Manifest
 from reshard.model.activation import Activation, not_computed
-from reshard.model.naming import CONFIG, DOWN, GATE, GATE_UP, UP, layers_named
+from reshard.model.naming import CONFIG, layers_named
+from reshard.model.parts import DOWN, GATE, GATE_UP, UP
 from reshard.schemes import Arithmetic, Operand
 from reshard.source.base import Source
 from reshard.tensors.header import Header, TensorInfo

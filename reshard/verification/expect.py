@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from reshard.checks.finding import Finding
 from reshard.errors import HeaderError, MismatchError
 from reshard.manifest import Manifest
-from reshard.model.naming import DOWN, GATE, GATE_UP, MANIFEST, UP
+from reshard.model.naming import MANIFEST
+from reshard.model.parts import DOWN, GATE, GATE_UP, UP
 from reshard.schemes import Operand, Shape, TensorRule
 from reshard.source.base import Source, read_header
 from reshard.tensors.header import Header

@@ -195,7 +195,7 @@ def _shown(block: Bytes, row: int, column: int, dtype: str) -> str:
 def _check_scheme(manifest: Manifest, index: int, group: Group, linear: LinearGrids) -> Iterator[Finding]:
     where = f"{module_name(manifest.model.prefix, index)}.{group.module}"
     for layer in manifest.layers:
-        recorded = layer.linears.get(DENSE_FFN.stacked(group.module).name)
+        recorded = layer.linears.get(DENSE_FFN.stack(group.module) or group.module)
         if layer.index != index or recorded is None:
             continue
         if recorded.scheme != linear.scheme.name:

@@ -3,7 +3,7 @@
 Shapes: T tokens, H hidden_size, L the rank's share of intermediate_size, R tp_size.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,24 +27,23 @@ class Linear:
 
 
 def forward_on_meta(
-    gate_up: Linear,
-    down: Linear,
+    linears: Sequence[Linear],
     tp_size: int,
-    hidden_size: int,
-    intermediate_size: int,
+    sizes: tuple[int, int],
     kernels: Kernels,
     tokens: Iterable[int],
     activation: Activation,
 ) -> str | None:
     """What refuses the forward of T tokens a rank, in one line; None where nothing does.
 
-    gate_up: weight [2L, H]; down: weight [H, L]. A scheme that `kernels` lacks is run as BF16, as the loader leaves it.
+    linears: weights [2L, H] and [H, L]; sizes: H and I. A scheme that `kernels` lacks is run as BF16, as the
+    loader leaves it.
     """
     try:
-        stacked, last = (_shard(linear, kernels) for linear in (gate_up, down))
-        share = down.tensors["weight"][1][1]
-        layer = LayerShard(0, 0, tp_size, hidden_size, intermediate_size, share, "", stacked, last, activation)
-        ffn = PartialFFN(layer, kernels, _dtype(down), "dynamic")
+        hidden_size, share = linears[-1].tensors["weight"][1]
+        first, last = (_shard(linear, kernels) for linear in linears)
+        layer = LayerShard(0, 0, tp_size, *sizes, share, "", first, last, activation)
+        ffn = PartialFFN(layer, kernels, _dtype(linears[-1]), "dynamic")
         for count in tokens:
             rows_TW = ffn.pack(torch.empty(count, hidden_size, dtype=ffn.dtype, device="meta"))
             result = ffn.forward_packed(rows_TW.repeat(tp_size, 1), ffn.dtype)

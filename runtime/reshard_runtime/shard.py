@@ -87,6 +87,11 @@ class Shard:
     set_digest: str
     layers: Mapping[int, LayerShard]
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """H and I."""
+        return self.hidden_size, self.intermediate_size
+
     def layer(self, index: int) -> LayerShard:
         """The dense layer `index`. Raises ShardError if the shard has none of that index."""
         try:

@@ -10,7 +10,8 @@ import pytest
 
 from reshard.checkpoint.description import Checkpoint
 from reshard.errors import SchemeError, SourceError
-from reshard.model.naming import DOWN, GATE, ROLES, UP
+from reshard.model.naming import ROLES
+from reshard.model.parts import DOWN, GATE, UP
 from reshard.plan.manifest_builder import scheme_name
 from reshard.quantization import Accounts, list_accounts
 from reshard.source.open import describe, open_source

@@ -22,7 +22,7 @@ from reshard.model.config.rules import (
 # Keys that may say which layers are dense, and those that are known to say other things: sizes, counts, routing.
 _LOOKS_LIKE_LAYERS = re.compile(r"expert|moe|dense|sparse", re.IGNORECASE)
 _OF_EXPERTS = re.compile(
-    r"shared|intermediate_size|hidden_size|ffn_hidden|latent|inner_dim|router|routing|loss|capacity|jitter|dropout|"
+    r"shared|intermediate|hidden_size|ffn_hidden|latent|inner_dim|router|routing|loss|capacity|jitter|dropout|"
     r"scaling|score|group|bias|norm|dtype|kernel|per_tok|topk|top_k|_k$|token|attention|attn|index|parallel|swiglu|"
     r"implementation|quant|mtp|redundant|zero_expert",
     re.IGNORECASE,

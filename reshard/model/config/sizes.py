@@ -12,8 +12,9 @@ from typing import Any
 
 from reshard.errors import SourceError
 from reshard.model.naming import CONFIG
+from reshard.model.parts import DENSE_FFN
 
-_KEYS = ("num_hidden_layers", "hidden_size", "intermediate_size")
+_KEYS = ("num_hidden_layers", *DENSE_FFN.sizes)
 
 
 @cache
@@ -33,7 +34,7 @@ def with_default_sizes(nested: Mapping[str, Any], wrapper: str) -> tuple[dict[st
         return dict(nested), None
     model_type = nested.get("model_type")
     defaults = default_sizes().get(model_type, {}) if isinstance(model_type, str) else {}
-    unknown = [key for key in absent if key not in defaults and key != "intermediate_size"]
+    unknown = [key for key in absent if key not in defaults and key != DENSE_FFN.size]
     if unknown:
         raise SourceError(
             f"{CONFIG}: {wrapper} has no {' and no '.join(unknown)}, and the defaults of model_type {model_type!r} are "

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from reshard.errors import ShardError
-from reshard.model.naming import DOWN, GATE, GATE_UP, UP
+from reshard.model.parts import DOWN, GATE, GATE_UP, UP
 from reshard_runtime.ffn import DenseFFN
 from reshard_runtime.probe import answers, without_linears
 

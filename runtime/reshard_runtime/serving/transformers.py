@@ -14,7 +14,8 @@ from torch import nn
 
 from reshard.errors import MissingDependencyError, ShardError
 from reshard.manifest import Manifest
-from reshard.model.naming import CONFIG, GATE_UP, ROLES
+from reshard.model.naming import CONFIG
+from reshard.model.parts import DENSE_FFN
 from reshard.source.weights import INDEX_ENDING, SINGLE, TRANSFORMERS_KEY
 from reshard_runtime.ffn import DenseFFN
 from reshard_runtime.group import agreement
@@ -134,7 +135,7 @@ def _without_dense(base: Any, prefix: str) -> Any:
         for index, found in dense.items():
             decoder.layers[index].mlp = Slot(found)
         layers = "|".join(re.escape(name) for name in (f"{decoder.name}.", f"{prefix}layers."))
-        roles = "|".join((*ROLES, GATE_UP))
+        roles = "|".join(DENSE_FFN.names())
         passed = [rf"^(?:{layers}){index}\.mlp\.(?:{roles})\..+" for index in dense]
         self._keys_to_ignore_on_load_unexpected = {*(base._keys_to_ignore_on_load_unexpected or ()), *passed}
 
@@ -149,13 +150,11 @@ def _compare(model: nn.Module, decoder: Decoder, shard: Shard) -> None:
             f"{shard.file}: its dense layers are {list(shard.layers)}, {type(model).__name__}'s are {list(dense)}"
             + ("" if other is None else f"; {other} is none of them: only what a layer calls `mlp` is replaced")
         )
-    wanted = (shard.hidden_size, shard.intermediate_size)
+    wanted = shard.sizes
     for index, found in dense.items():
         name = decoder.module_name(index)
         if found.sizes != wanted:
-            raise ShardError(
-                f"{shard.file}: hidden_size and intermediate_size are {wanted}, {name}'s are {found.sizes}"
-            )
+            raise ShardError(f"{shard.file}: {' and '.join(DENSE_FFN.sizes)} are {wanted}, {name}'s are {found.sizes}")
         activation = shard.layer(index).known_activation()
         difference = disagreement(found.answers, activation, torch.float32)
         if difference is not None:

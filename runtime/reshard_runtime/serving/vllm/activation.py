@@ -15,7 +15,7 @@ from reshard.checks.serving_option import OPTION
 from reshard.errors import ShardError
 from reshard.manifest import Manifest
 from reshard.model.activation import not_computed
-from reshard.model.naming import DOWN, GATE_UP
+from reshard.model.parts import DENSE_FFN
 from reshard_runtime.probe import answers, disagreement, without_linears
 
 _log = init_logger("vllm.denseffn_shards")
@@ -42,7 +42,7 @@ def compare_activations(mlps: Mapping[int, Any], manifest: Manifest, dtype: torc
                 raise ShardError(f"{folder}: {problem}; without {OPTION} the engine's own partition is filled")
             _log.warning("denseffn_shards: what the engine computes is not compared with the shards: %s", problem)
             continue
-        between = mlp.act_fn if is_split else without_linears(mlp, {GATE_UP: _Passed(), DOWN: _Passed()})
+        between = mlp.act_fn if is_split else without_linears(mlp, {m.name: _Passed() for m in DENSE_FFN.modules})
         with torch.compiler.set_stance("force_eager"):  # else vLLM compiles its activation for these sizes
             found = answers(between, dtype, next(mlp.parameters()).device)
         difference = disagreement(found, activation, dtype)

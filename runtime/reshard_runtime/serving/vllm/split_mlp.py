@@ -19,7 +19,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from reshard.checks.serving_option import OPTION
 from reshard.errors import UsageError
-from reshard.model.naming import GATE_UP
+from reshard.model.parts import GATE_UP
 from reshard_runtime.collectives import reduce_dtype_for
 from reshard_runtime.kernels import kernels_for
 from reshard_runtime.serving.vllm.groups import Group

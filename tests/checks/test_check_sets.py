@@ -15,9 +15,8 @@ from reshard.checks.shardset import check_origin, check_set
 from reshard.model.naming import MANIFEST, shard_file
 from reshard.plan.pipeline import Cut
 from reshard.source.open import describe, open_source
-from tests.checks.test_check_setups import setup
 from tests.support.builders import RECIPES, Spec, build, read_safetensors, write_safetensors
-from tests.support.checking import failed, findings, of, usage
+from tests.support.checking import failed, findings, of, setup, usage
 from tests.support.corrupt import edited_json
 from tests.support.running import reshard, split
 
@@ -154,7 +153,7 @@ def test_ranks_that_were_exchanged(shards: Path) -> None:
 
 @pytest.mark.parametrize("name", ["shared_experts", "experts.7"])
 def test_an_expert_s_weights_have_no_place_in_a_set(shards: Path, name: str) -> None:
-    """The first public implementation of the option caught expert layers: a set that holds some is refused.
+    """The first public implementation of the option caught MoE layers: a set that holds some is refused.
 
     The file and its manifest agree here, so that nothing but the name tells.
     """

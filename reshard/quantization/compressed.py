@@ -74,9 +74,9 @@ def _made(section: Section, name: str, arguments: _Args) -> tuple[str, tuple[int
     group = Section(section.file, section.at(f"config_groups.{name}"), arguments)
     weights, inputs, outputs = map(group.objects, ("weights", "input_activations", "output_activations"))
     strategy, dynamic = str(weights.get("strategy")), inputs.get("dynamic")
-    plain = weights.get("symmetric") and not weights.get("dynamic") and not outputs and isinstance(dynamic, bool)
-    alike = _number(inputs) == _number(weights) and _INPUTS.get((strategy, dynamic)) == inputs.get("strategy")
-    if plain and alike:
+    plain = weights.get("symmetric") and not weights.get("dynamic") and not outputs
+    alike = _number(inputs) == _number(weights)
+    if plain and alike and isinstance(dynamic, bool) and _INPUTS.get((strategy, dynamic)) == inputs.get("strategy"):
         block = None
         if strategy == "block":
             block = Section(section.file, group.at("weights"), weights).block("block_structure")

@@ -2,22 +2,19 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from reshard.checkpoint.description import Checkpoint
-from reshard.errors import ReshardError, SourceError
+from reshard.errors import SourceError
 from reshard.plan.pipeline import Cut, check_set_digests, prepare
 from reshard.source.open import open_source
 from reshard.writer.split import SplitOptions, write_shards
 from tests.support import cases_contents, cases_files, cases_sets
 from tests.support.builders import Spec, build, read_safetensors
 from tests.support.corrupt import FIRST, Case
-from tests.support.paths import ROOT
+from tests.support.running import Done, reshard, reshard_process
 
 CASES = [*cases_files.CASES, *cases_contents.CASES, *cases_sets.CASES]
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
@@ -56,26 +53,13 @@ def listing(folder: Path) -> dict[Path, int]:
 
 
 @each_case
-def test_function_refuses(case: Case, tmp_path: Path) -> None:
+def test_refused(case: Case, tmp_path: Path) -> None:
     source = bad_source(case, tmp_path)
     before = listing(tmp_path)
-    with pytest.raises(ReshardError) as caught:
-        split(source, tmp_path / "new" / "out", Cut(case.tp_size))
-    check_message(case, str(caught.value))
-    assert type(caught.value) is case.error
-    assert caught.value.exit_code == 1
-    assert listing(tmp_path) == before
-
-
-@each_case
-def test_command_refuses(case: Case, tmp_path: Path) -> None:
-    from reshard.cli.main import app
-
-    source = bad_source(case, tmp_path)
-    before = listing(tmp_path)
-    out = tmp_path / "new" / "out"
-    result = CliRunner().invoke(app, ["split", str(source), str(out), "--tp", str(case.tp_size)])
-    check_output(case, result.exit_code, result.stdout, result.stderr)
+    done = reshard("split", source, tmp_path / "new" / "out", "--tp", case.tp_size, "--format", "json")
+    message = said(done)
+    assert done.document == {"error": {"kind": case.error.__name__, "message": message}}
+    check_message(case, message)
     assert listing(tmp_path) == before
 
 
@@ -83,25 +67,18 @@ def test_command_refuses(case: Case, tmp_path: Path) -> None:
 def test_program_refuses(name: str, tmp_path: Path) -> None:
     (case,) = (case for case in CASES if case.name == name)
     source, out = bad_source(case, tmp_path), tmp_path / "new" / "out"
-    done = subprocess.run(
-        [sys.executable, "-m", "reshard", "split", str(source), str(out), "--tp", str(case.tp_size)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    check_output(case, done.returncode, done.stdout, done.stderr)
+    done = reshard_process("split", source, out, "--tp", case.tp_size)
+    assert done.out == ""
+    check_message(case, said(done))
     assert not out.parent.exists()
 
 
-def check_output(case: Case, exit_code: int, stdout: str, stderr: str) -> None:
-    """Exit code 1, nothing on stdout, one line `error: …` on stderr."""
-    assert "Traceback" not in stderr
-    assert exit_code == 1, stderr
-    assert stdout == ""
-    (line,) = stderr.splitlines()
+def said(done: Done) -> str:
+    """Exit code 1, and one line `error: …` on stderr."""
+    assert done.code == 1, done.err
+    (line,) = done.err.splitlines()
     assert line.startswith("error: ")
-    check_message(case, line.removeprefix("error: "))
+    return line.removeprefix("error: ")
 
 
 def test_names_are_unique() -> None:

@@ -67,6 +67,11 @@ def shard_set(checkpoint: Path) -> Path:
     return checkpoint.parent / "set"
 
 
+def read(folder: Path) -> None:
+    with open_source(str(folder)) as source:
+        prepare(source, Cut(2))
+
+
 def check(folder: Path, data: st.DataObject) -> None:
     """Change one JSON file of a folder, cut, and put the file back."""
     path = folder / data.draw(st.sampled_from(sorted(path.name for path in folder.glob("*.json"))))
@@ -74,8 +79,7 @@ def check(folder: Path, data: st.DataObject) -> None:
     path.write_text(json.dumps(data.draw(changed(json.loads(raw)))))
     message = ""
     try:
-        with open_source(str(folder)) as source:
-            prepare(source, Cut(2))
+        read(folder)
     except ReshardError as error:
         message = str(error)
     finally:
@@ -103,3 +107,18 @@ def test_the_unchanged_checkpoint_is_cut(shard_set: Path) -> None:
     with open_source(str(shard_set)) as source:
         assert len(prepare(source, Cut(1)).plan.shards) == 1
     assert set(USED) < set(RECIPES)
+
+
+def test_a_scheme_that_no_table_has(shard_set: Path) -> None:
+    path = shard_set / "manifest.json"
+    raw = path.read_text()
+    manifest = json.loads(raw)
+    for layer in manifest["layers"]:
+        for linear in layer["linears"].values():
+            linear["scheme"] = "int3"
+    path.write_text(json.dumps(manifest))
+    try:
+        with pytest.raises(ReshardError, match=r"manifest\.json: .*unknown scheme int3; supported are bf16, "):
+            read(shard_set)
+    finally:
+        path.write_text(raw)

@@ -147,6 +147,12 @@ def test_a_scale_that_is_lost_is_no_cast(tmp_path: Path) -> None:
         warnings_of(tmp_path / "model")
 
 
+def test_what_is_no_scale_is_no_cast(model: Path) -> None:
+    mapped("model.layers.0.mlp.gate_proj.bias", min(files_of(model)))(model)
+    with pytest.raises(SourceError, match=rf"{INDEX} maps \S+gate_proj.bias to .*, whose header lacks it; no file"):
+        warnings_of(model)
+
+
 # --- two accounts ---
 
 

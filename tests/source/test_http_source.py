@@ -1,5 +1,6 @@
 """Folders on HTTP servers, by fsspec: servers of other kinds than the hub."""
 
+import contextlib
 import hashlib
 import http.server
 import re
@@ -40,6 +41,10 @@ class Folder(http.server.SimpleHTTPRequestHandler):
         first, last = int(match[1]), int(match[2])
         self.begin(206, last - first + 1, {"Content-Range": f"bytes {first}-{last}/{path.stat().st_size}"})
         self.wfile.write(path.read_bytes()[first : last + 1])
+
+    def do_HEAD(self) -> None:
+        if not (type(self).fault and type(self).fault(self, "")):  # type: ignore[misc]
+            super().do_HEAD()
 
     def begin(self, status: int, length: int, headers: dict[str, str]) -> None:
         self.send_response(status)
@@ -143,27 +148,35 @@ def test_a_file_that_changes_is_not_mixed(model: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("look", [False, True])
 @pytest.mark.parametrize(("status", "passes"), [(503, True), (429, True), (403, False), (404, False)])
-def test_which_answers_are_worth_another_try(model: Path, tmp_path: Path, status: int, passes: bool) -> None:
+def test_which_answers_are_worth_another_try(
+    model: Path, tmp_path: Path, status: int, passes: bool, look: bool
+) -> None:
+    """To the first range of weights, or to the first look at a file: fsspec asks with HEAD, then with GET."""
     asked = 0
 
     def refuse(handler: Folder, wanted: str) -> bool:
         nonlocal asked
-        if not is_big(wanted) or asked:
+        meant = handler.path.endswith(".safetensors") and not wanted if look else is_big(wanted)
+        if meant and handler.command == "GET":
+            asked += 1
+        if not meant or asked > 1:
             return False
-        asked += 1
         handler.begin(status, 0, {})
         return True
 
     waits: list[float] = []
     policy = RetryPolicy(sleep=waits.append)
-    with serving(model.parent, fault=refuse) as url, open_source(f"{url}/model", policy=policy) as source:
-        prepared = prepare(source, Cut(2))
-        if passes:
-            write_shards(prepared, tmp_path / "out", SplitOptions())
-        else:
-            with pytest.raises(SourceError, match=r"safetensors: cannot be read: \w+: "):
-                write_shards(prepared, tmp_path / "out", SplitOptions())
+    said = "no such folder at that address" if look else r"safetensors: cannot be read: \w+: "
+    refused = pytest.raises(SourceError, match=said)
+    with (
+        serving(model.parent, fault=refuse) as url,
+        contextlib.nullcontext() if passes else refused,
+        open_source(f"{url}/model", policy=policy) as source,
+    ):
+        write_shards(prepare(source, Cut(2)), tmp_path / "out", SplitOptions())
+    assert asked > 0
     assert waits == ([1.0] if passes else [])
 
 

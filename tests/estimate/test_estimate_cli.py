@@ -339,7 +339,7 @@ def test_any_model_s_config_will_do(tmp_path: Path) -> None:
         (
             ("--config", CONFIG, "--tp", "8", "--scheme", "int3"),
             2,
-            "unknown scheme int3; supported are bf16, ",
+            "--scheme: unknown scheme int3; supported are bf16, ",
         ),
         (("--config", "nowhere.json", "--tp", "8"), 1, "nowhere.json: cannot be read: No such file or directory"),
         (("nowhere", "--tp", "8"), 1, "nowhere: no such folder"),
@@ -359,7 +359,7 @@ def test_a_model_without_dense_layers(tmp_path: Path) -> None:
     )
     done = reshard("estimate", "--config", tmp_path / "config.json", "--tp", "2")
     assert done.code == 1
-    assert "no dense layer: config.json (mixtral: every layer is a mixture of experts) gives none" in done.err
+    assert "no dense layer: config.json (mixtral: every layer is a MoE layer) gives none" in done.err
 
 
 def test_a_model_that_is_not_known(tmp_path: Path) -> None:

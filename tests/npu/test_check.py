@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from reshard.schemes import SCHEMES
+from reshard.schemes.table import SCHEMES
 from reshard_runtime.kernels.npu import NpuKernels
 from tests.support.checking import failed, findings, of
 from tests.support.paths import CONFIGS

@@ -18,11 +18,11 @@ from reshard.checkpoint.describe import of_activations
 from reshard.checks.finding import Finding
 from reshard.checks.report import Device, Report, Request, Serving
 from reshard.checks.run import check_config, check_source
+from reshard.convert import Weights
 from reshard.errors import OutputError, UsageError
 from reshard.manifest import Manifest
 from reshard.model.naming import CONFIG
 from reshard.plan.pipeline import Cut, check_set_digests, prepare
-from reshard.schemes import Weights
 from reshard.source.address import parse_address, parse_local_target, parse_target
 from reshard.source.open import describe, open_source
 from reshard.source.shardset import read_manifest_only, read_shard_set, require_shard_set

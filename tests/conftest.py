@@ -5,11 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.builders import CHECKPOINTS
+from tests.support.builders import CHECKPOINTS, REAL
 from tests.support.distributed import Ranks
 from tests.support.marks import set_marks
-
-REAL = sorted(path.name for path in CHECKPOINTS.iterdir() if path.is_dir())
 
 
 @pytest.fixture(params=REAL)

@@ -16,7 +16,8 @@ from reshard.model.prefix import is_known_wrapper, published_prefix
 from reshard.quantization import Account, Accounts, check_transforms, list_accounts
 from reshard.quantization.formats import as_kind
 from reshard.quantization.refusals import words
-from reshard.schemes import FLOAT, VARIANTS, Operand, QuantSpec, check_kind, check_scheme
+from reshard.schemes.match import QuantSpec, check_kind, check_scheme
+from reshard.schemes.table import FLOAT, VARIANTS, Operand
 from reshard.source.base import parse_json_object
 from reshard.tensors.dtypes import TORCH
 

@@ -12,7 +12,8 @@ from reshard.model.naming import CONFIG, PREFIX, WRAPPED, layers_named, module_n
 from reshard.model.parts import DENSE_FFN, Module
 from reshard.model.prefix import language_prefix
 from reshard.quantization import Accounts, Schemes, check_transforms
-from reshard.schemes import VARIANTS, StoredTensor
+from reshard.schemes.match import StoredTensor
+from reshard.schemes.table import VARIANTS
 
 _Linears = dict[str, dict[str, Tensor]]
 """Tensors by the linear's name and suffix."""

@@ -12,7 +12,7 @@ from reshard.manifest import Conversion, LinearScheme, ModelDims, SourceFile
 from reshard.model.activation import Activation
 from reshard.model.naming import module_name
 from reshard.model.parts import DENSE_FFN, Module, Part
-from reshard.schemes import Variant
+from reshard.schemes.table import Variant
 from reshard.tensors.dtypes import itemsize
 
 

@@ -14,7 +14,7 @@ from reshard.checks.finding import Finding
 from reshard.model.activation import not_computed
 from reshard.model.parts import Module, Parallel
 from reshard.plan.plan import Plan, PlannedTensor
-from reshard.schemes import SCHEMES, VLLM_ASCEND, scheme_named
+from reshard.schemes.table import SCHEMES, VLLM_ASCEND, scheme_named
 from reshard.tensors.tiles import LAST_DIM_LIMIT, TILES, limit_faults, tile_faults
 
 _NPU = "npu"

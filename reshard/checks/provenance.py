@@ -6,7 +6,7 @@ from reshard.checkpoint.description import Checkpoint
 from reshard.checks.finding import Finding
 from reshard.manifest import Manifest
 from reshard.model.naming import MANIFEST
-from reshard.schemes import summary
+from reshard.schemes.table import summary
 
 
 def compare_identity(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Finding]:

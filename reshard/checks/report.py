@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from reshard.checks.finding import Finding, Severity
+from reshard.convert import Weights
 from reshard.errors import UsageError
 from reshard.model.naming import MAX_TP_SIZE
 from reshard.model.parts import DENSE_FFN
-from reshard.schemes import Weights
 
 CHECKS = {
     "input": "what was given can be read",

@@ -126,7 +126,7 @@ def _of_config(config: Path, schemes: list[str]) -> "dict[str, Checkpoint]":
     """The checkpoint that a config.json describes, by scheme."""
     from reshard.checkpoint.config_only import config_checkpoint, read_config
     from reshard.model.naming import CONFIG
-    from reshard.schemes import scheme_by_option
+    from reshard.schemes.table import scheme_by_option
 
     parsed = read_config(config)
     model = config.resolve().parent.name if config.name == CONFIG else config.stem
@@ -138,10 +138,10 @@ def _of_source(
     output: Output, path: str, revision: str | None, index: str | None, scheme: str | None, weights: list[str]
 ) -> "dict[str, Checkpoint]":
     """A checkpoint as it is and as it could be converted, by scheme."""
+    from reshard.convert import Weights
     from reshard.convert.rules import converted
     from reshard.errors import UsageError
     from reshard.plan.manifest_builder import scheme_name
-    from reshard.schemes import Weights
     from reshard.source.open import describe, open_source
 
     known = get_args(Weights)

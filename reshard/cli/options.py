@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from reshard import schemes
+from reshard import convert
 
 ADDRESS = "A folder, ORG/NAME on the hub, or an address such as s3://BUCKET/PATH."
 
@@ -26,7 +26,7 @@ Scheme = Annotated[
         metavar="NAME", help="What the quantized weights are, where nothing beside the files says it: w8a8_dynamic, …"
     ),
 ]
-Weights = Annotated[schemes.Weights, typer.Option(help="Convert the weights; split needs torch for it.")]
+Weights = Annotated[convert.Weights, typer.Option(help="Convert the weights; split needs torch for it.")]
 Pad = Annotated[bool, typer.Option("--pad", help="Add zero rows and columns where sizes do not divide.")]
 
 

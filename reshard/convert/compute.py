@@ -12,7 +12,7 @@ import numpy as np
 from reshard.checkpoint.description import Checkpoint, Linear, Tensor
 from reshard.errors import MissingDependencyError, SchemeError
 from reshard.model.naming import ROLES
-from reshard.schemes import Operand
+from reshard.schemes.table import Operand
 from reshard.source.base import Bytes, Range, Source
 from reshard.tensors.byte_grid import BlockReader, StoredReader
 from reshard.tensors.dtypes import TORCH

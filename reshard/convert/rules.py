@@ -19,8 +19,8 @@ from reshard.errors import SchemeError
 from reshard.manifest import Conversion
 from reshard.model.naming import CONFIG, ROLES
 from reshard.quantization import DESCRIPTION, without_quantization
-from reshard.schemes import SCHEMES, VARIANTS, Variant, scheme_by_option
 from reshard.schemes.declare import COMPRESSED_TENSORS, description_type, quantization_config
+from reshard.schemes.table import SCHEMES, VARIANTS, Variant, scheme_by_option
 from reshard.source.base import parse_json_object
 from reshard.tensors.dtypes import TORCH
 

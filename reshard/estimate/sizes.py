@@ -13,7 +13,7 @@ from reshard.estimate.recommend import recommend
 from reshard.estimate.step import SWIGLU, Kind, Split, layer_seconds, level_for, way_of, wire
 from reshard.model.parts import DENSE_FFN, DOWN, GATE
 from reshard.plan.plan import Plan, make_plan
-from reshard.schemes import BLOCK, SCHEMES
+from reshard.schemes.table import BLOCK, SCHEMES
 from reshard.tensors.dtypes import RANKS_IN_OWN_TYPE, nbytes
 from reshard.tensors.tiles import limit_faults, tile_faults
 

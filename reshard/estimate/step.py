@@ -13,7 +13,7 @@ from typing import Literal
 from reshard.errors import ProfileError
 from reshard.estimate.profile import GIB, MIB, Network, Profile
 from reshard.model.activation import SILU, Activation
-from reshard.schemes import Arithmetic, scheme_named
+from reshard.schemes.table import Arithmetic, scheme_named
 
 Way = Literal["bf16", "dynamic", "static"]
 Kind = Literal["matmul", "vector", "gather", "scatter"]

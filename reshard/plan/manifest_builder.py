@@ -9,7 +9,7 @@ from reshard import __version__
 from reshard.checkpoint.description import Checkpoint, Layer
 from reshard.manifest import SCHEMA, Generator, LayerEntry, Manifest, Shard, SideFile, Source
 from reshard.plan.plan import Plan
-from reshard.schemes import summary
+from reshard.schemes.table import summary
 
 
 def make_manifest(checkpoint: Checkpoint, plan: Plan, sample: str, shards: Sequence[Shard]) -> Manifest:

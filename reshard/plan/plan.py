@@ -15,7 +15,7 @@ from reshard.errors import AlignmentError
 from reshard.manifest import Conversion, Padding, Shard, ShardTensor, Slice
 from reshard.model.naming import MAX_TP_SIZE, shard_file, shard_metadata
 from reshard.model.parts import Module, Parallel
-from reshard.schemes import Placement
+from reshard.schemes.table import Placement
 from reshard.tensors.dtypes import itemsize, nbytes
 from reshard.tensors.header import encode_header
 

@@ -8,9 +8,8 @@ import numpy as np
 from reshard.checkpoint.description import Checkpoint, Tensor
 from reshard.errors import SchemeError
 from reshard.model.parts import Parallel
-from reshard.schemes import Placement
+from reshard.schemes.table import Placement
 from reshard.tensors.byte_grid import BlockReader, read_whole
-from reshard.tensors.numeric import storage, to_f32
 
 
 def check_shared_values(checkpoint: Checkpoint, reader: Callable[[Tensor], BlockReader]) -> None:
@@ -30,4 +29,6 @@ def check_shared_values(checkpoint: Checkpoint, reader: Callable[[Tensor], Block
 
 
 def _shown(raw: bytes, dtype: str) -> str:
+    from reshard.tensors.numeric import storage, to_f32  # of a split only this needs ml_dtypes
+
     return f"{to_f32(np.frombuffer(raw, storage(dtype)), dtype)[0]:.9g}"

@@ -16,7 +16,7 @@ from reshard.model.naming import CONFIG
 from reshard.quantization.description import read_description
 from reshard.quantization.methods import declared_by_section
 from reshard.quantization.section import Section
-from reshard.schemes import QuantSpec
+from reshard.schemes.match import QuantSpec
 
 MODELOPT = "hf_quant_config.json"
 _KEYS = ("quantization_config", "compression_config")

@@ -6,7 +6,8 @@ from typing import Any
 from reshard.errors import SourceError
 from reshard.quantization.names import mentions, names_of, pattern_only
 from reshard.quantization.section import Section
-from reshard.schemes import FLOAT, QuantSpec, kind_said
+from reshard.schemes.match import QuantSpec
+from reshard.schemes.table import FLOAT, kind_said
 
 _Args = Mapping[str, Any]
 

@@ -20,13 +20,9 @@ from reshard.quantization.formats import (
     variants_of,
 )
 from reshard.quantization.refusals import OPTION, contradiction, no_account, two_fit, unsaid, words
-from reshard.schemes import (
-    BLOCK,
-    FLOAT,
-    SCHEMES,
+from reshard.schemes.match import (
     QuantSpec,
     Stored,
-    Variant,
     check_kind,
     check_scheme,
     fitting_variant,
@@ -34,6 +30,7 @@ from reshard.schemes import (
     match_variant,
     scheme_of,
 )
+from reshard.schemes.table import BLOCK, FLOAT, SCHEMES, Variant
 from reshard.tensors.dtypes import FLOATS
 
 

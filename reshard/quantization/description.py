@@ -5,7 +5,7 @@ from typing import Any
 
 from reshard.errors import SourceError
 from reshard.quantization.names import names_of
-from reshard.schemes import QuantSpec
+from reshard.schemes.match import QuantSpec
 
 DESCRIPTION = "quant_model_description.json"
 """What vllm-ascend reads; older tools add a scheme to the name."""

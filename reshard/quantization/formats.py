@@ -3,7 +3,8 @@
 import re
 from collections.abc import Callable, Iterable, Mapping
 
-from reshard.schemes import BLOCK, VARIANTS, QuantSpec, Stored, Variant, fitting_variant, group_size, is_plain
+from reshard.schemes.match import QuantSpec, Stored, fitting_variant, group_size, is_plain
+from reshard.schemes.table import BLOCK, VARIANTS, Variant
 
 _FLOAT, _INT, _MX = "BF16 F16 F32", "U8 I8", "U8 F8_E8M0"  # _MX: the exponents that blocks share in OCP's MX formats
 _W8A16 = {"weight": "I8", "weight_scale": "", "weight_offset": ""}

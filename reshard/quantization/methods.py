@@ -20,7 +20,8 @@ from reshard.quantization.exceptions import (
 from reshard.quantization.formats import needs_block
 from reshard.quantization.names import at_boundary, component, contained, exact, names_of, wildcard
 from reshard.quantization.section import Section
-from reshard.schemes import FLOAT, QuantSpec, kind_said
+from reshard.schemes.match import QuantSpec
+from reshard.schemes.table import FLOAT, kind_said
 
 NO_BLOCK_SIZE = frozenset(kind_said(f"fp8 tensor {activations}") for activations in ("dynamic", "static"))
 """The kinds that vLLM reads where weight_block_size is missing."""

@@ -7,18 +7,8 @@ from reshard.model.naming import CONFIG, MANIFEST
 from reshard.quantization.description import DESCRIPTION, is_description
 from reshard.quantization.formats import names_of_formats, needs_block, tensors_text, variants_of
 from reshard.quantization.methods import FP8_PB_WO, NO_BLOCK_SIZE
-from reshard.schemes import (
-    FLOAT,
-    SCHEMES,
-    VARIANTS,
-    WAY_OUT,
-    QuantSpec,
-    Stored,
-    fitting_variant,
-    is_plain,
-    is_split,
-    scheme_of,
-)
+from reshard.schemes.match import QuantSpec, Stored, fitting_variant, is_plain, is_split, scheme_of
+from reshard.schemes.table import FLOAT, SCHEMES, VARIANTS, WAY_OUT
 
 _MODELSLIM = frozenset({"weight_offset", "quant_bias", "deq_scale"})
 _BLOCKS = {

@@ -9,12 +9,8 @@ A new scheme is rows here, and an arithmetic of its own where it has one. What i
 from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal
 
 from reshard.errors import SchemeError
-
-Weights = Literal["keep", "bf16", "w8a8"]
-"""What `--weights` takes: to leave the weights as they are, or the scheme that has the word as its `option`."""
 
 
 class Placement(Enum):
@@ -192,102 +188,49 @@ def _one(suffix: str, operand: Operand, *dtypes: str) -> TensorRule:
     return TensorRule(suffix, operand, Shape.ONE, dtypes, _ALL, _ALL)
 
 
-_OFFSET = TensorRule("weight_offset", Operand.OFFSET, Shape.CHANNEL, _F32, _ROWS, _ALL)
+_I8, _F8 = _weight("I8"), _weight("F8_E4M3")
+_DYNAMIC = (_channel(_F32), TensorRule("weight_offset", Operand.OFFSET, Shape.CHANNEL, _F32, _ROWS, _ALL))
 _STATIC = (
-    _weight("I8"),
     _one("input_scale", Operand.INPUT_SCALE, *_F32),
     _one("input_offset", Operand.INPUT_OFFSET, *_F32, "I8", "I32"),
     TensorRule("quant_bias", Operand.BIAS, Shape.OUT, ("I32",), _ROWS, _RANK_0),
     TensorRule("deq_scale", Operand.OUTPUT_SCALE, Shape.OUT, ("F32", "I64"), _ROWS, _ALL),
 )
-_DYNAMIC_SLIM = (_channel(_F32), _OFFSET)
-_STATIC_COMPRESSED = (_weight("I8"), _channel(_BF16), _one("input_scale", Operand.INPUT_SCALE, *_BF16))
-_FP8_TENSOR = (_weight("F8_E4M3"), _one("weight_scale", Operand.SCALE, *_F32))
+_STATIC_INT8 = (_I8, _channel(_BF16), _one("input_scale", Operand.INPUT_SCALE, *_BF16))
+_FP8_TENSOR = (_F8, _one("weight_scale", Operand.SCALE, *_F32))
 
+# fmt: off
 VARIANTS = (
     Variant("bf16", "bf16", "FLOAT", (_weight("BF16", "F16", "F32"),)),
-    Variant("w8a8_dynamic", "w8a8_dynamic", "W8A8_DYNAMIC", (_weight("I8"), *_DYNAMIC_SLIM)),
-    Variant("w8a8_static", "w8a8_static", "W8A8", _STATIC),
-    Variant("w8a8_static_v0", "w8a8_static", "W8A8", (*_STATIC, *_DYNAMIC_SLIM)),
-    Variant("w8a8_mix", "w8a8_mix", "W8A8_MIX", (*_STATIC, *_DYNAMIC_SLIM)),
-    Variant(
-        "w8a8_compressed",
-        "w8a8_dynamic",
-        "int8-channel-dynamic",
-        (_weight("I8"), _channel(_BF16)),
-        ("compressed-tensors int8 channel dynamic", "w8a8_int8"),
-    ),
-    Variant(
-        "w8a8_static_compressed",
-        "w8a8_static",
-        "int8-channel-static",
-        _STATIC_COMPRESSED,
-        ("compressed-tensors int8 channel static",),
-    ),
-    Variant(
-        "w8a8_static_asymmetric",
-        "w8a8_static",
-        "int8-channel-static-asymmetric",
-        (*_STATIC_COMPRESSED, _one("input_zero_point", Operand.INPUT_OFFSET, "I8")),
-        ("compressed-tensors int8 channel static asymmetric",),
-    ),
-    Variant(
-        "fp8_block",
-        "fp8_block",
-        "fp8-block",
-        (_weight("F8_E4M3"), _blocks("weight_scale_inv", *_F32)),
-        ("fp8 block dynamic", "w4afp8"),
-    ),
-    Variant(
-        "fp8_block_compressed",
-        "fp8_block",
-        "fp8-block-compressed",
-        (_weight("F8_E4M3"), _blocks("weight_scale", *_BF16)),
-        ("compressed-tensors float8 block dynamic",),
-    ),
-    Variant(
-        "fp8_channel",
-        "fp8_channel",
-        "fp8-channel",
-        (_weight("F8_E4M3"), _channel(_BF16)),
-        ("compressed-tensors float8 channel dynamic", "w8a8_fp8", "modelopt FP8_PER_CHANNEL_PER_TOKEN"),
-    ),
-    Variant(
-        "fp8_block_ue8m0",  # `scale_fmt: ue8m0`, as DeepSeek V3.2 and V4; older ones keep such scales as F32
-        "fp8_block",
-        "fp8-block",
-        (_weight("F8_E4M3"), _blocks("weight_scale_inv", "F8_E8M0")),
-        ("fp8 block dynamic",),
-    ),
-    Variant(
-        "fp8_tensor",
-        "fp8_tensor",
-        "fp8-tensor-dynamic",
-        _FP8_TENSOR,
-        ("fp8 tensor dynamic", "compressed-tensors float8 tensor dynamic"),
-    ),
-    Variant(
-        "fp8_tensor_static",
-        "fp8_tensor",
-        "fp8-tensor-static",
-        (*_FP8_TENSOR, _one("input_scale", Operand.INPUT_SCALE, *_F32)),
-        ("fp8 tensor static", "compressed-tensors float8 tensor static", "modelopt FP8"),
-    ),
-    Variant(
-        "w8a8_mxfp8",
-        "w8a8_mxfp8",
-        "W8A8_MXFP8",
-        (_weight("F8_E4M3"), _blocks("weight_scale", "U8", "F8_E8M0")),
-        block=(1, 32),
-    ),
-    Variant(
-        "int8_block",
-        "int8_block",
-        "int8-block",
-        (_weight("I8"), _blocks("weight_scale_inv", *_F32)),
-        ("blockwise_int8",),
-    ),
+    Variant("w8a8_dynamic", "w8a8_dynamic", "W8A8_DYNAMIC", (_I8, *_DYNAMIC)),
+    Variant("w8a8_static", "w8a8_static", "W8A8", (_I8, *_STATIC)),
+    Variant("w8a8_static_v0", "w8a8_static", "W8A8", (_I8, *_STATIC, *_DYNAMIC)),
+    Variant("w8a8_mix", "w8a8_mix", "W8A8_MIX", (_I8, *_STATIC, *_DYNAMIC)),
+    Variant("w8a8_compressed", "w8a8_dynamic", "int8-channel-dynamic", (_I8, _channel(_BF16)),
+            ("compressed-tensors int8 channel dynamic", "w8a8_int8")),
+    Variant("w8a8_static_compressed", "w8a8_static", "int8-channel-static", _STATIC_INT8,
+            ("compressed-tensors int8 channel static",)),
+    Variant("w8a8_static_asymmetric", "w8a8_static", "int8-channel-static-asymmetric",
+            (*_STATIC_INT8, _one("input_zero_point", Operand.INPUT_OFFSET, "I8")),
+            ("compressed-tensors int8 channel static asymmetric",)),
+    Variant("fp8_block", "fp8_block", "fp8-block", (_F8, _blocks("weight_scale_inv", *_F32)),
+            ("fp8 block dynamic", "w4afp8")),
+    # `scale_fmt: ue8m0` of DeepSeek V3.2 and V4; earlier models keep such scales as F32.
+    Variant("fp8_block_ue8m0", "fp8_block", "fp8-block", (_F8, _blocks("weight_scale_inv", "F8_E8M0")),
+            ("fp8 block dynamic",)),
+    Variant("fp8_block_compressed", "fp8_block", "fp8-block-compressed", (_F8, _blocks("weight_scale", *_BF16)),
+            ("compressed-tensors float8 block dynamic",)),
+    Variant("fp8_channel", "fp8_channel", "fp8-channel", (_F8, _channel(_BF16)),
+            ("compressed-tensors float8 channel dynamic", "w8a8_fp8", "modelopt FP8_PER_CHANNEL_PER_TOKEN")),
+    Variant("fp8_tensor", "fp8_tensor", "fp8-tensor-dynamic", _FP8_TENSOR,
+            ("fp8 tensor dynamic", "compressed-tensors float8 tensor dynamic")),
+    Variant("fp8_tensor_static", "fp8_tensor", "fp8-tensor-static",
+            (*_FP8_TENSOR, _one("input_scale", Operand.INPUT_SCALE, *_F32)),
+            ("fp8 tensor static", "compressed-tensors float8 tensor static", "modelopt FP8")),
+    Variant("w8a8_mxfp8", "w8a8_mxfp8", "W8A8_MXFP8", (_F8, _blocks("weight_scale", "U8", "F8_E8M0")), block=(1, 32)),
+    Variant("int8_block", "int8_block", "int8-block", (_I8, _blocks("weight_scale_inv", *_F32)), ("blockwise_int8",)),
 )
+# fmt: on
 
 BLOCK = (128, 128)
 """The scale block of every published block-scaled checkpoint: DeepSeek-V3's `weight_block_size`."""

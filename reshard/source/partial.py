@@ -10,7 +10,7 @@ from reshard.model.config import ModelConfig, read_model_config
 from reshard.model.naming import CONFIG, numbers, parse_dense
 from reshard.model.parts import DENSE_FFN
 from reshard.quantization import Accounts
-from reshard.schemes import VARIANTS, Variant
+from reshard.schemes.table import VARIANTS, Variant
 from reshard.source.base import MISSING, Source
 from reshard.source.choice import named
 from reshard.source.recognise import unfinished

@@ -6,8 +6,8 @@ from enum import Enum
 from typing import Any
 
 from reshard.errors import SchemeError
-from reshard.schemes import BLOCK, VARIANTS, Operand, Variant
 from reshard.schemes.declare import description_type, quantization_config
+from reshard.schemes.table import BLOCK, VARIANTS, Operand, Variant
 from reshard.synth.model import Kind, Parameter
 from reshard.tensors.dtypes import TORCH, itemsize, nbytes
 

@@ -12,7 +12,7 @@ import numpy as np
 from blake3 import blake3
 
 from reshard.model.parts import DENSE_FFN
-from reshard.schemes import Operand
+from reshard.schemes.table import Operand
 from reshard.synth.schemes import Fill, TensorSpec
 from reshard.tensors.numeric import F32, Array, from_f32, storage
 

@@ -24,7 +24,7 @@ from reshard.manifest import Manifest
 from reshard.model.activation import Activation, not_computed
 from reshard.model.naming import CONFIG, layers_named
 from reshard.model.parts import DOWN, GATE, GATE_UP, UP
-from reshard.schemes import Arithmetic, Operand
+from reshard.schemes.table import Arithmetic, Operand
 from reshard.source.base import Source
 from reshard.tensors.header import Header, TensorInfo
 from reshard.verification.expect import expect, groups, misfits, read_headers

@@ -16,7 +16,7 @@ from reshard.errors import HeaderError, MismatchError
 from reshard.manifest import Manifest
 from reshard.model.naming import MANIFEST
 from reshard.model.parts import DOWN, GATE, GATE_UP, UP
-from reshard.schemes import Operand, Shape, TensorRule
+from reshard.schemes.table import Operand, Shape, TensorRule
 from reshard.source.base import Source, read_header
 from reshard.tensors.header import Header
 from reshard.verification.reference import Grid, LinearGrids, zero_grid

@@ -19,8 +19,8 @@ from reshard.convert.rules import BF16, CAST, DEQUANTIZE, MODELSLIM, QUANTIZE, W
 from reshard.errors import MismatchError, SourceError
 from reshard.manifest import Manifest
 from reshard.model.naming import MANIFEST
-from reshard.schemes import SCHEMES, Operand, Scheme, Variant
 from reshard.schemes.declare import COMPRESSED_TENSORS
+from reshard.schemes.table import SCHEMES, Operand, Scheme, Variant
 from reshard.source.base import Bytes, Source
 from reshard.tensors.dtypes import itemsize
 from reshard.tensors.numeric import F32, Array, f32_to_bf16, storage, to_f32

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from reshard.errors import ShardError
-from reshard.schemes import UNQUANTIZED, Arithmetic, Operand, scheme_named, variant_with
+from reshard.schemes.table import UNQUANTIZED, Arithmetic, Operand, scheme_named, variant_with
 from reshard_runtime.kernels import Kernels
 from reshard_runtime.linear import operands
 from reshard_runtime.shard import LayerShard, LinearShard

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from reshard.errors import ShardError
-from reshard.schemes import Arithmetic, Operand, scheme_named, variant_with
+from reshard.schemes.table import Arithmetic, Operand, scheme_named, variant_with
 from reshard.tensors.dtypes import TORCH
 from reshard_runtime.kernels import Kernels
 from reshard_runtime.shard import LinearShard

@@ -7,7 +7,7 @@ import torch
 from reshard.errors import ShardError
 from reshard.manifest import LayerEntry, LinearScheme
 from reshard.model.parts import DENSE_FFN, Module
-from reshard.schemes import Arithmetic, Placement, scheme_named, variant_with
+from reshard.schemes.table import Arithmetic, Placement, scheme_named, variant_with
 from reshard_runtime.shard import LinearShard
 
 

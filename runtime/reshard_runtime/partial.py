@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from reshard.errors import UsageError
-from reshard.schemes import scheme_named
+from reshard.schemes.table import scheme_named
 from reshard_runtime.kernels import Kernels, kernels_for
 from reshard_runtime.linear import DynamicLinear, Mix, Tokens, make_linear
 from reshard_runtime.shard import LayerShard

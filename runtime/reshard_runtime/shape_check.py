@@ -10,7 +10,7 @@ import torch
 
 from reshard.errors import ReshardError
 from reshard.model.activation import Activation
-from reshard.schemes import UNQUANTIZED, scheme_named
+from reshard.schemes.table import UNQUANTIZED, scheme_named
 from reshard.tensors.dtypes import TORCH
 from reshard_runtime.kernels import Kernels
 from reshard_runtime.partial import PartialFFN

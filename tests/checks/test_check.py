@@ -12,13 +12,14 @@ from reshard.checks.serving_option import OPTION
 from reshard.errors import printable
 from reshard.model.naming import parse_dense
 from reshard.plan.plan import make_plan
-from reshard.schemes import SCHEMES
+from reshard.schemes.table import SCHEMES
 from reshard.source.open import describe, open_source
-from tests.cli.test_bad_input import CASES, bad_source, listing
-from tests.model.test_models import CONFIGS, DENSE_LAYERS, FROZEN, MODELS
 from tests.support.builders import RECIPES, Spec, build, tensors_of
+from tests.support.cases import CASES, bad_source, listing
 from tests.support.checking import failed, findings, of, usage
 from tests.support.corrupt import DOWN, GATE, both, config, tensors
+from tests.support.models import DENSE_LAYERS, FROZEN, MODELS
+from tests.support.paths import CONFIGS
 from tests.support.running import reshard, reshard_process
 
 R1 = CONFIGS / "deepseek-r1.json"

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from reshard.checks.finding import Finding
 from reshard.checks.forms import document, github, junit, text
 from reshard.checks.report import Report
-from tests.model.test_models import CONFIGS
 from tests.support.builders import DATA
+from tests.support.paths import CONFIGS
 from tests.support.running import reshard
 
 R1 = CONFIGS / "deepseek-r1.json"

@@ -15,9 +15,8 @@ from reshard.checks.shardset import check_origin, check_set
 from reshard.model.naming import MANIFEST, shard_file
 from reshard.plan.pipeline import Cut
 from reshard.source.open import describe, open_source
-from tests.checks.test_check_setups import setup
 from tests.support.builders import RECIPES, Spec, build, read_safetensors, write_safetensors
-from tests.support.checking import failed, findings, of, usage
+from tests.support.checking import failed, findings, of, setup, usage
 from tests.support.corrupt import edited_json
 from tests.support.running import reshard, split
 

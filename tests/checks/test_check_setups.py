@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from reshard.checks.report import Request, Serving
 from reshard.checks.run import check_config
 from reshard.checks.serving_option import OPTION, RULES
-from tests.model.test_models import CONFIGS
-from tests.support.checking import failed, findings, of, usage
+from tests.support.checking import failed, findings, of, setup, usage
+from tests.support.paths import CONFIGS
 from tests.support.running import reshard, reshard_process
 
 R1 = CONFIGS / "deepseek-r1.json"
@@ -120,12 +120,6 @@ def test_a_torch_npu_that_cannot_be_imported_is_no_traceback(tmp_path: Path, rai
 def test_the_cpu_has_no_tiles_and_no_limits() -> None:
     found = findings("--config", R1, "--tp", 8)[1]
     assert not {"kernels", "tiles", "limits", "forward"} & {f["check"] for f in found}
-
-
-def setup(option: object, data: int, tensor: int = 1) -> list[object]:
-    additional = {} if option is None else {OPTION: option}
-    sizes = ["--data-parallel-size", data, "--tensor-parallel-size", tensor]
-    return ["--additional-config", json.dumps(additional), *sizes]
 
 
 def test_a_right_setup() -> None:

@@ -6,38 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from reshard.checkpoint.description import Checkpoint
 from reshard.errors import SourceError
-from reshard.plan.pipeline import Cut, check_set_digests, prepare
+from reshard.plan.pipeline import Cut, prepare
 from reshard.source.open import open_source
-from reshard.writer.split import SplitOptions, write_shards
-from tests.support import cases_contents, cases_files, cases_sets
+from tests.support import cases_sets
 from tests.support.builders import Spec, build, read_safetensors
+from tests.support.cases import CASES, bad_source, listing, split_thoroughly
 from tests.support.corrupt import FIRST, Case
 from tests.support.running import Done, reshard, reshard_process
 
-CASES = [*cases_files.CASES, *cases_contents.CASES, *cases_sets.CASES]
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
-
-
-def split(source: Path, out: Path, cut: Cut) -> Checkpoint:
-    """What `reshard split` does."""
-    with open_source(str(source)) as opened:
-        prepared = prepare(opened, cut)
-        check_set_digests(opened, workers=2)
-        write_shards(prepared, out, SplitOptions(workers=2))
-        return prepared.checkpoint
-
-
-def bad_source(case: Case, folder: Path) -> Path:
-    """The case's checkpoint or shard set, damaged."""
-    source = folder / "model"
-    build(source, case.spec)
-    if case.cut:
-        split(source, folder / "set", Cut(2))
-        source = folder / "set"
-    case.damage(source)
-    return source
 
 
 def check_message(case: Case, message: str) -> None:
@@ -45,11 +23,6 @@ def check_message(case: Case, message: str) -> None:
     assert message.isprintable(), message
     assert [part for part in case.says if part not in message] == [], message
     assert any(phrase in message for phrase in case.way_out.split("|")), f"no {case.way_out!r} in: {message}"
-
-
-def listing(folder: Path) -> dict[Path, int]:
-    """Every path in a folder with its size."""
-    return {path: path.lstat().st_size for path in folder.rglob("*")}
 
 
 @each_case
@@ -98,7 +71,7 @@ def test_unreadable_file(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(SourceError, match=rf"{file}: cannot be read: Permission denied; ."):
-        split(tmp_path / "model", tmp_path / "out", Cut(2))
+        split_thoroughly(tmp_path / "model", tmp_path / "out", Cut(2))
     assert not (tmp_path / "out").exists()
 
 
@@ -111,10 +84,10 @@ def test_hub_cache_links_are_followed(tmp_path: Path) -> None:
     for number, path in enumerate(sorted(snapshot.iterdir())):
         path.rename(repository / "blobs" / str(number))
         path.symlink_to(Path("../../blobs") / str(number))
-    split(snapshot, tmp_path / "linked", Cut(2))
+    split_thoroughly(snapshot, tmp_path / "linked", Cut(2))
 
     build(tmp_path / "plain" / "0123abc", Spec())
-    split(tmp_path / "plain" / "0123abc", tmp_path / "out", Cut(2))
+    split_thoroughly(tmp_path / "plain" / "0123abc", tmp_path / "out", Cut(2))
     written = {path.name: path.read_bytes() for path in (tmp_path / "linked").iterdir()}
     assert written == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
@@ -123,7 +96,7 @@ def test_file_that_the_index_leaves_out_is_ignored(tmp_path: Path) -> None:
     """As every engine does: the index says what belongs to the checkpoint."""
     build(tmp_path / "model", Spec())
     shutil.copy(tmp_path / "model" / FIRST, tmp_path / "model" / "consolidated.safetensors")
-    checkpoint = split(tmp_path / "model", tmp_path / "out", Cut(2))
+    checkpoint = split_thoroughly(tmp_path / "model", tmp_path / "out", Cut(2))
     assert "consolidated.safetensors" not in {file.name for file in checkpoint.identity.files}
 
 
@@ -133,7 +106,7 @@ def test_file_that_the_index_leaves_out_is_ignored(tmp_path: Path) -> None:
 def test_separate_layout_keeps_both_input_scales(tmp_path: Path) -> None:
     build(tmp_path / "model", Spec("modelslim_static"))
     cases_sets.unequal_scales(tmp_path / "model")
-    split(tmp_path / "model", tmp_path / "out", Cut(2, layout="separate"))
+    split_thoroughly(tmp_path / "model", tmp_path / "out", Cut(2, layout="separate"))
     for shard in (tmp_path / "out").glob("*.safetensors"):
         held = read_safetensors(shard)
         assert held["model.layers.0.mlp.gate_proj.input_scale"] == ("BF16", (1,), b"\x00\x40")
@@ -143,14 +116,14 @@ def test_separate_layout_keeps_both_input_scales(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cut", [Cut(1), Cut(3), Cut(9), Cut(2, pad=True)], ids=str)
 def test_other_sizes_and_padding_suit_the_block_grid(cut: Cut, tmp_path: Path) -> None:
     build(tmp_path / "model", Spec("fp8_block", intermediate=1152))
-    split(tmp_path / "model", tmp_path / "out", cut)
+    split_thoroughly(tmp_path / "model", tmp_path / "out", cut)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == cut.tp_size
 
 
 def test_bf16_weights_need_no_block_grid(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     build(tmp_path / "model", Spec("fp8_block", intermediate=1152))
-    split(tmp_path / "model", tmp_path / "out", Cut(2, weights="bf16"))
+    split_thoroughly(tmp_path / "model", tmp_path / "out", Cut(2, weights="bf16"))
     held = read_safetensors(next(iter((tmp_path / "out").glob("*.safetensors"))))
     assert held["model.layers.0.mlp.down_proj.weight"][:2] == ("BF16", (256, 576))
 

@@ -2,7 +2,7 @@
 
 A checkpoint of every model in `configs/` is made (headers only) and described; the tensors that a split
 would take are compared with `data/split_tensors.json`. A change to that file is a decision: only the DenseFFN may be
-in it. The layer numbers stand here too, written by hand.
+in it. The layer numbers stand in tests.support.models too, written by hand.
 """
 
 import json
@@ -18,25 +18,10 @@ from reshard.model.naming import parse_dense
 from reshard.source.open import describe, open_source
 from reshard.synth.plan import SynthOptions, plan_checkpoint
 from reshard.synth.write import write_checkpoint
-from tests.support.paths import CONFIGS, DATA
+from tests.support.models import DENSE_LAYERS, FROZEN, MODELS
+from tests.support.paths import CONFIGS
 
-FROZEN: dict[str, dict[str, list[str]]] = json.loads((DATA / "split_tensors.json").read_text())
 SCHEMES = ("bf16", "fp8_block")
-MODELS = sorted(path.stem for path in CONFIGS.glob("*.json"))
-
-DENSE_LAYERS = {
-    "deepseek-r1": [0, 1, 2],
-    "deepseek-v2-lite": [0],
-    "deepseek-v3": [0, 1, 2],
-    "glm-4.5": [0, 1, 2],
-    "glm-4.5v": [0],
-    "kimi-k2": [0],
-    "kimi-k2.5": [0],
-    "llama-3.1-8b": [
-        *(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-        *(16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31),
-    ],
-}
 PREDICTION_BLOCK = {"deepseek-r1": 61, "deepseek-v3": 61, "glm-4.5": 92}
 PREFIXES = {"glm-4.5v": "model.language_model.", "kimi-k2.5": "language_model.model."}
 TENSORS_PER_LAYER = {"bf16": 3, "fp8_block": 6}

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from reshard.schemes import SCHEMES
+from reshard.schemes.table import SCHEMES
 from reshard_runtime.kernels.npu import NpuKernels
-from tests.model.test_models import CONFIGS
 from tests.support.checking import failed, findings, of
+from tests.support.paths import CONFIGS
 
 R1 = CONFIGS / "deepseek-r1.json"
 

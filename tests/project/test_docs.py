@@ -13,7 +13,7 @@ from reshard.model.config.act import ALIASES, HARMLESS, HARMLESS_ENDS
 from reshard.model.config.families import FAMILIES, Family
 from reshard.model.config.rules import RULES
 from reshard.model.config.wrapper import WRAPPERS
-from reshard.schemes import VARIANTS, TensorRule
+from reshard.schemes.table import VARIANTS, TensorRule
 from tests.support.paths import ROOT
 from tests.support.running import reshard
 from tests.support.transcripts import check_output, commands_of

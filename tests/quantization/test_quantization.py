@@ -15,8 +15,7 @@ from reshard.model.parts import DOWN, GATE, UP
 from reshard.plan.manifest_builder import scheme_name
 from reshard.quantization import Accounts, list_accounts
 from reshard.source.open import describe, open_source
-from tests.conftest import REAL
-from tests.support.builders import CHECKPOINTS, RECIPES, Spec, build, dense_only
+from tests.support.builders import CHECKPOINTS, REAL, RECIPES, Spec, build, dense_only
 
 DESCRIPTION = "quant_model_description.json"
 MODULE = "model.layers.0.mlp.gate_proj"

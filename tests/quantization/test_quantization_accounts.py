@@ -7,7 +7,7 @@ import pytest
 
 from reshard.errors import SchemeError
 from reshard.quantization import DESCRIPTION, Accounts, Schemes, list_accounts, without_quantization
-from reshard.schemes import StoredTensor
+from reshard.schemes.match import StoredTensor
 from reshard.source.open import describe, open_source
 from tests.support.builders import Spec, build
 from tests.support.linears import (

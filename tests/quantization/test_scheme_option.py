@@ -9,7 +9,7 @@ from reshard.checkpoint.config_only import config_checkpoint
 from reshard.errors import SchemeError, UsageError
 from reshard.plan.manifest_builder import scheme_name
 from reshard.quantization import DESCRIPTION, Accounts, Schemes
-from reshard.schemes import StoredTensor
+from reshard.schemes.match import StoredTensor
 from tests.support import field
 from tests.support.builders import Spec, build
 from tests.support.checking import failed

@@ -2,14 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
+from reshard.convert import Weights
 from reshard.errors import ReshardError
 from reshard.plan.pipeline import Cut
-from reshard.schemes import SCHEMES, VARIANTS, Variant
+from reshard.schemes.table import SCHEMES, VARIANTS, Variant
 from reshard.synth.schemes import RECIPES
 from tests.support.builders import Raw, Spec, build, dense_only, read_folder, read_safetensors, write_safetensors
 from tests.support.paths import CONFIGS
@@ -162,6 +163,10 @@ def test_rows_fit_one_another(variant: Variant) -> None:
     assert len({rule.operand for rule in variant.tensors}) == len(variant.tensors)
     assert set(SCHEMES[variant.scheme].becomes) <= set(SCHEMES)
     assert [other.name for other in VARIANTS].count(variant.name) == 1
+
+
+def test_the_words_of_the_option_are_the_table_s() -> None:
+    assert set(get_args(Weights)) == {"keep", *(scheme.option for scheme in SCHEMES.values() if scheme.option)}
 
 
 def test_an_unknown_scheme_is_refused_everywhere_alike(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from tests.support.paths import DATA
 
 Raw = tuple[str, tuple[int, ...], bytes]
 CHECKPOINTS = DATA / "checkpoints"
+REAL = sorted(path.name for path in CHECKPOINTS.iterdir() if path.is_dir())
 
 
 def write_safetensors(path: Path, tensors: dict[str, Raw], metadata: dict[str, str] | None = None) -> None:

@@ -1,7 +1,9 @@
 """`reshard check` in tests: run, and its findings picked out."""
 
+import json
 from typing import Any
 
+from reshard.checks.serving_option import OPTION
 from tests.support.running import Done, reshard
 
 
@@ -30,3 +32,10 @@ def usage(*arguments: object) -> str:
     done: Done = reshard("check", *arguments)
     assert (done.code, done.out) == (2, "")
     return done.err
+
+
+def setup(option: object, data: int, tensor: int = 1) -> list[object]:
+    """The options of a serving setup."""
+    additional = {} if option is None else {OPTION: option}
+    sizes = ["--data-parallel-size", data, "--tensor-parallel-size", tensor]
+    return ["--additional-config", json.dumps(additional), *sizes]

@@ -7,7 +7,7 @@ import pytest
 
 from reshard.errors import SchemeError
 from reshard.quantization import DESCRIPTION, Accounts, Schemes
-from reshard.schemes import StoredTensor
+from reshard.schemes.match import StoredTensor
 from tests.support.builders import RECIPES
 
 MODULE = "model.layers.0.mlp.gate_proj"

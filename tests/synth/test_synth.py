@@ -11,7 +11,7 @@ import pytest
 
 from reshard.errors import OutputError, ReshardError, SchemeError, SourceError, SpaceError, UsageError
 from reshard.model.config import language_config, read_model_config
-from reshard.schemes import VARIANTS, Operand
+from reshard.schemes.table import VARIANTS, Operand
 from reshard.source.open import describe, open_source
 from reshard.synth.plan import SynthOptions, plan_checkpoint
 from reshard.synth.schemes import RECIPES

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from reshard.errors import ShardError
-from reshard.schemes import scheme_named
+from reshard.schemes.table import scheme_named
 from reshard_runtime.shard import LinearShard
 
 

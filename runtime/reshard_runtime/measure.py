@@ -67,8 +67,8 @@ def _kernel_costs(group: dist.ProcessGroup) -> dict[str, float]:
     kernels, small = CpuKernels(), torch.ones(1, 32, dtype=torch.bfloat16)
     weight, gated = torch.ones(32, 32, dtype=torch.bfloat16), kernels.gated(Activation(SILU))
     return {
-        "matmul_s": _shortest(group, _times(_CALLS, lambda: kernels.linear(small, weight))) / _CALLS,
-        "vector_s": _shortest(group, _times(_CALLS, lambda: gated(small))) / _CALLS,
+        "matmul_s": _shortest(group, lambda: kernels.linear(small, weight), _CALLS),
+        "vector_s": _shortest(group, lambda: gated(small), _CALLS),
     }
 
 
@@ -76,11 +76,11 @@ def _collectives(group: dist.ProcessGroup) -> dict[str, float]:
     """Half a round trip of a byte between ranks 0 and 1; a gather of a byte; bytes a second of a large gather."""
     gather = CpuKernels().collectives(group).gather
     byte, message = torch.zeros(1, 1, dtype=torch.int8), torch.zeros(1, _MESSAGE_BYTES, dtype=torch.int8)
-    smallest = _shortest(group, _times(_EXCHANGES, lambda: gather(byte))) / _EXCHANGES
+    smallest = _shortest(group, lambda: gather(byte), _EXCHANGES)
     largest = _shortest(group, lambda: gather(message))
     received = (group.size() - 1) * _MESSAGE_BYTES
     return {
-        "latency_s": _shortest(group, _times(_EXCHANGES, lambda: _round_trip(group, byte))) / (2 * _EXCHANGES),
+        "latency_s": _shortest(group, lambda: _round_trip(group, byte), _EXCHANGES) / 2,
         "gather_s": smallest,
         "link_bytes_s": received / max(largest - smallest, 1e-9),
     }
@@ -95,23 +95,16 @@ def _round_trip(group: dist.ProcessGroup, byte: torch.Tensor) -> None:
         dist.send(byte, 0, group=group)
 
 
-def _times(count: int, call: Callable[[], object]) -> Callable[[], object]:
-    def repeated() -> None:
-        for _ in range(count):
-            call()
-
-    return repeated
-
-
-def _shortest(group: dist.ProcessGroup, call: Callable[[], object]) -> float:
-    """Seconds, all ranks at once; the first call does not count."""
+def _shortest(group: dist.ProcessGroup, call: Callable[[], object], calls: int = 1) -> float:
+    """Seconds of a call, of several one after another, all ranks at once; the first round does not count."""
     took = []
     for _ in range(_ROUNDS + 1):
         dist.barrier(group)
         start = time.perf_counter()
-        call()
+        for _ in range(calls):
+            call()
         took.append(time.perf_counter() - start)
-    return min(took[1:])
+    return min(took[1:]) / calls
 
 
 def _rank(rank: int, size: int, threads: int, folder: str) -> None:

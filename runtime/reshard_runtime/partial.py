@@ -42,13 +42,13 @@ class PartialFFN(nn.Module):
 
     def forward_packed(self, rows_TW: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The partial sums [T, H] in `dtype` of tokens that have travelled."""
-        return self._of(self.gate_up_proj.unpack(rows_TW), dtype)
+        return self._partial_sums(self.gate_up_proj.unpack(rows_TW), dtype)
 
     def forward_local(self, x_TH: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The partial sums [T, H] in `dtype` of tokens that are here."""
-        return self._of(self.gate_up_proj.quantize(x_TH), dtype)
+        return self._partial_sums(self.gate_up_proj.quantize(x_TH), dtype)
 
-    def _of(self, tokens: Tokens, dtype: torch.dtype) -> torch.Tensor:
+    def _partial_sums(self, tokens: Tokens, dtype: torch.dtype) -> torch.Tensor:
         gate_up, down = self.gate_up_proj, self.down_proj
         if self._gated_int8 is not None:
             q_TH, scale_T = tokens
@@ -58,7 +58,7 @@ class PartialFFN(nn.Module):
         return down.multiply(down.quantize(h_TL), dtype)
 
     def _apply(self, fn: object, recurse: bool = True) -> "PartialFFN":
-        """Nothing: a model's `.to(dtype)` would round the scales."""
+        """Nothing: a model's `.to(dtype)` would round the scales. `forward` refuses tokens that no longer fit."""
         return self
 
 

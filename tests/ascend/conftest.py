@@ -10,6 +10,7 @@ import pytest
 from reshard.plan.pipeline import Cut
 from tests.ascend import stand_ins
 from tests.ascend.models import Model, made_of
+from tests.support import forks
 from tests.support.distributed import Ranks
 from tests.support.running import split
 from tests.vllm.models import write_model
@@ -19,6 +20,7 @@ if importlib.util.find_spec("vllm_ascend") is None:
 else:
     # Inherited by every process that is started here.
     os.environ |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    forks.IMPORTED[:] = ["torch.distributed"]  # transformers only after stand_ins.put_in
 
 
 @pytest.fixture(scope="session")

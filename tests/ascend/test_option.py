@@ -107,7 +107,7 @@ def test_one_ranks_bad_shard_stops_all(two: Ranks, dense: Path, tmp_path: Path, 
     bad.write_bytes(good.read_bytes()[:-100])
     _fails(two, Served(dense, bad.parent, data=2, **how), RANK_1, "bytes, manifest.json says")
     shutil.copy(good.with_name(RANK_1.replace("00001", "00000", 1)), bad)
-    _fails(two, Served(dense, bad.parent, data=2, **how), RANK_1, "tp_rank '0', wanted is '1'")
+    _fails(two, Served(dense, bad.parent, data=2, **how), RANK_1, "tp_rank '0', manifest.json says '1'")
     bad.unlink()
     _fails(two, Served(dense, bad.parent, data=2, **how), RANK_1, "No such file")
 

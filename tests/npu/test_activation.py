@@ -12,8 +12,8 @@ from reshard.plan.pipeline import Cut
 from reshard_runtime import DenseFFN, load_shard
 from reshard_runtime.kernels.cpu import CpuKernels
 from reshard_runtime.kernels.npu import NpuKernels
+from tests.npu.layers import BF16_BOUND, HIDDEN, INTERMEDIATE, Calls, tokens
 from tests.npu.stand_ins import register
-from tests.npu.test_forward import BF16_BOUND, HIDDEN, INTERMEDIATE, Calls, _tokens
 from tests.support.activations import CASES, LIMIT, Case
 from tests.support.builders import Spec, build
 from tests.support.running import split
@@ -75,7 +75,7 @@ def test_a_layer(tmp_path: Path, case: Case, recipe: str) -> None:
     dense = {"mlp_layer_types": ["dense", "dense", "sparse"]} if "swiglu_limit" in case.config else {}
     build(tmp_path / "model", Spec(recipe, HIDDEN, INTERMEDIATE, computable=True, config=case.config | dense))
     split(tmp_path / "model", tmp_path / "shards", Cut(1))
-    layer, x_TH = load_shard(tmp_path / "shards", 0).layer(0), _tokens(0, 9, torch.bfloat16)
+    layer, x_TH = load_shard(tmp_path / "shards", 0).layer(0), tokens(0, 9, torch.bfloat16)
     assert layer.activation == case.activation
     ffn = DenseFFN(layer, kernels=NpuKernels())
     with Calls() as calls:

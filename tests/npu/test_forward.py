@@ -10,49 +10,25 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from reshard.plan.pipeline import Cut
 from reshard_runtime import DenseFFN, load_shard
 from reshard_runtime.collectives import PairwiseCollectives
 from reshard_runtime.kernels.npu import NpuKernels
+from tests.npu.layers import BF16_BOUND, HIDDEN, INTERMEDIATE, Calls, tokens
 from tests.npu.stand_ins import FRACTAL_NZ, register
 from tests.support.builders import Spec, build
 from tests.support.distributed import Ranks
 from tests.support.running import split
 
-HIDDEN, INTERMEDIATE = 256, 1024
 COUNTS = {1: [6], 2: [5, 3], 4: [5, 0, 1, 7]}
-# BF16 products are added in another order by another matmul: a rounding of h, one of the result (2^-9 each), and one
-# more of each partial sum.
-BF16_BOUND = 2.0**-7
 
 
 class PairwiseNpuKernels(NpuKernels):
     """With the CPU backend's collectives: partial sums are added in the same order."""
 
-    collectives = PairwiseCollectives
-
-
-class Calls(TorchDispatchMode):
-    """The names of torch_npu's operators, of collectives and of `ones`, and the arguments of the format casts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-        self.casts: list[tuple[Any, ...]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name().split(".")[0]
-        if name.startswith(("npu::", "c10d::", "aten::ones")):
-            self.names.append(name)
-        if name == "npu::npu_format_cast":
-            self.casts.append((tuple(args[0].shape), args[0].is_contiguous(), args[1]))
-        return func(*args, **(kwargs or {}))
-
-
-def _tokens(rank: int, count: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(count, HIDDEN, generator=torch.Generator().manual_seed(rank)).to(dtype)
+    def collectives(self, group: dist.ProcessGroup) -> PairwiseCollectives:
+        return PairwiseCollectives(group)
 
 
 def _both(
@@ -61,7 +37,7 @@ def _both(
     kept = register()
     counts = COUNTS[group.size()]
     layer = load_shard(shards, group.rank()).layer(1)
-    x_TH = _tokens(group.rank(), counts[group.rank()], dtype)
+    x_TH = tokens(group.rank(), counts[group.rank()], dtype)
     made = [DenseFFN(layer, group, dtype=dtype, kernels=k, **options) for k in (kernels(), None)]
     result = [ffn(x_TH, tokens_per_rank=counts) for ffn in made]
     del kept
@@ -127,7 +103,7 @@ def _called(group: dist.ProcessGroup, shards: Path) -> tuple[list[str], list[str
     with Calls() as making:
         ffn = DenseFFN(layer, group, kernels=NpuKernels())
     with Calls() as calling:
-        ffn(_tokens(0, 3, torch.bfloat16))
+        ffn(tokens(0, 3, torch.bfloat16))
     del kept
     return making.names, calling.names, making.casts
 

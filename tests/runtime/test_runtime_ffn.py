@@ -12,12 +12,11 @@ import torch.distributed as dist
 from reshard.errors import ReshardError
 from reshard.plan.pipeline import Cut
 from reshard_runtime import DenseFFN, load_shard
-from reshard_runtime.collectives import Collectives, PairwiseCollectives
-from reshard_runtime.kernels.cpu import CpuKernels
+from reshard_runtime.collectives import PairwiseCollectives
 from tests.support.builders import RECIPES, Spec, build
 from tests.support.distributed import Ranks
 from tests.support.running import split
-from tests.support.unsplit import whole_layer
+from tests.support.unsplit import CountingKernels, whole_layer
 
 HIDDEN, INTERMEDIATE = 256, 1024
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "modelslim_fp16_static": torch.float16}
@@ -27,31 +26,6 @@ ROUNDING = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 2.0
 STEPS = 0.03
 
 Make = Callable[..., Path]
-
-
-class Counting:
-    """Collectives that note what they are given: (name, shape, bytes)."""
-
-    def __init__(self, inner: Collectives, calls: list[tuple[str, tuple[int, ...], int]]) -> None:
-        self._inner, self._calls, self.in_float32 = inner, calls, inner.in_float32
-
-    def __getattr__(self, name: str) -> Any:
-        def call(rows: torch.Tensor) -> torch.Tensor:
-            self._calls.append((name, tuple(rows.shape), rows.nbytes))
-            return getattr(self._inner, name)(rows)
-
-        return call
-
-
-class CountingKernels(CpuKernels):
-    """The CPU backend with such collectives."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[str, tuple[int, ...], int]] = []
-
-    def collectives(self, group: dist.ProcessGroup) -> Counting:
-        return Counting(PairwiseCollectives(group), self.calls)
 
 
 @pytest.fixture
@@ -146,7 +120,7 @@ def _bf16_first(group: dist.ProcessGroup, shards: Path) -> tuple[torch.Tensor, t
     ffn = _layer(group, shards, kernels=kernels)
     x_TH = _tokens((9, ffn.hidden_size), group.rank())
     y_TH = ffn(x_TH)
-    plain = CpuKernels().collectives(group)
+    plain = PairwiseCollectives(group)
     after = plain.reduce_scatter(ffn.forward_local(plain.gather(x_TH), ffn.reduce_dtype)).to(ffn.dtype)
     name, shape, nbytes = kernels.calls[0]
     assert (name, shape) == ("gather", (9, ffn.hidden_size + 4))

@@ -16,10 +16,10 @@ from reshard.plan.pipeline import Cut
 from reshard_runtime import DenseFFN, load_shard
 from reshard_runtime.collectives import Collectives, PairwiseCollectives
 from reshard_runtime.tokens import pad, token_layout
-from tests.runtime.test_runtime_ffn import CountingKernels
 from tests.support.builders import Spec, build
 from tests.support.distributed import Ranks
 from tests.support.running import split
+from tests.support.unsplit import CountingKernels
 
 HIDDEN = 256
 Said = tuple[str, str] | None

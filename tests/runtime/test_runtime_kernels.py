@@ -80,18 +80,6 @@ def test_plain_products(kernels: Kernels, tokens: int, dtype: torch.dtype, digit
     assert ((found.double() - wanted).abs() <= wanted.abs() * 2.0**-digits + terms * 3000 * 2.0**-24).all()
 
 
-@pytest.mark.parametrize(("dtype", "digits"), [(torch.bfloat16, 8), (torch.float16, 11), (torch.float32, 24)])
-def test_swiglu_is_rounded_once(dtype: torch.dtype, digits: int) -> None:
-    h = _floats(0, 9, 512).mul(3).to(dtype)
-    gate, up = h.double().chunk(2, -1)
-    wanted = gate / (1 + torch.exp(-gate)) * up
-    found = CpuKernels().gated(Activation(SILU))(h)
-    assert found.dtype == dtype
-    # Half a unit in the last place, and float32's own error in silu and the product (a few of 2^-24).
-    least = torch.finfo(dtype).smallest_normal  # units are no smaller below it
-    assert ((found.double() - wanted).abs() <= wanted.abs().clamp_min(least) * (2.0**-digits + 2.0**-21)).all()
-
-
 def _quantized(x_TK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     scale = np.abs(x_TK).max(axis=1) / np.float32(127)
     return np.rint(x_TK / scale[:, None]).astype(np.int8), scale
@@ -157,17 +145,6 @@ def test_scaled_products(kernels: Kernels, dtype: torch.dtype) -> None:
         wanted = wanted if token is None else wanted * token.numpy()[:, None]
         found = kernels.int8_linear(q_TK, weight_NK, scale_N, token, bias, dtype)
         assert torch.equal(found, torch.from_numpy(wanted).to(dtype))
-
-
-def test_dequantize_swiglu_quantize() -> None:
-    rng = np.random.default_rng(0)
-    h = torch.from_numpy(rng.integers(-(2**20), 2**20, (6, 80), dtype=np.int32))
-    scale, token = _floats(1, 80).abs() * 1e-5, _floats(2, 6).abs()
-    gate, up = (h.float() * scale * token[:, None]).chunk(2, -1)
-    wanted, wanted_scale = _quantized((torch.nn.functional.silu(gate) * up).numpy())
-    q_TL, scale_T = CpuKernels().gated_int8(Activation(SILU))(h, scale, token)
-    assert np.array_equal(q_TL.numpy(), wanted)
-    assert np.array_equal(scale_T.numpy(), wanted_scale)
 
 
 def test_cuda_s_int8_product_takes_multiples_of_8_and_17_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from reshard_runtime import DenseFFN
 from reshard_runtime.kernels.cpu import CpuKernels
 from reshard_runtime.probe import answers, disagreement
 from reshard_runtime.serving.transformers import attach, load_model
-from tests.support.activations import CASES, Case
+from tests.support.activations import CASES, Case, checkpoint_of
 from tests.support.running import split
 from tests.support.unsplit import error
 
@@ -143,14 +143,7 @@ class _Model(nn.Module):
 
 
 def _cut(tmp_path: Path, mlp: Any, config: dict[str, Any]) -> Path:
-    tmp_path.mkdir(exist_ok=True)
-    model = tmp_path / "model"
-    model.mkdir()
-    tensors = {f"model.layers.0.mlp.{key}": value.contiguous() for key, value in mlp.state_dict().items()}
-    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 1, "model_type": "llama"}
-    (model / "config.json").write_text(json.dumps(sizes | config))
-    split(model, tmp_path / "shards", Cut(1))
+    split(checkpoint_of(mlp, tmp_path / "model", config), tmp_path / "shards", Cut(1))
     return tmp_path / "shards"
 
 

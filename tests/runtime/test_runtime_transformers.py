@@ -111,9 +111,10 @@ WAYS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", TYPES)
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(
+    ("size", "name", "way"),
+    [*((2, name, way) for name in TYPES for way in WAYS), *((4, "bf16", way) for way in ("scattered", "max_tokens"))],
+)
 def test_logits_are_the_unsplit_models(ranks: Start, models: Path, size: int, name: str, way: str) -> None:
     how, options, lengths = WAYS[way]
     ids = _ids(1) * size if way == "replicated" else _ids(size)
@@ -163,8 +164,7 @@ def _generated(
     return _greedy(_split_model("attach", model, shards, group, **options), ids[group.rank()])
 
 
-@pytest.mark.parametrize("tokens", ["replicated", "scattered"])
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(("size", "tokens"), [(2, "replicated"), (4, "scattered")])
 def test_generate_chooses_the_unsplit_models_tokens(ranks: Start, models: Path, size: int, tokens: str) -> None:
     """The same prompt on all ranks, or prompts of different lengths: one model, in lockstep to the same last step."""
     ids, options = _ids(1) * size, {"tokens": tokens}
@@ -199,8 +199,7 @@ def _of_dense(name: str) -> bool:
     return name.startswith(tuple(f"model.layers.{index}.mlp." for index in range(DENSE)))
 
 
-@pytest.mark.parametrize("how", ["attach", "load_model"])
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(("size", "how"), [(2, "attach"), (4, "load_model")])
 def test_only_dense_layers_are_replaced(ranks: Start, models: Path, size: int, how: str) -> None:
     whole = _facts(_tensors(AutoModelForCausalLM.from_pretrained(models / "bf16")))
     dense = {

@@ -1,9 +1,12 @@
 """Every activation that is computed, with the config.json that asks for it and the MLP that transformers makes."""
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from reshard.model.activation import GELU, GELU_TANH, SILU, Activation
 
@@ -54,3 +57,15 @@ CASES = {
         Activation(GELU_TANH, LIMIT), {**_GLM, "hidden_act": "gelu_pytorch_tanh"}, "glm5_next"
     ),
 }
+
+
+def checkpoint_of(mlp: Any, folder: Path, config: dict[str, Any] | None) -> Path:
+    """A checkpoint of one dense layer, with a config.json if there is one."""
+    folder.mkdir(parents=True)
+    tensors = {f"model.layers.0.mlp.{name}": value.contiguous() for name, value in mlp.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    intermediate, hidden = mlp.gate_proj.weight.shape
+    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": 1, "model_type": "llama"}
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(sizes | config))
+    return folder

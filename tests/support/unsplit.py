@@ -14,7 +14,7 @@ from reshard.source.open import describe, open_source
 from reshard.verification.compute import unsplit_layer
 from reshard.verification.reference import stored_linear
 from reshard_runtime import DenseFFN, LayerShard, load_shard
-from reshard_runtime.collectives import Collectives
+from reshard_runtime.collectives import Collectives, PairwiseCollectives
 from reshard_runtime.kernels.cpu import CpuKernels
 from reshard_runtime.shard import LinearShard
 from tests.support.running import split
@@ -25,7 +25,42 @@ Weights = Mapping[str, torch.Tensor]
 class TensorCpuKernels(CpuKernels):
     """The CPU backend, partial sums added by the collective."""
 
-    collectives = Collectives
+    def collectives(self, group: dist.ProcessGroup) -> Collectives:
+        return Collectives(group)
+
+
+class Counting(PairwiseCollectives):
+    """The CPU's collectives, which note what they are given: (name, shape, bytes)."""
+
+    def __init__(self, group: dist.ProcessGroup, calls: list[tuple[str, tuple[int, ...], int]]) -> None:
+        super().__init__(group)
+        self._inner, self._calls = PairwiseCollectives(group), calls
+
+    def gather(self, rows_PW: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        self._note("gather", rows_PW)
+        return self._inner.gather(rows_PW, out)
+
+    def reduce_scatter(self, partial_RPH: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        self._note("reduce_scatter", partial_RPH)
+        return self._inner.reduce_scatter(partial_RPH, out)
+
+    def all_reduce(self, partial_PH: torch.Tensor) -> torch.Tensor:
+        self._note("all_reduce", partial_PH)
+        return self._inner.all_reduce(partial_PH)
+
+    def _note(self, name: str, rows: torch.Tensor) -> None:
+        self._calls.append((name, tuple(rows.shape), rows.nbytes))
+
+
+class CountingKernels(CpuKernels):
+    """The CPU backend with such collectives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, tuple[int, ...], int]] = []
+
+    def collectives(self, group: dist.ProcessGroup) -> Counting:
+        return Counting(group, self.calls)
 
 
 def unsplit_mlp(hidden: int, intermediate: int, dtype: torch.dtype, seed: int = 0) -> Any:

@@ -4,23 +4,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from reshard.checkpoint.description import Layer
-from reshard.manifest import parse_manifest
-from reshard.model.naming import CONFIG, MANIFEST
+from reshard.model.naming import CONFIG
 from reshard.plan.pipeline import Cut
 from reshard.source.open import describe, open_source
-from reshard.verification.compute import unsplit_layer
-from reshard.verification.reference import Reference
-from tests.runtime.test_runtime_activation import HIDDEN, INTERMEDIATE, _model
-from tests.support.activations import CASES, Case
+from tests.support.activations import CASES, Case, checkpoint_of
 from tests.support.builders import Spec
 from tests.support.running import reshard
+from tests.support.unsplit import exact
 from tests.support.verifying import edit_manifest, made, split, verify
 
+HIDDEN, INTERMEDIATE = 256, 512
 by_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
@@ -40,30 +36,21 @@ def test_what_split_writes_is_clean(tmp_path: Path, case: Case, layout: Any, rec
 
 @by_case
 def test_the_unsplit_layer_is_transformers_mlp(tmp_path: Path, case: Case) -> None:
-    mlp = case.mlp(HIDDEN, INTERMEDIATE)
-    source = _model(tmp_path / "model", mlp, case.config)
-    shards = split(source, tmp_path / "shards", Cut(2))
-    x_HT = np.random.default_rng(1).standard_normal((HIDDEN, 8))
-    with open_source(str(source)) as opened:
-        layer: Layer = describe(opened).layers[0]
-        reference = Reference(opened, parse_manifest((shards / MANIFEST).read_bytes()))
-        linears = {role: reference.linear(linear, role) for role, linear in layer.linears.items()}
-        assert layer.activation is not None
-        found = unsplit_layer(linears, layer.activation, x_HT)
-    wanted = mlp.double()(torch.from_numpy(x_HT.T)).T.numpy()
-    np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-12)
+    mlp, x_TH = case.mlp(HIDDEN, INTERMEDIATE), torch.randn(8, HIDDEN, dtype=torch.float64)
+    found = exact(checkpoint_of(mlp, tmp_path / "model", case.config), x_TH)
+    torch.testing.assert_close(found, mlp.double()(x_TH), rtol=1e-10, atol=1e-12)
 
 
 @by_case
 def test_a_value_in_a_wrong_place_is_found(tmp_path: Path, case: Case) -> None:
     """In a layer with a limit too, which is the same for many values of gate and up."""
     mlp = case.mlp(HIDDEN, INTERMEDIATE)
-    source = _model(tmp_path / "model", mlp, case.config)
+    source = checkpoint_of(mlp, tmp_path / "model", case.config)
     shards = split(source, tmp_path / "shards", Cut(2))
     weight = mlp.up_proj.weight.clone()
     weight[3, [5, 6]] = weight[3, [6, 5]]
     mlp.up_proj.weight.data = weight
-    swapped = _model(tmp_path / "swapped", mlp, case.config)
+    swapped = checkpoint_of(mlp, tmp_path / "swapped", case.config)
     assert [finding.check for finding in verify(shards, swapped).computed] == ["computation"]
 
 
@@ -88,7 +75,7 @@ def test_an_activation_that_is_not_known_is_a_warning(tmp_path: Path) -> None:
 
 
 def test_without_a_config_it_is_a_warning_too(tmp_path: Path) -> None:
-    source = _model(tmp_path / "model", CASES["gelu"].mlp(HIDDEN, INTERMEDIATE), None)
+    source = checkpoint_of(CASES["gelu"].mlp(HIDDEN, INTERMEDIATE), tmp_path / "model", None)
     shards = split(source, tmp_path / "shards", Cut(2))
     done = reshard("verify", shards, "--source", source)
     assert done.code == 0, done.err
@@ -116,7 +103,7 @@ def test_the_manifests_must_be_the_sources(tmp_path: Path, config: dict[str, Any
 def test_a_source_whose_config_changed(tmp_path: Path) -> None:
     """The limit in config.json is another since the set was cut."""
     mlp, case = CASES["silu"].mlp(HIDDEN, INTERMEDIATE), CASES["silu with a limit"]
-    source = _model(tmp_path / "model", mlp, case.config | {"swiglu_limit": 7.0})
+    source = checkpoint_of(mlp, tmp_path / "model", case.config | {"swiglu_limit": 7.0})
     shards = split(source, tmp_path / "shards", Cut(2))
     config = json.loads((source / CONFIG).read_text())
     (source / CONFIG).write_text(json.dumps(config | {"swiglu_limit": 10.0}))

@@ -8,15 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from reshard.checkpoint.description import Layer
 from reshard.convert.rules import COMPRESSED_TENSORS, MODELSLIM
-from reshard.manifest import parse_manifest
 from reshard.model.activation import SILU, Activation
-from reshard.model.naming import MANIFEST, shard_file
+from reshard.model.naming import shard_file
 from reshard.plan.pipeline import Cut
 from reshard.source.open import describe, open_source
 from reshard.verification.compute import unsplit_layer
-from reshard.verification.reference import Reference
+from reshard.verification.reference import stored_linear
 from tests.support.builders import CHECKPOINTS, RECIPES, Raw, Recipe, Spec, build, read_safetensors, write_safetensors
 from tests.support.unsplit import exact, whole_layer
 from tests.support.verifying import MLP, made, split, verify
@@ -109,12 +107,6 @@ def test_another_folder_name_is_no_finding(tmp_path: Path) -> None:
     assert verify(shards, source.rename(tmp_path / "elsewhere")).clean()
 
 
-def _unsplit(reference: Reference, layer: Layer, x_HT: np.ndarray) -> np.ndarray:
-    assert layer.activation == Activation(SILU)
-    linears = {role: reference.linear(linear, role) for role, linear in layer.linears.items()}
-    return unsplit_layer(linears, layer.activation, x_HT)
-
-
 # A model's checkpoint and the same model quantized by other tools: the arithmetic means what the tools meant.
 @pytest.mark.parametrize(
     ("one", "other", "error"),
@@ -125,20 +117,26 @@ def _unsplit(reference: Reference, layer: Layer, x_HT: np.ndarray) -> np.ndarray
         ("msmodelslim-w8a8_dynamic_sharded", "msmodelslim_v0-w8a8_static", 0.15),
     ],
 )
-def test_quantized_layers_compute_what_the_model_does(one: str, other: str, error: float, tmp_path: Path) -> None:
+def test_quantized_layers_compute_what_the_model_does(one: str, other: str, error: float) -> None:
     x_HT = np.random.default_rng(1).standard_normal((256, 8))
 
     def outputs(name: str) -> list[np.ndarray]:
         source = open_source(str(CHECKPOINTS / name))
-        shards = split(CHECKPOINTS / name, tmp_path / name, Cut(1, "separate"))
-        reference = Reference(source, parse_manifest((shards / MANIFEST).read_bytes()))
-        return [_unsplit(reference, layer, x_HT) for layer in describe(source).layers]
+        found = []
+        for layer in describe(source).layers:
+            assert layer.activation == Activation(SILU)
+            linears = {role: stored_linear(source, linear) for role, linear in layer.linears.items()}
+            found.append(unsplit_layer(linears, layer.activation, x_HT))
+        return found
 
     for first, second in zip(outputs(one), outputs(other), strict=True):
         assert np.linalg.norm(first - second) < error * np.linalg.norm(first)
 
 
-@pytest.mark.parametrize("recipe", ["bf16", "ct_dynamic", "modelslim_static", "modelslim_fp16_static", "modelslim_mix"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["bf16", "ct_dynamic", "modelslim_static", "modelslim_fp16_static", "modelslim_mix", "ct_static_asymmetric"],
+)
 def test_without_quantizing_tokens_it_is_the_float64_layer(tmp_path: Path, recipe: str) -> None:
     """Tokens as they are, weights as they are stored; the demo's and the tests' reference of what ranks compute."""
     build(tmp_path / "model", Spec(recipe, 256, 1024, computable=True))

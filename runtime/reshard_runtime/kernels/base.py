@@ -34,8 +34,10 @@ class Kernels(ABC):
 
     name: str
     """A backend of the table of schemes, which says what it runs as it is stored; the rest becomes BF16 at load."""
-    collectives: type[Collectives] = Collectives
-    """How the tokens travel over a group."""
+
+    def collectives(self, group: torch.distributed.ProcessGroup) -> Collectives:
+        """How the tokens travel over a group."""
+        return Collectives(group)
 
     def weight(self, name: str, weight_NK: torch.Tensor) -> torch.Tensor:
         """The device's own form of a weight, once, after loading.

@@ -24,11 +24,13 @@ class CpuKernels(Kernels):
     """Shapes: see `reshard_runtime.kernels.base`."""
 
     name = "cpu"
-    collectives: type[Collectives] = PairwiseCollectives
 
     def __init__(self, *, onednn: frozenset[torch.dtype] | None = None) -> None:
         """onednn: the types that oneDNN multiplies on this processor; None asks torch."""
         self._onednn = _onednn() if onednn is None else onednn
+
+    def collectives(self, group: torch.distributed.ProcessGroup) -> Collectives:
+        return PairwiseCollectives(group)
 
     def linear(self, x_TK: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if x_TK.dtype in self._onednn and len(x_TK) == 1:

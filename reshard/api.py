@@ -31,7 +31,7 @@ from reshard.verification.digests import verify_digests
 from reshard.verification.source import compare_with_source
 from reshard.writer.merge import MergedFile
 from reshard.writer.merge import merge as merge_set
-from reshard.writer.open import open_output
+from reshard.writer.open import open_target
 from reshard.writer.split import DEFAULT_WORKERS, SplitOptions, SplitResult, write_shards
 
 Address = str | os.PathLike[str]
@@ -66,8 +66,9 @@ def split(
     progress: Progress = _silent,
 ) -> SplitResult:
     """Cut a checkpoint's dense layers for `tp` ranks. The arguments are the options of `reshard split`."""
-    source, out = os.fspath(source), os.fspath(out)
-    target = open_output(source, out, resume=resume, overwrite=overwrite)
+    source = os.fspath(source)
+    options = SplitOptions(ranks, resume, overwrite, workers)
+    target = open_target(os.fspath(out), source)
     with open_source(source, revision, index=index, notify=warn) as opened:
         prepared = prepare(opened, Cut(tp, layout, pad, weights, quant_format, scheme))
         for line in prepared.checkpoint.warnings:
@@ -75,7 +76,7 @@ def split(
         check_set_digests(opened, workers)
         total = sum(shard.size for shard in prepared.plan.shards if ranks is None or shard.tp_rank in ranks)
         with progress("split", total) as tick:
-            return write_shards(prepared, target, SplitOptions(ranks, resume, overwrite, workers), tick)
+            return write_shards(prepared, target, options, tick)
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def split(
     with output.errors():
         from reshard.plan.pipeline import Cut, check_set_digests, prepare
         from reshard.source.open import open_source
-        from reshard.writer.open import open_output
+        from reshard.writer.open import open_target
         from reshard.writer.split import DEFAULT_WORKERS, SplitOptions, own_ranks, write_shards
         from reshard.writer.team import agree, open_team, read_place
 
@@ -55,10 +55,9 @@ def split(
             # Where the store's host dies torch adds the stack of its own code to our line.
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
         with open_team(place) as team:
-            target = open_output(source, out, resume=resume, overwrite=overwrite)
-            options = SplitOptions(
-                _parse_ranks(ranks, tp), resume, overwrite, workers or max(1, DEFAULT_WORKERS // place.on_this_host)
-            )
+            threads = workers or max(1, DEFAULT_WORKERS // place.on_this_host)
+            options = SplitOptions(_parse_ranks(ranks, tp), resume, overwrite, threads)
+            target = open_target(out, source)
             cut = Cut(tp, layout, pad, weights, quant_format, scheme)
             with open_source(source, revision, index=index, notify=output.warn) as opened:
                 prepared = prepare(opened, cut)
@@ -131,7 +130,7 @@ def _report(output: Output, prepared: "Prepared", out: str, result: "SplitResult
         "scheme": scheme_name(prepared.checkpoint.layers),
         "tp_size": plan.tp_size,
         "layout": plan.layout,
-        "padded_intermediate_size": plan.padding.padded if plan.padding else None,
+        f"padded_{prepared.checkpoint.part.size}": plan.padding.padded if plan.padding else None,
         "layers": [layer.index for layer in prepared.checkpoint.layers],
         "unsplit_bytes": whole,
         "saved_bytes_per_device": whole - largest,
@@ -171,9 +170,9 @@ def _lines(document: dict[str, Any], prepared: "Prepared") -> Iterator[str | Tab
         f"{document['scheme']}, {layers} dense {'layer' if layers == 1 else 'layers'}: {size_text(whole)} unsplit; "
         f"each device holds {size_text(whole - saved)} and saves {size_text(max(0, saved))}"
     )
-    padded = document["padded_intermediate_size"]
-    if padded:
-        yield f"padded: intermediate_size {prepared.checkpoint.model.intermediate_size} to {padded}"
+    if prepared.plan.padding:
+        name, size = prepared.checkpoint.part.size, prepared.checkpoint.shared_size
+        yield f"padded: {name} {size} to {prepared.plan.padding.padded}"
     if document["dry_run"]:
         yield "dry run: nothing was written"
     elif document["complete"]:

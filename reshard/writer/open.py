@@ -3,34 +3,27 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from reshard.errors import OutputError, UsageError
-from reshard.source.address import FOLDER, parse_address, parse_target
+from reshard.errors import OutputError
+from reshard.source.address import FOLDER, Address, parse_address, parse_target
 from reshard.writer.folder import OutputFolder
 from reshard.writer.target import Target
 
 
-def open_target(address: str | Path) -> Target:
-    """The target at a folder's path or an address. Raises UsageError or MissingDependencyError."""
+def open_target(address: str | Path, source: str | None = None) -> Target:
+    """The target at a folder's path or an address. source: an address that must be another place.
+
+    Raises UsageError, OutputError or MissingDependencyError.
+    """
     if isinstance(address, Path):
         return OutputFolder(address)
     found = parse_target(address)
+    if source is not None and _same_place(parse_address(source), found):
+        raise OutputError(f"{address}: is the source itself; choose another folder for the shards")
     scheme = FOLDER if found.kind == FOLDER else address.partition("://")[0].lower()
     return TARGETS.get(scheme, _fsspec)(found.place)
 
 
-def open_output(source: str, out: str, *, resume: bool, overwrite: bool) -> Target:
-    """The target of a split. Raises UsageError for options that contradict each other, OutputError for the source."""
-    if resume and overwrite:
-        raise UsageError("--resume keeps what is there, --overwrite replaces it: give one of them")
-    target = open_target(out)
-    if _same(source, out):
-        raise OutputError(f"{target.address}: is the source itself; choose another folder for the shards")
-    return target
-
-
-def _same(source: str, out: str) -> bool:
-    """Whether two addresses are one place."""
-    one, other = parse_address(source), parse_target(out)
+def _same_place(one: Address, other: Address) -> bool:
     if one.kind != other.kind:
         return False
     if one.kind == FOLDER:

@@ -161,35 +161,9 @@ def test_fixed_rows() -> None:
     assert "fixed rows: every rank sends 64 for its 24 tokens" in lines
     rows = [line.split() for line in lines if line.startswith(("w8a8_dynamic  ", "bf16   ")) and " tp " not in line]
     assert rows[1][4:9] == ["535,211", "401,483", "14", "0.699", "0.647"]
-    assert rows[4:] == [
-        [
-            "w8a8_dynamic",
-            "8",
-            "512",
-            "320",
-            "3,213,056",
-            "1,204,896",
-            "6,422,528",
-            "2,408,448",
-            "0.216",
-            "0.114",
-            "0.647",
-            "0.343",
-        ],
-        [
-            "bf16",
-            "8",
-            "512",
-            "320",
-            "6,422,528",
-            "2,408,448",
-            "6,422,528",
-            "2,408,448",
-            "0.339",
-            "0.162",
-            "1.018",
-            "0.486",
-        ],
+    assert [" ".join(row) for row in rows[4:]] == [
+        "w8a8_dynamic 8 512 320 3,213,056 1,204,896 6,422,528 2,408,448 0.216 0.114 0.647 0.343",
+        "bf16 8 512 320 6,422,528 2,408,448 6,422,528 2,408,448 0.339 0.162 1.018 0.486",
     ]
     document = reshard(*arguments, "--format", "json").document
     assert (document["batch"], document["max_tokens"], document["tensor_parallel_size"]) == (24, 64, 1)

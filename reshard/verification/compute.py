@@ -27,7 +27,7 @@ from reshard.model.parts import DOWN, GATE, GATE_UP, UP
 from reshard.schemes.table import Arithmetic, Operand
 from reshard.source.base import Source
 from reshard.tensors.header import Header, TensorInfo
-from reshard.verification.expect import expect, groups, misfits, read_headers
+from reshard.verification.expect import expect, misfits, read_headers
 from reshard.verification.gate import F64, carried, gated
 from reshard.verification.reference import (
     BLOCK_ELEMENTS,
@@ -150,7 +150,8 @@ def _judge(unsplit: _Sum, split_HT: F64, bound: float) -> tuple[float, str | Non
 
 
 def _module(layer: Layer, role: str, manifest: Manifest) -> str:
-    return f"{layer.module}.{GATE_UP if manifest.layout == 'fused' and role != DOWN else role}"
+    stack = layer.part.stack(role) if manifest.layout == "fused" else None
+    return f"{layer.module}.{stack or role}"
 
 
 def _rank_linears(
@@ -162,19 +163,16 @@ def _rank_linears(
 ) -> list[dict[str, LinearGrids]]:
     """Each rank's own linears by shard module. Raises MismatchError where a tensor is missing or of another shape."""
     ranks: list[dict[str, LinearGrids]] = [{} for _ in headers]
-    for group in groups(manifest.layout):
-        module = f"{layer.module}.{group.module}"
-        like = whole[group.roles[0]]
-        expected = {
-            rank: expect(group, module, [whole[role] for role in group.roles], manifest, rank) for rank in headers
-        }
+    for module in layer.part.laid_out(manifest.layout):
+        name, linears = f"{layer.module}.{module.name}", [whole[role.name] for role in module.roles]
+        expected = {rank: expect(module, name, linears, manifest, rank) for rank in headers}
         for unfit in misfits(manifest, headers, expected):
             raise MismatchError(f"{unfit.where}: {unfit.message}")
         for rank, tensors in expected.items():
             file = manifest.shards[rank].file
             infos = [(tensor.name, headers[rank].tensors[tensor.name]) for tensor in tensors]
             grids = {name.rpartition(".")[2]: _shard_grid(shards, file, name, info) for name, info in infos}
-            ranks[rank][group.module] = LinearGrids(like.variant, like.block, grids)
+            ranks[rank][module.name] = LinearGrids(linears[0].variant, linears[0].block, grids)
     return ranks
 
 

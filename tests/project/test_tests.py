@@ -12,14 +12,8 @@ _MAY = {
     "tests/vllm/demo.py",  # its environment is what vLLM wants
     # to be moved:
     "tests/ascend/test_decode.py",
-    "tests/convert/test_convert.py",
     "tests/convert/test_convert_sets.py",
-    "tests/npu/test_activation.py",
     "tests/plan/test_plan_sizes.py",
-    "tests/quantization/test_scheme_option.py",
-    "tests/runtime/test_runtime_group.py",
-    "tests/source/test_replaced.py",
-    "tests/verification/test_verify_activation.py",
     "tests/writer/test_resume_other_source.py",
 }
 

@@ -270,3 +270,13 @@ def test_long_shapes_do_not_flood_the_terminal() -> None:
     with pytest.raises(HeaderError) as caught:
         read(file_of(text, b"ab"))
     assert len(str(caught.value)) < 2000
+
+
+def test_a_header_ends_where_the_file_does() -> None:
+    for beyond in (1, LENGTH_BYTES):
+        raw = (20 + beyond).to_bytes(LENGTH_BYTES, "little") + b" " * 20
+        with pytest.raises(
+            HeaderError, match=f"the header claims {20 + beyond} bytes, the file has 20 after its first 8"
+        ):
+            header_length(raw, "f", len(raw))
+    assert header_length((20).to_bytes(LENGTH_BYTES, "little"), "f", LENGTH_BYTES + 20) == 20

@@ -19,7 +19,7 @@ def check_serving(
     shards_tp_size: int | None,
     can_be_cut: Callable[[int], bool] = lambda size: True,
 ) -> list[Finding]:
-    """A finding for every rule that is broken, or one for all. moe: whether the model has expert layers, if known.
+    """A finding for every rule that is broken, or one for all. moe: whether the model has MoE layers, if known.
 
     can_be_cut: whether the layers can be cut for a size, where there are layers to cut; no other size is advised.
     """

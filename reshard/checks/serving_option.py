@@ -25,7 +25,7 @@ RULES = {
     "ascend": "vllm-ascend's mlp_tensor_parallel_size is a size that it takes",
     "stages": "vllm-ascend's mlp_tensor_parallel_size stands without pipeline parallelism, whose stages it mixes",
     "unset": "without the option, the shard set is cut for what the engine itself cuts its dense layers for",
-    "lockstep": "the model has expert layers, so that its data-parallel ranks run in lockstep",
+    "lockstep": "the model has MoE layers, so that its data-parallel ranks run in lockstep",
     "size": "the option is the tensor-parallel size times a divisor of the data-parallel size",
     "shards": "the option is the shard set's size",
 }
@@ -36,7 +36,7 @@ may be left out."""
 
 @dataclass(frozen=True)
 class Setup:
-    """A serving setup. `moe`: whether the model has expert layers, None where it is not known."""
+    """A serving setup. `moe`: whether the model has MoE layers, None where it is not known."""
 
     data_parallel_size: int = 1
     tensor_parallel_size: int = 1
@@ -45,7 +45,7 @@ class Setup:
 
     @property
     def sizes(self) -> list[int]:
-        """What the option may be. Without expert layers no data-parallel ranks share anything."""
+        """What the option may be. Without MoE layers no data-parallel ranks share anything."""
         chunks = [1] if self.moe is False else _divisors(self.data_parallel_size)
         return [self.tensor_parallel_size * chunk for chunk in chunks]
 
@@ -100,7 +100,7 @@ def _value(
         if tensor_parallel > 1:
             way = "leave it out: the model's tensor-parallel ranks share the layers without it"
         message = (
-            f"{OPTION} is {value}, and the model has no expert layers: its data-parallel ranks run independently, and "
+            f"{OPTION} is {value}, and the model has no MoE layers: its data-parallel ranks run independently, and "
             f"a rank would wait for others that do not come; {way}"
         )
         return (Broken("lockstep", message),)
@@ -117,9 +117,9 @@ def _value(
 
 def _may_be(setup: Setup, can_be_cut: Callable[[int], bool]) -> str:
     """What the option may be, and what would be allowed if only the layers could be cut for it."""
-    # An engine tells the ranks of a model without expert layers that their data-parallel size is 1: nothing is said of
+    # An engine tells the ranks of a model without MoE layers that their data-parallel size is 1: nothing is said of
     # that.
-    given = ["no expert layers" if setup.moe is False else f"data-parallel size {setup.data_parallel_size}"]
+    given = ["no MoE layers" if setup.moe is False else f"data-parallel size {setup.data_parallel_size}"]
     if setup.tensor_parallel_size > 1:
         given.append(f"tensor-parallel size {setup.tensor_parallel_size}")
     fit = [size for size in setup.sizes if can_be_cut(size)]
@@ -205,7 +205,7 @@ def _ascend(ascends: Any, setup: Setup) -> tuple[Broken, ...]:
     sizes = _divisors(setup.data_parallel_size)
     if setup.moe is False:
         message = (
-            f"{_ASCENDS} is {ascends!r}, and the model has no expert layers: vllm-ascend takes it for models that have "
+            f"{_ASCENDS} is {ascends!r}, and the model has no MoE layers: vllm-ascend takes it for models that have "
             "some; leave it out"
         )
         return (Broken("ascend", message),)

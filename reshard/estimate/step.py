@@ -10,27 +10,23 @@ from dataclasses import dataclass
 from math import ceil, log2
 from typing import Literal
 
+from reshard.checkpoint.description import Linear
 from reshard.errors import ProfileError
 from reshard.estimate.profile import GIB, MIB, Network, Profile
 from reshard.model.activation import SILU, Activation
 from reshard.schemes.table import Arithmetic, scheme_named
 
-Way = Literal["bf16", "dynamic", "static"]
 Kind = Literal["matmul", "vector", "gather", "scatter"]
 KINDS: tuple[Kind, ...] = ("matmul", "vector", "gather", "scatter")
 
 SWIGLU = Activation(SILU)
 _BF16, _INT32, _SCALE = 2, 4, 4  # bytes
-_WAYS: dict[Arithmetic, Way] = {
-    Arithmetic.FLOAT: "bf16",
-    Arithmetic.DYNAMIC: "dynamic",
-    Arithmetic.STATIC: "static",
-}
+_FLOAT, _DYNAMIC = Arithmetic.FLOAT, Arithmetic.DYNAMIC
 
 
-def way_of(scheme: str) -> Way:
-    """How a scheme's linears are run: as on an NPU, and on every other backend."""
-    return _WAYS[scheme_named(scheme, "--scheme").runs_as("npu")]
+def runs_as(linear: Linear) -> Arithmetic:
+    """How a linear is run on an NPU, and on every other backend: FLOAT, DYNAMIC or STATIC."""
+    return scheme_named(linear.variant.scheme, "--scheme").runs_as("npu")
 
 
 @dataclass(frozen=True)
@@ -119,8 +115,8 @@ class Split:
     tokens: int
     hidden_size: int
     share: int
-    gate_up: Way
-    down: Way
+    gate_up: Arithmetic
+    down: Arithmetic
     quantize_first: bool = True
     reduce_bytes: int = 2
     max_tokens: int | None = None
@@ -150,28 +146,28 @@ class Split:
     @property
     def token_bytes(self) -> int:
         """A token on its way to the others: [H] BF16, or [H] int8 and, quantized dynamically, its scale."""
-        if self.gate_up == "bf16" or not self.quantize_first:
+        if self.gate_up is _FLOAT or not self.quantize_first:
             return _BF16 * self.hidden_size
-        return self.hidden_size + (_SCALE if self.gate_up == "dynamic" else 0)
+        return self.hidden_size + (_SCALE if self.gate_up is _DYNAMIC else 0)
 
 
 def steps(split: Split) -> Iterator[Kernel | Collective]:
     """What the rank does, one after another: nothing is overlapped."""
     own, sent, rows, hidden, share = split.tokens, split.sent, split.rows, split.hidden_size, split.share
     copies, sum_bytes = split.tensor_parallel_size, split.reduce_bytes
-    travels, added, quantized = split.senders > 1, split.tp_size > 1, split.gate_up != "bf16"
+    travels, added, quantized = split.senders > 1, split.tp_size > 1, split.gate_up is not _FLOAT
 
     def vector(nbytes: int) -> Kernel:
         return Kernel("vector", nbytes)
 
-    def multiply(inner: int, columns: int, way: Way, out: int) -> Kernel:
-        each = _BF16 if way == "bf16" else 1
+    def multiply(inner: int, columns: int, way: Arithmetic, out: int) -> Kernel:
+        each = _BF16 if way is _FLOAT else 1
         moved = rows * (inner * each + columns * out)
-        return Kernel("matmul", moved, way != "bf16", 2 * rows * inner * columns, inner * columns * each)
+        return Kernel("matmul", moved, way is not _FLOAT, 2 * rows * inner * columns, inner * columns * each)
 
     if quantized and (split.quantize_first or not travels):
         yield vector(own * hidden * 3)
-    packed = travels and split.gate_up == "dynamic" and split.quantize_first
+    packed = travels and split.gate_up is _DYNAMIC and split.quantize_first
     if packed:
         yield vector(2 * own * split.token_bytes)  # integers and scale into one message
     if split.fixed:
@@ -185,14 +181,14 @@ def steps(split: Split) -> Iterator[Kernel | Collective]:
         yield vector(2 * rows * _SCALE)
     if quantized and travels and not split.quantize_first:
         yield vector(rows * hidden * 3)
-    fused = split.gate_up == split.down == "dynamic" and split.activation == SWIGLU
+    fused = split.gate_up is split.down is _DYNAMIC and split.activation == SWIGLU
     yield multiply(hidden, 2 * share, split.gate_up, _INT32 if fused else _BF16)
     if fused:
         yield vector(rows * share * (2 * _INT32 + 1))  # dequantize, SwiGLU, quantize in one
     else:
         for halves in _activation(split.activation):
             yield vector(rows * share * halves * _BF16)
-        if split.down != "bf16":
+        if split.down is not _FLOAT:
             yield vector(rows * share * 3)
     yield multiply(share, hidden, split.down, sum_bytes if added else _BF16)
     widened = added and sum_bytes > _BF16

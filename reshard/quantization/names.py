@@ -59,7 +59,7 @@ def pattern_only(entry: str, module: str) -> bool:
 def mentions(match: Match, entries: list[str], module: str, section: Section) -> bool:
     """Whether one of the entries means the module. Raises SourceError for an entry that is no pattern.
 
-    An entry may name gate and up by what engines make of them, gate_up_proj (vLLM's is_layer_skipped).
+    An entry may name linears by what engines stack them in (vLLM's is_layer_skipped).
     """
     parent, _, role = module.rpartition(".")
     stack = DENSE_FFN.stack(role)

@@ -1,5 +1,6 @@
 """Why a linear is not cut: what is said of it, what its tensors are, and what would mend it."""
 
+import json
 from collections.abc import Sequence
 
 from reshard.errors import SchemeError
@@ -7,14 +8,11 @@ from reshard.model.naming import CONFIG, MANIFEST
 from reshard.quantization.description import DESCRIPTION, is_description
 from reshard.quantization.formats import names_of_formats, needs_block, tensors_text, variants_of
 from reshard.quantization.methods import FP8_PB_WO, NO_BLOCK_SIZE
+from reshard.schemes.declare import quantization_config
 from reshard.schemes.match import QuantSpec, Stored, fitting_variant, is_plain, is_split, scheme_of
 from reshard.schemes.table import FLOAT, SCHEMES, VARIANTS, WAY_OUT
 
 _MODELSLIM = frozenset({"weight_offset", "quant_bias", "deq_scale"})
-_BLOCKS = {
-    "F8_E4M3": '"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128], …}',
-    "I8": '"quantization_config": {"quant_method": "blockwise_int8", "weight_block_size": [128, 128]}',
-}
 OPTION = "--scheme"
 _MENDS = {OPTION: "leave --scheme out", MANIFEST: "copy the set again"}
 _NOT_SPLIT = f"this version does not split it; {WAY_OUT}"
@@ -81,7 +79,7 @@ def no_account(module: str, found: Stored, *, has_config: bool) -> SchemeError:
         way = "put the latter, which ModelSlim writes and vllm-ascend needs, beside the files"
     elif fits and needs_block(fits[0].kind):
         missing += ", which says the size of the blocks that a scale stands for"
-        key = _BLOCKS[found["weight"].dtype]
+        key = f'"quantization_config": {json.dumps(quantization_config(fits[0], ["Linear"], []))}'
         way = f"put back {key}" if has_config else f"{way}, with {key}"
     elif formats and formats[0] not in SCHEMES:
         way = _NOT_SPLIT

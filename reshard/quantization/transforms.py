@@ -1,6 +1,6 @@
 """Transforms of activations that a quantized model makes while it runs: what has one in a dense layer is not cut.
 
-A Hadamard or Kronecker rotation in front of down_proj mixes all I intermediate features, of which a rank holds I/R.
+A Hadamard or Kronecker rotation in front of a row-parallel linear mixes all its inputs, of which a rank holds 1/R.
 What is fused into the weights offline (compressed-tensors' weight_input and weight_output, SpinQuant's R1 and R2,
 ModelSlim's global rotation) is in the weights that are cut.
 
@@ -62,10 +62,7 @@ HARMLESS_GLOBALS: Mapping[str, str] = {
 }
 """What ModelSlim's description says of rotations that no dense layer makes, and why (its docs, vllm-ascend's code)."""
 
-_CONTAINERS = frozenset(
-    {(), ("metadata",), ("optional",)}
-    | {("metadata", "quarot"), ("optional", "quarot"), ("optional", "quarot", "rotation_map")}
-)
+_CONTAINERS = {"metadata", "metadata.quarot", "optional", "optional.quarot", "optional.quarot.rotation_map"}
 _MARKS = ("kronecker_rotation", ".div.", ".linear.", "_trans", "svd_lowrank", "_input.weight", "_output.weight")
 
 
@@ -145,8 +142,7 @@ def _smelling(content: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
 
 def _check_description(file: str, content: Mapping[str, Any], mlps: Mapping[int, str]) -> None:
     """ModelSlim's globals, which are no tensors' names: what says anything of a rotation must be known."""
-    for path, value in _globals(content):
-        key = ".".join(path)
+    for key, value in _globals(content):
         if key in HARMLESS_GLOBALS or not _SMELLS.search(key) or not _says(value):
             continue
         layers = value.get("layers") if isinstance(value, dict) and "layers" in value else value
@@ -157,12 +153,13 @@ def _check_description(file: str, content: Mapping[str, Any], mlps: Mapping[int,
             raise SchemeError(f"{hit}: {file}: {key} names its layer; {_WHY}")
 
 
-def _globals(content: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _globals(content: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in content.items():
-        if path in _CONTAINERS and (*path, key) in _CONTAINERS and isinstance(value, dict):
-            yield from _globals(value, (*path, key))
-        elif path or "." not in key:
-            yield (*path, key), value
+        place = f"{within}.{key}" if within else key
+        if place in _CONTAINERS and isinstance(value, dict):
+            yield from _globals(value, place)
+        elif within or "." not in key:
+            yield place, value
 
 
 def _says(value: object) -> bool:

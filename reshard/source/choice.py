@@ -98,8 +98,9 @@ def _told_by_config(source: Source) -> str | None:
     """What is wrong in config.json is said where it is read for itself."""
     value = None
     if CONFIG in source.files():
+        raw = read_file(source, CONFIG)
         with contextlib.suppress(SourceError):
-            value = parse_json_object(read_file(source, CONFIG), CONFIG).get(TRANSFORMERS_KEY)
+            value = parse_json_object(raw, CONFIG).get(TRANSFORMERS_KEY)
     return str(PurePosixPath(str(value))) if value is not None else None
 
 

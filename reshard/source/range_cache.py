@@ -65,7 +65,7 @@ class _Piece:
 
 
 @dataclass(eq=False)
-class _Stage:
+class Stage:
     """A file's stage and the pieces that were asked for: disjoint, in order."""
 
     descriptor: int
@@ -73,7 +73,14 @@ class _Stage:
     pieces: list[_Piece] = field(default_factory=list)
 
     def write(self, at: int, chunk: bytes) -> None:
-        write_staged(self.descriptor, at, chunk)
+        """Put bytes where they belong. Raises SpaceError, SourceError."""
+        rest = memoryview(chunk)
+        try:
+            while rest:
+                done = os.pwrite(self.descriptor, rest, at)
+                at, rest = at + done, rest[done:]
+        except OSError as error:
+            raise _stage_error(error) from error
 
 
 class StagedSource(Source):
@@ -89,7 +96,7 @@ class StagedSource(Source):
         self._backoff = Backoff(policy, notify)
         self._fetchers = Fetchers(_CONNECTIONS)
         self._lock = threading.Lock()
-        self._stages: dict[str, _Stage] = {}
+        self._stages: dict[str, Stage] = {}
         self._read: dict[Range, bytes] = {}
         self._remote = self._waited(lambda: self._fetchers.now(lambda: self._persist(find, name)))
         self.origin = self._remote.origin
@@ -154,7 +161,7 @@ class StagedSource(Source):
             return interruptible(call, self.cancel)
         return call()
 
-    def _claim(self, file: str, start: int, stop: int) -> tuple[_Stage, list[_Piece]]:
+    def _claim(self, file: str, start: int, stop: int) -> tuple[Stage, list[_Piece]]:
         """The pieces that cover a range; those that nobody asked for yet are begun."""
         with self._lock:
             if file not in self._stages:
@@ -213,28 +220,17 @@ class StagedSource(Source):
                 self._backoff.after(fault, failures, what)
 
 
-def _stage(file: str, size: int) -> _Stage:
+def _stage(file: str, size: int) -> Stage:
     try:
         with contextlib.ExitStack() as undo:
             stream = undo.enter_context(tempfile.TemporaryFile(buffering=0, dir=_folder()))
             os.truncate(stream.fileno(), size)
-            stage = _Stage(stream.fileno(), MappedFile(stream.fileno(), file))
+            stage = Stage(stream.fileno(), MappedFile(stream.fileno(), file))
             undo.pop_all()
     except OSError as error:
         raise _stage_error(error) from error
     weakref.finalize(stage, stream.close).atexit = False  # not before the last thread that writes to it has gone
     return stage
-
-
-def write_staged(descriptor: int, at: int, chunk: bytes) -> None:
-    """Put bytes where they belong in a stage. Raises SpaceError, SourceError."""
-    rest = memoryview(chunk)
-    try:
-        while rest:
-            done = os.pwrite(descriptor, rest, at)
-            at, rest = at + done, rest[done:]
-    except OSError as error:
-        raise _stage_error(error) from error
 
 
 def _check_space(wanted: int) -> None:

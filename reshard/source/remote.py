@@ -3,6 +3,7 @@
 import posixpath
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any
 
 import fsspec
@@ -37,8 +38,9 @@ class RemoteFiles:
             first = self._states.get(file) or self._states.setdefault(file, self._state(path))
             data = self._read(path, self.sizes[file], start, stop)
             state = self._state(path)
-        except Exception as error:  # whatever the file system's package raises: a connection that broke, mostly
-            if _may_pass(self.fs, error):
+        except Exception as raised:  # whatever the file system's package raises: a connection that broke, mostly
+            error = _cause(self.fs, raised)
+            if _may_pass(error):
                 raise Fault(_said(error)) from None
             raise SourceError(f"{self.origin.name}: {file}: cannot be read: {_said(error)}") from None
         if state != first:
@@ -83,13 +85,14 @@ def find_folder(address: str) -> RemoteFiles:
         sizes = {entry["name"]: entry.get("size") for entry in files}
         unknown = [name for name, size in sizes.items() if size is None]  # not every listing has sizes
         sizes |= dict(zip(unknown, fs.sizes(unknown), strict=True)) if unknown else {}
-    except Exception as error:  # whatever the file system's package raises
-        if (_is_http(fs) or isinstance(error, OSError)) and _may_pass(fs, error):
-            raise Fault(_said(error)) from None
-        if isinstance(error, FileNotFoundError):
+    except Exception as raised:  # whatever the file system's package raises
+        cause = _cause(fs, raised)
+        if (_is_http(fs) or isinstance(cause, OSError)) and _may_pass(cause):
+            raise Fault(_said(cause)) from None
+        if isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) == HTTPStatus.NOT_FOUND:
             raise SourceError(f"{place}: no such folder at that address; check its spelling") from None
         raise SourceError(
-            f"{place}: cannot be listed ({_said(error)}); check the address and the credentials"
+            f"{place}: cannot be listed ({_said(cause)}); check the address and the credentials"
         ) from None
     if not sizes:
         raise SourceError(f"{place}: no files at that address; give the folder that holds the checkpoint's")
@@ -106,13 +109,15 @@ def _is_http(fs: Any) -> bool:
     return "http" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
 
 
-def _may_pass(fs: Any, error: BaseException) -> bool:
-    """Whether another try may mend it. Of HTTP fsspec says "not found", whatever happened; the cause tells."""
-    if _is_http(fs):
-        error = error.__cause__ or error
-        if (status := getattr(error, "status", None)) is not None:
-            return status in MAY_PASS
-    return not isinstance(error, _STAYS)
+def _cause(fs: Any, error: BaseException) -> BaseException:
+    """Of HTTP fsspec says "not found", whatever happened."""
+    return error.__cause__ or error if _is_http(fs) else error
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether another try may mend it: by the HTTP status, where it has one."""
+    status = getattr(error, "status", None)
+    return status in MAY_PASS if isinstance(status, int) else not isinstance(error, _STAYS)
 
 
 def _name(address: str) -> str:
@@ -122,6 +127,6 @@ def _name(address: str) -> str:
     return path.strip("/").rpartition("/")[2] or protocol or "remote"
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     """What a library says went wrong, in one line, with its kind: some say only a name."""
     return f"{type(error).__name__}: {redacted(error)}".rstrip(": ")

@@ -63,7 +63,7 @@ def test_every_bad_input_fails_in_the_words_of_split(case: Any, tmp_path: Path) 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("scheme", ["bf16", "fp8_block"])
 def test_a_config_alone_promises_the_dense_ffn_and_no_more(model: str, scheme: str) -> None:
-    """The first public implementation of the option caught expert layers. The names are frozen, not computed."""
+    """The first public implementation of the option caught MoE layers. The names are frozen, not computed."""
     config_json = json.loads((CONFIGS / f"{model}.json").read_text())
     checkpoint = config_checkpoint(config_json, model, scheme)
     assert sorted(tensor.name for tensor in checkpoint.tensors()) == FROZEN[model][scheme]

@@ -153,7 +153,7 @@ def test_ranks_that_were_exchanged(shards: Path) -> None:
 
 @pytest.mark.parametrize("name", ["shared_experts", "experts.7"])
 def test_an_expert_s_weights_have_no_place_in_a_set(shards: Path, name: str) -> None:
-    """The first public implementation of the option caught expert layers: a set that holds some is refused.
+    """The first public implementation of the option caught MoE layers: a set that holds some is refused.
 
     The file and its manifest agree here, so that nothing but the name tells.
     """

@@ -54,16 +54,16 @@ def test_a_model_without_experts() -> None:
     """What a rank of such a model is told of its data-parallel size is 1: nothing is said of that."""
     for data in (16, 1):
         (message,) = _messages(8, Setup(data, 1, moe=False), 8)
-        assert message.startswith("denseffn_tensor_parallel_size is 8, and the model has no expert layers")
+        assert message.startswith("denseffn_tensor_parallel_size is 8, and the model has no MoE layers")
         assert message.endswith("; use tensor parallelism for it")
         (message,) = _messages(8, Setup(data, 4, moe=False), 8)
-        assert message.startswith("denseffn_tensor_parallel_size is 8, and the model has no expert layers")
+        assert message.startswith("denseffn_tensor_parallel_size is 8, and the model has no MoE layers")
         assert message.endswith("; leave it out: the model's tensor-parallel ranks share the layers without it")
         assert _messages(1, Setup(data, 4, moe=False), 8) == [
-            "denseffn_tensor_parallel_size is 1; with no expert layers and tensor-parallel size 4 it may be 4"
+            "denseffn_tensor_parallel_size is 1; with no MoE layers and tensor-parallel size 4 it may be 4"
         ]
         assert _messages(True, Setup(data, 1, moe=False)) == [
-            "denseffn_tensor_parallel_size is True; with no expert layers it may be 1"
+            "denseffn_tensor_parallel_size is True; with no MoE layers it may be 1"
         ]
 
 
@@ -209,7 +209,7 @@ def test_ascends_split_of_a_model_without_experts() -> None:
     (rule,) = broken_rules(_ascends(8), Setup(16, 1, False, 2), 8)
     assert (rule.rule, rule.message) == (
         "ascend",
-        "finegrained_tp_config.mlp_tensor_parallel_size is 8, and the model has no expert layers: vllm-ascend takes it "
+        "finegrained_tp_config.mlp_tensor_parallel_size is 8, and the model has no MoE layers: vllm-ascend takes it "
         "for models that have some; leave it out",
     )
 

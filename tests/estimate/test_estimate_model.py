@@ -17,13 +17,14 @@ from reshard.errors import AlignmentError, ProfileError, SchemeError
 from reshard.estimate.document import SchemeEstimate, Size
 from reshard.estimate.profile import GIB, Profile, Tiles, load_profile
 from reshard.estimate.sizes import Options, alignment, estimate
-from reshard.estimate.step import KINDS, Collective, Kernel, Split, Way, layer_seconds, level_for, steps, wire
+from reshard.estimate.step import KINDS, Collective, Kernel, Split, layer_seconds, level_for, steps, wire
 from reshard.model.activation import Activation
 from reshard.plan.pipeline import Cut
+from reshard.schemes.table import Arithmetic
 from reshard.source.open import describe, open_source
 from reshard_runtime import DenseFFN, load_shard
 from tests.support.builders import RECIPES, Spec, build, read_safetensors
-from tests.support.estimating import A2, A3, R1, estimated, r1
+from tests.support.estimating import A2, A3, DYNAMIC, FLOAT, R1, STATIC, estimated, r1
 from tests.support.running import reshard, split
 
 # A device of round numbers: 1 TFLOP/s, 2 TOP/s, 1 GiB/s of memory, four devices in a mesh of 3 GB/s, then a switch.
@@ -141,7 +142,7 @@ def test_a_group_gets_the_innermost_level_that_holds_it() -> None:
         level_for(ROUND, 65)
 
 
-WAYS = st.sampled_from(["bf16", "dynamic", "static"])
+WAYS = st.sampled_from([FLOAT, DYNAMIC, STATIC])
 
 
 @given(
@@ -152,7 +153,7 @@ WAYS = st.sampled_from(["bf16", "dynamic", "static"])
     WAYS,
     WAYS,
     st.booleans(),
-    st.none() | st.integers(1024, 2048),
+    st.none() | st.integers(1025, 2048),  # no fewer than twice the tokens, and some zeros below them
     st.sampled_from([1, 2, 4]),
 )
 def test_more_of_anything_never_takes_less(
@@ -160,8 +161,8 @@ def test_more_of_anything_never_takes_less(
     tokens: int,
     hidden: int,
     share: int,
-    gate_up: Way,
-    down: Way,
+    gate_up: Arithmetic,
+    down: Arithmetic,
     first: bool,
     max_tokens: int | None,
     copies: int,
@@ -186,7 +187,7 @@ def test_more_of_anything_never_takes_less(
 
 
 def test_bytes_and_messages_on_the_wire() -> None:
-    dynamic = Split(8, 24, 7168, 2304, "dynamic", "dynamic")
+    dynamic = Split(8, 24, 7168, 2304, DYNAMIC, DYNAMIC)
     sums = 24 * 7 * 2 * 7168
     assert wire(A2, dynamic) == (24 * 7 * (7168 + 4), sums, 14)
     assert wire(A2, replace(dynamic, quantize_first=False)) == (sums, sums, 14)
@@ -208,7 +209,7 @@ def test_bytes_and_messages_on_the_wire() -> None:
 )
 def test_an_activation_costs_the_kernels_that_the_npu_backend_calls(activation: Activation, kernels: list[int]) -> None:
     """Bytes for each of [rows, L], quantizing down's tokens among them: only plain SwiGLU is fused with it."""
-    split = Split(1, 24, 7168, 2304, "dynamic", "dynamic", activation=activation)
+    split = Split(1, 24, 7168, 2304, DYNAMIC, DYNAMIC, activation=activation)
     first, _, *between, _ = steps(split)
     assert (first.kind, {step.kind for step in between}) == ("vector", {"vector"})
     assert [step.activation_bytes / (24 * 2304) for step in between if isinstance(step, Kernel)] == kernels
@@ -299,7 +300,7 @@ def test_layers_of_several_schemes_add_up(tmp_path: Path) -> None:
     build(tmp_path / "model", Spec("modelslim_dynamic", down_recipe="modelslim_float"))
     (size,) = _estimate(tmp_path / "model", 2).sizes
     assert size.gathered_as_int8 is not None
-    layer = Split(2, 24, 256, 256, "dynamic", "bf16")
+    layer = Split(2, 24, 256, 256, DYNAMIC, FLOAT)
     run = size.gathered_as_int8
     assert run.step_seconds == pytest.approx(2 * sum(layer_seconds(A2, layer).values()))
     assert (run.gather_bytes_per_layer, run.scatter_bytes_per_layer, run.messages_per_layer) == wire(A2, layer)
@@ -308,7 +309,7 @@ def test_layers_of_several_schemes_add_up(tmp_path: Path) -> None:
 # --- alignment ---
 
 
-def splits(share: int, hidden: int, gate_up: Way, down: Way) -> list[Split]:
+def splits(share: int, hidden: int, gate_up: Arithmetic, down: Arithmetic) -> list[Split]:
     return [Split(1, 24, hidden, share, gate_up, down)]
 
 
@@ -317,29 +318,29 @@ def splits(share: int, hidden: int, gate_up: Way, down: Way) -> list[Split]:
     [(8, True, True, True), (32, True, True, False), (128, True, True, False), (256, False, False, False)],
 )
 def test_r1_s_tiles_and_blocks(tp_size: int, bf16: bool, int8: bool, blocks: bool) -> None:
-    ways: list[tuple[Way, bool]] = [("bf16", bf16), ("dynamic", int8), ("static", int8)]
+    ways: list[tuple[Arithmetic, bool]] = [(FLOAT, bf16), (DYNAMIC, int8), (STATIC, int8)]
     for way, tiles in ways:
         found = alignment(A2.alignment, splits(18432 // tp_size, 7168, way, way))
         assert (found.tiles, found.blocks, found.too_wide) == (tiles, blocks, False)
         assert bool(found.notes) is not tiles
         if not tiles:
-            number = "16 x 16 tiles of BF16" if way == "bf16" else "16 x 32 tiles of INT8"
+            number = "16 x 16 tiles of BF16" if way is FLOAT else "16 x 32 tiles of INT8"
             assert f"I/R = 72 is no multiple of 16: down_proj is no whole {number}" in "; ".join(found.notes)
 
 
 def test_kernels_that_take_narrow_matrices_only() -> None:
-    wide = alignment(A2.alignment, splits(53248, 16384, "dynamic", "dynamic"))
+    wide = alignment(A2.alignment, splits(53248, 16384, DYNAMIC, DYNAMIC))
     assert (wide.tiles, wide.too_wide) == (True, True)
     assert wide.notes == ("gate_up_proj is 106496 wide, the int8 kernel takes up to 65535: cut it for a larger group",)
-    assert not alignment(A2.alignment, splits(53248, 16384, "bf16", "bf16")).too_wide
-    assert not alignment(A2.alignment, splits(53248, 16384, "bf16", "dynamic")).too_wide
-    assert not alignment(A2.alignment, splits(53248 // 2, 16384, "dynamic", "dynamic")).too_wide
+    assert not alignment(A2.alignment, splits(53248, 16384, FLOAT, FLOAT)).too_wide
+    assert not alignment(A2.alignment, splits(53248, 16384, FLOAT, DYNAMIC)).too_wide
+    assert not alignment(A2.alignment, splits(53248 // 2, 16384, DYNAMIC, DYNAMIC)).too_wide
 
 
 def test_a_device_without_tiles_has_no_verdict_on_them() -> None:
-    assert alignment(None, splits(7, 5, "bf16", "bf16")).tiles is None
+    assert alignment(None, splits(7, 5, FLOAT, FLOAT)).tiles is None
     tiles = Tiles(bf16_tile=[16, 16], int8_tile=[16, 32])
-    assert len(alignment(tiles, splits(7, 5, "bf16", "bf16")).notes) == 4
+    assert len(alignment(tiles, splits(7, 5, FLOAT, FLOAT)).notes) == 4
 
 
 # --- the recommendation ---

@@ -8,7 +8,7 @@ from reshard.errors import AlignmentError, UsageError
 from reshard.estimate.profile import load_profile
 from reshard.estimate.sizes import Options
 from reshard.estimate.step import Collective, Kernel, Split, layer_seconds, wire
-from tests.support.estimating import A2, estimated, r1
+from tests.support.estimating import A2, DYNAMIC, FLOAT, STATIC, estimated, r1
 
 # --- fixed rows ---
 
@@ -21,7 +21,7 @@ def test_fixed_rows_are_multiplied_whatever_they_hold(reduce_bytes: int) -> None
     """
     tokens, rows, hidden, share = 3, 10, 512, 128
     plain = load_profile("atlas-a2-376t", ["memory.cache_mib=0", "static.vector_us=0"])
-    counted = Split(4, tokens, hidden, share, "dynamic", "dynamic", reduce_bytes=reduce_bytes)
+    counted = Split(4, tokens, hidden, share, DYNAMIC, DYNAMIC, reduce_bytes=reduce_bytes)
     all_tokens = replace(counted, tokens=rows)
     fixed = replace(counted, max_tokens=rows)
     seconds, full = layer_seconds(plain, fixed), layer_seconds(plain, all_tokens)
@@ -41,8 +41,8 @@ def test_fixed_rows_are_multiplied_whatever_they_hold(reduce_bytes: int) -> None
 
 def test_as_many_fixed_rows_as_tokens_cost_three_copies() -> None:
     """Tokens in, partial sums in, result out: what fits the cache takes the static cost of a kernel."""
-    for way in ("bf16", "dynamic", "static"):
-        counted = Split(8, 24, 7168, 2304, way, way)  # type: ignore[arg-type]
+    for way in (FLOAT, DYNAMIC, STATIC):
+        counted = Split(8, 24, 7168, 2304, way, way)
         fixed = layer_seconds(A2, replace(counted, max_tokens=24))
         more = {kind: seconds - layer_seconds(A2, counted)[kind] for kind, seconds in fixed.items()}
         assert more == pytest.approx({"matmul": 0, "vector": 3 * 2e-6, "gather": 0, "scatter": 0})
@@ -50,7 +50,7 @@ def test_as_many_fixed_rows_as_tokens_cost_three_copies() -> None:
 
 def test_rows_that_stay_are_not_fixed() -> None:
     for copies in (1, 4):
-        alone = Split(copies, 24, 7168, 2304, "dynamic", "dynamic", tensor_parallel_size=copies)
+        alone = Split(copies, 24, 7168, 2304, DYNAMIC, DYNAMIC, tensor_parallel_size=copies)
         assert layer_seconds(A2, replace(alone, max_tokens=64)) == layer_seconds(A2, alone)
 
 
@@ -83,7 +83,7 @@ def test_fewer_rows_than_tokens_are_refused() -> None:
 
 def test_tokens_travel_among_data_parallel_ranks_and_sums_are_added_by_tensor_parallel_ones() -> None:
     """16 ranks, 4 data-parallel ones of 4: the four that exchange rows lie over two meshes of eight."""
-    split = Split(16, 24, 7168, 1152, "dynamic", "dynamic", tensor_parallel_size=4)
+    split = Split(16, 24, 7168, 1152, DYNAMIC, DYNAMIC, tensor_parallel_size=4)
     sums = 24 * 2 * 2 * 7168 * 3 // 4
     assert wire(A2, split) == (24 * 3 * 7172, 24 * 3 * 2 * 7168 + sums, 2 * 2 + 2 * 3)
     seconds, four = layer_seconds(A2, split), replace(split, tp_size=4, tensor_parallel_size=1)

@@ -225,9 +225,7 @@ def test_a_config_alone_of_a_family_that_is_known() -> None:
     found = config_checkpoint(SIZES | pangu, "model")
     assert [layer.index for layer in found.layers] == [0, 1, 2]
     assert found.warnings == ()
-    with pytest.raises(
-        LayersError, match=r"no dense layer: config.json \(mixtral: every layer is a mixture of experts"
-    ):
+    with pytest.raises(LayersError, match=r"no dense layer: config.json \(mixtral: every layer is a MoE layer"):
         config_checkpoint(SIZES | {"model_type": "mixtral", "num_local_experts": 8}, "model")
     with pytest.raises(LayersError, match="llama4_text: its layers are named feed_forward"):
         config_checkpoint(SIZES | {"model_type": "llama4_text", "num_local_experts": 8}, "model")

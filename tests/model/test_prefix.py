@@ -262,14 +262,14 @@ def test_other_modules_alone_are_no_language_model(tmp_path: Path, beside: str) 
         ("model.transformer.blocks.0.ff_proj.weight", "an MLP without gate_proj, up_proj and down_proj, which"),
         ("backbone.layers.0.mixer.up_proj.weight", "an MLP without a gate, named mixer (Nemotron-H)"),
         ("model.layers.0.mlp.gate_and_up_proj.weight", "gate and up stacked with up first (Hunyuan-Large)"),
-        ("model.layers.0.block_sparse_moe.experts.0.w1.weight", "expert layers"),
-        ("model.layers.0.feed_forward.experts.0.w1.weight", "expert layers"),
+        ("model.layers.0.block_sparse_moe.experts.0.w1.weight", "MoE layers"),
+        ("model.layers.0.feed_forward.experts.0.w1.weight", "MoE layers"),
         ("model.layers.0.mlps.0.gate_proj.weight", "LongCat's two MLPs a layer"),
         ("layers.0.ffn.w1.weight", "DeepSeek's own names (its inference/convert.py)"),
-        ("layers.1.ffn.experts.0.w1.weight", "DeepSeek's own names, and expert layers all of them"),
+        ("layers.1.ffn.experts.0.w1.weight", "DeepSeek's own names, and MoE layers all of them"),
         ("ernie.layers.0.mlp.up_gate_proj.weight", "PaddlePaddle's names"),
         ("h.0.mlp.c_fc.weight", "an MLP without gate_proj"),
-        ("model.layers.0.mlp.experts.0.gate_proj.weight", "expert layers"),
+        ("model.layers.0.mlp.experts.0.gate_proj.weight", "MoE layers"),
     ],
 )
 def test_names_of_other_schools_are_told_by_name(tmp_path: Path, name: str, says: str) -> None:
@@ -289,7 +289,7 @@ def test_adapters_of_each_kind_of_input_are_not_to_be_merged() -> None:
 
 def test_a_tower_is_the_nearest_only_where_there_is_nothing_else() -> None:
     tower, experts = "model.visual.layers.0.mlp.fc1.weight", "model.layers.0.mlp.experts.0.up_proj.weight"
-    assert what_is_there([tower, experts]) == f"; the nearest is {experts}: expert layers"
+    assert what_is_there([tower, experts]) == f"; the nearest is {experts}: MoE layers"
     assert what_is_there([tower]).startswith(f"; the nearest is {tower}: an MLP without gate_proj")
 
 

@@ -363,17 +363,6 @@ REAL_SCHEMES = {
     "msmodelslim_v0-w8a8_static": "w8a8_static",
     "tiny-bf16": "bf16",
 }
-REAL_SUFFIXES = {
-    "llmcompressor-fp8_block": {"weight", "weight_scale"},
-    "llmcompressor-w8a8": {"weight", "weight_scale"},
-    "llmcompressor-w8a8-all-dense": {"weight", "weight_scale"},
-    "msmodelslim-w8a8_dynamic_sharded": {"weight", "weight_scale", "weight_offset"},
-    "msmodelslim_v0-w8a8_mla_static_mlp_dynamic": {"weight", "weight_scale", "weight_offset"},
-    "msmodelslim_v0-w8a8_static": {
-        *("weight", "weight_scale", "weight_offset", "input_scale", "input_offset", "quant_bias", "deq_scale")
-    },
-    "tiny-bf16": {"weight"},
-}
 
 
 def test_every_real_checkpoint_is_listed() -> None:
@@ -387,6 +376,6 @@ def test_real_checkpoints(name: str) -> None:
     assert [layer.index for layer in found.layers] == ([0, 1, 2] if name.endswith("all-dense") else [0, 1])
     for layer in found.layers:
         for role in ROLES:
-            assert layer.linears[role].tensors.keys() == REAL_SUFFIXES[name]
+            assert layer.linears[role].tensors.keys() == layer.linears[role].variant.suffixes
             wanted = (256, 512) if role == DOWN else (512, 256)
             assert layer.linears[role].tensors["weight"].shape == wanted

@@ -117,7 +117,7 @@ def test_a_missing_file_of_a_dense_layer_is_an_error(model: Path, tmp_path: Path
 
 
 def test_tensors_that_were_dropped_are_a_warning(model: Path) -> None:
-    """The prediction block of R1, taken out of the files and left in the index; a dense one is none of the layers."""
+    """The MTP layer of R1, taken out of the files and left in the index; a dense one is none of the layers."""
     config = json.loads((model / "config.json").read_text())
     block = config["num_hidden_layers"]
     config["num_nextn_predict_layers"] = 1

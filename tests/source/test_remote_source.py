@@ -14,9 +14,10 @@ from reshard.errors import SourceError, SpaceError, UsageError
 from reshard.plan.pipeline import Cut, prepare
 from reshard.source.address import redacted
 from reshard.source.open import describe, open_source
-from reshard.source.range_cache import write_staged
+from reshard.source.range_cache import Stage
 from reshard.source.remote import find_folder
 from reshard.source.retry import Fault, RetryPolicy
+from reshard.tensors.mapped import MappedFile
 from reshard.writer.split import SplitOptions, write_shards
 from tests.support.builders import Spec, build
 from tests.support.running import Done, reshard, reshard_process, same_but_for_the_origin, split
@@ -198,10 +199,15 @@ def test_messages_hold_no_credentials() -> None:
     assert "abc" not in str(raised.value)
 
 
-def test_a_stage_that_is_full() -> None:
+def test_a_stage_that_is_full(tmp_path: Path) -> None:
+    (tmp_path / "mapped").write_bytes(b"data")
     said = r"the disk is full .*; let TMPDIR name a folder with more room"
-    with Path("/dev/full").open("r+b", buffering=0) as full, pytest.raises(SpaceError, match=said):
-        write_staged(full.fileno(), 0, b"data")
+    with (
+        (tmp_path / "mapped").open("rb") as mapped,
+        Path("/dev/full").open("r+b", buffering=0) as full,
+        pytest.raises(SpaceError, match=said),
+    ):
+        Stage(full.fileno(), MappedFile(mapped.fileno(), "mapped")).write(0, b"data")
 
 
 # --- S3 ---

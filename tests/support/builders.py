@@ -319,7 +319,7 @@ def linear(
 
 @dataclass
 class Spec:
-    """A small checkpoint: `dense` dense layers, then one MoE layer and a prediction block that must stay whole."""
+    """A small checkpoint: `dense` dense layers, then one MoE layer and an MTP layer that must stay whole."""
 
     recipe: str = "bf16"
     hidden: int = 256
@@ -347,7 +347,7 @@ def tensors_of(spec: Spec) -> dict[str, Raw]:
                 up[f"{prefix}.up_proj.{suffix}"] = gate[f"{prefix}.gate_proj.{suffix}"]
         found |= gate | up | linear(rng, down, f"{prefix}.down_proj", spec.hidden, spec.intermediate, spec.computable)
         found[f"model.layers.{layer}.input_layernorm.weight"] = random_raw(rng, "BF16", (spec.hidden,))
-    for layer in (spec.dense, spec.dense + 1):  # the second one is the prediction block
+    for layer in (spec.dense, spec.dense + 1):  # the second one is the MTP layer
         for module in ("experts.0", "shared_experts"):
             for role in _ROLES:
                 name = f"model.layers.{layer}.mlp.{module}.{role}.weight"

@@ -7,8 +7,10 @@ from reshard.checkpoint.description import Checkpoint
 from reshard.estimate.document import SchemeEstimate
 from reshard.estimate.profile import Profile, load_profile
 from reshard.estimate.sizes import Options, estimate
+from reshard.schemes.table import Arithmetic
 from tests.support.paths import CONFIGS
 
+FLOAT, DYNAMIC, STATIC = Arithmetic.FLOAT, Arithmetic.DYNAMIC, Arithmetic.STATIC
 A2, A3 = load_profile("atlas-a2-376t"), load_profile("atlas-a3-752t")
 R1 = CONFIGS / "deepseek-r1.json"
 

@@ -44,7 +44,7 @@ def make(config: dict[str, Any], folder: Path, options: SynthOptions, tick: Tick
 
 
 def small(folder: Path, scheme: str, **options: Any) -> dict[str, Raw]:
-    """A small R1 of four layers: three dense ones, one mixture, and the prediction block."""
+    """A small R1 of four layers: three dense ones, one mixture, and the MTP layer."""
     make(config_of("deepseek-r1"), folder, SynthOptions(scheme, SMALL, 4, **options))
     return read_folder(folder)
 
@@ -308,7 +308,7 @@ def test_first_layers(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["num_hidden_layers"], config["first_k_dense_replace"]) == (2, 2)
     assert {int(name.split(".")[2]) for name in names if name.startswith("model.layers.")} == {0, 1, 2}
-    assert "model.layers.2.mlp.experts.0.gate_proj.weight" in names  # the prediction block
+    assert "model.layers.2.mlp.experts.0.gate_proj.weight" in names  # the MTP layer
     assert "model.layers.2.eh_proj.weight" in names
     assert "model.layers.1.mlp.gate_proj.weight" in names
 

@@ -130,7 +130,7 @@ def test_a_model_without_experts_has_no_lockstep(ranks: GetRanks, dense: Path, t
     """vLLM runs each data-parallel rank of such a model as an engine of its own, of data-parallel size 1."""
     model = write_llama(tmp_path / "model")
     served = Served(model, dense.parent / "tp2", option=2)
-    _fails(ranks(1), served, "denseffn_tensor_parallel_size is 2, and the model has no expert layers")
+    _fails(ranks(1), served, "denseffn_tensor_parallel_size is 2, and the model has no MoE layers")
 
 
 def test_dense_layers_that_are_not_deepseeks(pair: Ranks, tmp_path: Path) -> None:

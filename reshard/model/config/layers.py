@@ -99,7 +99,7 @@ def _account(rule: Rule, keys: Keys, every: range, language: Mapping[str, Any]) 
     except UnknownKindError as error:
         return Account(None, str(error))
     if not rule.keys:
-        return Account(layers, f"{model_type}: every layer is a mixture of experts")
+        return Account(layers, f"{model_type}: every layer is a MoE layer")
     said = []
     for key in rule.keys:
         if key in keys.maps[0]:

@@ -92,7 +92,7 @@ def read_model_config(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def has_experts(config: Mapping[str, Any]) -> bool:
-    """Whether a model has expert layers, by the keys that count them: an engine asks no more, and one counts.
+    """Whether a model has MoE layers, by the keys that count them: an engine asks no more, and one counts.
 
     config: the whole of config.json.
     """

@@ -7,6 +7,7 @@ import typer
 
 from reshard.cli.options import ADDRESS, Debug, Format, Index, Revision, Scheme
 from reshard.cli.output import Output, Table, size_text
+from reshard.model.parts import DENSE_FFN
 
 if TYPE_CHECKING:
     from reshard.checkpoint.description import Checkpoint, Tensor
@@ -105,11 +106,12 @@ def _lines(document: dict[str, Any]) -> Iterator[str | Table]:
     yield Table(("tensor", "scheme", "dtype", "shape", ">size", "where"), rows)
     yield ""
     model, shard_set = document["model"], document.get("shard_set")
+    sizes = ", ".join(f"{name} {model[name]}" for name in DENSE_FFN.sizes)
     layers = ", ".join(str(layer["index"]) for layer in document["layers"])
     activations = ", ".join(dict.fromkeys(str(layer["activation"] or "not known") for layer in document["layers"]))
     yield (
-        f"{document['source']['name']}: {model['model_type'] or 'model'}, hidden_size {model['hidden_size']}, "
-        f"intermediate_size {model['intermediate_size']}, dense layers {layers}, activation {activations}"
+        f"{document['source']['name']}: {model['model_type'] or 'model'}, {sizes}, "
+        f"dense layers {layers}, activation {activations}"
     )
     dense = f"{size_text(document['dense_bytes'])} of {document['scheme']}"
     if shard_set:

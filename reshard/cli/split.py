@@ -151,7 +151,7 @@ def _report(output: Output, prepared: "Prepared", out: str, result: "SplitResult
         "scheme": scheme_name(prepared.checkpoint.layers),
         "tp_size": plan.tp_size,
         "layout": plan.layout,
-        "padded_intermediate_size": plan.padding.padded if plan.padding else None,
+        f"padded_{prepared.checkpoint.part.size}": plan.padding.padded if plan.padding else None,
         "layers": [layer.index for layer in prepared.checkpoint.layers],
         "unsplit_bytes": whole,
         "saved_bytes_per_device": whole - largest,
@@ -191,9 +191,9 @@ def _lines(document: dict[str, Any], prepared: "Prepared") -> Iterator[str | Tab
         f"{document['scheme']}, {layers} dense {'layer' if layers == 1 else 'layers'}: {size_text(whole)} unsplit; "
         f"each device holds {size_text(whole - saved)} and saves {size_text(max(0, saved))}"
     )
-    padded = document["padded_intermediate_size"]
-    if padded:
-        yield f"padded: intermediate_size {prepared.checkpoint.model.intermediate_size} to {padded}"
+    if prepared.plan.padding:
+        name, size = prepared.checkpoint.part.size, prepared.checkpoint.shared_size
+        yield f"padded: {name} {size} to {prepared.plan.padding.padded}"
     if document["dry_run"]:
         yield "dry run: nothing was written"
     elif document["complete"]:

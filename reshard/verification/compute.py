@@ -19,10 +19,9 @@ from reshard.errors import MismatchError
 from reshard.manifest import Manifest
 from reshard.model.activation import not_computed
 from reshard.model.naming import CONFIG, layers_named
-from reshard.model.parts import DOWN, GATE, GATE_UP, UP
 from reshard.source.base import Source
 from reshard.tensors.header import Header, TensorInfo
-from reshard.verification.expect import expect, groups, misfits, read_headers
+from reshard.verification.expect import expect, misfits, read_headers
 from reshard.verification.gate import F64
 from reshard.verification.layer import Run, Sum, Tick, partial_sum, unsplit
 from reshard.verification.reference import (
@@ -77,7 +76,7 @@ def compare_computation(
             left_out.setdefault(not_computed(activation, config=has_config) or "", []).append(layer.index)
             continue
         try:
-            whole = {r: reference.linear(layer.linears[r], _module(layer, r, manifest)) for r in (GATE, UP, DOWN)}
+            whole = {r: reference.linear(linear, _module(layer, r, manifest)) for r, linear in layer.linears.items()}
             ranks = _rank_linears(shards, manifest, headers, layer, whole)
         except MismatchError as error:
             findings.append(Finding("computation", module, f"not computed: {error}"))
@@ -88,7 +87,7 @@ def compare_computation(
             split_HT += partial_sum(ranks[tp_rank], activation, x_HT, Run(tick, terms=False))
         # Either side's error is at most the roundings that a result goes through, one after the other (those of the two
         # sums, of the ranks' sum, a few for the activation and scales), times 2^-53 of its terms; eps is twice that.
-        additions = len(x_HT) + whole[GATE].tensors["weight"].rows + manifest.tp_size + _OTHER_ROUNDINGS
+        additions = len(x_HT) + layer.part.shared_size(checkpoint.model) + manifest.tp_size + _OTHER_ROUNDINGS
         bound = additions * float(np.finfo(np.float64).eps)
         difference, wrong = _judge(sums, split_HT, bound)
         if math.isfinite(difference):
@@ -118,7 +117,8 @@ def _judge(unsplit_HT: Sum, split_HT: F64, bound: float) -> tuple[float, str | N
 
 
 def _module(layer: Layer, role: str, manifest: Manifest) -> str:
-    return f"{layer.module}.{GATE_UP if manifest.layout == 'fused' and role != DOWN else role}"
+    stack = layer.part.stack(role) if manifest.layout == "fused" else None
+    return f"{layer.module}.{stack or role}"
 
 
 def _rank_linears(
@@ -130,19 +130,16 @@ def _rank_linears(
 ) -> list[dict[str, LinearGrids]]:
     """Each rank's own linears by shard module. Raises MismatchError where a tensor is missing or of another shape."""
     ranks: list[dict[str, LinearGrids]] = [{} for _ in headers]
-    for group in groups(manifest.layout):
-        module = f"{layer.module}.{group.module}"
-        like = whole[group.roles[0]]
-        expected = {
-            rank: expect(group, module, [whole[role] for role in group.roles], manifest, rank) for rank in headers
-        }
+    for module in layer.part.laid_out(manifest.layout):
+        name, linears = f"{layer.module}.{module.name}", [whole[role.name] for role in module.roles]
+        expected = {rank: expect(module, name, linears, manifest, rank) for rank in headers}
         for unfit in misfits(manifest, headers, expected):
             raise MismatchError(f"{unfit.where}: {unfit.message}")
         for rank, tensors in expected.items():
             file = manifest.shards[rank].file
             infos = [(tensor.name, headers[rank].tensors[tensor.name]) for tensor in tensors]
             grids = {name.rpartition(".")[2]: _shard_grid(shards, file, name, info) for name, info in infos}
-            ranks[rank][group.module] = LinearGrids(like.variant, like.block, grids)
+            ranks[rank][module.name] = LinearGrids(linears[0].variant, linears[0].block, grids)
     return ranks
 
 

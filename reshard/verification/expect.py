@@ -15,7 +15,7 @@ from reshard.checks.finding import Finding
 from reshard.errors import HeaderError, MismatchError
 from reshard.manifest import Manifest
 from reshard.model.naming import MANIFEST
-from reshard.model.parts import DOWN, GATE, GATE_UP, UP
+from reshard.model.parts import DENSE_FFN, Module, Parallel
 from reshard.schemes.table import Operand, Shape, TensorRule
 from reshard.source.base import Source, read_header
 from reshard.tensors.header import Header
@@ -45,58 +45,40 @@ class Expected:
     pieces: tuple[Piece, ...]
 
 
-@dataclass(frozen=True)
-class Group:
-    """One shard module of a layer: gate and up stacked, or one linear alone."""
-
-    module: str
-    roles: tuple[str, ...]
-
-    @property
-    def is_down(self) -> bool:
-        """Whether it is the row-parallel one."""
-        return self.roles == (DOWN,)
-
-
-def groups(layout: str) -> tuple[Group, ...]:
-    """The modules that a layer has in a shard."""
-    columns = (Group(GATE_UP, (GATE, UP)),) if layout == "fused" else (Group(GATE, (GATE,)), Group(UP, (UP,)))
-    return (*columns, Group(DOWN, (DOWN,)))
-
-
 def expect(
-    group: Group, module: str, linears: Sequence[LinearGrids], manifest: Manifest, tp_rank: int
+    module: Module, name: str, linears: Sequence[LinearGrids], manifest: Manifest, tp_rank: int
 ) -> list[Expected]:
-    """The tensors of a module in one rank's shard. linears: the source's gate and up, or one of the three.
+    """The tensors of a module in one rank's shard. linears: the source's that are stacked in it, or the one that it is.
 
     Raises MismatchError where the manifest's sizes give the ranks no equal shares of whole blocks.
     """
-    share = _share(manifest, linears[0], group.is_down)
+    by_rows = module.parallel is Parallel.COLUMN
+    share = _share(manifest, linears[0], 0 if by_rows else 1)
     found = []
     for rule in linears[0].variant.tensors:
         grids = [linear.tensors[rule.suffix] for linear in linears]
         block = linears[0].block if rule.in_blocks else None
-        if rule.shape is Shape.ONE:  # of the whole linear, that of gate and of up
+        if rule.shape is Shape.ONE:  # of the whole linear, each that is stacked
             shape, pieces = grids[0].shape, [_whole(grid) for grid in grids]
-        elif group.is_down:
-            shape, pieces = _down(grids[0], rule, block, share, tp_rank)
+        elif by_rows:
+            shape, pieces = _column_parallel(grids, block, share, tp_rank)
         else:
-            shape, pieces = _gate_up(grids, block, share, tp_rank)
-        found.append(Expected(f"{module}.{rule.suffix}", grids[0].dtype, shape, tuple(pieces)))
+            shape, pieces = _row_parallel(grids[0], rule, block, share, tp_rank)
+        found.append(Expected(f"{name}.{rule.suffix}", grids[0].dtype, shape, tuple(pieces)))
     return found
 
 
-def _share(manifest: Manifest, linear: LinearGrids, is_down: bool) -> int:
-    """L."""
-    size, tp_size = linear.tensors["weight"].shape[1 if is_down else 0], manifest.tp_size
+def _share(manifest: Manifest, linear: LinearGrids, dim: int) -> int:
+    """L, of the weight's dim that is cut."""
+    size, tp_size = linear.tensors["weight"].shape[dim], manifest.tp_size
     padded = manifest.padding.padded if manifest.padding else size
     share, left = divmod(padded, tp_size)
     if left or padded < size:
         raise MismatchError(
-            f"{MANIFEST}: intermediate_size {size} (padded: {padded}) has no equal shares for tp {tp_size}"
+            f"{MANIFEST}: {DENSE_FFN.size} {size} (padded: {padded}) has no equal shares for tp {tp_size}"
         )
     if linear.block is not None and (tp_size > 1 or manifest.layout == "fused"):
-        multiple = linear.block[1 if is_down else 0]
+        multiple = linear.block[dim]
         if share % multiple:
             raise MismatchError(
                 f"{MANIFEST}: a rank's share of {share} is not a multiple of the {multiple}-wide scale block"
@@ -104,10 +86,10 @@ def _share(manifest: Manifest, linear: LinearGrids, is_down: bool) -> int:
     return share
 
 
-def _gate_up(
+def _column_parallel(
     grids: Sequence[Grid], block: tuple[int, int] | None, share: int, tp_rank: int
 ) -> tuple[tuple[int, ...], list[Piece]]:
-    """How gate and up are cut: along their rows, then stacked: the rank's rows of gate, then the same rows of up."""
+    """Cut along the rows, then stacked: the rank's rows of the first (gate), then the same rows of the next (up)."""
     shape, columns = grids[0].shape, grids[0].columns
     local = -(-share // block[0]) if block else share
     pieces = []
@@ -119,10 +101,10 @@ def _gate_up(
     return (local * len(grids), *shape[1:]), pieces
 
 
-def _down(
+def _row_parallel(
     grid: Grid, rule: TensorRule, block: tuple[int, int] | None, share: int, tp_rank: int
 ) -> tuple[tuple[int, ...], list[Piece]]:
-    """How down is cut: along its columns; what belongs to its rows, the output channels, every rank holds whole."""
+    """Cut along the columns (down); what belongs to its rows, the output channels, every rank holds whole."""
     if rule.operand is Operand.BIAS:
         # The ranks' results are added, and a bias may be added only once.
         return grid.shape, [_whole(grid) if tp_rank == 0 else _zeros(grid, 0, 0, grid.rows, grid.columns)]

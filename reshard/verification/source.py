@@ -17,12 +17,12 @@ from reshard.checks.provenance import compare_identity, compare_model
 from reshard.errors import MismatchError
 from reshard.manifest import Manifest
 from reshard.model.naming import MANIFEST, module_name
-from reshard.model.parts import DENSE_FFN
+from reshard.model.parts import DENSE_FFN, Module
 from reshard.source.base import Bytes, Source, threads
 from reshard.tensors.dtypes import itemsize
 from reshard.tensors.header import Header, TensorInfo
 from reshard.tensors.numeric import storage, to_f32
-from reshard.verification.expect import Expected, Group, Piece, expect, groups, misfits, read_headers
+from reshard.verification.expect import Expected, Piece, expect, misfits, read_headers
 from reshard.verification.reference import BLOCK_BYTES, BLOCK_ELEMENTS, WORKERS, Grid, LinearGrids, Reference
 
 Tick = Callable[[int], None]
@@ -42,18 +42,18 @@ def compare_with_source(
     wanted: dict[int, set[str]] = {rank: set() for rank in headers}
     for layer in checkpoint.layers:
         _prefetch(shards, manifest, headers, source, layer)
-        for group in groups(manifest.layout):
-            module = f"{layer.module}.{group.module}"
+        for module in layer.part.laid_out(manifest.layout):
+            name = f"{layer.module}.{module.name}"
             try:
-                linears = [reference.linear(layer.linears[role], module) for role in group.roles]
-                expected = {rank: expect(group, module, linears, manifest, rank) for rank in headers}
+                linears = [reference.linear(layer.linears[role.name], name) for role in module.roles]
+                expected = {rank: expect(module, name, linears, manifest, rank) for rank in headers}
             except MismatchError as error:
-                findings.append(Finding("conversion", module, str(error)))
+                findings.append(Finding("conversion", name, str(error)))
                 # Its tensors are not judged, so none of them is called superfluous.
                 for rank, header in headers.items():
-                    wanted[rank] |= {name for name in header.tensors if name.rpartition(".")[0] == module}
+                    wanted[rank] |= {tensor for tensor in header.tensors if tensor.rpartition(".")[0] == name}
                 continue
-            findings += _check_scheme(manifest, layer.index, group, linears[0])
+            findings += _check_scheme(manifest, layer.index, module, linears[0])
             with threads(WORKERS, shards, source) as pool:
                 findings += _compare_group(pool, shards, manifest, headers, linears, expected, tick)
             for rank, tensors in expected.items():
@@ -192,10 +192,10 @@ def _shown(block: Bytes, row: int, column: int, dtype: str) -> str:
     return f"{value} (0x{pattern:0{2 * bits.itemsize}x})"
 
 
-def _check_scheme(manifest: Manifest, index: int, group: Group, linear: LinearGrids) -> Iterator[Finding]:
-    where = f"{module_name(manifest.model.prefix, index)}.{group.module}"
+def _check_scheme(manifest: Manifest, index: int, module: Module, linear: LinearGrids) -> Iterator[Finding]:
+    where = f"{module_name(manifest.model.prefix, index)}.{module.name}"
     for layer in manifest.layers:
-        recorded = layer.linears.get(DENSE_FFN.stack(group.module) or group.module)
+        recorded = layer.linears.get(DENSE_FFN.stack(module.name) or module.name)
         if layer.index != index or recorded is None:
             continue
         if recorded.scheme != linear.scheme.name:

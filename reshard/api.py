@@ -19,11 +19,11 @@ from reshard.checks.finding import Finding
 from reshard.checks.report import Device, Report, Request, Serving
 from reshard.checks.run import check_config, check_source
 from reshard.convert import Weights
-from reshard.errors import OutputError, UsageError
+from reshard.errors import UsageError
 from reshard.manifest import Manifest
 from reshard.model.naming import CONFIG
 from reshard.plan.pipeline import Cut, check_set_digests, prepare
-from reshard.source.address import parse_address, parse_local_target, parse_target
+from reshard.source.address import parse_local_target
 from reshard.source.open import describe, open_source
 from reshard.source.shardset import read_manifest_only, read_shard_set, require_shard_set
 from reshard.verification.compute import LayerResult, compare_computation
@@ -66,12 +66,9 @@ def split(
     progress: Progress = _silent,
 ) -> SplitResult:
     """Cut a checkpoint's dense layers for `tp` ranks. The arguments are the options of `reshard split`."""
-    source, out = os.fspath(source), os.fspath(out)
-    if resume and overwrite:
-        raise UsageError("--resume keeps what is there, --overwrite replaces it: give one of them")
-    if same_place(source, out):
-        raise OutputError(f"{out}: is the source itself; choose another folder for the shards")
-    target = open_target(out)
+    source = os.fspath(source)
+    options = SplitOptions(ranks, resume, overwrite, workers)
+    target = open_target(os.fspath(out), source)
     with open_source(source, revision, index=index, notify=warn) as opened:
         prepared = prepare(opened, Cut(tp, layout, pad, weights, quant_format, scheme))
         for line in prepared.checkpoint.warnings:
@@ -79,19 +76,7 @@ def split(
         check_set_digests(opened, workers)
         total = sum(shard.size for shard in prepared.plan.shards if ranks is None or shard.tp_rank in ranks)
         with progress("split", total) as tick:
-            return write_shards(prepared, target, SplitOptions(ranks, resume, overwrite, workers), tick)
-
-
-def same_place(source: str, out: str) -> bool:
-    """Whether two addresses are one place."""
-    one, other = parse_address(source), parse_target(out)
-    if one.kind != other.kind:
-        return False
-    if one.kind == "folder":
-        return Path(one.place).exists() and Path(other.place).exists() and Path(one.place).samefile(other.place)
-    from reshard.source.filesystems import same_place  # fsspec takes longer to import than a folder to open
-
-    return same_place(one.place, other.place)
+            return write_shards(prepared, target, options, tick)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.builders import CHECKPOINTS, REAL
-from tests.support.distributed import Ranks
+from tests.support.distributed import Ranks, kept
 from tests.support.marks import set_marks
 
 
@@ -19,14 +19,7 @@ def real_checkpoint(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[[int], Ranks]]:
     """Groups of processes by size, started when they are first used and kept."""
-    started: dict[int, Ranks] = {}
-
-    def of(size: int) -> Ranks:
-        return started.setdefault(size, Ranks(size))
-
-    yield of
-    for group in started.values():
-        group.stop()
+    yield from kept()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,7 +4,6 @@ import os
 import re
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -44,7 +43,6 @@ def split(
     """Cut SRC's DenseFFN weights into one shard per rank."""
     output = Output(form, quiet=quiet, debug=debug)
     with output.errors():
-        from reshard.errors import OutputError, UsageError
         from reshard.plan.pipeline import Cut, check_set_digests, prepare
         from reshard.source.open import open_source
         from reshard.writer.open import open_target
@@ -57,14 +55,9 @@ def split(
             # Where the store's host dies torch adds the stack of its own code to our line.
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
         with open_team(place) as team:
-            if resume and overwrite:
-                raise UsageError("--resume keeps what is there, --overwrite replaces it: give one of them")
-            target = open_target(out)
-            if _same(source, out):
-                raise OutputError(f"{target.address}: is the source itself; choose another folder for the shards")
-            options = SplitOptions(
-                _parse_ranks(ranks, tp), resume, overwrite, workers or max(1, DEFAULT_WORKERS // place.on_this_host)
-            )
+            threads = workers or max(1, DEFAULT_WORKERS // place.on_this_host)
+            options = SplitOptions(_parse_ranks(ranks, tp), resume, overwrite, threads)
+            target = open_target(out, source)
             cut = Cut(tp, layout, pad, weights, quant_format, scheme)
             with open_source(source, revision, index=index, notify=output.warn) as opened:
                 prepared = prepare(opened, cut)
@@ -79,20 +72,6 @@ def split(
                 with output.progress("split", sum(prepared.plan.shards[rank].size for rank in own)) as tick:
                     result = write_shards(prepared, target, options, tick, team)
                 _report(output, prepared, target.address, result)
-
-
-def _same(source: str, out: str) -> bool:
-    """Whether two addresses are one place."""
-    from reshard.source.address import FOLDER, parse_address, parse_target
-
-    one, other = parse_address(source), parse_target(out)
-    if one.kind != other.kind:
-        return False
-    if one.kind == FOLDER:
-        return Path(one.place).exists() and Path(other.place).exists() and Path(one.place).samefile(other.place)
-    from reshard.source.filesystems import same_place
-
-    return same_place(one.place, other.place)
 
 
 def _account(prepared: "Prepared", cut: "Cut", out: str, options: "SplitOptions", dry_run: bool) -> dict[str, str]:

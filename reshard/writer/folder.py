@@ -20,7 +20,7 @@ _RESERVE = 1 << 20  # for the manifest, records and folder entries
 
 
 class OutputFolder:
-    """A folder that a shard set is written into."""
+    """A folder that a shard set is written into: a Target. A file has a name of its own until it is committed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -29,13 +29,12 @@ class OutputFolder:
 
     @property
     def address(self) -> str:
-        """The path."""
         return str(self.path)
 
     def files(self) -> Mapping[str, int]:
-        """Names and sizes, as they are now; what another run removes meanwhile is left out."""
         found = {}
         try:
+            # What another run removes meanwhile is left out.
             for name in os.listdir(self.path):
                 with contextlib.suppress(FileNotFoundError):
                     path = self.path / name
@@ -48,7 +47,6 @@ class OutputFolder:
 
     @contextlib.contextmanager
     def writing(self, ranks: Sequence[int] | None) -> Iterator[Callable[[], bool]]:
-        """The folder made, and the ranks' locks held; what is left unfinished is removed."""
         lease = WriteLease(self.path)
         try:
             with os_errors(self.path):
@@ -71,15 +69,13 @@ class OutputFolder:
             raise OutputError(f"{self.path}: holds {there[0]}; give a new or empty folder")
 
     def check_space(self, wanted: int) -> None:
-        """Raises SpaceError if `wanted` bytes do not fit. What they replace stays until they are written."""
+        # What they replace stays until they are written.
         check_space(self.path, wanted, "make room or choose another disk")
 
     def create(self, name: str) -> DirectFile:
-        """Begin a file; it has a name of its own until it is committed."""
         return DirectFile(self.temporary(name), name)
 
     def publish(self, file: DirectFile, shard: Shard, tick: Tick) -> None:
-        """Give a shard its name, durably."""
         file.commit()
 
     def temporary(self, name: str) -> Path:
@@ -89,11 +85,9 @@ class OutputFolder:
         return path
 
     def read(self, name: str) -> bytes:
-        """A small file."""
         return (self.path / name).read_bytes()
 
     def holds(self, shard: Shard, tick: Tick) -> bool:
-        """Whether the shard has the digest: it is read."""
         with FolderSource(self.path) as there:
             return file_digest(there, shard.file, 0, shard.size, tick) == shard.blake3
 
@@ -103,17 +97,15 @@ class OutputFolder:
             with contextlib.suppress(OSError):  # a disk that failed: what it said first is what counts
                 self._temporaries.pop().unlink(missing_ok=True)
 
-    def remove_temporaries(self, ranks: Collection[int | None] | None) -> None:
-        """Remove what killed runs left of these ranks, None among them for what is of no rank; with None, all of it."""
+    def remove_temporaries(self, ranks: Collection[int] | None) -> None:
         for match in filter(None, map(TEMPORARY.fullmatch, self.files())):
             if ranks is None or rank_of(match[1]) in ranks:
                 (self.path / match[0]).unlink(missing_ok=True)
 
     def put(self, name: str, data: bytes) -> None:
-        """A small file: written aside, made durable, renamed; one that holds that already is left alone."""
         with contextlib.suppress(FileNotFoundError):
             if (self.path / name).read_bytes() == data:
-                return
+                return  # it is left alone
         temporary = self.temporary(name)
         with temporary.open("xb") as stream:
             stream.write(data)
@@ -127,7 +119,6 @@ class OutputFolder:
         sync(self.path)
 
     def remove(self, names: Iterable[str]) -> None:
-        """Remove files, durably."""
         for name in names:
             (self.path / name).unlink(missing_ok=True)
         sync(self.path)

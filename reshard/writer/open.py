@@ -3,18 +3,34 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from reshard.source.address import FOLDER, parse_target
+from reshard.errors import OutputError
+from reshard.source.address import FOLDER, Address, parse_address, parse_target
 from reshard.writer.folder import OutputFolder
 from reshard.writer.target import Target
 
 
-def open_target(address: str | Path) -> Target:
-    """The target at a folder's path or an address. Raises UsageError or MissingDependencyError."""
+def open_target(address: str | Path, source: str | None = None) -> Target:
+    """The target at a folder's path or an address. source: an address that must be another place.
+
+    Raises UsageError, OutputError or MissingDependencyError.
+    """
     if isinstance(address, Path):
         return OutputFolder(address)
     found = parse_target(address)
+    if source is not None and _same_place(parse_address(source), found):
+        raise OutputError(f"{address}: is the source itself; choose another folder for the shards")
     scheme = FOLDER if found.kind == FOLDER else address.partition("://")[0].lower()
     return TARGETS.get(scheme, _fsspec)(found.place)
+
+
+def _same_place(one: Address, other: Address) -> bool:
+    if one.kind != other.kind:
+        return False
+    if one.kind == FOLDER:
+        return Path(one.place).exists() and Path(other.place).exists() and Path(one.place).samefile(other.place)
+    from reshard.source.filesystems import same_place  # fsspec takes longer to import than a folder to open
+
+    return same_place(one.place, other.place)
 
 
 def _folder(place: str) -> Target:

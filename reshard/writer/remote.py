@@ -30,7 +30,7 @@ _BLOCK = 16 << 20
 
 
 class RemoteTarget:
-    """The files directly below an fsspec address. Raises MissingDependencyError, UsageError."""
+    """The files directly below an fsspec address: a Target. Raises MissingDependencyError, UsageError."""
 
     _here: OutputFolder  # while `writing`
 
@@ -53,7 +53,6 @@ class RemoteTarget:
         self._root = str(root).rstrip("/")
 
     def files(self) -> Mapping[str, int]:
-        """Names and sizes, as they are now."""
         entries = self._attempt("listed", "", self._list)
         if [(str(entry["name"]).lstrip("/"), entry["type"]) for entry in entries] == [(self._root.strip("/"), "file")]:
             raise OutputError(f"{self.address}: is a file; give an address below which files can be written")
@@ -62,19 +61,16 @@ class RemoteTarget:
 
     @contextlib.contextmanager
     def writing(self, ranks: Sequence[int] | None) -> Iterator[Callable[[], bool]]:
-        """A temporary folder of this host; nothing is locked."""
         with tempfile.TemporaryDirectory(prefix="reshard-", ignore_cleanup_errors=True) as place:
             self._here = OutputFolder(Path(place))
             with self._here.writing(ranks):
                 yield lambda: True
 
     def check_space(self, wanted: int) -> None:
-        """Raises SpaceError if `wanted` bytes do not fit here; a store has no end that is known."""
         way_out = "the shards are made here before they are put: name a folder on a larger disk with TMPDIR"
         check_space(self._here.path, wanted, way_out)
 
     def create(self, name: str) -> DirectFile:
-        """Begin a file in the temporary folder."""
         return self._here.create(name)
 
     def publish(self, file: DirectFile, shard: Shard, tick: Tick) -> None:
@@ -100,7 +96,6 @@ class RemoteTarget:
         local.unlink()
 
     def read(self, name: str) -> bytes:
-        """A small file."""
         return self._attempt("read", name, lambda path: bytes(self._fs.cat_file(path)))
 
     def holds(self, shard: Shard, tick: Tick) -> bool:
@@ -113,17 +108,15 @@ class RemoteTarget:
         return hasher.hexdigest() == shard.blake3
 
     def put(self, name: str, data: bytes) -> None:
-        """A small file, in one request."""
         self._attempt("written", name, lambda path: self._fs.pipe_file(path, data))
 
     def remove(self, names: Iterable[str]) -> None:
-        """Delete files."""
         there = self.files()
         for name in there.keys() & set(names):
             self._attempt("deleted", name, self._fs.rm_file)
 
-    def remove_temporaries(self, ranks: Collection[int | None] | None) -> None:
-        """Nothing is there: what a killed run has left is on its own host."""
+    def remove_temporaries(self, ranks: Collection[int] | None) -> None:
+        pass  # what a killed run has left is in its own host's TMPDIR
 
     def _list(self, path: str) -> list[dict[str, Any]]:
         self._fs.invalidate_cache()

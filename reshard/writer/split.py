@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from reshard.errors import OutputError
+from reshard.errors import OutputError, UsageError
 from reshard.manifest import Shard
 from reshard.model.naming import MANIFEST
 from reshard.plan.pipeline import Prepared, wanted
@@ -31,12 +31,16 @@ _APPEARING_SECONDS = 10.0  # a shared folder may show late what another host has
 
 @dataclass(frozen=True)
 class SplitOptions:
-    """How a split treats its output folder. `ranks`: those to write, None for all."""
+    """How a split treats its output folder. `ranks`: those to write, None for all. Raises UsageError."""
 
     ranks: tuple[int, ...] | None = None
     resume: bool = False
     overwrite: bool = False
     workers: int = DEFAULT_WORKERS
+
+    def __post_init__(self) -> None:
+        if self.resume and self.overwrite:
+            raise UsageError("--resume keeps what is there, --overwrite replaces it: give one of them")
 
 
 @dataclass(frozen=True)
@@ -213,8 +217,8 @@ class _Run:
             if time.monotonic() > deadline:
                 process, file = min(unseen)
                 raise OutputError(
-                    f"{self._target.address}: {self._team.name(process)} has written {file}, and "
-                    f"{self._team.name(0)} does not see it there: each host has a folder of its own. Copy the "
+                    f"{self._target.address}: {self._team.names[process]} has written {file}, and "
+                    f"{self._team.names[0]} does not see it there: each host has a folder of its own. Copy the "
                     "denseffn-rank-* files of all of them into one (.safetensors and .record.json), then run the same "
                     "command on that host alone with --resume"
                 )

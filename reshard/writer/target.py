@@ -60,8 +60,8 @@ class Target(Protocol):
     def remove(self, names: Iterable[str]) -> None:
         """Remove files, durably; one that is not there is no error."""
 
-    def remove_temporaries(self, ranks: Collection[int | None] | None) -> None:
-        """Remove what killed runs left of these ranks, None among them for what is of no rank; with None, all of it."""
+    def remove_temporaries(self, ranks: Collection[int] | None) -> None:
+        """Remove what killed runs left here of these ranks; with None, all of it."""
 
 
 @dataclass(frozen=True)

@@ -69,12 +69,8 @@ class Team:
     def __init__(self, place: Place = Place(), store: Any = None) -> None:
         self.place = place
         self._store = store
-        self._names = [f"process {number} of {place.size}" for number in range(place.size)]
+        self.names = [f"process {number} of {place.size}" for number in range(place.size)]  # as messages call them
         self._gathered = 0
-
-    def name(self, number: int) -> str:
-        """How messages call a process."""
-        return self._names[number]
 
     def gather(self, value: T) -> list[T]:
         """Wait until every process has come here. Returns what each gave, by process.
@@ -92,7 +88,7 @@ class Team:
                 if self._store.check(["failed"]):
                     raise GroupError(self._store.get("failed").decode())
                 if time.monotonic() > deadline:
-                    absent = [name for name, key in zip(self._names, keys, strict=True) if not self._store.check([key])]
+                    absent = [name for name, key in zip(self.names, keys, strict=True) if not self._store.check([key])]
                     raise GroupError(
                         f"{', '.join(absent)} did not come within {WAIT_SECONDS:.0f} s; look at what it says last, and "
                         f"start all of them with torchrun, or unset RANK and WORLD_SIZE to run alone; {_RESUME}"
@@ -101,13 +97,15 @@ class Team:
             return [pickle.loads(self._store.get(key)) for key in keys]  # noqa: S301 (as torch.distributed does)
         except RuntimeError as error:
             raise GroupError(
-                f"{self._names[0]}, or torchrun on its host, has ended or does not answer ({_first_line(error)}); "
+                f"{self.names[0]}, or torchrun on its host, has ended or does not answer ({_first_line(error)}); "
                 f"{_RESUME}"
             ) from error
 
     def meet(self) -> None:
         """Wait for all, and learn their hosts."""
-        self._names = [f"{name} ({host})" for name, host in zip(self._names, self.gather(_host()), strict=True)]
+        self.names = [
+            f"{name} ({host})" for name, host in zip(self.names, self.gather(socket.gethostname()), strict=True)
+        ]
 
     def leave(self, error: BaseException | None, is_holder: bool) -> None:
         """Tell the others of a failure. The process that holds the store stays until they have left."""
@@ -115,7 +113,7 @@ class Team:
         with contextlib.suppress(RuntimeError):
             if error is not None and not isinstance(error, GroupError) and not self._store.check(["failed"]):
                 why = " ".join(str(error).split()) if isinstance(error, Exception) else "interrupted"
-                name = f"process {self.place.number} of {self.place.size} ({_host()})"
+                name = self.names[self.place.number]
                 self._store.set("failed", f"{name} has failed: {why or type(error).__name__}; {_RESUME}")
             self._store.set(left[self.place.number], "")
             deadline = time.monotonic() + _LEAVE_SECONDS
@@ -151,8 +149,8 @@ def agree(team: Team, account: Mapping[str, str]) -> None:
         for what, value in accounts[0].items():
             if other[what] != value:
                 raise GroupError(
-                    f"{team.name(number)} has {what} {other[what]}, {team.name(0)} has {value}; give every process the "
-                    "same command, and the same checkpoint on every host"
+                    f"{team.names[number]} has {what} {other[what]}, {team.names[0]} has {value}; give every process "
+                    "the same command, and the same checkpoint on every host"
                 )
 
 
@@ -188,10 +186,6 @@ def _open_store(place: Place, is_holder: bool) -> Any:
         )
     store.set_timeout(timedelta(seconds=60))
     return dist.PrefixStore(f"reshard/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-
-
-def _host() -> str:
-    return socket.gethostname()
 
 
 def _first_line(error: BaseException) -> str:

@@ -11,7 +11,7 @@ from reshard.plan.pipeline import Cut
 from tests.ascend import stand_ins
 from tests.ascend.models import Model, made_of
 from tests.support import forks
-from tests.support.distributed import Ranks
+from tests.support.distributed import Ranks, kept
 from tests.support.running import split
 from tests.vllm.models import write_model
 
@@ -29,10 +29,7 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
 
     Importing vLLM and vllm-ascend takes each process 15 s, and many times that on a busy machine.
     """
-    started: dict[int, Ranks] = {}
-    yield lambda size: started.setdefault(size, Ranks(size, prepare=stand_ins.put_in, timeout=400))
-    for group in started.values():
-        group.stop()
+    yield from kept(prepare=stand_ins.put_in, timeout=400)
 
 
 @pytest.fixture(scope="session")

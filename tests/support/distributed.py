@@ -8,7 +8,7 @@ import contextlib
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -93,6 +93,14 @@ class Ranks:
             there.close()
             self._processes.append(process)
             self._pipes.append(here)
+
+
+def kept(**options: Any) -> Iterator[Callable[[int], Ranks]]:
+    """Groups by size, started when they are first used, and stopped in the end. options: of `Ranks`."""
+    started: dict[int, Ranks] = {}
+    yield lambda size: started.setdefault(size, Ranks(size, **options))
+    for group in started.values():
+        group.stop()
 
 
 def _serve(rank: int, size: int, meeting: str, pipe: Connection, prepare: Callable[[], object] | None) -> None:

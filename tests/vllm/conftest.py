@@ -9,7 +9,7 @@ import pytest
 
 from reshard.plan.pipeline import Cut
 from tests.support.builders import CHECKPOINTS
-from tests.support.distributed import Ranks
+from tests.support.distributed import Ranks, kept
 from tests.support.running import split
 from tests.vllm.models import write_model
 
@@ -27,6 +27,12 @@ else:
     if not (Path(vllm.origin).parent / "v1/attention/backends/mla/cpu_mla.py").exists():
         os.environ["VLLM_MLA_DISABLE"] = "1"  # a vLLM that has no MLA for the CPU runs such models without
 W8A8 = CHECKPOINTS / "llmcompressor-w8a8-all-dense"
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], Ranks]]:
+    """Importing vLLM takes each process 15 s, and many times that on a busy machine."""
+    yield from kept(timeout=400)
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +64,7 @@ def two(ranks: Callable[[int], Ranks]) -> Ranks:
 @pytest.fixture(scope="session")
 def pair() -> Iterator[Ranks]:
     """Two tensor-parallel ranks: a process makes vLLM's groups once."""
-    ranks = Ranks(2)
+    ranks = Ranks(2, timeout=400)
     yield ranks
     ranks.stop()
 

@@ -28,8 +28,8 @@ def _served(model: Path, size: int, **more: object) -> Served:
 
 def test_the_four_share_each_layer(four: Ranks, dense: Path) -> None:
     """A rank's place is that of its data-parallel rank, then that of its tensor-parallel rank."""
-    whole = four.run(inside.parameters, Served(dense, data=2, tensor=2), timeout=300)
-    ours = four.run(inside.parameters, _served(dense, 4), timeout=300)
+    whole = four.run(inside.parameters, Served(dense, data=2, tensor=2))
+    ours = four.run(inside.parameters, _served(dense, 4))
     halves = [torch.cat([whole[rank][GATE_UP].chunk(2)[half] for rank in (0, 1)]) for half in (0, 1)]
     down = torch.cat([whole[rank][DOWN] for rank in (0, 1)], dim=1)
     for place, held in enumerate(ours):
@@ -41,8 +41,8 @@ def test_the_four_share_each_layer(four: Ranks, dense: Path) -> None:
 
 
 def test_what_they_compute(four: Ranks, dense: Path) -> None:
-    whole = four.run(inside.forward, Served(dense, data=2, tensor=2), COUNTS, timeout=300)
-    ours = four.run(inside.forward, _served(dense, 4), COUNTS, timeout=300)
+    whole = four.run(inside.forward, Served(dense, data=2, tensor=2), COUNTS)
+    ours = four.run(inside.forward, _served(dense, 4), COUNTS)
     for rank, (before, after) in enumerate(zip(whole, ours, strict=True)):
         for counts, unsplit, got in zip(COUNTS, before, after, strict=True):
             assert len(got) == 3
@@ -57,8 +57,8 @@ def test_what_they_compute(four: Ranks, dense: Path) -> None:
 
 
 def test_the_tensor_parallel_size_is_what_the_engine_cuts(four: Ranks, dense: Path) -> None:
-    whole = four.run(inside.parameters, Served(dense, data=2, tensor=2), timeout=300)
-    ours = four.run(inside.parameters, _served(dense, 2), timeout=300)
+    whole = four.run(inside.parameters, Served(dense, data=2, tensor=2))
+    ours = four.run(inside.parameters, _served(dense, 2))
     for before, after in zip(whole, ours, strict=True):
         assert before.keys() == after.keys()
         assert all(torch.equal(value, after[name]) for name, value in before.items())
@@ -74,7 +74,7 @@ def test_the_tensor_parallel_size_is_what_the_engine_cuts(four: Ranks, dense: Pa
 )
 def test_other_sizes(four: Ranks, dense: Path, size: int, said: str) -> None:
     served = Served(dense, dense.parent / "tp4", data=2, tensor=2, option=size)
-    for each in four.run(inside.load, served, timeout=300):
+    for each in four.run(inside.load, served):
         assert f"denseffn_tensor_parallel_size {said}" in each
 
 
@@ -83,5 +83,5 @@ def test_one_ranks_missing_shard_stops_all_four(four: Ranks, dense: Path, tmp_pa
     split(dense, shards, Cut(4))
     missing = shards / "denseffn-rank-00003-of-00004.safetensors"
     missing.unlink()
-    for said in four.run(inside.load, Served(dense, shards, data=2, tensor=2, option=4), timeout=300):
+    for said in four.run(inside.load, Served(dense, shards, data=2, tensor=2, option=4)):
         assert str(missing) in said

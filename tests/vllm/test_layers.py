@@ -82,9 +82,9 @@ def test_two_groups_of_two(ranks: GetRanks, dense: Path) -> None:
     counts = [[5, 40, 1, 3], [2, 2, 9, 1]]
     served = Served(dense, dense.parent / "tp2", data=4, option=2)
     four = ranks(4)
-    whole = four.run(inside.forward, Served(dense, data=4), counts, timeout=300)
-    ours = four.run(inside.forward, served, counts, timeout=300)
-    held = four.run(inside.parameters, served, timeout=300)
+    whole = four.run(inside.forward, Served(dense, data=4), counts)
+    ours = four.run(inside.forward, served, counts)
+    held = four.run(inside.parameters, served)
     for before, after in zip(whole, ours, strict=True):
         for unsplit, got in zip(before, after, strict=True):
             torch.testing.assert_close(got, unsplit, rtol=1e-5, atol=1e-4)
@@ -98,13 +98,13 @@ def test_two_groups_of_two(ranks: GetRanks, dense: Path) -> None:
 def test_pipeline_stages_split_their_own_layers(ranks: GetRanks, dense: Path, mixed: Path) -> None:
     """Two stages of two data-parallel ranks: ranks 0 and 2 hold the first, 1 and 3 the second."""
     four, counts = ranks(4), [[5, 3, 40, 7], [1, 2, 1, 9]]
-    whole = four.run(inside.forward, Served(dense, data=2, pipeline=2), counts, timeout=300)
-    ours = four.run(inside.forward, _split(dense, pipeline=2), counts, timeout=300)
+    whole = four.run(inside.forward, Served(dense, data=2, pipeline=2), counts)
+    ours = four.run(inside.forward, _split(dense, pipeline=2), counts)
     assert sorted(len(layers) for layers in (whole[0][0], whole[1][0])) == [1, 2]
     for before, after in zip(whole, ours, strict=True):
         for unsplit, got in zip(before, after, strict=True):
             torch.testing.assert_close(got, unsplit, rtol=1e-5, atol=1e-4)
-    held = four.run(inside.parameters, _split(mixed, pipeline=2), timeout=300)
+    held = four.run(inside.parameters, _split(mixed, pipeline=2))
     name = "model.layers.1.mlp.gate_up_proj.weight"
     assert [name in parameters for parameters in held] == [True, False, True, False]
     assert held[0][name].shape == (INTERMEDIATE, HIDDEN)

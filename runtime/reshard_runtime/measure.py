@@ -46,12 +46,9 @@ def _memory(group: dist.ProcessGroup) -> dict[str, float]:
 def _products(group: dist.ProcessGroup) -> dict[str, float]:
     """Weight bytes a second without tokens, operations a second without weights: the line through two counts."""
     kernels, found = CpuKernels(), {}
-    weights = {
-        "bf16": torch.ones(_ROWS, _COLUMNS, dtype=torch.bfloat16),
-        "int8": torch.ones(_ROWS, _COLUMNS, dtype=torch.int8),
-    }
-    for name, weight in weights.items():
-        multiply = kernels.linear if name == "bf16" else kernels.int8_matmul
+    multiplied = {"bf16": (torch.bfloat16, kernels.linear), "int8": (torch.int8, kernels.int8_matmul)}
+    for name, (dtype, multiply) in multiplied.items():
+        weight = torch.ones(_ROWS, _COLUMNS, dtype=dtype)
         few, many = (
             _shortest(group, partial(multiply, torch.ones(tokens, _COLUMNS, dtype=weight.dtype), weight))
             for tokens in (_FEW_TOKENS, _MANY_TOKENS)

@@ -19,7 +19,7 @@ _SHOWN_DIGEST = 16
 
 
 def split(
-    source: Annotated[str, typer.Argument(metavar="SRC", help=f"{ADDRESS} A shard set is cut anew.")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help=f"{ADDRESS} A shard set is re-sharded.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="The shard set's folder, or s3://…: new or empty.")],
     tp: Annotated[int, typer.Option("--tp", help="Size of the DenseFFN group: how many shards.")],
     weights: Weights = "keep",

@@ -12,7 +12,6 @@ import reshard
 from reshard.errors import ProfileError, UsageError
 
 GIB, MIB = 1 << 30, 1 << 20
-DEFAULT = "atlas-a2-376t"
 LOCAL = "local"
 
 _PACKAGE = Path(reshard.__file__).parent

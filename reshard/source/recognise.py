@@ -9,8 +9,8 @@ from collections.abc import Collection
 PREFIX_BYTES = 512
 
 _PYTORCH = "which is not read: convert it (transformers: from_pretrained(…).save_pretrained(OUT) writes safetensors)"
-_PAGE = "a login, proxy or error page was saved in its place: open the address in a browser, then fetch the file anew"
-_ASK = "see to the repository's name, the revision and the token"
+_PAGE = "a login, proxy or error page was saved in its place: open the address in a browser, then fetch the file again"
+_ASK = "check the repository's name, the revision and the token"
 _ANSWER = f"an answer of the Hub, saved in the file's place; {_ASK}"
 _UNPACK = "unpack it, and give the folder with the files"
 

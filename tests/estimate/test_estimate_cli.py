@@ -112,6 +112,31 @@ def test_the_defaults_of_a_config_and_of_a_checkpoint(model: Path) -> None:
     assert document["schemes"][0]["unsplit_bytes"] == 2 * (3 * 512 * 256 + (512 + 512 + 256) * 8)
 
 
+def test_a_checkpoint_is_compared_with_what_it_would_be_converted_to(tmp_path: Path) -> None:
+    build(tmp_path / "model", Spec("fp8_block"))
+    arguments = ("estimate", tmp_path / "model", "--tp", "1,2", "--format", "json")
+    weights = 2 * 3 * 512 * 256
+    document = reshard(*arguments, "--weights", "keep,bf16,w8a8").document
+    assert [(one["scheme"], one["unsplit_bytes"]) for one in document["schemes"]] == [
+        ("fp8_block", 2 * weights),
+        ("bf16", 2 * weights),
+        ("w8a8_dynamic", weights + 2 * (512 + 512 + 256) * 8),
+    ]
+    done = reshard(*arguments, "--weights", "int4")
+    assert (done.code, done.err) == (2, "error: --weights int4: there are keep, bf16, w8a8\n")
+
+
+def test_the_scheme_of_a_checkpoint_that_says_none(model: Path) -> None:
+    """As split takes it."""
+    (model / "quant_model_description.json").unlink()
+    assert reshard("estimate", model, "--tp", 2).code == 1
+    document = reshard("estimate", model, "--tp", 2, "--scheme", "w8a8_dynamic", "--format", "json").document
+    assert [one["scheme"] for one in document["schemes"]] == ["w8a8_dynamic"]
+    done = reshard("estimate", model, "--tp", 2, "--scheme", "int3")
+    assert done.code == 2
+    assert done.err.startswith("error: --scheme: unknown scheme int3; supported are bf16, ")
+
+
 def test_the_document_has_everything() -> None:
     arguments = ("--config", CONFIG, "--tp", "1,5,8,32", "--scheme", "fp8_block,w8a8_dynamic", "--batch", 12)
     document = reshard("estimate", *arguments, "--format", "json").document
@@ -316,6 +341,11 @@ def test_any_model_s_config_will_do(tmp_path: Path) -> None:
             "--scheme: unknown scheme int3; supported are bf16, ",
         ),
         (("--config", "nowhere.json", "--tp", "8"), 1, "nowhere.json: cannot be read: No such file or directory"),
+        (
+            ("--config", CONFIG, "--tp", "8", "--weights", "bf16"),
+            2,
+            "--weights goes with PATH; of a config.json, --scheme names the schemes to compare",
+        ),
         (("nowhere", "--tp", "8"), 1, "nowhere: no such folder"),
     ],
 )

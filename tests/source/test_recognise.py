@@ -18,7 +18,7 @@ from tests.support.running import reshard, split
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 8589934592\n"
 INSTEAD = {
     "pointer": (POINTER, ("a Git LFS pointer", "git lfs pull")),
-    "page": (b'\n<!DOCTYPE HTML PUBLIC "-//W3C">\n<html>', ("an HTML page", "fetch the file anew")),
+    "page": (b'\n<!DOCTYPE HTML PUBLIC "-//W3C">\n<html>', ("an HTML page", "fetch the file again")),
     "page without a doctype": (b"<HTML><head>", ("an HTML page",)),
     "error of a store": (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code>', ("an XML text",)),
     "answer of the Hub": (b"Entry not found", ("an answer of the Hub", "revision")),

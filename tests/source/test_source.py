@@ -1,20 +1,23 @@
 """A folder as a source: what is read of it, and what happens when it cannot be."""
 
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 
 from reshard.errors import SourceError
 from reshard.plan.pipeline import Cut, prepare
-from reshard.source.base import Bytes, Source
+from reshard.source.address import HUBS, Hub
+from reshard.source.base import Bytes, Origin, Source
 from reshard.source.folder import FolderSource
 from reshard.writer.split import SplitOptions, write_shards
 from tests.support.builders import RECIPES, Spec, allowed_bytes, build, dense_only, read_folder
 from tests.support.paths import CONFIGS
-from tests.support.running import reshard, reshard_process, split
+from tests.support.running import reshard, reshard_process, same_but_for_the_origin, split
 
 
 class Watched(FolderSource):
@@ -72,7 +75,7 @@ def test_a_file_cut_short_meanwhile_is_an_error_and_no_crash(tmp_path: Path) -> 
     with FolderSource(tmp_path) as source:
         assert not source.view("data", 0, 5000).any()
         os.truncate(path, 8192)
-        with pytest.raises(SourceError, match=r"data: 8192 bytes, 60000 are wanted; it was cut short"):
+        with pytest.raises(SourceError, match=r"data: 8192 bytes, expected at least 60000; it was cut short"):
             source.view("data", 40_000, 60_000)
 
 
@@ -84,7 +87,7 @@ def test_a_file_that_shrank_since_it_was_listed(tmp_path: Path) -> None:
         os.truncate(path, 10)
         with pytest.raises(SourceError, match="ends at byte 10, expected 1000"):
             source.read("data", 0, 1000)
-        with pytest.raises(SourceError, match="10 bytes, 1000 are wanted; it was cut short"):
+        with pytest.raises(SourceError, match="10 bytes, expected at least 1000; it was cut short"):
             source.view("data", 0, 1000)
 
 
@@ -122,6 +125,32 @@ def test_any_source_will_do(tmp_path: Path) -> None:
     split(tmp_path / "model", tmp_path / "right", Cut(2))
     for path in (tmp_path / "right").iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_another_hub_is_a_module_and_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "model"
+    build(model, Spec())
+
+    class Files:
+        def __init__(self, repo: str, revision: str | None) -> None:
+            self.origin = Origin("another", repo, revision)
+            self.sizes = {path.name: path.stat().st_size for path in model.iterdir()}
+
+        def fetch(self, file: str, start: int, stop: int) -> Iterator[bytes]:
+            yield (model / file).read_bytes()[start:stop]
+
+    module = ModuleType("another")
+    monkeypatch.setattr(module, "find_repository", Files, raising=False)
+    monkeypatch.setitem(sys.modules, "another", module)
+    monkeypatch.setitem(HUBS, "an", Hub("another", "another", "1.0", "ANOTHER_ENDPOINT"))
+    assert reshard("split", "an://org/model@v1", tmp_path / "out", "--tp", 2, "--quiet").code == 0
+    split(model, tmp_path / "right", Cut(2))
+    origin = {"kind": "another", "name": "org/model", "commit": "v1"}
+    same_but_for_the_origin(origin, tmp_path / "out", tmp_path / "right")
+    monkeypatch.setitem(sys.modules, "another", None)
+    refused = reshard("inspect", "an://org/model")
+    assert refused.code == 1
+    assert "is read with another 1.0 or later, installed is none" in refused.err
 
 
 def test_a_sparse_r1_is_inspected_from_its_headers(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ ReshardError                    1   something the user can mend; one line, no tr
 │   ├── HeaderError             1   a safetensors header that must not be trusted
 │   ├── LayersError             1   dense layers that are not there, or not those that config.json names
 │   └── ShapesError             1   weights of other shapes than config.json's sizes make
-├── SchemeError                 1   a tensor, type or layout that the split table does not know
+├── SchemeError                 1   a tensor, type or layout that the table of schemes does not know
 ├── AlignmentError              1   a cut that the sizes do not allow
 ├── ManifestError               1   a manifest that is missing, malformed or of an unknown version
 ├── ProfileError                1   a device profile that is missing or makes no sense
@@ -55,7 +55,7 @@ class ShapesError(SourceError):
 
 
 class SchemeError(ReshardError):
-    """A tensor, quantization type or layout that the split table does not know."""
+    """A tensor, quantization type or layout that the table of schemes does not know."""
 
 
 class AlignmentError(ReshardError):

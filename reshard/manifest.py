@@ -81,6 +81,13 @@ class LayerEntry(_Strict):
     activation: Annotated[Activation | None, Field(description="null where the source had no config.json that says it")]
     linears: dict[str, LinearScheme]
 
+    @model_validator(mode="after")
+    def _all(self) -> "LayerEntry":
+        expected = [module.name for module in DENSE_FFN.modules]
+        if sorted(self.linears) != sorted(expected):
+            raise ValueError(f"linears are {', '.join(self.linears)}, expected {', '.join(expected)}")
+        return self
+
 
 class Padding(_Strict):
     """Zero rows (gate, up) and columns (down) that were added behind intermediate_size."""

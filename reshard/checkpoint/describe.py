@@ -176,7 +176,7 @@ def _check_known(dense: Collection[int], prefix: str, other_names: Iterable[str]
         if parsed and parsed[0] == prefix and parsed[1] in dense and parsed[2].startswith(f"{DENSE_FFN.path}."):
             what = what_is(name)
             said = f" ({what})" if what else ""
-            raise SchemeError(f"{name}: stands in a dense layer and is no tensor that the split table knows{said}")
+            raise SchemeError(f"{name}: in a dense layer, and not a tensor that the table of schemes knows{said}")
 
 
 def _check_shapes(layers: Sequence[Layer], config: ModelConfig | None) -> ModelDims:

@@ -63,7 +63,7 @@ def check_size(manifest: Manifest, checkpoint: Checkpoint | None, tp_sizes: tupl
     if manifest.tp_size in tp_sizes:
         return [Finding("size", "", f"cut for tp {manifest.tp_size}, as --tp asks for", "ok")]
     line = f"cut for tp {manifest.tp_size}, --tp asks for {', '.join(map(str, tp_sizes))}"
-    return [Finding("size", "", f"{line}{_cut_anew(manifest, checkpoint, tp_sizes)}")]
+    return [Finding("size", "", f"{line}{_re_sharded(manifest, checkpoint, tp_sizes)}")]
 
 
 def check_origin(manifest: Manifest, original: Checkpoint, name: str) -> list[Finding]:
@@ -90,7 +90,7 @@ def check_origin(manifest: Manifest, original: Checkpoint, name: str) -> list[Fi
     return [Finding("source", "", line, "ok")]
 
 
-def _cut_anew(manifest: Manifest, checkpoint: Checkpoint | None, tp_sizes: tuple[int, ...]) -> str:
+def _re_sharded(manifest: Manifest, checkpoint: Checkpoint | None, tp_sizes: tuple[int, ...]) -> str:
     """The way to one of the sizes, or why there is none; to be added to a line."""
     if checkpoint is None:
         return ""
@@ -101,7 +101,7 @@ def _cut_anew(manifest: Manifest, checkpoint: Checkpoint | None, tp_sizes: tuple
         except AlignmentError as error:
             why = why or f"; {error}"
         else:
-            return f"; reshard split SET OUT --tp {size} cuts it anew"
+            return f"; reshard split SET OUT --tp {size} re-shards it"
     return why
 
 

@@ -50,7 +50,7 @@ RANKS_IN_OWN_TYPE = 8
 
 
 def itemsize(dtype: str) -> int:
-    """Bytes of one element of a type that fills whole bytes (every type in the split table does)."""
+    """Bytes of one element of a type that fills whole bytes (every type in the table of schemes does)."""
     return BITS[dtype] // 8
 
 

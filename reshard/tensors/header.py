@@ -152,7 +152,7 @@ def _entries(text: bytes, file: str) -> dict[str, Any]:
         if _MINUS_ZERO.search(decoded):  # perhaps in a name only
             json.loads(decoded, parse_int=_no_minus_zero)
     except DuplicateKeyError as error:
-        raise HeaderError(f"{file}: {error} in the header; the program that wrote it must write it anew") from error
+        raise HeaderError(f"{file}: {error} in the header; write it again with one entry for each tensor") from error
     except RecursionError as error:
         raise _refusal(file, "the header is nested too deep to be one") from error
     except ValueError as error:

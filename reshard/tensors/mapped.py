@@ -36,7 +36,7 @@ class MappedFile:
         """
         if stop > (size := min(self._data.size, os.fstat(self._descriptor).st_size)):
             raise SourceError(
-                f"{self._name}: {size} bytes, {stop} are wanted; it was cut short after its header was read"
+                f"{self._name}: {size} bytes, expected at least {stop}; it was cut short after its header was read"
             )
         first, last = start // _PAGE, -(-stop // _PAGE)
         # Once for each page: ranks take their columns from the same rows in turn.

@@ -4,8 +4,9 @@
     ffn = DenseFFN(shard.layer(0), group=group)
     y_TH = ffn(x_TH)
 
-Of `reshard` it imports the manifest, the errors, names and activations (the vLLM hook `reshard.checks.serving_option`
-too; a test holds that), and no serving engine.
+Of `reshard` it imports the vocabulary: names, schemes, element types, headers, the manifest and what fits it, errors
+(the vLLM hook `reshard.checks.serving_option` too, the demo what cuts and verifies; a test holds that). It imports no
+serving engine.
 """
 
 from reshard_runtime.ffn import DenseFFN

@@ -26,7 +26,7 @@ from reshard.errors import GroupError, ReshardError, ShardError
 from reshard.model.activation import not_computed
 from reshard.plan.pipeline import Cut, prepare
 from reshard.source.open import describe, open_source
-from reshard.verification.compute import unsplit_layer
+from reshard.verification.layer import unsplit_layer
 from reshard.verification.reference import stored_linear
 from reshard.writer.split import SplitOptions, write_shards
 from reshard_runtime.ffn import DenseFFN

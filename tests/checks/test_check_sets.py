@@ -244,12 +244,12 @@ def test_another_commit_of_the_hub_is_a_warning(shards: Path, model: Path, commi
 def test_the_size_that_is_asked_for(shards: Path) -> None:
     assert failed(shards, "--tp", 2) == []
     assert failed(shards, "--tp", "4,8") == [
-        ("size", ": cut for tp 2, --tp asks for 4, 8; reshard split SET OUT --tp 4 cuts it anew")
+        ("size", ": cut for tp 2, --tp asks for 4, 8; reshard split SET OUT --tp 4 re-shards it")
     ]
-    assert failed(shards, "--tp", "5,8")[0][1].endswith("asks for 5, 8; reshard split SET OUT --tp 8 cuts it anew")
+    assert failed(shards, "--tp", "5,8")[0][1].endswith("asks for 5, 8; reshard split SET OUT --tp 8 re-shards it")
     ((_, message),) = failed(shards, "--tp", "5,7")
     assert "dim 0 = 512 is not divisible by tp 5" in message
-    assert "cuts it anew" not in message
+    assert "re-shards it" not in message
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,15 @@ def test_digests_sizes_and_shapes_are_those_of_the_files(shards: Path) -> None:
             assert tensor["blake3"] == blake3(data).hexdigest()
 
 
+def test_each_layer_says_what_its_linears_are(tmp_path: Path) -> None:
+    build(tmp_path / "model", Spec("fp8_block", dense=1))
+    split(tmp_path / "model", tmp_path / "shards", Cut(2, layout="separate"))
+    (layer,) = json.loads((tmp_path / "shards" / "manifest.json").read_text())["layers"]
+    linear = {"scheme": "fp8_block", "block": [128, 128]}
+    assert layer["linears"] == {"gate_up_proj": linear, "down_proj": linear}
+    assert layer["index"] == 0
+
+
 def test_the_sources_identity_is_its_files(shards: Path) -> None:
     source = load(shards)["source"]
     assert (source["kind"], source["name"], source["commit"]) == ("folder", "model", None)
@@ -105,6 +114,11 @@ def test_slices_say_where_each_tensor_comes_from(shards: Path) -> None:
         (lambda m: m.update(tp_size="2"), "tp_size"),
         (lambda m: m.update(tp_size=0), "tp_size"),
         (lambda m: m.update(layout="other"), "layout"),
+        (lambda m: m["layers"][0]["linears"].pop("down_proj"), "gate_up_proj, expected gate_up_proj, down_proj"),
+        (lambda m: m["layers"][0]["linears"].update(o_proj={"scheme": "bf16"}), "down_proj, o_proj, expected"),
+        (lambda m: m["layers"][0]["activation"].update(more=1), "layers.0.activation"),
+        (lambda m: m["layers"][0].update(activation={"name": "", "limit": None}), "layers.0.activation"),
+        (lambda m: m["layers"][0].update(activation={"name": "silu", "limit": -1.0}), "layers.0.activation"),
     ],
 )
 def test_what_is_unknown_or_wrong_is_refused(shards: Path, change: Any, message: str) -> None:

@@ -30,7 +30,7 @@ def transcript() -> list[tuple[str, str]]:
 
 
 def scheme_rows() -> list[str]:
-    """The table of schemes, out of the split table."""
+    """The table of schemes, out of reshard.schemes."""
     head = ["| scheme | `synth --scheme` | said by | tensors of a linear |", "| --- | --- | --- | --- |"]
     return head + [
         f"| `{v.scheme}` | `{v.name}` | `{v.kind}` | {', '.join(f'`{rule.suffix}`' for rule in v.tensors)} |"
@@ -39,7 +39,7 @@ def scheme_rows() -> list[str]:
 
 
 def cut_rows() -> list[str]:
-    """The table of cuts, out of the split table."""
+    """The table of cuts, out of reshard.schemes."""
     rows = {}
     for rule in (rule for variant in VARIANTS for rule in variant.tensors):
         types = ", ".join(sorted(set().union(*(r.dtypes for v in VARIANTS for r in v.tensors if _same(r, rule)))))

@@ -23,7 +23,7 @@ NAMING = {
     # What multiplies.
     "reshard/estimate/sizes.py",
     "reshard/estimate/step.py",
-    "reshard/verification/compute.py",
+    "reshard/verification/layer.py",
     "runtime/reshard_runtime/partial.py",
     "runtime/reshard_runtime/shard.py",
     # What engines and models call them.

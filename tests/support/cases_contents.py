@@ -180,14 +180,14 @@ _NAMES = [
         "unknown name in a dense layer",
         with_tensor("model.layers.0.mlp.mix_proj.weight", "BF16", (4,), 8),
         ("model.layers.0.mlp.mix_proj.weight", "dense layer"),
-        "the split table knows",
+        "the table of schemes knows",
         SchemeError,
     ),
     Case(
         "experts in a dense layer",
         with_tensor("model.layers.1.mlp.experts.0.up_proj.weight", "BF16", (4,), 8),
         ("model.layers.1.mlp.experts.0.up_proj.weight", "dense layer"),
-        "the split table knows",
+        "the table of schemes knows",
         SchemeError,
     ),
 ]

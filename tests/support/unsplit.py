@@ -11,7 +11,7 @@ import torch.distributed as dist
 from reshard.model.activation import SILU, Activation
 from reshard.plan.pipeline import Cut
 from reshard.source.open import describe, open_source
-from reshard.verification.compute import unsplit_layer
+from reshard.verification.layer import unsplit_layer
 from reshard.verification.reference import stored_linear
 from reshard_runtime import DenseFFN, LayerShard, load_shard
 from reshard_runtime.collectives import Collectives, PairwiseCollectives

@@ -13,7 +13,7 @@ from reshard.model.activation import SILU, Activation
 from reshard.model.naming import shard_file
 from reshard.plan.pipeline import Cut
 from reshard.source.open import describe, open_source
-from reshard.verification.compute import unsplit_layer
+from reshard.verification.layer import unsplit_layer
 from reshard.verification.reference import stored_linear
 from tests.support.builders import CHECKPOINTS, RECIPES, Raw, Recipe, Spec, build, read_safetensors, write_safetensors
 from tests.support.unsplit import exact, whole_layer

@@ -1,6 +1,6 @@
 """The cut's arithmetic, on checkpoints of arbitrary sizes: shapes only, no bytes are read or written.
 
-The expectation is docs/formats.md's table written out once more, by hand. Every source element gets a number of its own;
+The expectation is docs/formats.md's table written out again, by hand. Every source element gets a number of its own;
 a rank's tensor is then an array of such numbers (0: no element), and what the plan's slices give must be that array.
 """
 

@@ -270,3 +270,10 @@ def test_weights_are_not_cast() -> None:
     with pytest.raises(UsageError, match=r"dtype is torch.bfloat16, m.weight is torch.float32; weights are not cast"):
         PartialFFN(layer, None, None, "dynamic")
     assert isinstance(make_linear(up, CpuKernels(), "dynamic", torch.bfloat16), FloatLinear)
+
+
+def test_sums_that_float32_cannot_hold_are_exact() -> None:
+    """Where float32 products of tiles stand in for int8's: 127 * 127 * 4095 is odd and beyond 2^24."""
+    q_TK, weight_NK = torch.full((3, 4095), 127, dtype=torch.int8), torch.full((8, 4095), 127, dtype=torch.int8)
+    sums_TN = CpuKernels(onednn=frozenset()).int8_matmul(q_TK, weight_NK)
+    assert sums_TN.unique().tolist() == [127 * 127 * 4095]

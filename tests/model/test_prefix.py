@@ -324,5 +324,5 @@ def test_an_activation_with_weights_is_told_by_name(tmp_path: Path) -> None:
     raw = random_raw(np.random.default_rng(0), "BF16", (1,))
     tensors = without(mlp("model.", 64, 256), ".gate_proj.") | {"model.layers.1.mlp.act_fn.alpha_p": raw}
     result = run("split", write(tmp_path / "model", tensors, None), tmp_path / "out", "--tp", 2, code=1)
-    assert "model.layers.1.mlp.act_fn.alpha_p: stands in a dense layer" in result.err
+    assert "model.layers.1.mlp.act_fn.alpha_p: in a dense layer" in result.err
     assert "an activation with weights of its own (xIELU, Apertus)" in result.err

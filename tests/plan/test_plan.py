@@ -7,6 +7,7 @@ a rank's tensor is then an array of such numbers (0: no element), and what the p
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from math import lcm
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,8 @@ from reshard.quantization import Accounts
 from tests.support.builders import RECIPES, Spec, config_of, description_of
 
 BLOCK = 128
-ITEMSIZE = {"I8": 1, "F8_E4M3": 1, "BF16": 2, "F16": 2, "F32": 4, "I32": 4, "I64": 8}
+BLOCKS = {"blocks": (BLOCK, BLOCK), "groups": (1, 32)}
+ITEMSIZE = {"I8": 1, "U8": 1, "F8_E4M3": 1, "F8_E8M0": 1, "BF16": 2, "F16": 2, "F32": 4, "I32": 4, "I64": 8}
 MODELSLIM = [name for name, recipe in RECIPES.items() if recipe.description]
 UNQUANTIZED = ["bf16", "fp16", "fp32"]
 
@@ -33,8 +35,8 @@ Ids = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def shape_of(rule: str, out: int, in_: int) -> tuple[int, ...]:
-    blocks = (-(-out // BLOCK), -(-in_ // BLOCK))
-    return {"out,in": (out, in_), "out,1": (out, 1), "out": (out,), "1": (1,), "blocks": blocks}[rule]
+    blocks = {name: (-(-out // rows), -(-in_ // columns)) for name, (rows, columns) in BLOCKS.items()}
+    return {"out,in": (out, in_), "out,1": (out, 1), "out": (out,), "1": (1,), **blocks}[rule]
 
 
 def recipe_of(spec: Spec, role: str) -> str:
@@ -74,7 +76,8 @@ def excepting(recipe: str, key: str, roles: list[str]) -> dict[str, Any]:
     return {"quantization_config": quantization}
 
 
-KEYS = {"fp8_block": "modules_to_not_convert", "int8_block": "ignored_layers"}
+KEYS = dict.fromkeys(["fp8_block", "fp8_block_ue8m0", "fp8_tensor", "fp8_tensor_static"], "modules_to_not_convert")
+KEYS["int8_block"] = "ignored_layers"
 
 
 @st.composite
@@ -108,8 +111,15 @@ LAYOUT = st.sampled_from(["fused", "separate"])
 
 
 def grid_of(spec: Spec) -> int:
-    rules = {rule for role in ("gate_proj", "down_proj") for _, rule in RECIPES[recipe_of(spec, role)].tensors.values()}
-    return BLOCK if "blocks" in rules else 1
+    """What a share must be a multiple of: of gate's and up's blocks by rows, of down's by columns."""
+    return lcm(
+        *(
+            BLOCKS[rule][role == "down_proj"]
+            for role in ("gate_proj", "down_proj")
+            for _, rule in RECIPES[recipe_of(spec, role)].tensors.values()
+            if rule in BLOCKS
+        )
+    )
 
 
 def share_of(spec: Spec, tp: int, layout: str, pad: bool) -> int | None:
@@ -127,7 +137,7 @@ def cut_of(role: str, suffix: str, rule: str) -> str:
         return "replicated"
     if role != "down_proj":
         return "rows"
-    if rule in {"out,in", "blocks"}:
+    if rule == "out,in" or rule in BLOCKS:
         return "columns"
     return "rank 0" if suffix == "quant_bias" else "replicated"
 
@@ -168,7 +178,7 @@ def expected_rank(spec: Spec, share: int, rank: int, layout: str) -> dict[str, t
         for name, roles in {**stacked, "down_proj": ["down_proj"]}.items():
             for suffix, (dtype, rule) in RECIPES[recipe_of(spec, roles[0])].tensors.items():
                 cut = cut_of(roles[0], suffix, rule)
-                local = -(-share // BLOCK) if rule == "blocks" else share
+                local = -(-share // BLOCKS[rule][cut == "columns"]) if rule in BLOCKS else share
                 pieces = [cut_by_hand(ids[f"{prefix}.{role}.{suffix}"], cut, local, rank) for role in roles]
                 whole = pieces[0] if cut == "replicated" else np.concatenate(pieces)
                 found[f"{prefix}.{name}.{suffix}"] = (dtype, whole)

@@ -22,7 +22,7 @@ from tests.support.builders import (
     read_safetensors,
     write_safetensors,
 )
-from tests.support.cut_by_hand import BLOCK, check_set, expected_rank
+from tests.support.cut_by_hand import BLOCK, GROUP, check_set, expected_rank
 from tests.support.running import split
 from tests.support.sets import snapshot
 
@@ -52,9 +52,9 @@ def test_padded(tmp_path: Path, name: str, layout: str) -> None:
     """I = 300 is on no grid and odd over 8; the last ranks of a block scheme hold nothing but zeros."""
     spec = Spec(**{**vars(SPECS[name]), "intermediate": 300})
     dense = dense_only(build(tmp_path / "source", spec))
-    blocks = "blocks" in {rule for _, rule in RECIPES[spec.recipe].tensors.values()}
+    rules = {rule for _, rule in RECIPES[spec.recipe].tensors.values()}
+    multiple = BLOCK if "blocks" in rules else GROUP if "groups" in rules else 1
     for tp in (1, 2, 4, 8):
-        multiple = BLOCK if blocks else 1
         share = -(-300 // (tp * multiple)) * multiple
         if tp == 1 and layout == "separate":
             share = 300  # one rank, nothing stacked: nothing needs the grid
@@ -237,7 +237,7 @@ def test_safetensors_reads_every_shard(tmp_path: Path, name: str) -> None:
         wanted = expected_rank(dense, 2, rank, 256, "fused")
         data = {tensor: raw[2] for tensor, raw in wanted.items()}
         assert read_with_safetensors(path, "pt", wanted) == data
-        if not {raw[0] for raw in wanted.values()} & {"BF16", "F8_E4M3"}:  # types that numpy lacks
+        if not {raw[0] for raw in wanted.values()} & {"BF16", "F8_E4M3", "F8_E8M0"}:  # types that numpy lacks
             assert read_with_safetensors(path, "np", wanted) == data
 
 

@@ -65,7 +65,7 @@ _HEADERS = [
         "a web page instead",
         written(FIRST, b"<!DOCTYPE html><html>"),
         (FIRST, "an HTML page"),
-        "fetch the file anew",
+        "fetch the file again",
     ),
     Case("header not JSON", header_text(b'{"a":'), (FIRST, "JSON"), AGAIN),
     Case("header not an object", header_text(b"[1, 2]"), (FIRST, "object"), AGAIN),

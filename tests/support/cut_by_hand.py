@@ -7,8 +7,8 @@ import numpy as np
 from tests.support.builders import Raw, read_safetensors
 
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-ITEMSIZE = {"I8": 1, "F8_E4M3": 1, "BF16": 2, "F16": 2, "F32": 4, "I32": 4, "I64": 8}
-BLOCK = 128
+ITEMSIZE = {"I8": 1, "U8": 1, "F8_E4M3": 1, "F8_E8M0": 1, "BF16": 2, "F16": 2, "F32": 4, "I32": 4, "I64": 8}
+BLOCK, GROUP = 128, 32
 
 Array = np.ndarray
 
@@ -18,8 +18,15 @@ def to_array(raw: Raw) -> Array:
     return np.frombuffer(data, UNSIGNED[ITEMSIZE[dtype]]).reshape(shape)
 
 
-def is_block_scale(suffix: str, weight: Array, scale: Array) -> bool:
-    return suffix in {"weight_scale", "weight_scale_inv"} and scale.shape not in {(len(weight),), (len(weight), 1)}
+def scale_block(suffix: str, weight: Array, scale: Array) -> tuple[int, int]:
+    """The rows and columns of the weight that an element stands for; (1, 0) of what has none along in."""
+    if suffix not in {"weight_scale", "weight_scale_inv"} or scale.shape in {(len(weight),), (len(weight), 1)}:
+        return 1, 0
+    return (1, GROUP) if len(scale) == len(weight) else (BLOCK, BLOCK)
+
+
+def is_scalar(suffix: str, array: Array) -> bool:
+    return suffix in {"input_scale", "input_offset", "input_zero_point"} or array.shape == (1,)
 
 
 def zeros_behind(array: Array, dim: int, length: int) -> Array:
@@ -47,13 +54,12 @@ def expected_rank(dense: dict[str, Raw], tp: int, rank: int, share: int, layout:
         local: dict[str, Array] = {}
         for suffix in (name.removeprefix("gate_proj.") for name in arrays if name.startswith("gate_proj.")):
             gate, up = arrays[f"gate_proj.{suffix}"], arrays[f"up_proj.{suffix}"]
-            if suffix in {"input_scale", "input_offset", "input_zero_point"}:
+            if is_scalar(suffix, gate):
                 pieces = [gate, up]
                 fused = gate
                 assert layout == "separate" or np.array_equal(gate, up)
             else:
-                in_blocks = is_block_scale(suffix, arrays["gate_proj.weight"], gate)
-                rows = -(-share // BLOCK) if in_blocks else share
+                rows = -(-share // scale_block(suffix, arrays["gate_proj.weight"], gate)[0])
                 pieces = [rows_of(gate, tp, rank, rows), rows_of(up, tp, rank, rows)]
                 fused = np.concatenate(pieces)
             local |= (
@@ -65,8 +71,8 @@ def expected_rank(dense: dict[str, Raw], tp: int, rank: int, share: int, layout:
             down = arrays[f"down_proj.{suffix}"]
             if suffix == "weight":
                 down = columns_of(down, tp, rank, share)
-            elif is_block_scale(suffix, arrays["down_proj.weight"], down):
-                down = columns_of(down, tp, rank, -(-share // BLOCK))
+            elif not is_scalar(suffix, down) and (unit := scale_block(suffix, arrays["down_proj.weight"], down)[1]):
+                down = columns_of(down, tp, rank, -(-share // unit))
             elif suffix == "quant_bias" and rank > 0:
                 down = np.zeros_like(down)
             local[f"down_proj.{suffix}"] = down

@@ -22,7 +22,7 @@ from tests.support.builders import (
     read_safetensors,
     write_safetensors,
 )
-from tests.support.cut_by_hand import BLOCK, check_set, expected_rank
+from tests.support.cut_by_hand import BLOCK, GROUP, check_set, expected_rank
 from tests.support.running import split
 from tests.support.sets import snapshot
 
@@ -52,9 +52,9 @@ def test_padded(tmp_path: Path, name: str, layout: str) -> None:
     """I = 300 is on no grid and odd over 8; the last ranks of a block scheme hold nothing but zeros."""
     spec = Spec(**{**vars(SPECS[name]), "intermediate": 300})
     dense = dense_only(build(tmp_path / "source", spec))
-    blocks = "blocks" in {rule for _, rule in RECIPES[spec.recipe].tensors.values()}
+    rules = {rule for _, rule in RECIPES[spec.recipe].tensors.values()}
+    multiple = BLOCK if "blocks" in rules else GROUP if "groups" in rules else 1
     for tp in (1, 2, 4, 8):
-        multiple = BLOCK if blocks else 1
         share = -(-300 // (tp * multiple)) * multiple
         if tp == 1 and layout == "separate":
             share = 300  # one rank, nothing stacked: nothing needs the grid

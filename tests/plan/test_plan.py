@@ -7,7 +7,6 @@ a rank's tensor is then an array of such numbers (0: no element), and what the p
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from math import lcm
 from typing import Any
 
 import numpy as np
@@ -21,10 +20,8 @@ from reshard.errors import AlignmentError
 from reshard.plan.plan import Plan, PlannedShard, make_plan
 from reshard.quantization import Accounts
 from tests.support.builders import RECIPES, Spec, config_of, description_of
+from tests.support.cut_by_hand import BLOCK, GROUP, ITEMSIZE
 
-BLOCK = 128
-BLOCKS = {"blocks": (BLOCK, BLOCK), "groups": (1, 32)}
-ITEMSIZE = {"I8": 1, "U8": 1, "F8_E4M3": 1, "F8_E8M0": 1, "BF16": 2, "F16": 2, "F32": 4, "I32": 4, "I64": 8}
 MODELSLIM = [name for name, recipe in RECIPES.items() if recipe.description]
 UNQUANTIZED = ["bf16", "fp16", "fp32"]
 
@@ -35,8 +32,9 @@ Ids = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def shape_of(rule: str, out: int, in_: int) -> tuple[int, ...]:
-    blocks = {name: (-(-out // rows), -(-in_ // columns)) for name, (rows, columns) in BLOCKS.items()}
-    return {"out,in": (out, in_), "out,1": (out, 1), "out": (out,), "1": (1,), **blocks}[rule]
+    blocks, groups = (-(-out // BLOCK), -(-in_ // BLOCK)), (out, -(-in_ // GROUP))
+    shapes = {"out,in": (out, in_), "out,1": (out, 1), "out": (out,), "1": (1,), "blocks": blocks, "groups": groups}
+    return shapes[rule]
 
 
 def recipe_of(spec: Spec, role: str) -> str:
@@ -76,8 +74,7 @@ def excepting(recipe: str, key: str, roles: list[str]) -> dict[str, Any]:
     return {"quantization_config": quantization}
 
 
-KEYS = dict.fromkeys(["fp8_block", "fp8_block_ue8m0", "fp8_tensor", "fp8_tensor_static"], "modules_to_not_convert")
-KEYS["int8_block"] = "ignored_layers"
+KEYS = {"fp8": "modules_to_not_convert", "blockwise_int8": "ignored_layers", "compressed-tensors": "ignore"}
 
 
 @st.composite
@@ -87,7 +84,7 @@ def specs(draw: st.DrawFn, intermediate: int | None = None) -> Spec:
     down: str | None = None
     config: dict[str, Any] = {}
     mixing = draw(st.sampled_from(["alone", "float down", "only down"]))
-    key = KEYS.get(recipe, "ignore")
+    key = KEYS.get((RECIPES[recipe].quantization_config or {}).get("quant_method", ""), "ignore")
     if recipe in MODELSLIM and mixing != "alone":
         down = draw(st.sampled_from(MODELSLIM + UNQUANTIZED))
     elif recipe not in UNQUANTIZED and mixing == "float down":
@@ -111,15 +108,12 @@ LAYOUT = st.sampled_from(["fused", "separate"])
 
 
 def grid_of(spec: Spec) -> int:
-    """What a share must be a multiple of: of gate's and up's blocks by rows, of down's by columns."""
-    return lcm(
-        *(
-            BLOCKS[rule][role == "down_proj"]
-            for role in ("gate_proj", "down_proj")
-            for _, rule in RECIPES[recipe_of(spec, role)].tensors.values()
-            if rule in BLOCKS
-        )
+    gate, down = (
+        {rule for _, rule in RECIPES[recipe_of(spec, r)].tensors.values()} for r in ("gate_proj", "down_proj")
     )
+    if "blocks" in gate | down:
+        return BLOCK
+    return GROUP if "groups" in down else 1  # gate's groups lie along hidden_size
 
 
 def share_of(spec: Spec, tp: int, layout: str, pad: bool) -> int | None:
@@ -137,7 +131,7 @@ def cut_of(role: str, suffix: str, rule: str) -> str:
         return "replicated"
     if role != "down_proj":
         return "rows"
-    if rule == "out,in" or rule in BLOCKS:
+    if rule in {"out,in", "blocks", "groups"}:
         return "columns"
     return "rank 0" if suffix == "quant_bias" else "replicated"
 
@@ -178,7 +172,8 @@ def expected_rank(spec: Spec, share: int, rank: int, layout: str) -> dict[str, t
         for name, roles in {**stacked, "down_proj": ["down_proj"]}.items():
             for suffix, (dtype, rule) in RECIPES[recipe_of(spec, roles[0])].tensors.items():
                 cut = cut_of(roles[0], suffix, rule)
-                local = -(-share // BLOCKS[rule][cut == "columns"]) if rule in BLOCKS else share
+                unit = {"blocks": BLOCK, "groups": GROUP if cut == "columns" else 1}.get(rule, 1)
+                local = -(-share // unit)
                 pieces = [cut_by_hand(ids[f"{prefix}.{role}.{suffix}"], cut, local, rank) for role in roles]
                 whole = pieces[0] if cut == "replicated" else np.concatenate(pieces)
                 found[f"{prefix}.{name}.{suffix}"] = (dtype, whole)

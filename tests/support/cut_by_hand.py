@@ -8,8 +8,7 @@ from tests.support.builders import Raw, read_safetensors
 
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 ITEMSIZE = {"I8": 1, "U8": 1, "F8_E4M3": 1, "F8_E8M0": 1, "BF16": 2, "F16": 2, "F32": 4, "I32": 4, "I64": 8}
-BLOCK = 128
-GROUP = 32  # MXFP8: one scale, an exponent, for so many columns of a row
+BLOCK, GROUP = 128, 32
 
 Array = np.ndarray
 
@@ -19,12 +18,15 @@ def to_array(raw: Raw) -> Array:
     return np.frombuffer(data, UNSIGNED[ITEMSIZE[dtype]]).reshape(shape)
 
 
-def block_of(suffix: str, weight: Array, scale: Raw) -> tuple[int, int] | None:
-    """The rows and columns of a weight that one of its scales stands for; None where those are of whole rows."""
-    dtype, shape, _ = scale
-    if suffix not in {"weight_scale", "weight_scale_inv"} or shape in {(len(weight),), (len(weight), 1)}:
-        return None
-    return (1, GROUP) if dtype == "U8" else (BLOCK, BLOCK)
+def scale_block(suffix: str, weight: Array, scale: Array) -> tuple[int, int]:
+    """The rows and columns of the weight that an element stands for; (1, 0) of what has none along in."""
+    if suffix not in {"weight_scale", "weight_scale_inv"} or scale.shape in {(len(weight),), (len(weight), 1)}:
+        return 1, 0
+    return (1, GROUP) if len(scale) == len(weight) else (BLOCK, BLOCK)
+
+
+def is_scalar(suffix: str, array: Array) -> bool:
+    return suffix in {"input_scale", "input_offset", "input_zero_point"} or array.shape == (1,)
 
 
 def zeros_behind(array: Array, dim: int, length: int) -> Array:
@@ -52,13 +54,12 @@ def expected_rank(dense: dict[str, Raw], tp: int, rank: int, share: int, layout:
         local: dict[str, Array] = {}
         for suffix in (name.removeprefix("gate_proj.") for name in arrays if name.startswith("gate_proj.")):
             gate, up = arrays[f"gate_proj.{suffix}"], arrays[f"up_proj.{suffix}"]
-            if gate.size == 1 and gate.ndim < 2:
+            if is_scalar(suffix, gate):
                 pieces = [gate, up]
                 fused = gate
                 assert layout == "separate" or np.array_equal(gate, up)
             else:
-                block = block_of(suffix, arrays["gate_proj.weight"], dense[f"{prefix}.gate_proj.{suffix}"])
-                rows = -(-share // block[0]) if block else share
+                rows = -(-share // scale_block(suffix, arrays["gate_proj.weight"], gate)[0])
                 pieces = [rows_of(gate, tp, rank, rows), rows_of(up, tp, rank, rows)]
                 fused = np.concatenate(pieces)
             local |= (
@@ -68,11 +69,10 @@ def expected_rank(dense: dict[str, Raw], tp: int, rank: int, share: int, layout:
             )
         for suffix in (name.removeprefix("down_proj.") for name in arrays if name.startswith("down_proj.")):
             down = arrays[f"down_proj.{suffix}"]
-            block = block_of(suffix, arrays["down_proj.weight"], dense[f"{prefix}.down_proj.{suffix}"])
             if suffix == "weight":
                 down = columns_of(down, tp, rank, share)
-            elif block and down.ndim == 2:
-                down = columns_of(down, tp, rank, -(-share // block[1]))
+            elif not is_scalar(suffix, down) and (unit := scale_block(suffix, arrays["down_proj.weight"], down)[1]):
+                down = columns_of(down, tp, rank, -(-share // unit))
             elif suffix == "quant_bias" and rank > 0:
                 down = np.zeros_like(down)
             local[f"down_proj.{suffix}"] = down

@@ -27,13 +27,13 @@ SMALL = Fraction(1, 64)
 SCHEMES = {variant.name: variant.scheme for variant in VARIANTS} | {"fp16": "bf16", "fp32": "bf16"}
 MODELSLIM = {"w8a8_dynamic", "w8a8_static", "w8a8_static_v0", "w8a8_mix", "w8a8_mxfp8"}
 _NUMPY = {
+    "U8": np.uint8,
+    "F8_E8M0": np.uint8,
     "I8": np.int8,
     "I32": np.int32,
     "F32": np.float32,
     "F16": np.float16,
     "F8_E4M3": np.uint8,
-    "F8_E8M0": np.uint8,
-    "U8": np.uint8,
     "BF16": np.uint16,
 }
 

@@ -192,6 +192,7 @@ def test_the_config_hook_is_for_config_json(hooks: dict[str, dict[str, Any]]) ->
 # The pytest fixture.
 
 
+@pytest.mark.slow
 def test_the_fixture_passes_fails_and_says_why(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         f"""

@@ -395,6 +395,7 @@ def test_measuring_without_torch_says_how_to_get_it() -> None:
     assert "pip install 'reshard[runtime]'" in done.err
 
 
+@pytest.mark.slow
 def test_this_machine_is_measured_and_estimated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two real processes, whatever lies in the current folder; what comes out is a profile, and more than nothing."""
     monkeypatch.setattr("reshard.estimate.measure.MODULE", "tests.support.measure_little")

@@ -39,6 +39,7 @@ def _tokens(dtype: torch.dtype) -> torch.Tensor:
     return x_TH.to(dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_bf16_is_as_exact_as_the_unsplit_layer(ranks: Callable[[int], Ranks], size: int) -> None:
     mlp, x_TH = unsplit_mlp(HIDDEN, INTERMEDIATE, torch.bfloat16), _tokens(torch.bfloat16)

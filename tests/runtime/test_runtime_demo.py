@@ -49,6 +49,7 @@ def test_says_what_ranks_hold_and_how_far_they_are_off(
         assert float(between) <= float(error) + float(alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("torchrun", [False, True])
 def test_as_a_command(tmp_path: Path, torchrun: bool) -> None:
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"] if torchrun else []

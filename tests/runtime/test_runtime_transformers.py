@@ -285,6 +285,7 @@ def new_processes() -> Iterator[Start]:
         group.stop()
 
 
+@pytest.mark.slow
 def test_full_weights_are_not_held(new_processes: Start, models: Path, tmp_path: Path) -> None:
     big = {"hidden_size": 512, "intermediate_size": 16384, "num_hidden_layers": 3}
     _model(**big).bfloat16().save_pretrained(tmp_path / "big")

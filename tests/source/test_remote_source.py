@@ -220,6 +220,7 @@ def s3() -> Iterator[Server]:
     server.stop()
 
 
+@pytest.mark.slow
 def test_a_real_s3_server(s3: Server, tmp_path: Path) -> None:
     build(tmp_path / "model", Spec("fp8_block"))
     split(tmp_path / "model", tmp_path / "right", Cut(2))

@@ -153,6 +153,7 @@ def test_another_hub_is_a_module_and_a_line(tmp_path: Path, monkeypatch: pytest.
     assert "is read with another 1.0 or later, installed is none" in refused.err
 
 
+@pytest.mark.slow
 def test_a_sparse_r1_is_inspected_from_its_headers(tmp_path: Path) -> None:
     """163 files, 91,991 tensors, 688 GB of holes: what is read is the headers."""
     config = CONFIGS / "deepseek-r1.json"

@@ -34,6 +34,7 @@ def test_real_checkpoints_come_back(real_checkpoint: Path, tmp_path: Path, tp: i
             assert (tmp_path / "merged" / name).read_bytes() == (real_checkpoint / name).read_bytes()
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     recipe=st.sampled_from(sorted(RECIPES)),

@@ -1,7 +1,7 @@
 """Cut the DenseFFN weights of a checkpoint into one verified safetensors shard per rank.
 
     result = reshard.split("DeepSeek-R1-W8A8", "r1-tp8", tp=8)
-    assert reshard.verify("r1-tp8", "DeepSeek-R1-W8A8").ok
+    same = reshard.verify("r1-tp8", "DeepSeek-R1-W8A8").ok
 
 A name is imported when it is first asked for: the command line's start needs nothing of what the functions need.
 """

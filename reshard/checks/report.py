@@ -48,11 +48,11 @@ class Serving:
 
     def __post_init__(self) -> None:
         if not isinstance(self.additional_config, Mapping):
-            raise UsageError(f"additional config {self.additional_config!r}: a mapping of options is wanted")
+            raise UsageError(f"additional config: expected a mapping of options, got {self.additional_config!r}")
         for name in ("data", "tensor", "pipeline"):
             size = getattr(self, f"{name}_parallel_size")
             if type(size) is not int or not 1 <= size <= _MAX_SIZE:
-                raise UsageError(f"{name}-parallel size {size!r}: a whole number from 1 to {_MAX_SIZE} is wanted")
+                raise UsageError(f"{name}-parallel size: expected a whole number from 1 to {_MAX_SIZE}, got {size!r}")
 
 
 @dataclass(frozen=True)

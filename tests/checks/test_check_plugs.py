@@ -238,10 +238,10 @@ def test_the_fixture_passes_fails_and_says_why(pytester: pytest.Pytester) -> Non
         ({"tp": "8,16"}, "tp '8': a group size is a whole number"),
         ({"tp": 8, "device": "gpu"}, "device 'gpu': there are cpu, npu"),
         ({"tp": 8, "weights": "int8"}, "weights 'int8': there are keep, bf16, w8a8"),
-        ({"data_parallel_size": 0}, "data-parallel size 0: a whole number from 1 to 99999 is wanted"),
-        ({"tensor_parallel_size": "2"}, "tensor-parallel size '2': a whole number"),
-        ({"pipeline_parallel_size": True}, "pipeline-parallel size True: a whole number"),
-        ({"additional_config": "{}"}, "additional config '{}': a mapping of options is wanted"),
+        ({"data_parallel_size": 0}, "data-parallel size: expected a whole number from 1 to 99999, got 0"),
+        ({"tensor_parallel_size": "2"}, "tensor-parallel size: expected a whole number from 1 to 99999, got '2'"),
+        ({"pipeline_parallel_size": True}, "pipeline-parallel size: expected a whole number from 1 to 99999, got True"),
+        ({"additional_config": "{}"}, "additional config: expected a mapping of options, got '{}'"),
     ],
 )
 def test_a_value_that_is_none_is_refused(

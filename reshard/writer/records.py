@@ -3,8 +3,8 @@
 import contextlib
 from collections.abc import Sequence
 
-from reshard.errors import ManifestError, OutputError
-from reshard.manifest import Manifest, Record, Shard, parse_manifest, parse_record
+from reshard.errors import UNSEALED, ManifestError, OutputError
+from reshard.manifest import UNSEALED, Manifest, Record, Shard, parse_manifest, parse_record
 from reshard.model.naming import MANIFEST, shard_file
 from reshard.plan.manifest_builder import fingerprint, make_manifest
 from reshard.plan.pipeline import Prepared
@@ -28,8 +28,8 @@ class Records:
 
     def put(self, shard: Shard) -> None:
         """Say that a shard is finished."""
-        record = Record(fingerprint=self._fingerprint, shard=shard)
-        self._target.put(record_file(shard.file), (record.model_dump_json(indent=1) + "\n").encode())
+        record = Record(blake3=UNSEALED, fingerprint=self._fingerprint, shard=shard).sealed()
+        self._target.put(record_file(shard.file), record.to_json())
 
     def finished(self) -> bool:
         """Whether the set has its manifest."""
@@ -59,7 +59,9 @@ class Records:
         sizes, found = self._target.files(), {}
         if MANIFEST in sizes:
             manifest = parse_manifest(self._target.read(MANIFEST))
-            found = {s.tp_rank: Record(fingerprint=self._fingerprint, shard=s) for s in manifest.shards}
+            found = {
+                s.tp_rank: Record(blake3=UNSEALED, fingerprint=self._fingerprint, shard=s) for s in manifest.shards
+            }
             if manifest.tp_size != self._plan.tp_size:
                 raise other_size(self._target, manifest.tp_size, self._plan)
             if manifest != self.manifest(manifest.shards) or not all(map(self._is_planned, manifest.shards)):

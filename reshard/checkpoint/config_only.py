@@ -18,7 +18,7 @@ from reshard.quantization.formats import as_kind
 from reshard.quantization.refusals import words
 from reshard.schemes.match import QuantSpec, check_kind, check_scheme
 from reshard.schemes.table import FLOAT, VARIANTS, Operand
-from reshard.source.base import parse_json_object
+from reshard.strict_json import parse_object
 from reshard.tensors.dtypes import TORCH
 
 _DTYPES = {TORCH[dtype]: dtype for dtype in ("BF16", "F16", "F32")}
@@ -30,7 +30,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raw = Path(path).read_bytes()
     except OSError as error:
         raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
-    return parse_json_object(raw, str(path))
+    return parse_object(raw, str(path))
 
 
 def config_checkpoint(config: Mapping[str, Any], name: str, scheme: str | None = None) -> Checkpoint:

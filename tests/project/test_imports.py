@@ -19,6 +19,8 @@ VOCABULARY = (
     "manifest",
     "errors",
     "fit",
+    "limits",
+    "strict_json",
     "model.activation",
     "model.naming",
     "model.parts",

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from reshard.errors import ManifestError
+from reshard.limits import MANIFEST_BYTES
 from reshard.model.activation import Activation
 from reshard.model.naming import MANIFEST, MAX_TP_SIZE, shard_file
 from reshard.model.parts import DENSE_FFN
@@ -220,7 +221,7 @@ class Manifest(_Strict):
 
 def parse_manifest(raw: bytes, file: str = MANIFEST) -> Manifest:
     """A manifest from its bytes. Raises ManifestError for an unknown version, an unknown field, a wrong value."""
-    value = parse_json(raw, file, ManifestError)
+    value = parse_json(raw, file, ManifestError, most=MANIFEST_BYTES)
     version = value.get("schema") if isinstance(value, dict) else None
     if version in _OLDER:
         raise ManifestError(

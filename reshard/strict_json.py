@@ -46,8 +46,8 @@ def parse_json(
     except UnicodeDecodeError as wrong:
         raise error(_known(raw, file) or f"{file}: not UTF-8 (byte {wrong.start}); copy or download it again") from None
     brackets = raw.translate(None, _NOT_BRACKETS)
-    if raw.count(b",") + len(brackets) // 2 > limits.JSON_VALUES:
-        raise error(f"{file}: holds more than {limits.JSON_VALUES} values; put the file of this checkpoint there")
+    if raw.count(b",") + len(brackets) // 2 > (values := most // limits.JSON_BYTES_PER_VALUE):
+        raise error(f"{file}: holds more than {values} values; put the file of this checkpoint there")
     deep = _is_deep(brackets) and _is_deep(_STRING.sub(b"", raw).translate(None, _NOT_BRACKETS))
     odd = _TOO_MANY_DIGITS in raw.translate(_ALIKE) or _MINUS_ZERO.search(text) is not None
     try:

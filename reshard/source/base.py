@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from reshard.errors import HeaderError
-from reshard.source.opened import MISSING as MISSING
+from reshard.limits import JSON_BYTES
+from reshard.regular import MISSING as MISSING
 from reshard.strict_json import check_size
 from reshard.tensors import header
 from reshard.tensors.header import Header
@@ -60,8 +61,8 @@ class Source(abc.ABC):
         """Folders within that hold weights, by their paths from here, as far as that is known."""
         return ()
 
-    def broken_links(self) -> Collection[str]:
-        """Names that are links to no file. None of them is in `files`, and none is a file that nobody put there."""
+    def not_files(self) -> Collection[str]:
+        """Names of anything else: links to nothing, FIFOs, devices, folders. Somebody put them there."""
         return ()
 
     def absent(self, file: str) -> str:
@@ -162,8 +163,8 @@ def try_headers(source: Source, files: Sequence[str]) -> dict[str, Header | Head
         return dict(zip(files, pool.map(attempt, files), strict=True))
 
 
-def read_file(source: Source, file: str) -> bytes:
+def read_file(source: Source, file: str, most: int = JSON_BYTES) -> bytes:
     """A whole JSON file. Raises SourceError for a larger one than is parsed."""
     size = source.files()[file]
-    check_size(size, file)
+    check_size(size, file, most=most)
     return source.read(file, 0, size)

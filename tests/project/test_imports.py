@@ -28,7 +28,7 @@ VOCABULARY = (
     "schemes.match",
     "schemes.table",
     "tensors.tiles",
-    "source.opened",
+    "regular",
     "source.recognise",
     "source.weights",
     "tensors.dtypes",

@@ -68,7 +68,7 @@ def test_what_looks_like_something_else_is_read(text: str) -> None:
         ('{"\\udfff": 1}', "an escape that is no character"),
         ("[1, 2", "not valid JSON: Expecting ',' delimiter: line 1 column 6 (char 5); copy or download it again"),
         ("[1 2, 3]", "(char 3); mend it there"),
-        ("[" + "1," * limits.JSON_VALUES + "1]", f"holds more than {limits.JSON_VALUES} values"),
+        ("[" + "1," * (4 << 20) + "1]", "holds more than 4194304 values"),
         ("", "not valid JSON"),
     ],
 )

@@ -280,7 +280,7 @@ def test_a_separate_layout_whose_gate_and_up_share_no_scale_is_refused(tmp_path:
 
 @pytest.mark.parametrize(
     ("device", "kind", "message"),
-    [("npu:3", MissingDependencyError, "needs torch_npu, which .*: pip install torch_npu, in the version that fits"),
+    [("npu:3", MissingDependencyError, r"needs torch_npu, which .*: pip install torch_npu, in the version that fits"),
      ("tpu", UsageError, "device tpu: "),
      ("meta", UsageError, "there is a backend for cpu, cuda and npu only")],
 )  # fmt: skip

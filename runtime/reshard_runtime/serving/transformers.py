@@ -106,7 +106,7 @@ def _load(path: str | Path, dtype: torch.dtype | None, shards: Path) -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise MissingDependencyError(f"transformers cannot be imported ({error}); pip install transformers") from error
+        raise MissingDependencyError("the model", "transformers", error) from error
     manifest, _ = read_manifest(shards)
     config = transformers.AutoConfig.from_pretrained(path)
     _check_taken(Path(path), manifest, getattr(config, TRANSFORMERS_KEY, None))

@@ -12,13 +12,13 @@ from blake3 import blake3
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from reshard.errors import ManifestError
+from reshard.limits import MANIFEST_BYTES
 from reshard.model.activation import Activation
 from reshard.model.naming import MANIFEST, MAX_TP_SIZE, shard_file
 from reshard.model.parts import DENSE_FFN
 from reshard.quantization import SIDE_FILES, is_description, is_side_file
 from reshard.schemes.table import SCHEMES, unknown_scheme
-from reshard.source.recognise import PREFIX_BYTES, recognised
-from reshard.tensors.header import unique_pairs
+from reshard.strict_json import parse_json
 
 SCHEMA = "denseffn-shards/2"
 _OLDER = ("denseffn-shards/1",)
@@ -297,11 +297,7 @@ def json_schema() -> str:
 
 
 def _parse(raw: bytes, file: str) -> Mapping[str, Any]:
-    try:
-        value = json.loads(raw, object_pairs_hook=unique_pairs)
-    except (ValueError, RecursionError) as error:
-        what = recognised(raw[:PREFIX_BYTES], file, len(raw))
-        raise ManifestError(what or f"{file}: not valid JSON: {error}; copy it again") from error
+    value = parse_json(raw, file, ManifestError, most=MANIFEST_BYTES)
     if not isinstance(value, dict):
         raise ManifestError(f"{file}: holds a {type(value).__name__}, expected a JSON object; copy it again")
     return value

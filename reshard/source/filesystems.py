@@ -6,8 +6,6 @@ from fsspec.registry import known_implementations
 from reshard.errors import MissingDependencyError
 from reshard.source.address import redacted
 
-_EXTRAS = {"s3fs": "reshard[s3]"}
-
 
 def missing_package(address: str, error: ImportError) -> MissingDependencyError:
     """Which package an address needs, of a chain of file systems the first that is no part of fsspec."""
@@ -15,11 +13,9 @@ def missing_package(address: str, error: ImportError) -> MissingDependencyError:
         protocol = link.partition("://")[0]
         package = known_implementations.get(protocol, {}).get("class", "").partition(".")[0]
         if package and package != "fsspec":
-            wanted = _EXTRAS.get(package, package)
-            return MissingDependencyError(
-                f"{protocol}://: needs {package}, which cannot be imported ({redacted(error)}); pip install '{wanted}'"
-            )
-    return MissingDependencyError(f"{redacted(address)}: {redacted(error)}")
+            return MissingDependencyError(f"{protocol}://", package, redacted(error))
+    module = getattr(error.__cause__ or error, "name", None)  # of a driver that is fsspec's own
+    return MissingDependencyError(redacted(address), module or "fsspec", redacted(error))
 
 
 def same_place(one: str, other: str) -> bool:

@@ -170,7 +170,7 @@ def test_names_are_known_ones_and_each_is_there_once(shards: Path, change: Any, 
         (b'"at": 256', b'"at": 255', "was changed after it was written: it says that its BLAKE3 is "),
         (b" ", b"  ", "was changed after it was written: it says that its BLAKE3 is "),
         (b'"blake3": "', b'"blake3": "0', "blake3: String should match pattern"),
-        (b'"blake3"', b'"Blake3"', "Blake3: Extra inputs"),
+        (b'"blake3"', b'"Blake3"', "blake3: Field required"),
     ],
 )
 def test_bytes_that_were_changed_by_hand_are_refused(shards: Path, old: bytes, new: bytes, message: str) -> None:
@@ -181,13 +181,6 @@ def test_bytes_that_were_changed_by_hand_are_refused(shards: Path, old: bytes, n
     with pytest.raises(ManifestError) as caught:
         parse_manifest(path.read_bytes())
     assert message in str(caught.value)
-
-
-def test_a_manifest_without_its_digest_is_refused(shards: Path) -> None:
-    manifest = load(shards)
-    del manifest["blake3"]
-    with pytest.raises(ManifestError, match="blake3: Field required"):
-        parse_manifest(json.dumps(manifest).encode())
 
 
 def test_a_manifest_names_its_own_digest(shards: Path) -> None:

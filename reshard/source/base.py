@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from reshard.errors import HeaderError, SourceError
+from reshard.safe_text import without_secrets
 from reshard.source.opened import MISSING as MISSING
 from reshard.source.recognise import PREFIX_BYTES, recognised
 from reshard.tensors import header
@@ -37,6 +38,11 @@ class Origin:
     kind: str
     name: str
     commit: str | None = None
+
+    def __post_init__(self) -> None:
+        # It goes into manifests, which others read: a name that is no UTF-8 is spelt out there.
+        name = without_secrets(self.name).encode("utf-8", "backslashreplace").decode()
+        object.__setattr__(self, "name", name)
 
 
 class Cancelled(Exception):

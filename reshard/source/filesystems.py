@@ -4,7 +4,7 @@ from fsspec import get_filesystem_class
 from fsspec.registry import known_implementations
 
 from reshard.errors import MissingDependencyError
-from reshard.source.address import redacted
+from reshard.safe_text import one_line
 
 _EXTRAS = {"s3fs": "reshard[s3]"}
 
@@ -17,9 +17,9 @@ def missing_package(address: str, error: ImportError) -> MissingDependencyError:
         if package and package != "fsspec":
             wanted = _EXTRAS.get(package, package)
             return MissingDependencyError(
-                f"{protocol}://: needs {package}, which cannot be imported ({redacted(error)}); pip install '{wanted}'"
+                f"{protocol}://: needs {package}, which cannot be imported ({one_line(error)}); pip install '{wanted}'"
             )
-    return MissingDependencyError(f"{redacted(address)}: {redacted(error)}")
+    return MissingDependencyError(f"{address}: {one_line(error)}")
 
 
 def same_place(one: str, other: str) -> bool:

@@ -20,6 +20,8 @@ ReshardError                    1   something the user can mend; one line, no tr
 └── MismatchError               3   a check found a difference
 """
 
+import shlex
+
 from reshard.safe_text import safe_line
 
 
@@ -80,7 +82,15 @@ class BusyError(OutputError):
 
 
 class MissingDependencyError(ReshardError):
-    """An optional package is needed and is not installed."""
+    """An optional package is needed and is not installed.
+
+    what: needs it. package: as pip knows it. why: of its import's failure. way_out: another one than to install it.
+    """
+
+    def __init__(self, what: str, package: str, why: object = "not installed", way_out: str = "") -> None:
+        super().__init__(
+            f"{what} needs {package}, which cannot be imported ({why}): pip install {shlex.quote(package)}{way_out}"
+        )
 
 
 class ShardError(ReshardError):

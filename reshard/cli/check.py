@@ -114,10 +114,11 @@ def _serving(additional: str | None, *sizes: int | None) -> "Serving | None":
     """
     from reshard import api
     from reshard.errors import SourceError, UsageError
-    from reshard.source.base import parse_json_object
+    from reshard.strict_json import parse_object
 
     try:
-        config = None if additional is None else parse_json_object((additional or "{}").encode(), "--additional-config")
+        raw = None if additional is None else (additional or "{}").encode(errors="surrogateescape")
+        config = None if raw is None else parse_object(raw, "--additional-config")
     except SourceError as error:
         raise UsageError(str(error).removesuffix("; copy or download it again")) from error
     return api.serving(config, *sizes)

@@ -6,8 +6,6 @@ from fsspec.registry import known_implementations
 from reshard.errors import MissingDependencyError
 from reshard.safe_text import one_line
 
-_EXTRAS = {"s3fs": "reshard[s3]"}
-
 
 def missing_package(address: str, error: ImportError) -> MissingDependencyError:
     """Which package an address needs, of a chain of file systems the first that is no part of fsspec."""
@@ -15,11 +13,9 @@ def missing_package(address: str, error: ImportError) -> MissingDependencyError:
         protocol = link.partition("://")[0]
         package = known_implementations.get(protocol, {}).get("class", "").partition(".")[0]
         if package and package != "fsspec":
-            wanted = _EXTRAS.get(package, package)
-            return MissingDependencyError(
-                f"{protocol}://: needs {package}, which cannot be imported ({one_line(error)}); pip install '{wanted}'"
-            )
-    return MissingDependencyError(f"{address}: {one_line(error)}")
+            return MissingDependencyError(f"{protocol}://", package, one_line(error))
+    module = getattr(error.__cause__ or error, "name", None)  # of a driver that is fsspec's own
+    return MissingDependencyError(address, module or "fsspec", one_line(error))
 
 
 def same_place(one: str, other: str) -> bool:

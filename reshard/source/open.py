@@ -62,9 +62,9 @@ def _finder(hub: Hub, repo: str) -> "Callable[[str, str | None], Remote]":
         find: Callable[[str, str | None], Remote] = import_module(hub.module).find_repository
     except ImportError as error:
         raise MissingDependencyError(
-            f"{repo}: no local folder with that name, and a repository on the Hub is read with {hub.package} "
-            f"{hub.since} or later, installed is {_installed(hub.package)} ({error}); "
-            f"pip install -U '{hub.package}>={hub.since}'"
+            f"{repo}: no local folder with that name, and a repository on the Hub",
+            f"{hub.package}>={hub.since}",
+            f"installed is {_installed(hub.package)}; {error}",
         ) from None
     return find
 

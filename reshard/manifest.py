@@ -5,16 +5,17 @@ plan is made of its entries, and a shard set that is read as a source gives them
 """
 
 import json
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from reshard.errors import ManifestError
+from reshard.limits import MANIFEST_BYTES
 from reshard.model.activation import Activation
 from reshard.model.naming import MANIFEST, MAX_TP_SIZE, shard_file
 from reshard.model.parts import DENSE_FFN
 from reshard.schemes.table import SCHEMES, unknown_scheme
-from reshard.source.recognise import PREFIX_BYTES, recognised
+from reshard.strict_json import parse_json
 
 SCHEMA = "denseffn-shards/2"
 _OLDER = ("denseffn-shards/1",)
@@ -220,11 +221,7 @@ class Manifest(_Strict):
 
 def parse_manifest(raw: bytes, file: str = MANIFEST) -> Manifest:
     """A manifest from its bytes. Raises ManifestError for an unknown version, an unknown field, a wrong value."""
-    try:
-        value: Any = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        what = recognised(raw[:PREFIX_BYTES], file, len(raw))
-        raise ManifestError(what or f"{file}: not valid JSON: {error}; copy it again") from error
+    value = parse_json(raw, file, ManifestError, most=MANIFEST_BYTES)
     version = value.get("schema") if isinstance(value, dict) else None
     if version in _OLDER:
         raise ManifestError(

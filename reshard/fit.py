@@ -9,7 +9,7 @@ from reshard.errors import ManifestError, ReshardError
 from reshard.manifest import Manifest, Shard, SideFile, SourceFile
 from reshard.model.naming import MANIFEST, module_name, parse_shard_file, shard_metadata
 from reshard.model.parts import DENSE_FFN
-from reshard.source.opened import MISSING
+from reshard.regular import MISSING
 from reshard.tensors.header import Header
 
 

@@ -14,7 +14,7 @@ from reshard.fit import fit_source_file
 from reshard.manifest import Manifest, SourceFile
 from reshard.model.naming import parse_dense
 from reshard.model.parts import DENSE_FFN
-from reshard.source.opened import Opened
+from reshard.regular import Opened
 from reshard.tensors.header import read_raw_header
 
 

@@ -34,6 +34,8 @@ class Hub:
 # engine's environment may want an older one, and only here is it used.
 HUBS = {"hf": Hub("reshard.source.hub", "huggingface_hub", "1.31", "HF_ENDPOINT")}
 FOLDER, REMOTE = "folder", "remote"
+WEB = ("http", "https")
+"""Schemes of plain servers: what they answer is compared with what was asked for, which no driver of fsspec's does."""
 
 _LABEL = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _REPOSITORY = re.compile(rf"{_LABEL}/{_LABEL}")
@@ -90,6 +92,8 @@ def parse_target(text: str) -> Address:
         return Address(FOLDER, text)
     if scheme[1].lower() in HUBS:
         raise UsageError(f"{text}: a hub is read, not written; give a folder, and upload it (hf upload)")
+    if scheme[1].lower() in WEB:
+        raise UsageError(f"{text}: a plain HTTP server is read, not written; give a folder or a store's address")
     found = parse_address(text)
     if not (found.place if found.kind == FOLDER else text[scheme.end() :].strip("/")):
         raise UsageError(f"{text}: names no place; give an address such as s3://BUCKET/PATH")
@@ -108,6 +112,13 @@ def redacted(text: object) -> str:
     """A library's message as one line, its addresses without users, passwords and signatures."""
     line = " ".join(str(text).split())
     return _QUERY.sub(r"\1", _USER.sub("://", line))
+
+
+def last_part(address: str) -> str:
+    """The last part of an address's path; where there is none, the file system's name, not the host's or bucket's."""
+    protocol, _, rest = address.partition("::")[0].rpartition("://")
+    _, _, path = rest.partition("?")[0].partition("#")[0].partition("/")
+    return path.strip("/").rpartition("/")[2] or protocol or "remote"
 
 
 def shown(address: str) -> str:

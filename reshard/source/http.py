@@ -14,7 +14,7 @@ from http import HTTPStatus
 
 from reshard import limits
 from reshard.errors import SourceError
-from reshard.source.address import redacted
+from reshard.safe_text import one_line
 from reshard.source.base import Origin
 from reshard.source.retry import MAY_PASS, Fault
 from reshard.source.watched import watched
@@ -59,7 +59,7 @@ def asked(request: Request, start: int | None = None, stop: int | None = None) -
     except httpx.ConnectError as error:
         raise Unreachable(said(error)) from None
     except (httpx.UnsupportedProtocol, httpx.TooManyRedirects, httpx.InvalidURL, UnicodeError) as error:
-        raise SourceError(f"{redacted(request.url)}: {said(error)}") from None
+        raise SourceError(f"{request.url}: {said(error)}") from None
     except httpx.HTTPError as error:
         raise Fault(said(error)) from None
 
@@ -71,14 +71,14 @@ def read_small(request: Request, check: Callable[[httpx.Response], None], most: 
         with asked(request) as response:
             check(response)
             if wrong := _encoded(response):
-                raise SourceError(f"{redacted(request.url)}: {wrong}")
+                raise SourceError(f"{request.url}: {wrong}")
             yield from response.iter_raw()
 
     body = bytearray()
     for chunk in watched(chunks, request.patience):
         body += chunk
         if len(body) > most:
-            raise SourceError(f"{redacted(request.url)}: the answer is longer than {most} bytes, the most that is read")
+            raise SourceError(f"{request.url}: the answer is longer than {most} bytes, the most that is read")
     return bytes(body)
 
 
@@ -165,7 +165,7 @@ def busy(response: httpx.Response) -> Fault | None:
 
 def said(error: Exception) -> str:
     """What a library says went wrong, in one line; some say nothing."""
-    return redacted(error) or type(error).__name__
+    return one_line(error) or type(error).__name__
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:

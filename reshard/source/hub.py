@@ -20,7 +20,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, httpx, validate
 
 from reshard import __version__, limits
 from reshard.errors import SourceError
-from reshard.source.address import redacted
+from reshard.safe_text import one_line
 from reshard.source.base import Origin
 from reshard.source.http import HttpFiles, Request, Unreachable, busy, read_small, said
 from reshard.source.listing import listed
@@ -64,7 +64,6 @@ def find_repository(repo: str, revision: str | None, endpoint: str | None = None
     endpoint: the hub's address; None for what HF_ENDPOINT says.
     """
     endpoint = endpoint or constants.ENDPOINT
-    shown = redacted(endpoint)
 
     def check(response: httpx.Response) -> None:
         if response.status_code != HTTPStatus.OK:
@@ -76,17 +75,17 @@ def find_repository(repo: str, revision: str | None, endpoint: str | None = None
         body = read_small(_request(f"{endpoint}/api/models/{repo}{at}?blobs=true"), check, limits.LISTING_BYTES)
     except Unreachable as error:
         raise _no_folder(
-            repo, f"{shown} cannot be reached ({error}); check the name, the network and HF_ENDPOINT"
+            repo, f"{endpoint} cannot be reached ({error}); check the name, the network and HF_ENDPOINT"
         ) from None
     except OfflineModeIsEnabled:
-        raise _no_folder(repo, f"HF_HUB_OFFLINE forbids to ask {shown}; check the name, or unset it") from None
+        raise _no_folder(repo, f"HF_HUB_OFFLINE forbids to ask {endpoint}; check the name, or unset it") from None
     except HFValidationError as error:
         raise _no_folder(repo, f"no repository: {said(error)}") from None
     try:
-        described = parse_object(body, f"{repo}: what {shown} says of it")
+        described = parse_object(body, f"{repo}: what {endpoint} says of it")
     except SourceError as error:
         raise SourceError(f"{error}; {_NO_HUB}") from None
-    return HubFiles(repo, endpoint, _commit(described, repo), listed(_siblings(described, repo), f"{repo}: {shown}"))
+    return HubFiles(repo, endpoint, _commit(described, repo), listed(_siblings(described, repo), f"{repo}: {endpoint}"))
 
 
 def _commit(described: Mapping[str, Any], repo: str) -> str:
@@ -122,11 +121,10 @@ def _refusal(
     if wait := busy(response):
         return wait
     status, code = response.status_code, response.headers.get("X-Error-Code", "")
-    why = ", ".join(filter(None, (f"HTTP {status}", redacted(response.headers.get("X-Error-Message", "")))))
+    why = ", ".join(filter(None, (f"HTTP {status}", one_line(response.headers.get("X-Error-Message", "")))))
     way_in = "take a token that may read it (`hf auth login`, or HF_TOKEN)"
     if not get_token():
         way_in = "log in with `hf auth login`, or set HF_TOKEN"
-    endpoint = redacted(endpoint)
     if code == "GatedRepo":
         return SourceError(f"{repo}: is gated: accept its terms at {endpoint}/{repo}, then {way_in}")
     if code == "RevisionNotFound":

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from reshard.checkpoint.description import Checkpoint
 from reshard.errors import MissingDependencyError, SourceError, UsageError
 from reshard.model.naming import MANIFEST, parse_shard_file
-from reshard.source.address import FOLDER, HUBS, WEB, Hub, parse_address, redacted, shown
+from reshard.source.address import FOLDER, HUBS, WEB, Hub, parse_address, shown
 from reshard.source.base import Source
 from reshard.source.files import read_checkpoint
 from reshard.source.folder import FolderSource
@@ -56,9 +56,7 @@ def _finder(hub: Hub, repo: str) -> "Callable[[str, str | None], Remote]":
     """A hub's `find_repository`. Raises SourceError for an endpoint that is no address, MissingDependencyError."""
     endpoint = os.environ.get(hub.endpoint)
     if endpoint is not None and not _is_host(endpoint):
-        raise SourceError(
-            f"{hub.endpoint}={redacted(endpoint)}: is no hub's address; write it as https://HOST, or unset it"
-        )
+        raise SourceError(f"{hub.endpoint}={endpoint}: is no hub's address; write it as https://HOST, or unset it")
     try:
         find: Callable[[str, str | None], Remote] = import_module(hub.module).find_repository
     except ImportError as error:

@@ -10,7 +10,8 @@ import fsspec
 
 from reshard import limits
 from reshard.errors import SourceError, UsageError
-from reshard.source.address import WEB, last_part, redacted
+from reshard.safe_text import one_line
+from reshard.source.address import WEB, last_part
 from reshard.source.base import Origin
 from reshard.source.filesystems import missing_package
 from reshard.source.listing import listed
@@ -68,7 +69,7 @@ def find_folder(address: str) -> RemoteFiles:
 
     Credentials come from where the file system's package takes them, such as AWS_ACCESS_KEY_ID or ~/.aws for s3fs.
     """
-    place = redacted(address)
+    place = address
     if any(link.partition("://")[0].lower() in WEB for link in address.split("::")):
         raise UsageError(f"{place}: an archive on a plain HTTP server is not read from there; download it")
     try:
@@ -77,7 +78,7 @@ def find_folder(address: str) -> RemoteFiles:
     except ImportError as error:
         raise missing_package(address, error) from None
     except (ValueError, TypeError, OSError) as error:
-        raise UsageError(f"{place}: {redacted(error)}") from None
+        raise UsageError(f"{place}: {one_line(error)}") from None
     try:
         sizes = within(limits.LISTING_SECONDS, partial(_sizes, fs, path))
     except Fault:
@@ -113,4 +114,4 @@ def _may_pass(error: BaseException) -> bool:
 
 def _said(error: BaseException) -> str:
     """What a library says went wrong, in one line, with its kind: some say only a name."""
-    return f"{type(error).__name__}: {redacted(error)}".rstrip(": ")
+    return f"{type(error).__name__}: {one_line(error)}".rstrip(": ")

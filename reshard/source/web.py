@@ -10,7 +10,8 @@ from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit, urlunsp
 
 from reshard import __version__, limits
 from reshard.errors import SourceError, UsageError
-from reshard.source.address import last_part, redacted
+from reshard.safe_text import one_line
+from reshard.source.address import last_part
 from reshard.source.base import Origin
 from reshard.source.fetchers import Fetchers, result_of
 from reshard.source.http import HttpFiles, Request, asked, busy, httpx, read_small
@@ -32,7 +33,7 @@ class WebFiles(HttpFiles):
 
     def __init__(self, address: str) -> None:
         super().__init__()
-        self._place = redacted(address)
+        self._place = address
         self._client = httpx.Client(follow_redirects=True, headers={"User-Agent": f"reshard/{__version__}"})
         weakref.finalize(self, self._client.close).atexit = False
         self._folder = _split(address)
@@ -105,7 +106,7 @@ def _split(address: str) -> SplitResult:
             raise ValueError("it names no host")
         httpx.URL(urlunsplit(parts))
     except (ValueError, httpx.InvalidURL) as error:
-        raise UsageError(f"{redacted(address)}: is no address that can be asked: {redacted(error)}") from None
+        raise UsageError(f"{address}: is no address that can be asked: {one_line(error)}") from None
     return parts
 
 

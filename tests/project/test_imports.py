@@ -18,6 +18,7 @@ HEAVY = ("torch", "numpy", "pydantic", "blake3", "safetensors", "huggingface_hub
 VOCABULARY = (
     "manifest",
     "errors",
+    "safe_text",
     "fit",
     "limits",
     "strict_json",

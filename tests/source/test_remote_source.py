@@ -12,8 +12,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from reshard.errors import SourceError, SpaceError, UsageError
 from reshard.plan.pipeline import Cut, prepare
+from reshard.safe_text import redacted
 from reshard.source import web
-from reshard.source.address import last_part, redacted
+from reshard.source.address import last_part
 from reshard.source.open import describe, open_source
 from reshard.source.range_cache import Stage
 from reshard.source.retry import Fault, RetryPolicy
@@ -188,7 +189,7 @@ def test_names_hold_no_credentials_hosts_and_buckets(address: str, name: str) ->
 
 
 def test_messages_hold_no_credentials() -> None:
-    said = redacted("Cannot open https://user:pass@host/r1?X-Amz-Signature=abc&y=1, nor\n's3://k:s@b/c'")
+    said = redacted("Cannot open https://user:pass@host/r1?X-Amz-Signature=abc&y=1, nor 's3://k:s@b/c'")
     assert said == "Cannot open https://host/r1 nor 's3://b/c'"
     assert redacted("ftp://user:pass@word@host/r1 is away: me@home") == "ftp://host/r1 is away: me@home"
     with pytest.raises(Fault) as raised:

@@ -6,10 +6,10 @@ from typing import Literal, NamedTuple
 from blake3 import blake3
 
 from reshard.errors import ManifestError, ReshardError
-from reshard.manifest import Manifest, Shard, SideFile
+from reshard.manifest import Manifest, Shard, SideFile, SourceFile
 from reshard.model.naming import MANIFEST, module_name, parse_shard_file, shard_metadata
 from reshard.model.parts import DENSE_FFN
-from reshard.source.opened import MISSING
+from reshard.regular import MISSING
 from reshard.tensors.header import Header
 
 
@@ -59,6 +59,13 @@ def fit_size(file: str, size: int, expected: int) -> Iterator[Misfit]:
 def fit_side_file(file: SideFile, data: bytes) -> Iterator[Misfit]:
     """The bytes of a file that was copied beside the shards."""
     yield from (m._replace(rule="file") for m in fit_digest(file.name, blake3(data).hexdigest(), file.blake3))
+
+
+def fit_source_file(found: SourceFile, cut_from: SourceFile) -> Iterator[Misfit]:
+    """A file at hand is the one that the set was cut from, by its size and its header."""
+    if found != cut_from:
+        was, now = (f"{file.size} bytes with header {file.header_blake3}" for file in (cut_from, found))
+        yield Misfit("header", found.name, f"the shard set was cut from {was}, this file has {now}")
 
 
 def fit_digest(file: str, digest: str, expected: str) -> Iterator[Misfit]:

@@ -8,6 +8,7 @@ from typing import Any
 from reshard.checkpoint.describe import check_stacked, of_activations
 from reshard.checkpoint.description import Checkpoint, Identity, Layer, Linear, Tensor
 from reshard.errors import LayersError, SchemeError, SourceError
+from reshard.limits import JSON_BYTES
 from reshard.manifest import ModelDims
 from reshard.model.config import known_dense_layers, language_levels, read_model_config
 from reshard.model.naming import CONFIG, PREFIX, WRAPPED, module_name
@@ -16,6 +17,7 @@ from reshard.model.prefix import is_known_wrapper, published_prefix
 from reshard.quantization import Account, Accounts, check_transforms, list_accounts
 from reshard.quantization.formats import as_kind
 from reshard.quantization.refusals import words
+from reshard.regular import read_whole, unreadable
 from reshard.schemes.match import QuantSpec, check_kind, check_scheme
 from reshard.schemes.table import FLOAT, VARIANTS, Operand
 from reshard.source.base import parse_json_object
@@ -27,9 +29,9 @@ _DTYPES = {TORCH[dtype]: dtype for dtype in ("BF16", "F16", "F32")}
 def read_config(path: str | Path) -> dict[str, Any]:
     """A config.json. Raises SourceError where it cannot be read."""
     try:
-        raw = Path(path).read_bytes()
+        raw = read_whole(Path(path), JSON_BYTES)
     except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
+        raise SourceError(unreadable(Path(path), error)) from error
     return parse_json_object(raw, str(path))
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from reshard.checkpoint.description import Checkpoint
 from reshard.checks.finding import Finding
+from reshard.fit import fit_source_file
 from reshard.manifest import Manifest
 from reshard.model.naming import MANIFEST
 from reshard.schemes.table import summary
@@ -14,21 +15,16 @@ def compare_identity(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Fin
 
     Warnings: the same weights may lie in other files, which only their bytes tell.
     """
-    cut = {file.name: (file.size, file.header_blake3) for file in manifest.source.files}
-    there = {file.name: (file.size, file.header_blake3) for file in checkpoint.identity.files}
+    cut = {file.name: file for file in manifest.source.files}
+    there = {file.name: file for file in checkpoint.identity.files}
     for name in sorted(cut.keys() | there.keys()):
         if name not in there:
-            what = f"{MANIFEST} says that the set was cut from it; the source has no such weights"
+            lines = [f"{MANIFEST} says that the set was cut from it; the source has no such weights"]
         elif name not in cut:
-            what = f"holds DenseFFN weights of the source; {MANIFEST} does not name it"
-        elif cut[name] != there[name]:
-            what = (
-                f"the set was cut from {cut[name][0]} bytes with header {cut[name][1]}, the source has "
-                f"{there[name][0]} bytes with header {there[name][1]}"
-            )
+            lines = [f"holds DenseFFN weights of the source; {MANIFEST} does not name it"]
         else:
-            continue
-        yield Finding("identity", name, what, "warning")
+            lines = [misfit.message for misfit in fit_source_file(there[name], cut[name])]
+        yield from (Finding("identity", name, line, "warning") for line in lines)
 
 
 def compare_model(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Finding]:

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, TypeGuard
 
-OPTION = "denseffn_tensor_parallel_size"
+from reshard.model.parts import DENSE_FFN
+
+OPTION = DENSE_FFN.option
 # vllm-ascend's own way to the same end: it cuts the same layers over groups of its own, of data-parallel ranks.
 _FINEGRAINED, _MLP = "finegrained_tp_config", "mlp_tensor_parallel_size"
 _ASCENDS = f"{_FINEGRAINED}.{_MLP}"

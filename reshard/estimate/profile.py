@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 import reshard
 from reshard.errors import ProfileError, UsageError
+from reshard.limits import TOML_BYTES
+from reshard.regular import read_whole, unreadable
 
 GIB, MIB = 1 << 30, 1 << 20
 LOCAL = "local"
@@ -140,9 +142,9 @@ def load_profile(device: str, overrides: Sequence[str] = ()) -> Profile:
         raise ProfileError(f"device {device}: no such profile; there are {', '.join(names())}, or give a .toml file")
     file = path or Path(device)
     try:
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
+        table = tomllib.loads(read_whole(file, TOML_BYTES).decode())
     except OSError as error:
-        raise ProfileError(f"{file}: cannot be read: {error.strerror}") from error
+        raise ProfileError(unreadable(file, error)) from error
     except ValueError as error:  # not TOML, or not UTF-8
         raise ProfileError(f"{file}: not valid TOML: {error}") from error
     profile = parse_profile(table, file.name)

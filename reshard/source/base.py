@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from reshard.errors import HeaderError, SourceError
-from reshard.source.opened import MISSING as MISSING
+from reshard.regular import MISSING as MISSING
 from reshard.source.recognise import PREFIX_BYTES, recognised
 from reshard.tensors import header
 from reshard.tensors.header import DuplicateKeyError, Header, is_text, unique_pairs
@@ -61,8 +61,8 @@ class Source(abc.ABC):
         """Folders within that hold weights, by their paths from here, as far as that is known."""
         return ()
 
-    def broken_links(self) -> Collection[str]:
-        """Names that are links to no file. None of them is in `files`, and none is a file that nobody put there."""
+    def not_files(self) -> Collection[str]:
+        """Names of anything else: links to nothing, FIFOs, devices, folders. Somebody put them there."""
         return ()
 
     def absent(self, file: str) -> str:

@@ -109,7 +109,7 @@ def _by_names(source: Source, taken: str) -> Choice:
     files = source.files()
     weights = _own(name for name in files if name.endswith(WEIGHTS_ENDING))
     indexes = _own(name for name in files if name.endswith(INDEX_ENDING))
-    broken = _own(name for name in source.broken_links() if name.endswith((WEIGHTS_ENDING, INDEX_ENDING)))
+    broken = _own(name for name in source.not_files() if name.endswith((WEIGHTS_ENDING, INDEX_ENDING)))
     for name in broken:
         if name.endswith(INDEX_ENDING) or not (weights or indexes):
             raise SourceError(f"{name} is {source.absent(name)}")

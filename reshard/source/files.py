@@ -82,7 +82,7 @@ def is_side_file(name: str) -> bool:
 
 def _side_files(source: Source) -> tuple[dict[str, bytes], list[str]]:
     """Those that are read, and a line on each that is not: of several descriptions vllm-ascend reads one name alone."""
-    there = {*source.files(), *source.broken_links()}
+    there = {*source.files(), *source.not_files()}
     descriptions, unread = sorted(filter(is_description, there)), []
     if DESCRIPTION in descriptions:
         unread, descriptions = [name for name in descriptions if name != DESCRIPTION], [DESCRIPTION]

@@ -3,15 +3,14 @@
 import contextlib
 import errno
 import os
-import stat
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
 from reshard.errors import SourceError
+from reshard.regular import Opened, unfollowed, unreadable, what_stands_there
 from reshard.source.base import MISSING, Bytes, Origin, Range, Source, merged
-from reshard.source.opened import Opened, reason, unfollowed
 from reshard.source.weights import SNAPSHOTS, WEIGHTS_ENDING
 from reshard.tensors.mapped import MappedFile
 
@@ -38,8 +37,8 @@ class FolderSource(Source):
 
     @cached_property
     def _listed(self) -> tuple[dict[str, int], dict[str, str]]:
-        """The files and their sizes; what cannot be followed, and why."""
-        files, broken = {}, {}
+        """The files and their sizes; what else has a name here, and what it is."""
+        files, others = {}, {}
         try:
             with os.scandir(self.path) as entries:
                 for entry in entries:
@@ -47,18 +46,20 @@ class FolderSource(Source):
                         found = entry.stat()
                     except OSError as error:
                         if entry.is_symlink() or error.errno != errno.ENOENT:  # else it is gone since it was listed
-                            broken[entry.name] = unfollowed(self.path / entry.name, error)
+                            others[entry.name] = unfollowed(self.path / entry.name, error)
                         continue
-                    if stat.S_ISREG(found.st_mode):
+                    if what := what_stands_there(found.st_mode):
+                        others[entry.name] = what
+                    else:
                         files[entry.name] = found.st_size
         except OSError as error:
             raise SourceError(f"{error.filename or self.path}: {error.strerror}") from error
-        return files, broken
+        return files, others
 
     def files(self) -> Mapping[str, int]:
         return self._listed[0]
 
-    def broken_links(self) -> Collection[str]:
+    def not_files(self) -> Collection[str]:
         return self._listed[1].keys()
 
     def folders(self) -> Collection[str]:
@@ -67,7 +68,7 @@ class FolderSource(Source):
         return sorted({str(path.parent.relative_to(self.path)) for path in found})
 
     def absent(self, file: str) -> str:
-        return self._listed[1].get(file) or ("a folder" if (self.path / file).is_dir() else MISSING)
+        return self._listed[1].get(file, MISSING)
 
     def read(self, file: str, start: int, stop: int) -> bytes:
         with self._named(file):
@@ -133,7 +134,6 @@ class FolderSource(Source):
         try:
             yield
         except (OSError, ValueError) as error:
-            why = reason(error) if isinstance(error, OSError) else error
-            raise SourceError(
-                f"{self.path / file}: cannot be read: {why}; check its owner, permissions and disk"
-            ) from error
+            broken = error if isinstance(error, OSError) else OSError(errno.EINVAL, str(error))
+            way = "check its owner, permissions and disk"
+            raise SourceError(unreadable(self.path / file, broken, way)) from error

@@ -28,7 +28,7 @@ def require_shard_set(source: Source) -> None:
     if any(parse_shard_file(name) for name in source.files()):
         if MANIFEST in source.files():
             return
-        if MANIFEST in source.broken_links():
+        if MANIFEST in source.not_files():
             raise ManifestError(f"{MANIFEST} is {source.absent(MANIFEST)}")
         raise ManifestError(
             f"{source.origin.name}: holds shards and no {MANIFEST}: the set is incomplete; "

@@ -14,11 +14,12 @@ from safetensors import SafetensorError, safe_open
 
 from reshard.errors import HeaderError, ManifestError, ShardError
 from reshard.fit import fit_digest, fit_header, fit_size, fit_weights, require, share_of
+from reshard.limits import JSON_BYTES
 from reshard.manifest import Manifest, parse_manifest
 from reshard.manifest import Shard as ShardEntry
 from reshard.model.naming import MANIFEST, module_name, parse_dense
 from reshard.model.parts import DENSE_FFN
-from reshard.source.opened import Opened, reason, unfollowed
+from reshard.regular import Opened, read_whole, unreadable
 from reshard.tensors.header import read_header
 from reshard_runtime.dequantize import dequantized
 from reshard_runtime.kernels import device_of, kernels_for
@@ -94,14 +95,14 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
     """The manifest of a shard set and the BLAKE3 digest of its bytes. Raises ManifestError if there is none."""
     path = folder / MANIFEST
     try:
-        raw = path.read_bytes()
+        raw = read_whole(path, JSON_BYTES)
     except FileNotFoundError as error:
         if path.is_symlink():
-            raise ManifestError(f"{path}: is {unfollowed(path, error)}") from None
+            raise ManifestError(unreadable(path, error)) from None
         what = "the shard set is incomplete: finish it with reshard split --resume" if folder.is_dir() else "no folder"
         raise ManifestError(f"{folder}: no {MANIFEST} ({what})") from None
     except OSError as error:
-        raise ManifestError(f"{path}: cannot be read: {error.strerror}") from error
+        raise ManifestError(unreadable(path, error)) from error
     return parse_manifest(raw, str(path)), blake3(raw).hexdigest()
 
 
@@ -155,6 +156,5 @@ def _read(
     except SafetensorError as error:
         raise ShardError(f"{path}: cannot be read: {error}; copy the shard again") from error
     except OSError as error:
-        what = f"cannot be read: {reason(error)}; copy the shard again"
-        raise ShardError(f"{path}: {f'is {unfollowed(path, error)}' if path.is_symlink() else what}") from error
+        raise ShardError(unreadable(path, error, "copy the shard again")) from error
     return tensors

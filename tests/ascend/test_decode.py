@@ -7,8 +7,7 @@ import pytest
 
 from tests.ascend import inside, steps
 from tests.ascend.inside import DECODE_NODE, Served
-from tests.ascend.models import Model
-from tests.ascend.test_option import close
+from tests.ascend.models import Model, close
 from tests.support.distributed import RankFailure, Ranks
 from tests.vllm.models import HIDDEN
 

@@ -8,18 +8,12 @@ import torch
 
 from tests.ascend import inside, steps
 from tests.ascend.inside import Served
+from tests.ascend.models import close
 from tests.support.distributed import Ranks
 from tests.vllm.models import HIDDEN
 
 COUNTS = [[5, 5], [5, 3], [1, 64], [0, 2]]
 RANK_1 = "denseffn-rank-00001-of-00002.safetensors"
-
-
-def close(got: torch.Tensor, wanted: torch.Tensor) -> None:
-    """BF16 sums of 512 products, in another order and rounded once more. With a wrong shard all of it is wrong."""
-    assert got.shape == wanted.shape
-    if len(wanted):
-        assert (got - wanted).abs().max() <= 0.02 * wanted.abs().max()
 
 
 def _split(model: Path, size: int = 2, **more: object) -> Served:

@@ -210,7 +210,7 @@ def test_a_source_whose_header_changed(shards: Path, model: Path) -> None:
     write_safetensors(file, read_safetensors(file), {"format": "pt", "of": "another fine-tune"})
     ((check, message),) = failed(shards, "--against", model)
     assert check == "source"
-    assert message.startswith(f"{file.name}: the set was cut from ")
+    assert message.startswith(f"{file.name}: the shard set was cut from ")
 
 
 def test_a_source_that_cannot_be_read_is_1(shards: Path, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from reshard.errors import MissingDependencyError, SchemeError
 from reshard.plan.manifest_builder import scheme_name
 from reshard.plan.pipeline import Cut, prepare
 from reshard.source.open import describe, open_source
-from tests.convert.test_convert import CONVERTIBLE, FORMATS, TARGETS, bf16, one_file, reference, rewrite, to_torch
 from tests.support.builders import CHECKPOINTS, RECIPES, Spec, build, dense_only
+from tests.support.conversions import CONVERTIBLE, FORMATS, TARGETS, bf16, one_file, reference, rewrite, to_torch
 from tests.support.cut_by_hand import check_set
 from tests.support.running import split
 from tests.support.sets import no_fsync, snapshot  # noqa: F401

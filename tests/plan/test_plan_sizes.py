@@ -11,8 +11,9 @@ from reshard.checkpoint.config_only import config_checkpoint
 from reshard.checkpoint.description import Checkpoint
 from reshard.errors import AlignmentError
 from reshard.plan.plan import Plan, make_plan, required_multiple, working_sizes
-from tests.plan.test_plan import BLOCK, checkpoint_of, grid_of, share_of
+from tests.plan.shapes import checkpoint_of, grid_of, share_of
 from tests.support.builders import Spec
+from tests.support.cut_by_hand import BLOCK
 from tests.support.paths import CONFIGS
 
 

@@ -8,22 +8,12 @@ from tests.support.paths import ROOT
 
 pytest_plugins = ["pytester"]
 
-_MAY = {
-    "tests/vllm/demo.py",  # its environment is what vLLM wants
-    # to be moved:
-    "tests/ascend/test_decode.py",
-    "tests/convert/test_convert_sets.py",
-    "tests/plan/test_plan_sizes.py",
-    "tests/writer/test_resume_other_source.py",
-}
-
 
 def test_no_test_module_imports_another() -> None:
     """What several share lies in tests/support, or in a module of the room that holds no tests."""
     for path in sorted((ROOT / "tests").rglob("*.py")):
-        name = str(path.relative_to(ROOT))
         found = re.findall(r"^\s*from (tests\.(?:\w+\.)*(?:test_\w+|conftest)) import", path.read_text(), re.MULTILINE)
-        assert not found or name in _MAY, f"{name} imports {found[0]}"
+        assert not found, f"{path.relative_to(ROOT)} imports {found[0]}"
 
 
 def test_marks_are_set_by_what_a_test_uses(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,7 +187,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "no file": (lambda s: (s / shard_file(1, 2)).unlink(), {}, r"cannot be read: No such file"),
     "a folder": (
         lambda s: ((s / shard_file(1, 2)).unlink(), (s / shard_file(1, 2)).mkdir()), {},
-        r"cannot be read: Is a directory"
+        r"is a folder, expected a file"
     ),
     "longer": (
         lambda s: _write(s / shard_file(1, 2), (s / shard_file(1, 2)).read_bytes() + b"\0"), {},

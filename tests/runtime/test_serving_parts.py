@@ -153,8 +153,8 @@ def _renamed_tensor(path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (_shorter, "bytes, the shard set was cut from"),
-        (_renamed_tensor, "its header has BLAKE3"),
+        (_shorter, "the shard set was cut from [0-9]+ bytes .*, this file has [0-9]+ bytes"),
+        (_renamed_tensor, "the shard set was cut from .* with header .*, this file has .* with header"),
         (Path.unlink, "No such"),
     ],
 )

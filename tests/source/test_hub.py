@@ -21,16 +21,10 @@ from reshard.source.retry import RetryPolicy
 from reshard.writer.split import SplitOptions, write_shards
 from tests.support.builders import Spec, allowed_bytes, build
 from tests.support.hub_server import COMMIT, ORIGIN, REPO, SECRET, Asked, Fault, Handler, Hub, serving
+from tests.support.hub_source import Waits, opened
 from tests.support.running import same_but_for_the_origin, split
 
 MOVED = "2" * 40
-
-
-class Waits(list[float]):
-    """In the place of sleeping: what was to be slept."""
-
-    def __call__(self, seconds: float) -> None:
-        self.append(seconds)
 
 
 @pytest.fixture
@@ -38,14 +32,6 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
     build(tmp_path / "model", Spec("fp8_block"))
     with serving(Hub({COMMIT: tmp_path / "model"})) as running:
         yield running
-
-
-def opened(
-    hub: Hub, *, revision: str | None = None, waits: Waits | None = None, lines: list[str] | None = None
-) -> StagedSource:
-    policy = RetryPolicy(sleep=waits if waits is not None else Waits())
-    notify = lines.append if lines is not None else lambda line: None
-    return StagedSource(REPO, partial(find_repository, REPO, revision, hub.url), policy, notify)
 
 
 def cut_from(hub: Hub, out: Path, **options: object) -> None:

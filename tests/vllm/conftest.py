@@ -1,7 +1,5 @@
 """These tests want vLLM's CPU build, which has an environment of its own: `make test-vllm`."""
 
-import importlib.util
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,21 +9,11 @@ from reshard.plan.pipeline import Cut
 from tests.support.builders import CHECKPOINTS
 from tests.support.distributed import Ranks, kept
 from tests.support.running import split
+from tests.vllm import environment
 from tests.vllm.models import write_model
 
-vllm = importlib.util.find_spec("vllm")
-if vllm is None or vllm.origin is None:
+if not environment.INSTALLED:
     collect_ignore_glob = ["test_*.py"]
-else:
-    # What vLLM wants on a CPU, two workers on one NUMA node; inherited by every process that is started here.
-    os.environ |= {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    if not (Path(vllm.origin).parent / "v1/attention/backends/mla/cpu_mla.py").exists():
-        os.environ["VLLM_MLA_DISABLE"] = "1"  # a vLLM that has no MLA for the CPU runs such models without
 W8A8 = CHECKPOINTS / "llmcompressor-w8a8-all-dense"
 
 

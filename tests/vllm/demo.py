@@ -7,7 +7,7 @@ from pathlib import Path
 
 from reshard.plan.pipeline import Cut
 from tests.support.running import split
-from tests.vllm.conftest import W8A8  # noqa: F401 - sets what vLLM wants of the environment
+from tests.vllm import environment
 from tests.vllm.models import write_model
 from tests.vllm.server import Answer, Server, serving, shard_options
 
@@ -18,6 +18,7 @@ FOLDER = Path("demo-vllm")
 
 def main() -> None:
     """Print what is asked and answered."""
+    assert environment.INSTALLED
     shutil.rmtree(FOLDER, ignore_errors=True)
     model, shards = write_model(FOLDER / "model"), FOLDER / "tp2"
     _show("reshard", "split", str(model), str(shards), "--tp", "2")

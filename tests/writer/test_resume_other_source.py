@@ -9,9 +9,9 @@ from reshard.plan.pipeline import Cut, prepare
 from reshard.source.folder import FolderSource
 from reshard.source.open import open_source
 from reshard.writer.split import SplitOptions, SplitResult, write_shards
-from tests.source.test_hub import COMMIT, opened
 from tests.support.builders import Spec, build, read_safetensors, write_safetensors
-from tests.support.hub_server import Hub, serving
+from tests.support.hub_server import COMMIT, Hub, serving
+from tests.support.hub_source import opened
 from tests.support.running import reshard, split
 from tests.support.sets import Files, ranks_of, shard, snapshot
 

@@ -10,10 +10,11 @@ from blake3 import blake3
 from safetensors import safe_open
 
 from reshard.errors import ShardError
+from reshard.fit import fit_source_file
 from reshard.manifest import Manifest, SourceFile
 from reshard.model.naming import parse_dense
 from reshard.model.parts import DENSE_FFN
-from reshard.source.opened import Opened
+from reshard.regular import Opened
 from reshard.tensors.header import read_raw_header
 
 
@@ -109,14 +110,9 @@ def _way_out(folder: Path, manifest: Manifest) -> str:
 
 
 def _compare(opened: Opened, file: SourceFile, way: str) -> None:
-    if opened.size != file.size:
-        raise ShardError(f"{opened.path}: {opened.size} bytes, the shard set was cut from {file.size}; {way}")
     digest = blake3(read_raw_header(opened.read, str(opened.path), opened.size)).hexdigest()
-    if digest != file.header_blake3:
-        raise ShardError(
-            f"{opened.path}: its header has BLAKE3 {digest[:16]}…, the shard set was cut from "
-            f"{file.header_blake3[:16]}…; {way}"
-        )
+    for misfit in fit_source_file(SourceFile(name=file.name, size=opened.size, header_blake3=digest), file):
+        raise ShardError(f"{opened.path}: {misfit.message}; {way}")
 
 
 def _natural(file: str) -> list[object]:

@@ -1,4 +1,7 @@
-"""A file that stays the same while it is read: one descriptor for all of it, its identity told at both ends."""
+"""A local file by name that must be a regular file: opened without waiting, through one descriptor for all of it.
+
+A FIFO, a device or a folder in its place is told, not read: the one may have no end, the other no beginning.
+"""
 
 import errno
 import os
@@ -10,6 +13,18 @@ from typing import NamedTuple, Self
 MISSING = "missing"
 """Why a file is not there, where nothing stands in its place."""
 
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+class NotAFileError(OSError):
+    """Something else than a file stands there, or more than may be read of one; `strerror` says what."""
+
 
 class _Identity(NamedTuple):
     device: int
@@ -19,16 +34,22 @@ class _Identity(NamedTuple):
 
 
 class Opened:
-    """A file that is open for reading. Raises OSError. Safe to use from several threads."""
+    """A regular file that is open for reading. Raises OSError. Safe to use from several threads."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # Without O_NONBLOCK the opening of a pipe waits for its other end.
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        found = os.fstat(self.descriptor)
-        if not stat.S_ISREG(found.st_mode):
+        try:
+            _require_file(path.stat())  # a device is not even opened
+            # Without O_NONBLOCK the opening of a FIFO that has just taken its place waits for the other end.
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except ValueError as error:  # a zero byte, or half a character
+            raise OSError(errno.EINVAL, f"no file can have this name ({error})") from error
+        try:
+            found = os.fstat(self.descriptor)
+            _require_file(found)
+        except BaseException:
             self.close()
-            raise OSError(errno.EISDIR, "Is a directory" if stat.S_ISDIR(found.st_mode) else "Not a regular file")
+            raise
         self._identity = _identity(found)
 
     @property
@@ -75,11 +96,25 @@ class Opened:
             self.descriptor = -1
 
 
-def reason(error: OSError) -> str:
-    """Why a file could not be opened or read, in words."""
+def read_whole(path: Path, most: int) -> bytes:
+    """All bytes of a file. Raises OSError, as NotAFileError where there are more than `most`."""
+    with Opened(path) as opened:
+        size = opened.size
+        raw = opened.read(0, most + 1) if size <= most else b""  # to its end: /proc says 0 of its files
+    if max(size, len(raw)) > most:
+        raise NotAFileError(errno.EFBIG, f"has {max(size, len(raw)):,} bytes, expected at most {most:,}")
+    return raw
+
+
+def unreadable(path: Path, error: OSError, way: str = "") -> str:
+    """Why a file could not be opened or read: a line that begins with its path. way: out, where a file is there."""
+    if isinstance(error, NotAFileError):
+        return f"{path} {error.strerror}"
+    if path.is_symlink():
+        return f"{path} is {unfollowed(path, error)}"
     if error.errno == errno.EMFILE:
-        return "too many files are open; allow more with `ulimit -n`"
-    return error.strerror or str(error)
+        return f"{path}: cannot be read: too many files are open; allow more with `ulimit -n`"
+    return f"{path}: cannot be read: {error.strerror or error}{way and '; '}{way}"
 
 
 def unfollowed(path: Path, error: OSError) -> str:
@@ -93,6 +128,16 @@ def unfollowed(path: Path, error: OSError) -> str:
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         return f"a link to {where} is not there (is that disk mounted?)"
     return f"a link to {where} cannot be followed ({error.strerror})"
+
+
+def what_stands_there(mode: int) -> str | None:
+    """What an entry of a folder is that is no file; None if it is one."""
+    return None if stat.S_ISREG(mode) else f"{_KINDS.get(stat.S_IFMT(mode), 'no file')}, expected a file"
+
+
+def _require_file(found: os.stat_result) -> None:
+    if what := what_stands_there(found.st_mode):
+        raise NotAFileError(errno.EINVAL, f"is {what}")
 
 
 def _identity(found: os.stat_result) -> _Identity:

@@ -12,6 +12,7 @@ Shapes: T this rank's tokens, P rows that every rank brings (the largest T, or m
 L the rank's share of intermediate_size. Column- then row-parallel, after Megatron-LM (arXiv:1909.08053, section 3).
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Literal
 
@@ -92,10 +93,10 @@ class DenseFFN(PartialFFN):
 
         No call waits for the device, and no size depends on values. There is no gradient: collectives have none.
 
-        Raises TokensError. Where the ranks' counts differ, on all of them, before a row is computed: on the CPU, or with
-        check_counts; elsewhere that is not noticed, and rows are wrong or collectives do not end. Where only this rank's
-        x_TH or list does not fit (size, type, device, more tokens than it said), on this rank, after the collectives: it
-        takes part with zeros instead of its tokens, so that the others get right results and none is left waiting.
+        Raises TokensError. On all ranks where their counts differ, before a row is computed: on the CPU, or with
+        check_counts; elsewhere nothing notices, and rows are wrong or a collective does not end. On this rank alone,
+        after the collectives, where only its x_TH or list does not fit (size, type, device, more tokens than it said):
+        it takes part with zeros, so that the others get right results and none is left waiting.
         """
         shape = x_TH.shape
         own = shape[:-1].numel()
@@ -136,7 +137,8 @@ class DenseFFN(PartialFFN):
             if self.max_tokens is not None:
                 return error, None
             if self._compares or self._compares_first:  # it does not know what to bring, and the others are waiting
-                self._compare([-1] * self.tp_size)
+                with contextlib.suppress(TokensError):
+                    self._compare([-1] * self.tp_size)
             raise
 
     def _compare(self, counts: Sequence[int]) -> None:

@@ -6,11 +6,15 @@ H bytes and a scale); H hidden_size.
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
 from reshard.errors import TokensError
 from reshard.tensors.dtypes import RANKS_IN_OWN_TYPE
+
+_Bytes = npt.NDArray[np.uint8]
 
 # What a rank sends in one message with its counts (70 BF16 tokens of 7168); more follows in a collective of its own.
 _AT_ONCE = 1 << 20
@@ -83,22 +87,21 @@ class PairwiseCollectives(Collectives):
     ) -> torch.Tensor:
         """Raises TokensError on every rank where their counts differ; the group can be used as before."""
         rank, size = self._group.rank(), self._group.size()
-        told = torch.tensor([*counts] or [len(rows_PW)] * size).view(torch.uint8)
-        own = rows_PW.contiguous().view(-1).view(torch.uint8)
-        ahead, whole = len(told), len(told) + len(own)
-        others = self._exchange(told if whole > _AT_ONCE else torch.cat([told, own]))
-        self._check(told, others[:, :ahead])
-        if whole > _AT_ONCE:
+        told, own = _bytes_of(counts or [len(rows_PW)] * size), _bytes(rows_PW)
+        ahead, stop = len(told), len(told) + len(own)
+        at_once = stop <= _AT_ONCE
+        others = self._exchange(told, own if at_once else own[:0])
+        if not at_once:
             return super().gather(rows_PW, out)
         if out is None:
             out = rows_PW.new_empty(size * len(rows_PW), rows_PW.shape[1])
-        rows = others[:, ahead:whole].unbind()
-        torch.cat([*rows[:rank], own, *rows[rank:]], out=out.view(-1).view(torch.uint8))
+        by_rank = _bytes(out).reshape(size, -1)
+        by_rank[:rank], by_rank[rank], by_rank[rank + 1 :] = others[:rank, ahead:stop], own, others[rank:, ahead:stop]
         return out
 
     def compare(self, counts: Sequence[int], device: torch.device) -> None:
-        told = torch.tensor(counts).view(torch.uint8)
-        self._check(told, self._exchange(told)[:, : len(told)])
+        told = _bytes_of(counts)
+        self._exchange(told, told[:0])
 
     def reduce_scatter(self, partial_RPH: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         received = torch.empty_like(partial_RPH)
@@ -108,21 +111,22 @@ class PairwiseCollectives(Collectives):
     def all_reduce(self, partial_PH: torch.Tensor, counts: Sequence[int] = ()) -> torch.Tensor:
         return _sum(self.gather(partial_PH, counts=counts), self._group.size())
 
-    def _exchange(self, message: torch.Tensor) -> torch.Tensor:
-        """The others' messages: [R - 1, _AT_ONCE] bytes, of which those that were sent are set."""
+    def _exchange(self, told: _Bytes, own: _Bytes) -> _Bytes:
+        """The others' `told`, which must be this rank's, and `own`: [R - 1, _AT_ONCE], set as far as they sent any."""
         rank, others = self._group.rank(), self._group.size() - 1
-        received = torch.empty(others, _AT_ONCE, dtype=torch.uint8)
-        awaited, sent = [_AT_ONCE] * others, [len(message)] * others
+        message = np.empty((others, len(told) + len(own)), np.uint8)
+        message[:, : len(told)], message[:, len(told) :] = told, own
+        received = np.empty((others, _AT_ONCE), np.uint8)
+        awaited, sent = [_AT_ONCE] * others, [message.shape[1]] * others
         for sizes in (awaited, sent):
             sizes.insert(rank, 0)
-        dist.all_to_all_single(received.view(-1), message.repeat(others), awaited, sent, group=self._group)
-        return received
-
-    def _check(self, told: torch.Tensor, others: torch.Tensor) -> None:
-        if not torch.equal(others, told.expand_as(others)):
-            by_rank = others.contiguous().view(torch.int64).tolist()
-            by_rank.insert(self._group.rank(), told.view(torch.int64).tolist())
+        into, of = (torch.from_numpy(each.reshape(-1)) for each in (received, message))
+        dist.all_to_all_single(into, of, awaited, sent, group=self._group)
+        if (received[:, : len(told)] != told).any():
+            by_rank = received[:, : len(told)].copy().view(np.int64).tolist()
+            by_rank.insert(rank, told.view(np.int64).tolist())
             check_counts(by_rank)
+        return received
 
 
 def check_counts(by_rank: Sequence[Sequence[int]]) -> None:
@@ -134,6 +138,14 @@ def check_counts(by_rank: Sequence[Sequence[int]]) -> None:
                 f"the ranks' counts of tokens differ: {_shown(first)} on rank 0 of the group, {_shown(counts)} on rank "
                 f"{rank}; give every rank the same tokens_per_rank, or without it the same number of tokens"
             )
+
+
+def _bytes(rows: torch.Tensor) -> _Bytes:
+    return rows.reshape(-1).view(torch.uint8).numpy()
+
+
+def _bytes_of(counts: Sequence[int]) -> _Bytes:
+    return np.array(counts, np.int64).view(np.uint8)
 
 
 def _shown(counts: Sequence[int]) -> str:

@@ -20,22 +20,21 @@ ReshardError                    1   something the user can mend; one line, no tr
 └── MismatchError               3   a check found a difference
 """
 
+import shlex
+
+from reshard.safe_text import safe_line
+
 
 class ReshardError(Exception):
     """Base of all errors that a user can cause; `exit_code` is what the command line ends with.
 
-    The message is one printable line, whatever a file's names hold.
+    The message is one line that may be shown anywhere, whatever names and secrets it was made of.
     """
 
     exit_code = 1
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
-
-
-def printable(text: str) -> str:
-    """One line that a terminal shows as it is: what cannot be printed is spelt out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        super().__init__(safe_line(message))
 
 
 class SourceError(ReshardError):
@@ -83,7 +82,15 @@ class BusyError(OutputError):
 
 
 class MissingDependencyError(ReshardError):
-    """An optional package is needed and is not installed."""
+    """An optional package is needed and is not installed.
+
+    what: needs it. package: as pip knows it. why: of its import's failure. way_out: another one than to install it.
+    """
+
+    def __init__(self, what: str, package: str, why: object = "not installed", way_out: str = "") -> None:
+        super().__init__(
+            f"{what} needs {package}, which cannot be imported ({why}): pip install {shlex.quote(package)}{way_out}"
+        )
 
 
 class ShardError(ReshardError):

@@ -21,7 +21,7 @@ from reshard.model.naming import CONFIG, ROLES
 from reshard.quantization import DESCRIPTION, without_quantization
 from reshard.schemes.declare import COMPRESSED_TENSORS, description_type, quantization_config
 from reshard.schemes.table import SCHEMES, VARIANTS, Variant, scheme_by_option
-from reshard.source.base import parse_json_object
+from reshard.strict_json import parse_object
 from reshard.tensors.dtypes import TORCH
 
 KEEP, BF16, W8A8 = "keep", "bf16", "w8a8"
@@ -97,7 +97,7 @@ def _side_files(checkpoint: Checkpoint, layers: tuple[Layer, ...], target: Varia
     section = quantization_config(target, [rf"re:({modules})\.(gate|up|down)_proj$"], [])
     raw = checkpoint.side_files.get(CONFIG)
     if raw is not None:
-        config = without_quantization(parse_json_object(raw, CONFIG))
+        config = without_quantization(parse_object(raw, CONFIG))
         for key in ("dtype", "torch_dtype"):
             if key in config and SCHEMES[target.scheme].is_float:
                 config[key] = TORCH[target.tensors[0].dtypes[0]]

@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from reshard.errors import UsageError
+from reshard.safe_text import keep_secret, redacted
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,6 @@ _REVISED = re.compile(rf"://({_LABEL}/{_LABEL})/?(?:@(.+))?")
 _SCHEME = re.compile(r"([a-z0-9][a-z0-9+._-]*)(?:://|::)", re.IGNORECASE)
 _ONE_SLASH = re.compile(r"([a-z0-9][a-z0-9+._-]+):/", re.IGNORECASE)
 _LOCAL = ("file", "local")
-_USER = re.compile(r"://[^/\s'\"]*@")
-_QUERY = re.compile(r"(://[^?\s'\"]*)\?[^\s'\"]*")
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,7 @@ def parse_address(text: str, revision: str | None = None) -> Address:
     """What a text means, with the value of --revision. Raises UsageError where the two contradict each other."""
     if revision == "":
         raise UsageError("--revision: is empty; name a branch, tag or commit, or leave it out")
+    keep_secret(text)
     match = _SCHEME.match(text)
     scheme = match[1].lower() if match else None
     if scheme in HUBS:
@@ -81,6 +81,7 @@ def parse_address(text: str, revision: str | None = None) -> Address:
 
 def parse_target(text: str) -> Address:
     """What a text means as a place to write to: a folder here, or one on another file system. Raises UsageError."""
+    keep_secret(text)
     scheme = _SCHEME.match(text)
     if scheme is None:
         if not text:
@@ -102,12 +103,6 @@ def parse_local_target(text: str, writer: str) -> Path:
     if found.kind != FOLDER:
         raise UsageError(f"{text}: {writer} writes to this host only; give a path here, and copy what is written")
     return Path(found.place)
-
-
-def redacted(text: object) -> str:
-    """A library's message as one line, its addresses without users, passwords and signatures."""
-    line = " ".join(str(text).split())
-    return _QUERY.sub(r"\1", _USER.sub("://", line))
 
 
 def shown(address: str) -> str:

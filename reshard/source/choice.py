@@ -8,9 +8,10 @@ from pathlib import PurePosixPath
 
 from reshard.errors import SourceError
 from reshard.model.naming import CONFIG
-from reshard.source.base import MISSING, Source, parse_json_object, read_file
+from reshard.source.base import MISSING, Source, read_file
 from reshard.source.recognise import UNFINISHED, UNFINISHED_FOLDER, rank_files, unfinished
 from reshard.source.weights import INDEX_ENDING, SINGLE, SNAPSHOTS, TRANSFORMERS_KEY, WEIGHTS_ENDING, engines
+from reshard.strict_json import parse_object
 
 _SHOWN = 3
 _NUMBERED = re.compile(r"(.+-)([0-9]{1,6})-of-([0-9]{1,6})\.safetensors")
@@ -100,7 +101,7 @@ def _told_by_config(source: Source) -> str | None:
     if CONFIG in source.files():
         raw = read_file(source, CONFIG)
         with contextlib.suppress(SourceError):
-            value = parse_json_object(raw, CONFIG).get(TRANSFORMERS_KEY)
+            value = parse_object(raw, CONFIG).get(TRANSFORMERS_KEY)
     return str(PurePosixPath(str(value))) if value is not None else None
 
 
@@ -201,7 +202,7 @@ def why_absent(source: Source, file: str, way: str) -> str:
 
 def read_index(source: Source, file: str) -> dict[str, str]:
     """Tensor -> file, each beside the index. Raises SourceError for a path that is not."""
-    weight_map = parse_json_object(read_file(source, file), file).get("weight_map")
+    weight_map = parse_object(read_file(source, file), file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"{file}: has no weight_map; put the checkpoint's own index there")
     return {tensor: _beside(file, tensor, name) for tensor, name in weight_map.items()}

@@ -18,7 +18,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, httpx, parse_ra
 
 from reshard import __version__
 from reshard.errors import SourceError
-from reshard.source.address import redacted
+from reshard.safe_text import one_line
 from reshard.source.base import Origin
 from reshard.source.retry import MAY_PASS, Fault
 
@@ -136,7 +136,7 @@ def _refusal(
 ) -> Fault | SourceError:
     """What an answer that brings nothing means."""
     status, code = response.status_code, response.headers.get("X-Error-Code", "")
-    why = ", ".join(filter(None, (f"HTTP {status}", redacted(response.headers.get("X-Error-Message", "")))))
+    why = ", ".join(filter(None, (f"HTTP {status}", one_line(response.headers.get("X-Error-Message", "")))))
     way_in = "take a token that may read it (`hf auth login`, or HF_TOKEN)"
     if not get_token():
         way_in = "log in with `hf auth login`, or set HF_TOKEN"
@@ -164,7 +164,7 @@ def _no_folder(repo: str, why: str) -> SourceError:
 
 def _said(error: Exception) -> str:
     """What a library says went wrong, in one line; some say nothing."""
-    return redacted(error) or type(error).__name__
+    return one_line(error) or type(error).__name__
 
 
 def _retry_after(response: httpx.Response) -> float | None:

@@ -9,7 +9,7 @@ from typing import Any
 import fsspec
 
 from reshard.errors import SourceError, UsageError
-from reshard.source.address import redacted
+from reshard.safe_text import one_line
 from reshard.source.base import Origin
 from reshard.source.filesystems import missing_package
 from reshard.source.retry import MAY_PASS, Fault
@@ -71,14 +71,14 @@ def find_folder(address: str) -> RemoteFiles:
 
     Credentials come from where the file system's package takes them, such as AWS_ACCESS_KEY_ID or ~/.aws for s3fs.
     """
-    place = redacted(address)
+    place = address
     try:
         # Listings that are kept would hide that an object changed; an instance that is kept would be shared.
         fs, path = fsspec.url_to_fs(address, use_listings_cache=False, skip_instance_cache=True)
     except ImportError as error:
         raise missing_package(address, error) from None
     except (ValueError, TypeError, OSError) as error:
-        raise UsageError(f"{place}: {redacted(error)}") from None
+        raise UsageError(f"{place}: {one_line(error)}") from None
     try:
         entries = fs.ls(path, detail=True)
         files = [e for e in entries if e["type"] == "file" and e["name"].rstrip("/") != path.rstrip("/")]
@@ -129,4 +129,4 @@ def _name(address: str) -> str:
 
 def _said(error: BaseException) -> str:
     """What a library says went wrong, in one line, with its kind: some say only a name."""
-    return f"{type(error).__name__}: {redacted(error)}".rstrip(": ")
+    return f"{type(error).__name__}: {one_line(error)}".rstrip(": ")

@@ -8,6 +8,7 @@ from reshard.checkpoint.describe import describe_layers
 from reshard.checkpoint.description import Checkpoint, Extent, Identity, Layer, Tensor
 from reshard.errors import ManifestError, SourceError
 from reshard.fit import fit_files, fit_side_file, fit_tensors, require
+from reshard.limits import MANIFEST_BYTES
 from reshard.manifest import Conversion, Manifest, ShardTensor, SideFile, Slice, parse_manifest
 from reshard.model.naming import CONFIG, MANIFEST, module_name, parse_shard_file
 from reshard.model.parts import DENSE_FFN
@@ -39,7 +40,7 @@ def require_shard_set(source: Source) -> None:
 
 def read_manifest_only(source: Source) -> Manifest:
     """The set's manifest, whatever its files are."""
-    return parse_manifest(read_file(source, MANIFEST))
+    return parse_manifest(read_file(source, MANIFEST, MANIFEST_BYTES))
 
 
 def read_manifest(source: Source) -> Manifest:

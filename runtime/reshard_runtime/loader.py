@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from reshard.errors import HeaderError, ManifestError, ShardError
 from reshard.fit import fit_digest, fit_header, fit_size, fit_weights, require, share_of
-from reshard.limits import JSON_BYTES
+from reshard.limits import MANIFEST_BYTES
 from reshard.manifest import Manifest, parse_manifest
 from reshard.manifest import Shard as ShardEntry
 from reshard.model.naming import MANIFEST, module_name, parse_dense
@@ -95,7 +95,7 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
     """The manifest of a shard set and the BLAKE3 digest of its bytes. Raises ManifestError if there is none."""
     path = folder / MANIFEST
     try:
-        raw = read_whole(path, JSON_BYTES)
+        raw = read_whole(path, MANIFEST_BYTES)
     except FileNotFoundError as error:
         if path.is_symlink():
             raise ManifestError(unreadable(path, error)) from None

@@ -303,8 +303,8 @@ def test_a_package_that_is_missing_is_named(source: Path) -> None:
     hidden = "import sys; sys.modules['s3fs'] = None"
     done = reshard_process("split", source, "s3://bucket/sets", "--tp", 4, before=hidden)
     assert done.code == 1
-    assert done.err.startswith("error: s3://: needs s3fs, which cannot be imported (")
-    assert done.err.endswith("; pip install 'reshard[s3]'\n")
+    assert done.err.startswith("error: s3:// needs s3fs, which cannot be imported (")
+    assert done.err.endswith(": pip install s3fs\n")
 
 
 def test_what_is_written_to_this_host_only(tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:

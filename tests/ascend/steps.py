@@ -37,17 +37,15 @@ def _sent() -> Iterator[list[tuple[int, int]]]:
     """(rows, bytes) of each tensor that is gathered."""
     from reshard_runtime.collectives import PairwiseCollectives
 
-    sent, gather = [], PairwiseCollectives.gather
+    sent: list[tuple[int, int]] = []
+    gather = PairwiseCollectives.gather
 
     def watch(self: PairwiseCollectives, rows: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
         sent.append((len(rows), rows.nbytes))
         return gather(self, rows, *more, **named)
 
-    PairwiseCollectives.gather = watch
-    try:
+    with mock.patch.object(PairwiseCollectives, "gather", watch):
         yield sent
-    finally:
-        PairwiseCollectives.gather = gather
 
 
 @contextmanager

@@ -35,6 +35,8 @@ class Hub:
 # engine's environment may want an older one, and only here is it used.
 HUBS = {"hf": Hub("reshard.source.hub", "huggingface_hub", "1.31", "HF_ENDPOINT")}
 FOLDER, REMOTE = "folder", "remote"
+WEB = ("http", "https")
+"""Schemes of plain servers: what they answer is compared with what was asked for, which no driver of fsspec's does."""
 
 _LABEL = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _REPOSITORY = re.compile(rf"{_LABEL}/{_LABEL}")
@@ -91,6 +93,8 @@ def parse_target(text: str) -> Address:
         return Address(FOLDER, text)
     if scheme[1].lower() in HUBS:
         raise UsageError(f"{text}: a hub is read, not written; give a folder, and upload it (hf upload)")
+    if scheme[1].lower() in WEB:
+        raise UsageError(f"{text}: a plain HTTP server is read, not written; give a folder or a store's address")
     found = parse_address(text)
     if not (found.place if found.kind == FOLDER else text[scheme.end() :].strip("/")):
         raise UsageError(f"{text}: names no place; give an address such as s3://BUCKET/PATH")
@@ -103,6 +107,13 @@ def parse_local_target(text: str, writer: str) -> Path:
     if found.kind != FOLDER:
         raise UsageError(f"{text}: {writer} writes to this host only; give a path here, and copy what is written")
     return Path(found.place)
+
+
+def last_part(address: str) -> str:
+    """The last part of an address's path; where there is none, the file system's name, not the host's or bucket's."""
+    protocol, _, rest = address.partition("::")[0].rpartition("://")
+    _, _, path = rest.partition("?")[0].partition("#")[0].partition("/")
+    return path.strip("/").rpartition("/")[2] or protocol or "remote"
 
 
 def shown(address: str) -> str:

@@ -33,7 +33,7 @@ WORKERS ?= auto
 # torch_npu wants CANN's libraries; empty ones in their names let it be imported (tests/npu/stubs.py).
 WITHOUT_CANN = LD_LIBRARY_PATH="$(CURDIR)/$(1)/stubs" TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(1)/bin/python
 
-.PHONY: help setup setup-vllm setup-ascend demo demo-vllm test test-npu test-vllm test-ascend lint format bench release-check clean
+.PHONY: help setup setup-vllm setup-ascend demo demo-vllm test test-npu test-vllm test-ascend fuzz lint format bench release-check clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -93,6 +93,12 @@ test-ascend: $(ASCEND_READY) ## the plugin in the real vllm-ascend, on the CPU, 
 
 demo-vllm: $(VLLM_READY) ## a real vLLM server, with and without the plugin: what its ranks hold and what it answers
 	@$(VLLM_VENV)/bin/python -m tests.vllm.demo
+
+SEED ?= 1
+COUNT ?= 5000
+
+fuzz: $(READY) ## COUNT damaged checkpoints, sets and answers through every command, by SEED; ONLY=17 for one of them
+	@$(BIN)/python -m tests.fuzz --seed $(SEED) --count $(COUNT) $(if $(ONLY),--only $(ONLY)) $(ARGS)
 
 lint: $(READY) ## style and types
 	$(BIN)/ruff check .

@@ -22,22 +22,19 @@ ReshardError                    1   something the user can mend; one line, no tr
 
 import shlex
 
+from reshard.safe_text import safe_line
+
 
 class ReshardError(Exception):
     """Base of all errors that a user can cause; `exit_code` is what the command line ends with.
 
-    The message is one printable line, whatever a file's names hold.
+    The message is one line that may be shown anywhere, whatever names and secrets it was made of.
     """
 
     exit_code = 1
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
-
-
-def printable(text: str) -> str:
-    """One line that a terminal shows as it is: what cannot be printed is spelt out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        super().__init__(safe_line(message))
 
 
 class SourceError(ReshardError):

@@ -38,3 +38,23 @@ PATTERN_DEPTH = 50
 """Groups within groups; Python's parser and the matcher recurse."""
 MATCHING_SECONDS = 10
 """Of a processor, for all names and patterns that one section lists. The longest published lists take 0.5 s."""
+
+# What comes over a network
+LISTING_BYTES = 16 * MIB
+"""Of a hub's description of a repository, or of a server's page: 50,000 files with their digests."""
+LISTING_FILES = 10_000
+"""Of a folder that is not on this host; DeepSeek-R1 has 180. A plain server is asked for the size of each."""
+LISTING_SECONDS = 60.0
+"""For a file system to list a folder; its driver shows nothing of it before all is there."""
+NAME_BYTES = 255
+"""Of a file's name: Linux' own limit."""
+PROGRESS_BYTES = 1 << 16
+"""A try to fetch a range that brought less has failed, and so has one that brings less in SILENCE_SECONDS."""
+SILENCE_SECONDS = 10.0
+"""huggingface_hub waits as long; HF_HUB_DOWNLOAD_TIMEOUT takes its place for a hub."""
+WHOLE_PIECE_SPEED = 1 << 16
+"""Bytes a second that must come on top of that from a driver that shows a range only when all of it is there."""
+SLOW_TRIES = 3
+"""As many in a row that were too slow, and it is over: each has waited long."""
+WAIT_SECONDS = 600.0
+"""The longest wait that a busy server may ask for."""

@@ -1,6 +1,5 @@
 """`reshard check`."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -99,12 +98,13 @@ def _report(output: Output, target: str, is_config: bool, request: "Request") ->
 def _write(output: Output, form: str, reports: "list[Report]", strict: bool) -> None:
     from reshard.checks import forms
 
-    lines: dict[str, Iterable[str]] = {
-        "human": forms.text(reports),
-        "junit": [forms.junit(reports, strict)],
-        "github": forms.github(reports, strict),
-    }
-    output.document(forms.document(reports, strict), lambda: lines[form])
+    if form == "junit":
+        output.escaped(forms.junit(reports, strict))
+    elif form == "github":
+        for line in forms.github(reports, strict):
+            output.escaped(line)
+    else:
+        output.document(forms.document(reports, strict), lambda: forms.text(reports))
 
 
 def _serving(additional: str | None, *sizes: int | None) -> "Serving | None":

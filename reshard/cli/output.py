@@ -15,7 +15,8 @@ import typer
 if TYPE_CHECKING:
     from rich.text import Text
 
-from reshard.errors import OutputError, ReshardError, printable
+from reshard.errors import OutputError, ReshardError
+from reshard.safe_text import redacted, safe_line
 
 _INTERRUPTED = 130
 _WHOLE = 10_000  # columns: no cell is cut to fit, a narrow terminal wraps the line
@@ -58,14 +59,13 @@ class Output:
                     self.json({"error": {"kind": type(error).__name__, "message": message}})
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
-            print(f"{self._who}interrupted", file=sys.stderr)  # noqa: T201
+            say(f"{self._who}interrupted")
             raise typer.Exit(_INTERRUPTED) from None
         except SystemExit:  # SIGTERM, which torchrun sends when another process has died
             if self._who:
-                print(  # noqa: T201
+                say(
                     f"error: {self._who}told to end, as torchrun does when another process has ended; finished shards "
-                    "are kept: run the same command with --resume",
-                    file=sys.stderr,
+                    "are kept: run the same command with --resume"
                 )
             raise
 
@@ -75,10 +75,11 @@ class Output:
         of: which of several inputs it is about; the line names it.
         """
         if self._debug:
-            traceback.print_exception(error)
+            for line in "".join(traceback.format_exception(error)).splitlines():
+                say(line)
         message = " ".join(str(error).split())
-        about = f"{printable(of)}: " if of and printable(of) not in message else ""
-        print(f"error: {self._who}{about}{message}", file=sys.stderr)  # noqa: T201
+        about = f"{of}: " if of and safe_line(of) not in message else ""
+        say(f"error: {self._who}{about}{message}")
         return message
 
     def document(self, document: Any, human: Callable[[], "Iterable[str | Table | Text]"]) -> None:
@@ -93,19 +94,23 @@ class Output:
                 _show(part)
 
     def json(self, document: Any) -> None:
-        """One JSON document; of what JSON does not know, its attributes."""
-        self.text(json.dumps(document, indent=2, default=vars))
+        """One JSON document; of what JSON does not know, its attributes. Names in it are data: escaped, and whole."""
+        self.escaped(redacted(json.dumps(document, indent=2, default=vars)).replace("\x7f", r"\u007f"))
 
     def text(self, line: str) -> None:
-        """A line of data."""
+        """A line of data, made safe to show."""
+        self.escaped(safe_line(line))
+
+    def escaped(self, text: str) -> None:
+        """Lines of data in which other people's text is made safe already, by the rules of their form."""
         if self._speaks:
             with _stdout():
-                print(line)  # noqa: T201
+                print(text)  # noqa: T201
 
     def warn(self, line: str) -> None:
         """A warning."""
         if self._speaks:
-            print(f"warning: {line}", file=sys.stderr)  # noqa: T201
+            say(f"warning: {line}")
 
     @contextlib.contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -121,10 +126,16 @@ class Output:
             lines.finish()
 
 
+def say(line: str) -> None:
+    """A line on stderr, made safe to show."""
+    print(safe_line(line), file=sys.stderr)  # noqa: T201
+
+
 def _show(part: "Table | Text") -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table as Grid
+    from rich.text import Text
 
     # Without a height rich makes a terminal that is called dumb 80 columns wide.
     console = Console(width=_WHOLE, height=1, highlight=False)
@@ -136,7 +147,7 @@ def _show(part: "Table | Text") -> None:
     for title in part.columns:
         grid.add_column(title.lstrip(">"), justify="right" if title.startswith(">") else "left", no_wrap=True)
     for row in part.rows:
-        grid.add_row(*row)
+        grid.add_row(*(Text(safe_line(cell)) for cell in row))  # a str would be read as rich's markup
     with _stdout():
         console.print(grid)
 
@@ -160,7 +171,7 @@ def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
@@ -194,7 +205,7 @@ class _Lines:
         return f"{size_text(int(self._done / max(now - self._start, 1e-9)))}/s"
 
     def _print(self, text: str) -> None:
-        print(f"{self._what}: {text}", file=sys.stderr)  # noqa: T201
+        say(f"{self._what}: {text}")
 
 
 def size_text(nbytes: int) -> str:

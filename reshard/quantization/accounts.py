@@ -13,13 +13,19 @@ from typing import Any
 from reshard.errors import SourceError
 from reshard.model.config import language_levels
 from reshard.model.naming import CONFIG
-from reshard.quantization.description import read_description
+from reshard.quantization.description import DESCRIPTION, is_description, read_description
 from reshard.quantization.methods import declared_by_section
 from reshard.quantization.section import Section
 from reshard.schemes.match import QuantSpec
 
 MODELOPT = "hf_quant_config.json"
+SIDE_FILES = f"{CONFIG}, {MODELOPT}, {DESCRIPTION} and what is named as that with a scheme"
 _KEYS = ("quantization_config", "compression_config")
+
+
+def is_side_file(name: str) -> bool:
+    """Whether a file says what a checkpoint's weights are, and goes with every set that is cut from it."""
+    return name in {CONFIG, MODELOPT} or is_description(name)
 
 
 @dataclass(frozen=True)

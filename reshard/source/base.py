@@ -14,6 +14,7 @@ import numpy.typing as npt
 from reshard.errors import HeaderError
 from reshard.limits import JSON_BYTES
 from reshard.regular import MISSING as MISSING
+from reshard.safe_text import without_secrets
 from reshard.strict_json import check_size
 from reshard.tensors import header
 from reshard.tensors.header import Header
@@ -37,6 +38,11 @@ class Origin:
     kind: str
     name: str
     commit: str | None = None
+
+    def __post_init__(self) -> None:
+        # It goes into manifests, which others read: a name that is no UTF-8 is spelt out there.
+        name = without_secrets(self.name).encode("utf-8", "backslashreplace").decode()
+        object.__setattr__(self, "name", name)
 
 
 class Cancelled(Exception):

@@ -76,11 +76,6 @@ def read_accounts(side_files: Mapping[str, bytes]) -> Accounts:
     return Accounts(read.get(CONFIG), description, read.get(MODELOPT))
 
 
-def is_side_file(name: str) -> bool:
-    """Whether a file says what a checkpoint's weights are, and goes with every set that is cut from it."""
-    return name in {CONFIG, MODELOPT} or is_description(name)
-
-
 def _side_files(source: Source) -> tuple[dict[str, bytes], list[str]]:
     """Those that are read, and a line on each that is not: of several descriptions vllm-ascend reads one name alone."""
     there = {*source.files(), *source.not_files()}

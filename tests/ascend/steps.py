@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,19 +34,19 @@ def sizes(group: dist.ProcessGroup, served: Served) -> dict[str, Any]:
 @contextmanager
 def _sent() -> Iterator[list[tuple[int, int]]]:
     """(rows, bytes) of each tensor that is gathered."""
-    from reshard_runtime import collectives
+    from reshard_runtime.collectives import PairwiseCollectives
 
-    sent, gather = [], collectives._all_gather
+    sent, gather = [], PairwiseCollectives.gather
 
-    def watch(out: torch.Tensor, rows: torch.Tensor, **more: Any) -> Any:
+    def watch(self: PairwiseCollectives, rows: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
         sent.append((len(rows), rows.nbytes))
-        return gather(out, rows, **more)
+        return gather(self, rows, *more, **named)
 
-    collectives._all_gather = watch
+    PairwiseCollectives.gather = watch
     try:
         yield sent
     finally:
-        collectives._all_gather = gather
+        PairwiseCollectives.gather = gather
 
 
 @contextmanager
@@ -163,7 +163,7 @@ def on_meta(group: dist.ProcessGroup, served: Served, counts: list[int]) -> list
         def __init__(self, group: Any) -> None:
             self.size = group.size()
 
-        def gather(self, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        def gather(self, rows: torch.Tensor, out: torch.Tensor | None, counts: Sequence[int]) -> torch.Tensor:
             return self._result(rows, len(rows) * self.size, out)
 
         def reduce_scatter(self, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

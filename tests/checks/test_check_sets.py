@@ -17,7 +17,8 @@ from reshard.plan.pipeline import Cut
 from reshard.source.open import describe, open_source
 from tests.support.builders import RECIPES, Spec, build, read_safetensors, write_safetensors
 from tests.support.checking import failed, findings, of, setup, usage
-from tests.support.corrupt import edited_json
+from tests.support.corrupt import edited_manifest
+from tests.support.manifests import tensor
 from tests.support.running import reshard, split
 
 RANK_1 = shard_file(1, 2)
@@ -96,12 +97,8 @@ def test_an_incomplete_set(shards: Path) -> None:
 
 
 def changed(shards: Path, change: Change) -> list[tuple[str, str]]:
-    edited_json(MANIFEST, change)(shards)
+    edited_manifest(change)(shards)
     return failed(shards)
-
-
-def tensor(manifest: dict[str, Any], rank: int, name: str) -> dict[str, Any]:
-    return next(t for t in manifest["shards"][rank]["tensors"] if t["name"] == f"model.layers.0.mlp.{name}")
 
 
 @pytest.mark.parametrize(
@@ -228,7 +225,7 @@ def test_a_source_that_cannot_be_read_is_1(shards: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("commit", ["a" * 40, "b" * 40])
 def test_another_commit_of_the_hub_is_a_warning(shards: Path, model: Path, commit: str) -> None:
     """Weights that were trained on have the same names, sizes and headers: only the commit tells."""
-    edited_json(MANIFEST, lambda m: m["source"].update(kind="hub", name="org/model", commit="a" * 40))(shards)
+    edited_manifest(lambda m: m["source"].update(kind="hub", name="org/model", commit="a" * 40))(shards)
     with open_source(str(shards)) as source:
         _, manifest, _ = check_set(source)
     assert manifest is not None

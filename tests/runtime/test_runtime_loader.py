@@ -1,6 +1,5 @@
 """Loading a rank's shard: the right bits, no other file, and a refusal for whatever is not what the manifest says."""
 
-import json
 import logging
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ from reshard.model.naming import shard_file
 from reshard.plan.pipeline import Cut
 from reshard_runtime import Shard, load_shard
 from tests.support.builders import RECIPES, Raw, Spec, build, read_safetensors, write_safetensors
+from tests.support.manifests import edit_manifest
 from tests.support.running import split
 
 HIDDEN, INTERMEDIATE = 256, 512
@@ -148,11 +148,8 @@ def _edit(path: Path, change: Callable[[dict[str, Raw]], None], metadata: dict[s
 
 
 def _rewrite(shards: Path, change: Callable[[Any], None]) -> None:
-    path = shards / "manifest.json"
-    document = json.loads(path.read_text())
-    change(document)
-    path.chmod(0o600)
-    path.write_text(json.dumps(document))
+    (shards / "manifest.json").chmod(0o600)
+    edit_manifest(shards, change)
 
 
 def _size(shards: Path) -> None:

@@ -1,10 +1,8 @@
 """Shard sets, made and damaged, and what verify finds in them."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from reshard.checks.finding import Finding
 from reshard.manifest import parse_manifest
@@ -94,9 +92,3 @@ def read_all(folder: Path) -> dict[str, Raw]:
     for path in folder.glob("*.safetensors"):
         found |= read_safetensors(path)
     return found
-
-
-def edit_manifest(shards: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    manifest = json.loads((shards / MANIFEST).read_bytes())
-    change(manifest)
-    (shards / MANIFEST).write_text(json.dumps(manifest))

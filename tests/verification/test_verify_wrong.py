@@ -16,12 +16,12 @@ from reshard.source.base import read_header
 from reshard.source.open import describe, open_source
 from reshard.tensors.byte_grid import StoredReader, read_whole
 from tests.support.builders import Raw, Spec, build, read_safetensors, write_safetensors
+from tests.support.manifests import edit_manifest
 from tests.support.verifying import (
     DOWN,
     GATE_UP,
     MLP,
     Verdict,
-    edit_manifest,
     exchange,
     made,
     patch,

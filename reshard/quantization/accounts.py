@@ -98,7 +98,7 @@ def _of_modelopt(content: Mapping[str, Any] | None) -> Iterator[Section]:
     if content is not None:
         key = "quantization" if "quantization" in content else ""
         section = _section(MODELOPT, key, content[key] if key else content)
-        yield Section(MODELOPT, key, {**section.values, "quant_method": "modelopt"})
+        yield section.below("", {**section.values, "quant_method": "modelopt"})
 
 
 def _section(file: str, path: str, value: Any) -> Section:

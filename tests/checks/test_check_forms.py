@@ -14,8 +14,7 @@ from reshard.checks.finding import Finding
 from reshard.checks.forms import document, github, junit, text
 from reshard.checks.report import Report
 from reshard.safe_text import safe_line
-from tests.support.builders import DATA
-from tests.support.paths import CONFIGS
+from tests.support.paths import CONFIGS, DATA
 from tests.support.running import reshard
 
 R1 = CONFIGS / "deepseek-r1.json"

@@ -129,7 +129,7 @@ def test_one_bit_is_told_by_the_digest(shards: Path) -> None:
     path = shards / shard_file(1, 2)
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
-    _write(path, raw)
+    _write(path, bytes(raw))
     with pytest.raises(ShardError, match="BLAKE3 is"):
         load_shard(shards, 1, verify="digest")
     load_shard(shards, 0, verify="digest")
@@ -140,11 +140,14 @@ def _write(path: Path, raw: bytes) -> None:
     path.write_bytes(raw)
 
 
-def _edit(path: Path, change: Callable[[dict[str, Raw]], None], metadata: dict[str, str] | None = None) -> None:
+def _edit(shards: Path, change: Callable[[dict[str, Raw]], object], metadata: dict[str, str] | None = None) -> None:
+    """Rank 1's file, and the size that the manifest says."""
+    path = shards / shard_file(1, 2)
     tensors = read_safetensors(path)
     change(tensors)
     path.unlink()
     write_safetensors(path, tensors, metadata or {"format": "pt", "denseffn": "shard", "tp_rank": "1", "tp_size": "2"})
+    _size(shards)
 
 
 def _rewrite(shards: Path, change: Callable[[Any], None]) -> None:
@@ -156,6 +159,11 @@ def _size(shards: Path) -> None:
     """The manifest says the size that the edited file has."""
     size = (shards / shard_file(1, 2)).stat().st_size
     _rewrite(shards, lambda d: d["shards"][1].update(size=size))
+
+
+def _a_folder(shards: Path) -> None:
+    (shards / shard_file(1, 2)).unlink()
+    (shards / shard_file(1, 2)).mkdir()
 
 
 W = "model.layers.0.mlp.down_proj.weight"
@@ -183,7 +191,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     ),
     "no file": (lambda s: (s / shard_file(1, 2)).unlink(), {}, r"cannot be read: No such file"),
     "a folder": (
-        lambda s: ((s / shard_file(1, 2)).unlink(), (s / shard_file(1, 2)).mkdir()), {},
+        _a_folder, {},
         r"is a folder, expected a file"
     ),
     "longer": (
@@ -191,27 +199,27 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
         r"bytes, manifest.json says",
     ),
     "rank 0's file": (
-        lambda s: (s / shard_file(1, 2)).unlink() or shutil.copy(s / shard_file(0, 2), s / shard_file(1, 2)), {},
+        lambda s: _write(s / shard_file(1, 2), (s / shard_file(0, 2)).read_bytes()), {},
         r"its header says tp_rank '0', manifest.json says '1'",
     ),
     "no shard": (
-        lambda s: (_edit(s / shard_file(1, 2), lambda t: None, {"format": "pt"}), _size(s)), {},
+        lambda s: _edit(s, lambda t: None, {"format": "pt"}), {},
         r"its header says denseffn None, manifest.json says 'shard'",
     ),
     "missing": (
-        lambda s: (_edit(s / shard_file(1, 2), lambda t: t.pop(W)), _size(s)), {},
+        lambda s: _edit(s, lambda t: t.pop(W)), {},
         r"down_proj.weight: manifest.json names it, the file lacks it",
     ),
     "extra": (
-        lambda s: (_edit(s / shard_file(1, 2), lambda t: t.update(more=t[W])), _size(s)), {},
+        lambda s: _edit(s, lambda t: t.update(more=t[W])), {},
         r"more: the file has it, manifest.json does not name it",
     ),
     "type": (
-        lambda s: (_edit(s / shard_file(1, 2), lambda t: t.update({W: ("U8", *t[W][1:])})), _size(s)), {},
+        lambda s: _edit(s, lambda t: t.update({W: ("U8", *t[W][1:])})), {},
         r"down_proj.weight: is U8 \[256, 256\], manifest.json says I8 \[256, 256\]",
     ),
     "shape": (
-        lambda s: (_edit(s / shard_file(1, 2), lambda t: t.update({W: ("I8", (128, 512), t[W][2])})), _size(s)), {},
+        lambda s: _edit(s, lambda t: t.update({W: ("I8", (128, 512), t[W][2])})), {},
         r"down_proj.weight: is I8 \[128, 512\], manifest.json says I8 \[256, 256\]",
     ),
 }  # fmt: skip
@@ -247,7 +255,7 @@ def test_a_damaged_header_loads_the_same_or_not_at_all(shards: Path, at: int, va
         shutil.copy(path, keep)
     raw = bytearray(keep.read_bytes())
     raw[at] = value
-    _write(path, raw)
+    _write(path, bytes(raw))
     try:
         found = load_shard(shards, 1)
     except ReshardError:

@@ -61,6 +61,11 @@ def made(tmp_path: Path, spec: Spec, cut: Cut) -> tuple[Path, Path]:
     return tmp_path / "source", split(tmp_path / "source", tmp_path / "shards", cut)
 
 
+def always(data: bytes) -> Callable[[bytes], bytes]:
+    """A change for `patch`: those bytes, whatever was there."""
+    return lambda before: data
+
+
 def patch(shards: Path, tp_rank: int, tp_size: int, name: str, change: Callable[[bytes], bytes]) -> None:
     """Other bytes for a tensor, in its place."""
     path = shards / shard_file(tp_rank, tp_size)

@@ -22,6 +22,7 @@ from tests.support.verifying import (
     GATE_UP,
     MLP,
     Verdict,
+    always,
     exchange,
     made,
     patch,
@@ -101,7 +102,7 @@ def test_a_slice_of_the_stacked_matrix(recipe: str, tmp_path: Path) -> None:
     tensors = read_all(source)
     for rank, role in enumerate(("gate_proj", "up_proj")):  # at tp 2, half the stacked matrix is all of one
         whole = tensors[MLP.format(0, f"{role}.weight")][2]
-        patch(shards, rank, 2, GATE_UP.format("weight"), lambda raw, whole=whole: whole)
+        patch(shards, rank, 2, GATE_UP.format("weight"), always(whole))
     assert wrong(verify(shards, source), GATE_UP.format("weight"))
 
 
@@ -129,9 +130,7 @@ def test_shares_that_do_not_belong_together(tmp_path: Path) -> None:
     source, shards = made(tmp_path, Spec(dense=1), Cut(2))
     tensors = [read_safetensors(shards / shard_file(rank, 2)) for rank in (0, 1)]
     for rank in (0, 1):  # each rank has the other's columns of down
-        patch(
-            shards, rank, 2, DOWN.format("weight"), lambda raw, rank=rank: tensors[1 - rank][DOWN.format("weight")][2]
-        )
+        patch(shards, rank, 2, DOWN.format("weight"), always(tensors[1 - rank][DOWN.format("weight")][2]))
     assert wrong(verify(shards, source), DOWN.format("weight"))
 
 

@@ -59,7 +59,7 @@ def asked(request: Request, start: int | None = None, stop: int | None = None) -
     except httpx.ConnectError as error:
         raise Unreachable(said(error)) from None
     except (httpx.UnsupportedProtocol, httpx.TooManyRedirects, httpx.InvalidURL, UnicodeError) as error:
-        raise SourceError(f"{request.url}: {said(error)}") from None
+        raise SourceError(f"{_where(request)}: {said(error)}") from None
     except httpx.HTTPError as error:
         raise Fault(said(error)) from None
 
@@ -67,19 +67,25 @@ def asked(request: Request, start: int | None = None, stop: int | None = None) -
 def read_small(request: Request, check: Callable[[httpx.Response], None], most: int) -> bytes:
     """A whole answer. check: raises what an answer with another status than 200 means."""
 
+    where = _where(request)
+
     def chunks() -> Iterator[bytes]:
         with asked(request) as response:
             check(response)
             if wrong := _encoded(response):
-                raise SourceError(f"{request.url}: {wrong}")
+                raise SourceError(f"{where}: {wrong}")
             yield from response.iter_raw()
 
     body = bytearray()
     for chunk in watched(chunks, request.patience):
         body += chunk
         if len(body) > most:
-            raise SourceError(f"{request.url}: the answer is longer than {most} bytes, the most that is read")
+            raise SourceError(f"{where}: the answer is longer than {most} bytes, the most that is read")
     return bytes(body)
+
+
+def _where(request: Request) -> str:
+    return request.url.partition("?")[0]
 
 
 class HttpFiles(abc.ABC):

@@ -66,7 +66,6 @@ def asked(request: Request, start: int | None = None, stop: int | None = None) -
 
 def read_small(request: Request, check: Callable[[httpx.Response], None], most: int) -> bytes:
     """A whole answer. check: raises what an answer with another status than 200 means."""
-
     where = _where(request)
 
     def chunks() -> Iterator[bytes]:

@@ -299,7 +299,7 @@ def test_a_token_that_is_not_accepted(hub: Hub, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(SourceError, match=r"\(HTTP 401, Invalid credentials in Authorization header\): check the name"):
         opened(hub)
     monkeypatch.setenv("HF_TOKEN", "hf_…")
-    with pytest.raises(SourceError, match="this account.s token has characters that no token has; check HF_TOKEN"):
+    with pytest.raises(SourceError, match="account's token has characters that no token has; check HF_TOKEN"):
         opened(hub)
 
 

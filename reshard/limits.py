@@ -1,7 +1,60 @@
-"""Every bound of the program: a number, and why it is that one."""
+"""The bounds of what is read, believed and waited for: a number, and why it is that one.
 
-JSON_BYTES = 256 << 20
-"""Of a config, an index, a description, a manifest: one of 126 layers for 128 ranks has 100 MB."""
+Above all that real checkpoints, servers and sets have, and low enough that what is made to exhaust a machine is
+refused in one line, within seconds and some hundred MiB.
+"""
 
-TOML_BYTES = 1 << 20
+MIB = 1 << 20
+
+# JSON
+JSON_BYTES = 64 * MIB
+"""Of a config, an index, a description, an answer: Kimi K2's description, of 0.2 million tensors, has 16 MiB."""
+MANIFEST_BYTES = 256 * MIB
+"""One of 126 layers for 128 ranks has 100 MB."""
+JSON_BYTES_PER_VALUE = 16
+"""Of those that may be read, so many for each value, which takes up to 250 bytes of memory: headers have 15."""
+JSON_DEPTH = 64
+"""Levels of lists and objects. Configs have 8; later steps that recurse stay far from Python's limit of 1,000."""
+JSON_NUMBER = 300
+"""Characters of a number: as many make no whole number that a float cannot hold, and configs have some of 40."""
+
+# safetensors headers
+HEADER_BYTES = 100_000_000
+"""The format's own limit."""
+NAME_CHARACTERS = 500
+"""Of a tensor's name. Published checkpoints have up to 120; some patterns take the square of it."""
+MAX_BYTES = 2**63 - 1
+"""Of a tensor, a dimension, an offset: what file systems and other readers count with."""
+
+TOML_BYTES = MIB
 """Of a device profile: they have 2 KB."""
+
+# Regular expressions in configs
+PATTERN_CHARACTERS = 1_000
+"""Of one. Published ones have up to 100."""
+PATTERN_PARTS = 2_000
+"""Characters, classes, groups of one, with all that counted repeats stand for."""
+PATTERN_DEPTH = 50
+"""Groups within groups; Python's parser and the matcher recurse."""
+MATCHING_SECONDS = 10
+"""Of a processor, for all names and patterns that one section lists. The longest published lists take 0.5 s."""
+
+# What comes over a network
+LISTING_BYTES = 16 * MIB
+"""Of a hub's description of a repository, or of a server's page: 50,000 files with their digests."""
+LISTING_FILES = 10_000
+"""Of a folder that is not on this host; DeepSeek-R1 has 180. A plain server is asked for the size of each."""
+LISTING_SECONDS = 60.0
+"""For a file system to list a folder; its driver shows nothing of it before all is there."""
+NAME_BYTES = 255
+"""Of a file's name: Linux' own limit."""
+PROGRESS_BYTES = 1 << 16
+"""A try to fetch a range that brought less has failed, and so has one that brings less in SILENCE_SECONDS."""
+SILENCE_SECONDS = 10.0
+"""huggingface_hub waits as long; HF_HUB_DOWNLOAD_TIMEOUT takes its place for a hub."""
+WHOLE_PIECE_SPEED = 1 << 16
+"""Bytes a second that must come on top of that from a driver that shows a range only when all of it is there."""
+SLOW_TRIES = 3
+"""As many in a row that were too slow, and it is over: each has waited long."""
+WAIT_SECONDS = 600.0
+"""The longest wait that a busy server may ask for."""

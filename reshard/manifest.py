@@ -5,19 +5,26 @@ plan is made of its entries, and a shard set that is read as a source gives them
 """
 
 import json
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, TypeVar
 
+from blake3 import blake3
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from reshard.errors import ManifestError
+from reshard.limits import MANIFEST_BYTES
 from reshard.model.activation import Activation
 from reshard.model.naming import MANIFEST, MAX_TP_SIZE, shard_file
 from reshard.model.parts import DENSE_FFN
+from reshard.quantization import SIDE_FILES, is_description, is_side_file
 from reshard.schemes.table import SCHEMES, unknown_scheme
-from reshard.source.recognise import PREFIX_BYTES, recognised
+from reshard.strict_json import parse_json
+from reshard.tensors.dtypes import BITS
 
 SCHEMA = "denseffn-shards/2"
 _OLDER = ("denseffn-shards/1",)
+UNSEALED = "0" * 64
+"""What stands in a digest's own place while it is computed."""
 
 _HEX = r"^[0-9a-f]{64}$"
 Digest = Annotated[str, Field(pattern=_HEX, description="BLAKE3, hex")]
@@ -29,6 +36,37 @@ FileName = Annotated[str, Field(pattern=r"^[^/\\]+$", description="a name withou
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+
+
+class _Sealed(_Strict):
+    """A file that holds its own digest, under `blake3`."""
+
+    def to_json(self) -> bytes:
+        """The file's bytes."""
+        return (self.model_dump_json(by_alias=True, indent=1) + "\n").encode()
+
+    def sealed(self) -> Self:
+        """With its digest, where it was made without."""
+        return self.model_copy(update={"blake3": blake3(self.to_json()).hexdigest()})
+
+
+SealedBy = Annotated[
+    str, Field(pattern=_HEX, description="BLAKE3, hex, of this very file with 64 zeros in this value's place")
+]
+
+
+def _distinct(name: str) -> AfterValidator:
+    """Of entries none has the same `name` as another."""
+
+    def check(entries: list[Any]) -> list[Any]:
+        seen: set[Any] = set()
+        for value in (getattr(entry, name) for entry in entries):
+            if value in seen:
+                raise ValueError(f"{name} {value} is there twice")
+            seen.add(value)
+        return entries
+
+    return AfterValidator(check)
 
 
 class Generator(_Strict):
@@ -114,7 +152,7 @@ class Source(_Strict):
     name: str
     commit: str | None
     sample_blake3: Annotated[str, Field(pattern=_HEX, description="BLAKE3 of some bytes of every DenseFFN tensor")]
-    files: list[SourceFile]
+    files: Annotated[list[SourceFile], _distinct("name")]
 
 
 class Slice(_Strict):
@@ -142,11 +180,17 @@ class Conversion(_Strict):
     inputs: tuple[str, ...]
 
 
+def _element_type(dtype: str) -> str:
+    if BITS.get(dtype, 1) % 8:
+        raise ValueError(f"unknown type {dtype}; known are {', '.join(name for name in BITS if BITS[name] % 8 == 0)}")
+    return dtype
+
+
 class ShardTensor(_Strict):
     """A tensor of a shard: `slices` of source tensors; bytes that no slice covers are zero."""
 
     name: str
-    dtype: str
+    dtype: Annotated[str, AfterValidator(_element_type)]
     shape: Shape
     blake3: Digest
     slices: tuple[Slice, ...]
@@ -169,38 +213,53 @@ class Shard(_Strict):
     file: FileName
     size: Count
     blake3: Digest
-    tensors: list[ShardTensor]
+    tensors: Annotated[list[ShardTensor], _distinct("name")]
 
 
-class Record(_Strict):
+class Record(_Sealed):
     """A finished shard of an unfinished set, until the manifest takes it over; `fingerprint` tells whose it is."""
 
+    blake3: SealedBy
     fingerprint: Digest
     shard: Shard
 
 
-class SideFile(_Strict):
-    """A file copied beside the shards."""
+def _goes_with_a_set(name: str) -> str:
+    if not is_side_file(name):
+        raise ValueError(f"{name} is no file that goes with a set: {SIDE_FILES} are")
+    return name
 
-    name: FileName
+
+class SideFile(_Strict):
+    """A file copied beside the shards: one of those that say what the weights are."""
+
+    name: Annotated[FileName, AfterValidator(_goes_with_a_set)]
     size: Count
     blake3: Digest
 
 
-class Manifest(_Strict):
+def _one_description(files: list[SideFile]) -> list[SideFile]:
+    names = [file.name for file in files if is_description(file.name)]
+    if len(names) > 1:
+        raise ValueError(f"{names[0]} and {names[1]} both describe the weights, a set has one of them")
+    return files
+
+
+class Manifest(_Sealed):
     """A shard set."""
 
     schema_: Annotated[Literal["denseffn-shards/2"], Field(alias="schema")]
+    blake3: SealedBy
     generator: Generator
     model: ModelDims
     scheme: Annotated[str, Field(description="the quantized linears' scheme; bf16 if none is, mixed if they differ")]
     tp_size: Annotated[int, Field(ge=1, le=MAX_TP_SIZE)]
     layout: Literal["fused", "separate"]
     padding: Padding | None
-    layers: list[LayerEntry]
+    layers: Annotated[list[LayerEntry], _distinct("index")]
     source: Source
     shards: list[Shard]
-    files: list[SideFile]
+    files: Annotated[list[SideFile], _distinct("name"), AfterValidator(_one_description)]
 
     @model_validator(mode="after")
     def _complete(self) -> "Manifest":
@@ -213,19 +272,14 @@ class Manifest(_Strict):
                 raise ValueError(f"rank {shard.tp_rank}'s file is {shard.file}, its name must be {wanted}")
         return self
 
-    def to_json(self) -> bytes:
-        """The file's bytes."""
-        return (self.model_dump_json(by_alias=True, indent=1) + "\n").encode()
-
 
 def parse_manifest(raw: bytes, file: str = MANIFEST) -> Manifest:
-    """A manifest from its bytes. Raises ManifestError for an unknown version, an unknown field, a wrong value."""
-    try:
-        value: Any = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        what = recognised(raw[:PREFIX_BYTES], file, len(raw))
-        raise ManifestError(what or f"{file}: not valid JSON: {error}; copy it again") from error
-    version = value.get("schema") if isinstance(value, dict) else None
+    """A manifest from its bytes, as far as these alone tell: see reshard.plan.recompute for the rest.
+
+    Raises ManifestError for an unknown version, an unknown field, a wrong value, a digest that is not the file's.
+    """
+    value = _parse(raw, file)
+    version = value.get("schema")
     if version in _OLDER:
         raise ManifestError(
             f"{file}: schema is {version!r}, which does not say what the layers compute; cut the set again with this "
@@ -235,12 +289,12 @@ def parse_manifest(raw: bytes, file: str = MANIFEST) -> Manifest:
         raise ManifestError(
             f"{file}: schema is {version!r}, this version reads {SCHEMA!r}; use the reshard that wrote it"
         )
-    return _validate(Manifest, raw, file)
+    return _validate(Manifest, value, raw, file)
 
 
-def parse_record(raw: bytes, file: str) -> "Record":
-    """One rank's record, as an unfinished set keeps it beside the shard."""
-    return _validate(Record, raw, file)
+def parse_record(raw: bytes, file: str) -> Record:
+    """One rank's record, as an unfinished set keeps it beside the shard. Raises as `parse_manifest` does."""
+    return _validate(Record, _parse(raw, file), raw, file)
 
 
 def json_schema() -> str:
@@ -249,10 +303,25 @@ def json_schema() -> str:
     return json.dumps(schema, indent=2) + "\n"
 
 
-_M = TypeVar("_M", bound=BaseModel)
+def _parse(raw: bytes, file: str) -> Mapping[str, Any]:
+    value = parse_json(raw, file, ManifestError, most=MANIFEST_BYTES)
+    if not isinstance(value, dict):
+        raise ManifestError(f"{file}: holds a {type(value).__name__}, expected a JSON object; copy it again")
+    return value
 
 
-def _validate(model: type[_M], raw: bytes, file: str) -> _M:
+_S = TypeVar("_S", bound=_Sealed)
+
+
+def _validate(model: type[_S], value: Mapping[str, Any], raw: bytes, file: str) -> _S:
+    said = value.get("blake3")
+    if isinstance(said, str) and len(said) == len(UNSEALED):
+        found = blake3(raw.replace(said.encode(), UNSEALED.encode(), 1)).hexdigest()
+        if found != said:
+            raise ManifestError(
+                f"{file}: was changed after it was written: it says that its BLAKE3 is {said}, it is {found}; copy it "
+                "again, or cut the set again"
+            )
     try:
         return model.model_validate_json(raw)
     except ValidationError as error:

@@ -20,7 +20,7 @@ from reshard.quantization.refusals import words
 from reshard.regular import read_whole, unreadable
 from reshard.schemes.match import QuantSpec, check_kind, check_scheme
 from reshard.schemes.table import FLOAT, VARIANTS, Operand
-from reshard.source.base import parse_json_object
+from reshard.strict_json import parse_object
 from reshard.tensors.dtypes import TORCH
 
 _DTYPES = {TORCH[dtype]: dtype for dtype in ("BF16", "F16", "F32")}
@@ -32,7 +32,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raw = read_whole(Path(path), JSON_BYTES)
     except OSError as error:
         raise SourceError(unreadable(Path(path), error)) from error
-    return parse_json_object(raw, str(path))
+    return parse_object(raw, str(path))
 
 
 def config_checkpoint(config: Mapping[str, Any], name: str, scheme: str | None = None) -> Checkpoint:

@@ -129,7 +129,7 @@ def _forward(checkpoint: Checkpoint, plan: Plan, layers: _Layers, where: str) ->
         return Finding("forward", where, f"not checked: {why}", "skipped")
 
     if importlib.util.find_spec("torch_npu") is None:
-        return skipped("torch_npu is not installed here; check where it is: pip install 'reshard[npu]'")
+        return skipped("torch_npu is not installed here; check where it is: pip install torch_npu")
     try:
         with contextlib.redirect_stdout(sys.stderr):  # torch_npu greets on stdout, which is ours
             from reshard_runtime.kernels import device_of, kernels_for

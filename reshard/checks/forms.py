@@ -7,7 +7,7 @@ from xml.etree import ElementTree as ET
 
 from reshard.checks.finding import Finding, Severity
 from reshard.checks.report import Report
-from reshard.errors import printable
+from reshard.safe_text import safe_line
 
 _WORDS = {"ok": "ok", "skipped": "skipped", "warning": "warning", "error": "FAILED"}
 _LEVELS: dict[Severity, str] = {"error": "error", "warning": "warning", "skipped": "notice"}
@@ -17,10 +17,10 @@ _SUITE = "reshard check"
 def text(reports: Sequence[Report]) -> Iterator[str]:
     """Lines for people: a line for each finding, and a count."""
     for report in reports:
-        yield printable(f"{report.target}: {report.kind}" if report.kind else report.target)
+        yield f"{report.target}: {report.kind}" if report.kind else report.target
         width = max(len(finding.check) for finding in report.findings)
         for finding in report.findings:
-            yield printable(f"  {_WORDS[finding.severity]:<7}  {finding.check:<{width}}  {finding.line}")
+            yield f"  {_WORDS[finding.severity]:<7}  {finding.check:<{width}}  {finding.line}"
     yield ""
     yield summary(reports)
 
@@ -61,11 +61,11 @@ def junit(reports: Sequence[Report], strict: bool) -> str:
     root = ET.Element("testsuites", name=_SUITE)
     totals: Counter[str] = Counter()
     for report in reports:
-        suite = ET.SubElement(root, "testsuite", name=printable(report.target))
+        suite = ET.SubElement(root, "testsuite", name=safe_line(report.target))
         counts: Counter[str] = Counter(tests=len(report.findings))
         names: set[str] = set()
         for finding in report.findings:
-            plain = name = printable(f"{finding.check}: {finding.where}" if finding.where else finding.check)
+            plain = name = safe_line(f"{finding.check}: {finding.where}" if finding.where else finding.check)
             number = 1
             while name in names:  # a reader of results tells cases apart by their names
                 number += 1
@@ -85,7 +85,7 @@ def junit(reports: Sequence[Report], strict: bool) -> str:
 
 def _add_result(case: ET.Element, finding: Finding, strict: bool) -> str:
     """Add what a case came to; the name under which it is counted."""
-    line = printable(finding.line)
+    line = safe_line(finding.line)
     if finding.severity == "skipped":
         ET.SubElement(case, "skipped", message=line)
         return "skipped"
@@ -107,9 +107,9 @@ def github(reports: Sequence[Report], strict: bool) -> Iterator[str]:
         shown = "error" if strict and level == "warning" else level
         for report in reports:
             for finding in report.of(severity):
-                place = f"file={_property(report.file)}," if report.file else ""
+                place = f"file={_property(safe_line(report.file))}," if report.file else ""
                 title = _property(f"{_SUITE}: {finding.check}")
-                what = finding.line if report.file else f"{report.target}: {finding.line}"
+                what = safe_line(finding.line if report.file else f"{report.target}: {finding.line}")
                 yield f"::{shown} {place}title={title}::{_data(what)}"
     yield summary(reports)
 

@@ -9,7 +9,7 @@ from reshard.checks.report import not_checked
 from reshard.errors import LayersError, ReshardError, SchemeError, ShapesError
 from reshard.model.config import read_model_config
 from reshard.model.naming import CONFIG, layers_named, numbers
-from reshard.source.base import parse_json_object
+from reshard.strict_json import parse_object
 
 _CHECKS = ("layers", "shapes", "scheme")
 _BY_ERROR: dict[type[ReshardError], str] = {LayersError: "layers", ShapesError: "shapes", SchemeError: "scheme"}
@@ -34,7 +34,7 @@ def check_layers(describe: Callable[[], Checkpoint]) -> tuple[list[Finding], Che
 def config_of(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
     """Its config.json, if it has one."""
     raw = checkpoint.side_files.get(CONFIG)
-    return parse_json_object(raw, CONFIG) if raw is not None else None
+    return parse_object(raw, CONFIG) if raw is not None else None
 
 
 def _layers(checkpoint: Checkpoint) -> Finding:

@@ -1,6 +1,5 @@
 """`reshard check`."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -80,15 +79,15 @@ def _report(output: Output, target: str, is_config: bool, request: "Request") ->
     from reshard.checks.finding import Finding
     from reshard.checks.report import Report
     from reshard.checks.run import check_config, check_source
-    from reshard.errors import ReshardError, SourceError, UsageError
+    from reshard.errors import SourceError, UsageError, as_reshard_error
     from reshard.source.address import shown
 
     try:
         report = check_config(target, request) if is_config else check_source(target, request, output.warn)
     except UsageError:
         raise
-    except ReshardError as error:
-        message = output.error(error, of=shown(target))
+    except Exception as error:
+        message = output.error(as_reshard_error(error), of=shown(target))
         return Report(shown(target), None, (Finding("input", "", message),), target if is_config else None)
     for finding in report.findings:
         if finding.check == "input":
@@ -99,12 +98,13 @@ def _report(output: Output, target: str, is_config: bool, request: "Request") ->
 def _write(output: Output, form: str, reports: "list[Report]", strict: bool) -> None:
     from reshard.checks import forms
 
-    lines: dict[str, Iterable[str]] = {
-        "human": forms.text(reports),
-        "junit": [forms.junit(reports, strict)],
-        "github": forms.github(reports, strict),
-    }
-    output.document(forms.document(reports, strict), lambda: lines[form])
+    if form == "junit":
+        output.escaped(forms.junit(reports, strict))
+    elif form == "github":
+        for line in forms.github(reports, strict):
+            output.escaped(line)
+    else:
+        output.document(forms.document(reports, strict), lambda: forms.text(reports))
 
 
 def _serving(additional: str | None, *sizes: int | None) -> "Serving | None":
@@ -114,10 +114,11 @@ def _serving(additional: str | None, *sizes: int | None) -> "Serving | None":
     """
     from reshard import api
     from reshard.errors import SourceError, UsageError
-    from reshard.source.base import parse_json_object
+    from reshard.strict_json import parse_object
 
     try:
-        config = None if additional is None else parse_json_object((additional or "{}").encode(), "--additional-config")
+        raw = None if additional is None else (additional or "{}").encode(errors="surrogateescape")
+        config = None if raw is None else parse_object(raw, "--additional-config")
     except SourceError as error:
         raise UsageError(str(error).removesuffix("; copy or download it again")) from error
     return api.serving(config, *sizes)

@@ -119,7 +119,7 @@ def _measure(output: Output) -> None:
     from reshard.estimate.measure import measured_profile, to_toml
 
     profile = measured_profile()
-    output.document(profile.model_dump(exclude_none=True), lambda: [to_toml(profile).rstrip()])
+    output.document(profile.model_dump(exclude_none=True), lambda: to_toml(profile).rstrip().splitlines())
 
 
 def _of_config(config: Path, schemes: list[str]) -> "dict[str, Checkpoint]":

@@ -10,4 +10,4 @@ def schema(form: Format = "human", debug: Debug = False) -> None:
     with output.errors():
         from reshard.manifest import json_schema
 
-        output.text(json_schema().rstrip("\n"))
+        output.escaped(json_schema().rstrip("\n"))

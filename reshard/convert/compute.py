@@ -21,9 +21,7 @@ from reshard.tensors.numeric import storage, to_f32
 try:
     import torch
 except ImportError as error:
-    raise MissingDependencyError(
-        f"--weights computes with torch, which cannot be imported ({error}); pip install 'reshard[runtime]'"
-    ) from error
+    raise MissingDependencyError("--weights", "torch", error) from error
 
 _INT8_MAX = 127
 _CHUNK_ELEMENTS = 1 << 20

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from reshard.errors import printable
 from reshard.estimate.step import Kind
 from reshard.manifest import ModelDims
+from reshard.safe_text import safe_line
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Estimate:
 
     @property
     def title(self) -> str:
-        return printable(f"{self.source} on {self.device['name']}")
+        return safe_line(f"{self.source} on {self.device['name']}")
 
     @property
     def subtitle(self) -> str:

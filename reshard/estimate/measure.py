@@ -25,9 +25,7 @@ _MEASURED = "measured by reshard estimate --measure"
 def measured_profile() -> Profile:
     """Measure. Raises MissingDependencyError without torch, ProfileError where a process fails."""
     if importlib.util.find_spec("torch") is None:
-        raise MissingDependencyError(
-            "--measure runs the runtime's kernels, which need torch: pip install 'reshard[runtime]'"
-        )
+        raise MissingDependencyError("--measure", "torch")
     return profile_of(_run())
 
 

@@ -7,14 +7,14 @@ from blake3 import blake3
 
 from reshard import __version__
 from reshard.checkpoint.description import Checkpoint, Layer
-from reshard.manifest import SCHEMA, Generator, LayerEntry, Manifest, Shard, SideFile, Source
+from reshard.manifest import SCHEMA, UNSEALED, Generator, LayerEntry, Manifest, Shard, SideFile, Source
 from reshard.plan.plan import Plan
 from reshard.schemes.table import summary
 
 
 def make_manifest(checkpoint: Checkpoint, plan: Plan, sample: str, shards: Sequence[Shard]) -> Manifest:
     """The manifest of a set whose shards are all there, by rank. sample: see Prepared."""
-    return Manifest(shards=list(shards), **_frame(checkpoint, plan, sample))
+    return Manifest(shards=list(shards), **_frame(checkpoint, plan, sample)).sealed()
 
 
 def fingerprint(checkpoint: Checkpoint, plan: Plan, sample: str) -> str:
@@ -45,6 +45,7 @@ def _frame(checkpoint: Checkpoint, plan: Plan, sample: str) -> dict[str, Any]:
     identity = checkpoint.identity
     return {
         "schema_": SCHEMA,
+        "blake3": UNSEALED,
         "generator": Generator(name="reshard", version=__version__),
         "model": checkpoint.model,
         "scheme": scheme_name(checkpoint.layers),

@@ -62,12 +62,22 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class PlannedShard:
-    """One rank's file: its header, and its tensors in file order."""
+    """One rank's file: its tensors in file order."""
 
     tp_rank: int
-    file: str
-    header: bytes
+    tp_size: int
     tensors: tuple[PlannedTensor, ...]
+
+    @property
+    def file(self) -> str:
+        """Its name."""
+        return shard_file(self.tp_rank, self.tp_size)
+
+    @cached_property
+    def header(self) -> bytes:
+        """What stands before the tensors."""
+        entries = {tensor.name: (tensor.dtype, tensor.shape) for tensor in self.tensors}
+        return encode_header(entries, shard_metadata(self.tp_rank, self.tp_size), ALIGNMENT)
 
     @property
     def size(self) -> int:
@@ -209,7 +219,7 @@ def _stacked_conversion(tensors: Sequence[Tensor]) -> Conversion | None:
 
 
 def _shard(tensors: Sequence[PlannedTensor], tp_rank: int, tp_size: int) -> PlannedShard:
-    """Order a rank's tensors and write the header.
+    """Order a rank's tensors.
 
     First what is a whole number of pages, the biggest first, so that each begins on one; then the rest by element
     size, so that each begins on a multiple of its own.
@@ -218,7 +228,4 @@ def _shard(tensors: Sequence[PlannedTensor], tp_rank: int, tp_size: int) -> Plan
         tensors,
         key=lambda t: (0, 0, -t.nbytes) if t.nbytes % ALIGNMENT == 0 else (1, -itemsize(t.dtype), -t.nbytes),
     )
-    header = encode_header(
-        {tensor.name: (tensor.dtype, tensor.shape) for tensor in ordered}, shard_metadata(tp_rank, tp_size), ALIGNMENT
-    )
-    return PlannedShard(tp_rank, shard_file(tp_rank, tp_size), header, tuple(ordered))
+    return PlannedShard(tp_rank, tp_size, tuple(ordered))

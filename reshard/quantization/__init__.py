@@ -1,6 +1,15 @@
 """What the dense layers' weights are quantized as: what is said of it, and what the tensors bear out."""
 
-from reshard.quantization.accounts import MODELOPT, Account, Accounts, Recorded, list_accounts, without_quantization
+from reshard.quantization.accounts import (
+    MODELOPT,
+    SIDE_FILES,
+    Account,
+    Accounts,
+    is_side_file,
+    list_accounts,
+    read_accounts,
+    without_quantization,
+)
 from reshard.quantization.decide import Schemes
 from reshard.quantization.description import DESCRIPTION, is_description
 from reshard.quantization.transforms import check_transforms
@@ -8,12 +17,14 @@ from reshard.quantization.transforms import check_transforms
 __all__ = [
     "DESCRIPTION",
     "MODELOPT",
+    "SIDE_FILES",
     "Account",
     "Accounts",
-    "Recorded",
     "Schemes",
     "check_transforms",
     "is_description",
+    "is_side_file",
     "list_accounts",
+    "read_accounts",
     "without_quantization",
 ]

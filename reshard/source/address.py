@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from reshard.errors import UsageError
+from reshard.safe_text import keep_secret, redacted
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Hub:
 # engine's environment may want an older one, and only here is it used.
 HUBS = {"hf": Hub("reshard.source.hub", "huggingface_hub", "1.31", "HF_ENDPOINT")}
 FOLDER, REMOTE = "folder", "remote"
+WEB = ("http", "https")
+"""Schemes of plain servers: what they answer is compared with what was asked for, which no driver of fsspec's does."""
 
 _LABEL = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _REPOSITORY = re.compile(rf"{_LABEL}/{_LABEL}")
@@ -41,8 +44,6 @@ _REVISED = re.compile(rf"://({_LABEL}/{_LABEL})/?(?:@(.+))?")
 _SCHEME = re.compile(r"([a-z0-9][a-z0-9+._-]*)(?:://|::)", re.IGNORECASE)
 _ONE_SLASH = re.compile(r"([a-z0-9][a-z0-9+._-]+):/", re.IGNORECASE)
 _LOCAL = ("file", "local")
-_USER = re.compile(r"://[^/\s'\"]*@")
-_QUERY = re.compile(r"(://[^?\s'\"]*)\?[^\s'\"]*")
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def parse_address(text: str, revision: str | None = None) -> Address:
     """What a text means, with the value of --revision. Raises UsageError where the two contradict each other."""
     if revision == "":
         raise UsageError("--revision: is empty; name a branch, tag or commit, or leave it out")
+    keep_secret(text)
     match = _SCHEME.match(text)
     scheme = match[1].lower() if match else None
     if scheme in HUBS:
@@ -81,6 +83,7 @@ def parse_address(text: str, revision: str | None = None) -> Address:
 
 def parse_target(text: str) -> Address:
     """What a text means as a place to write to: a folder here, or one on another file system. Raises UsageError."""
+    keep_secret(text)
     scheme = _SCHEME.match(text)
     if scheme is None:
         if not text:
@@ -90,6 +93,8 @@ def parse_target(text: str) -> Address:
         return Address(FOLDER, text)
     if scheme[1].lower() in HUBS:
         raise UsageError(f"{text}: a hub is read, not written; give a folder, and upload it (hf upload)")
+    if scheme[1].lower() in WEB:
+        raise UsageError(f"{text}: a plain HTTP server is read, not written; give a folder or a store's address")
     found = parse_address(text)
     if not (found.place if found.kind == FOLDER else text[scheme.end() :].strip("/")):
         raise UsageError(f"{text}: names no place; give an address such as s3://BUCKET/PATH")
@@ -104,10 +109,11 @@ def parse_local_target(text: str, writer: str) -> Path:
     return Path(found.place)
 
 
-def redacted(text: object) -> str:
-    """A library's message as one line, its addresses without users, passwords and signatures."""
-    line = " ".join(str(text).split())
-    return _QUERY.sub(r"\1", _USER.sub("://", line))
+def last_part(address: str) -> str:
+    """The last part of an address's path; where there is none, the file system's name, not the host's or bucket's."""
+    protocol, _, rest = address.partition("::")[0].rpartition("://")
+    _, _, path = rest.partition("?")[0].partition("#")[0].partition("/")
+    return path.strip("/").rpartition("/")[2] or protocol or "remote"
 
 
 def shown(address: str) -> str:

@@ -2,21 +2,22 @@
 
 import abc
 import contextlib
-import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
-from reshard.errors import HeaderError, SourceError
+from reshard.errors import HeaderError
+from reshard.limits import JSON_BYTES
 from reshard.regular import MISSING as MISSING
-from reshard.source.recognise import PREFIX_BYTES, recognised
+from reshard.safe_text import without_secrets
+from reshard.strict_json import check_size
 from reshard.tensors import header
-from reshard.tensors.header import DuplicateKeyError, Header, is_text, unique_pairs
+from reshard.tensors.header import Header
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -38,6 +39,11 @@ class Origin:
     kind: str
     name: str
     commit: str | None = None
+
+    def __post_init__(self) -> None:
+        # It goes into manifests, which others read: a name that is no UTF-8 is spelt out there.
+        name = without_secrets(self.name).encode("utf-8", "backslashreplace").decode()
+        object.__setattr__(self, "name", name)
 
 
 class Cancelled(Exception):
@@ -172,34 +178,8 @@ def try_headers(source: Source, files: Sequence[str]) -> dict[str, Header | Head
         return dict(zip(files, pool.map(attempt, files), strict=True))
 
 
-def read_file(source: Source, file: str) -> bytes:
-    """A whole (small) file."""
-    return source.read(file, 0, source.files()[file])
-
-
-def parse_json_object(raw: bytes, file: str) -> dict[str, Any]:
-    """A JSON file that must hold one object with unique keys. A byte order mark in front of it is passed over."""
-    try:
-        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique_pairs)
-    except (ValueError, RecursionError) as error:
-        raise SourceError(_not_json(raw, file, error)) from error
-    if not is_text(value):
-        raise SourceError(f"{file}: holds an escape that is no character; copy or download it again")
-    if what := recognised(raw[:PREFIX_BYTES], file, len(raw)):
-        raise SourceError(what)
-    if not isinstance(value, dict):
-        raise SourceError(
-            f"{file}: holds a {type(value).__name__}, expected a JSON object; put the file of this checkpoint there"
-        )
-    return value
-
-
-def _not_json(raw: bytes, file: str, error: ValueError | RecursionError) -> str:
-    """What is wrong, and the way out: only of a text that ends early are bytes missing."""
-    if isinstance(error, DuplicateKeyError):
-        return f"{file}: {error}; keep one of the two"
-    if what := recognised(raw[:PREFIX_BYTES], file, len(raw)):
-        return what
-    if isinstance(error, json.JSONDecodeError) and error.pos < len(error.doc.rstrip()):
-        return f"{file}: not valid JSON: {error}; mend it there"
-    return f"{file}: not valid JSON: {error}; copy or download it again"
+def read_file(source: Source, file: str, most: int = JSON_BYTES) -> bytes:
+    """A whole JSON file. Raises SourceError for a larger one than is parsed."""
+    size = source.files()[file]
+    check_size(size, file, most=most)
+    return source.read(file, 0, size)

@@ -8,9 +8,10 @@ from pathlib import PurePosixPath
 
 from reshard.errors import SourceError
 from reshard.model.naming import CONFIG
-from reshard.source.base import MISSING, Source, parse_json_object, read_file
+from reshard.source.base import MISSING, Source, read_file
 from reshard.source.recognise import UNFINISHED, UNFINISHED_FOLDER, rank_files, unfinished
 from reshard.source.weights import INDEX_ENDING, SINGLE, SNAPSHOTS, TRANSFORMERS_KEY, WEIGHTS_ENDING, engines
+from reshard.strict_json import parse_object
 
 _SHOWN = 3
 _NUMBERED = re.compile(r"(.+-)([0-9]{1,6})-of-([0-9]{1,6})\.safetensors")
@@ -59,6 +60,9 @@ def choose(source: Source) -> Choice:
             f"{source.origin.name}: {named(ranks[0])}: already cut per rank, by {ranks[1]}; give the original "
             "checkpoint, from which they were made"
         )
+    for name in choice.files:
+        if "\\" in name or name != name.encode("utf-8", "replace").decode():
+            raise SourceError(f"{name}: no manifest can hold this name, of a backslash or no UTF-8; rename the file")
     # An index says that what it does not name is left aside; of an adapter that is worth a word all the same.
     worth = {_ADAPTER} if choice.index else {_ADAPTER, _NATIVE}
     others = sorted(name for name in source.files() if name.endswith(WEIGHTS_ENDING) and name not in choice.files)
@@ -100,7 +104,7 @@ def _told_by_config(source: Source) -> str | None:
     if CONFIG in source.files():
         raw = read_file(source, CONFIG)
         with contextlib.suppress(SourceError):
-            value = parse_json_object(raw, CONFIG).get(TRANSFORMERS_KEY)
+            value = parse_object(raw, CONFIG).get(TRANSFORMERS_KEY)
     return str(PurePosixPath(str(value))) if value is not None else None
 
 
@@ -201,7 +205,7 @@ def why_absent(source: Source, file: str, way: str) -> str:
 
 def read_index(source: Source, file: str) -> dict[str, str]:
     """Tensor -> file, each beside the index. Raises SourceError for a path that is not."""
-    weight_map = parse_json_object(read_file(source, file), file).get("weight_map")
+    weight_map = parse_object(read_file(source, file), file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"{file}: has no weight_map; put the checkpoint's own index there")
     return {tensor: _beside(file, tensor, name) for tensor, name in weight_map.items()}

@@ -9,8 +9,8 @@ from reshard.errors import SourceError
 from reshard.manifest import SourceFile
 from reshard.model.config import read_model_config
 from reshard.model.naming import CONFIG, parse_dense
-from reshard.quantization import DESCRIPTION, MODELOPT, Accounts, is_description
-from reshard.source.base import Source, parse_json_object, read_file, try_headers
+from reshard.quantization import DESCRIPTION, MODELOPT, is_description, read_accounts
+from reshard.source.base import Source, read_file, try_headers
 from reshard.source.choice import choose
 from reshard.source.compare import compare
 from reshard.source.partial import describe_what_is_there
@@ -66,18 +66,6 @@ def _concerns(config: Mapping[str, Any] | None) -> Callable[[str], bool]:
         return parsed is not None and (layers is None or parsed.layer < layers)
 
     return concerns
-
-
-def read_accounts(side_files: Mapping[str, bytes]) -> Accounts:
-    """What the files that go with a set say of the weights."""
-    read = {name: parse_json_object(raw, name) for name, raw in side_files.items()}
-    description = next(((name, content) for name, content in read.items() if is_description(name)), None)
-    return Accounts(read.get(CONFIG), description, read.get(MODELOPT))
-
-
-def is_side_file(name: str) -> bool:
-    """Whether a file says what a checkpoint's weights are, and goes with every set that is cut from it."""
-    return name in {CONFIG, MODELOPT} or is_description(name)
 
 
 def _side_files(source: Source) -> tuple[dict[str, bytes], list[str]]:

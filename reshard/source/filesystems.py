@@ -4,9 +4,7 @@ from fsspec import get_filesystem_class
 from fsspec.registry import known_implementations
 
 from reshard.errors import MissingDependencyError
-from reshard.source.address import redacted
-
-_EXTRAS = {"s3fs": "reshard[s3]"}
+from reshard.safe_text import one_line
 
 
 def missing_package(address: str, error: ImportError) -> MissingDependencyError:
@@ -15,11 +13,9 @@ def missing_package(address: str, error: ImportError) -> MissingDependencyError:
         protocol = link.partition("://")[0]
         package = known_implementations.get(protocol, {}).get("class", "").partition(".")[0]
         if package and package != "fsspec":
-            wanted = _EXTRAS.get(package, package)
-            return MissingDependencyError(
-                f"{protocol}://: needs {package}, which cannot be imported ({redacted(error)}); pip install '{wanted}'"
-            )
-    return MissingDependencyError(f"{redacted(address)}: {redacted(error)}")
+            return MissingDependencyError(f"{protocol}://", package, one_line(error))
+    module = getattr(error.__cause__ or error, "name", None)  # of a driver that is fsspec's own
+    return MissingDependencyError(address, module or "fsspec", one_line(error))
 
 
 def same_place(one: str, other: str) -> bool:

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from reshard.checkpoint.description import Checkpoint
 from reshard.errors import MissingDependencyError, SourceError, UsageError
 from reshard.model.naming import MANIFEST, parse_shard_file
-from reshard.source.address import FOLDER, HUBS, Hub, parse_address, redacted, shown
+from reshard.source.address import FOLDER, HUBS, WEB, Hub, parse_address, shown
 from reshard.source.base import Source
 from reshard.source.files import read_checkpoint
 from reshard.source.folder import FolderSource
@@ -47,9 +47,8 @@ def open_source(
     if found.kind in HUBS:
         find = partial(_finder(HUBS[found.kind], found.place), found.place, found.revision)
     else:
-        from reshard.source.remote import find_folder
-
-        find = partial(find_folder, found.place)
+        is_web = found.place.partition("://")[0].lower() in WEB
+        find = partial(import_module(f"reshard.source.{'web' if is_web else 'remote'}").find_folder, found.place)
     return StagedSource(shown(found.place), find, policy or RetryPolicy(), notify, index)
 
 
@@ -57,16 +56,14 @@ def _finder(hub: Hub, repo: str) -> "Callable[[str, str | None], Remote]":
     """A hub's `find_repository`. Raises SourceError for an endpoint that is no address, MissingDependencyError."""
     endpoint = os.environ.get(hub.endpoint)
     if endpoint is not None and not _is_host(endpoint):
-        raise SourceError(
-            f"{hub.endpoint}={redacted(endpoint)}: is no hub's address; write it as https://HOST, or unset it"
-        )
+        raise SourceError(f"{hub.endpoint}={endpoint}: is no hub's address; write it as https://HOST, or unset it")
     try:
         find: Callable[[str, str | None], Remote] = import_module(hub.module).find_repository
     except ImportError as error:
         raise MissingDependencyError(
-            f"{repo}: no local folder with that name, and a repository on the Hub is read with {hub.package} "
-            f"{hub.since} or later, installed is {_installed(hub.package)} ({error}); "
-            f"pip install -U '{hub.package}>={hub.since}'"
+            f"{repo}: no local folder with that name, and a repository on the Hub",
+            f"{hub.package}>={hub.since}",
+            f"installed is {_installed(hub.package)}; {error}",
         ) from None
     return find
 

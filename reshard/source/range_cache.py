@@ -21,16 +21,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import IO, Protocol, TypeVar
 
+from reshard import limits
 from reshard.errors import SourceError, SpaceError
 from reshard.interruptible import interruptible
 from reshard.source.base import MISSING, Bytes, Origin, Range, Source, merged
 from reshard.source.fetchers import Fetchers, result_of
 from reshard.source.retry import Backoff, Fault, Notify, RetryPolicy
+from reshard.source.watched import watched
 from reshard.tensors.rows import RowReader
 
 _CONNECTIONS = 8
 _REQUEST_BYTES = 8 << 20
-_PROGRESS_BYTES = 1 << 16  # a try that brought less has failed
 
 _T = TypeVar("_T")
 
@@ -51,6 +52,9 @@ class Remote(Protocol):
 
         Raises Fault for what may pass, SourceError for what does not: a file that has changed, too.
         """
+
+    def seconds(self, size: int) -> float:
+        """How long a fetch of so many bytes may show less than limits.PROGRESS_BYTES of them."""
 
 
 @dataclass(frozen=True)
@@ -195,22 +199,23 @@ class StagedSource(Source):
             raise SourceError(f"{self.origin.name}: {file}: {there}")
 
     def _fetch(self, file: str, start: int, stop: int, put: Callable[[int, bytes], None]) -> None:
-        """Fetch a range; after a fault, from where it broke off."""
+        """Fetch a range; after a fault, from where it broke off, and less at a time."""
         at, failures = start, 0
         while at < stop:
-            before = at
+            before, end = at, min(stop, at + max(limits.PROGRESS_BYTES, _REQUEST_BYTES >> 3 * failures))
             self._backoff.check()
             try:
-                for chunk in self._remote.fetch(file, at, stop):
+                fetch = partial(self._remote.fetch, file, at, end)
+                for chunk in watched(fetch, self._remote.seconds(end - at)):
                     self._backoff.check()
-                    if len(chunk) > stop - at:
-                        raise SourceError(f"{file}: the answer is longer than the {stop - before} bytes asked for")
+                    if len(chunk) > end - at:
+                        raise SourceError(f"{file}: the answer is longer than the {end - before} bytes asked for")
                     put(at, chunk)
                     at += len(chunk)
-                if at < stop:
-                    raise Fault(f"the answer ends at byte {at}, expected {stop}")
+                if at < end:
+                    raise Fault(f"the answer ends at byte {at}, expected {end}")
             except Fault as fault:
-                failures = 1 if at - before >= _PROGRESS_BYTES else failures + 1
+                failures = 1 if at - before >= limits.PROGRESS_BYTES else failures + 1
                 self._backoff.after(fault, failures, f"{self.origin.name}: {file}")
 
     def _persist(self, attempt: Callable[[], _T], what: str) -> _T:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from reshard import limits
 from reshard.errors import SourceError
 from reshard.source.base import Cancelled
 
@@ -14,11 +15,12 @@ MAY_PASS = frozenset({408, 429, 500, 502, 503, 504})  # HTTP statuses after whic
 
 
 class Fault(Exception):
-    """What may pass. `retry_after`: the seconds that the server asks for."""
+    """What may pass. retry_after: the seconds that the server asks for. tries: fewer than the policy's, if not None."""
 
-    def __init__(self, message: str, retry_after: float | None = None) -> None:
+    def __init__(self, message: str, retry_after: float | None = None, tries: int | None = None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        self.tries = tries
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class RetryPolicy:
     tries: int = 6
     first: float = 1.0
     longest: float = 30.0
-    bearable: float = 600.0
+    bearable: float = limits.WAIT_SECONDS
     sleep: Callable[[float], None] | None = None
 
     def delay(self, fault: Fault, failures: int) -> float:
@@ -66,7 +68,7 @@ class Backoff:
         """Wait after the n-th failure in a row. Raises SourceError where that was the last one."""
         self.check()
         policy, asked = self._policy, fault.retry_after
-        if failures >= policy.tries:
+        if failures >= min(policy.tries, fault.tries or policy.tries):
             raise SourceError(f"{what}: {fault}; given up after {failures} tries: try again later")
         if asked is not None and asked > policy.bearable:
             raise SourceError(f"{what}: {fault}; the server asks to wait {asked:.0f} s: try again then")

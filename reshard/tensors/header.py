@@ -5,7 +5,6 @@ hold. https://github.com/huggingface/safetensors#format
 """
 
 import json
-import re
 import reprlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -13,14 +12,13 @@ from typing import Any
 
 from blake3 import blake3
 
+from reshard import limits
 from reshard.errors import HeaderError
 from reshard.source.recognise import PREFIX_BYTES, recognised
+from reshard.strict_json import parse_json
 from reshard.tensors.dtypes import BITS, nbytes
 
-MAX_HEADER = 100_000_000  # the format's own limit
 LENGTH_BYTES = 8
-_MAX_BYTES = 2**63 - 1
-_MINUS_ZERO = re.compile(r"[\[,:\s]-0")  # Python reads it as 0, other readers as no whole number
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 
@@ -72,9 +70,10 @@ def header_length(prefix: bytes, file: str, file_size: int) -> int:
     if file_size < LENGTH_BYTES:
         raise _refusal(file, f"{file_size} bytes, a safetensors file has at least {LENGTH_BYTES}")
     length = int.from_bytes(prefix[:LENGTH_BYTES], "little")
-    if length > MAX_HEADER:
+    if length > limits.HEADER_BYTES:
         raise HeaderError(
-            f"{file}: the header claims {length} bytes, the format allows {MAX_HEADER}; is it a safetensors file?"
+            f"{file}: the header claims {length} bytes, the format allows {limits.HEADER_BYTES}; is it a safetensors "
+            "file?"
         )
     if LENGTH_BYTES + length > file_size:
         raise _refusal(
@@ -111,55 +110,9 @@ def encode_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: 
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
-class DuplicateKeyError(ValueError):
-    """A JSON object with the same key twice."""
-
-
-def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """`object_pairs_hook` that refuses an object with the same key twice (DuplicateKeyError names the key)."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise DuplicateKeyError(f"duplicate key {key!r}")
-            seen.add(key)
-    return found
-
-
-def _no_minus_zero(text: str) -> int:
-    if text == "-0":
-        raise ValueError("it holds -0, which is no size")
-    return int(text)
-
-
-def is_text(value: Any) -> bool:
-    """Whether all strings of a JSON value are: an escape can spell half of a character, which no file can hold."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _entries(text: bytes, file: str) -> dict[str, Any]:
-    try:
-        decoded = text.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise _refusal(file, f"the header is not UTF-8 (byte {error.start})") from error
-    try:
-        entries = json.loads(decoded, object_pairs_hook=unique_pairs)
-        if _MINUS_ZERO.search(decoded):  # perhaps in a name only
-            json.loads(decoded, parse_int=_no_minus_zero)
-    except DuplicateKeyError as error:
-        raise HeaderError(f"{file}: {error} in the header; write it again with one entry for each tensor") from error
-    except RecursionError as error:
-        raise _refusal(file, "the header is nested too deep to be one") from error
-    except ValueError as error:
-        raise _refusal(file, f"the header is not valid JSON: {error}") from error
-    if "\\u" in decoded and not is_text(entries):
-        raise _refusal(file, "the header holds an escape that is no character")
-    if not isinstance(entries, dict) or not decoded.startswith("{"):
+    entries = parse_json(text, f"{file}: header", HeaderError, most=limits.HEADER_BYTES)
+    if not isinstance(entries, dict) or not text.startswith(b"{"):
         raise _refusal(file, "the header is not a JSON object")
     return entries
 
@@ -180,7 +133,7 @@ def _tensor(entry: Any, name: str, file: str, data_start: int) -> TensorInfo:
     total = bits
     for size in shape:
         total *= size
-    if total > _MAX_BYTES:
+    if total > limits.MAX_BYTES:
         raise _refusal(file, f"{name}: shape {_short(shape)} of {dtype} overflows 64 bits")
     if total % 8 or total // 8 != stop - start:
         size = total // 8 if total % 8 == 0 else total / 8
@@ -191,7 +144,7 @@ def _tensor(entry: Any, name: str, file: str, data_start: int) -> TensorInfo:
 
 
 def _naturals(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and 0 <= value <= _MAX_BYTES for value in values)
+    return isinstance(values, list) and all(type(value) is int and 0 <= value <= limits.MAX_BYTES for value in values)
 
 
 def _check_layout(tensors: Mapping[str, TensorInfo], file: str, data_start: int, file_size: int) -> None:

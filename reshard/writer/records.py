@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Sequence
 
 from reshard.errors import ManifestError, OutputError
-from reshard.manifest import Manifest, Record, Shard, parse_manifest, parse_record
+from reshard.manifest import UNSEALED, Manifest, Record, Shard, parse_manifest, parse_record
 from reshard.model.naming import MANIFEST, shard_file
 from reshard.plan.manifest_builder import fingerprint, make_manifest
 from reshard.plan.pipeline import Prepared
@@ -28,21 +28,20 @@ class Records:
 
     def put(self, shard: Shard) -> None:
         """Say that a shard is finished."""
-        record = Record(fingerprint=self._fingerprint, shard=shard)
-        self._target.put(record_file(shard.file), (record.model_dump_json(indent=1) + "\n").encode())
+        record = Record(blake3=UNSEALED, fingerprint=self._fingerprint, shard=shard).sealed()
+        self._target.put(record_file(shard.file), record.to_json())
 
     def finished(self) -> bool:
         """Whether the set has its manifest."""
         return MANIFEST in self._target.files()
 
-    def is_kept(self, record: Record, tick: Tick) -> bool:
+    def is_kept(self, shard: Shard, tick: Tick) -> bool:
         """Whether a shard that an earlier run finished is whole, and what the source gives now.
 
         A record tells the set apart by a sample of the source's bytes, which proves nothing: what the shard is made of
         is read and hashed again, unless the source is a commit, whose bytes cannot change. tick: called at each step.
         Raises OutputError where a finished set is of other bytes.
         """
-        shard = record.shard
         if self._prepared.source.origin.commit is None:
             differing = first_difference(self._plan.shards[shard.tp_rank], shard, self._prepared.readers, tick)
             if differing is not None and self.finished():
@@ -54,12 +53,12 @@ class Records:
                 return False
         return self._target.holds(shard, tick)
 
-    def found(self) -> dict[int, Record]:
+    def found(self) -> dict[int, Shard]:
         """The shards in the target that a record of this very set (or its manifest) names, in the size it names."""
         sizes, found = self._target.files(), {}
         if MANIFEST in sizes:
             manifest = parse_manifest(self._target.read(MANIFEST))
-            found = {s.tp_rank: Record(fingerprint=self._fingerprint, shard=s) for s in manifest.shards}
+            found = {shard.tp_rank: shard for shard in manifest.shards}
             if manifest.tp_size != self._plan.tp_size:
                 raise other_size(self._target, manifest.tp_size, self._plan)
             if manifest != self.manifest(manifest.shards) or not all(map(self._is_planned, manifest.shards)):
@@ -73,8 +72,8 @@ class Records:
                 with contextlib.suppress(ManifestError):  # a damaged record: its shard is written again
                     record = parse_record(self._target.read(name), name)
                     if record.fingerprint == self._fingerprint and self._is_planned(record.shard):
-                        found[rank] = record
-        return {rank: record for rank, record in found.items() if sizes.get(record.shard.file) == record.shard.size}
+                        found[rank] = record.shard
+        return {rank: shard for rank, shard in found.items() if sizes.get(shard.file) == shard.size}
 
     def _is_planned(self, shard: Shard) -> bool:
         """Whether a shard is what the plan makes of its rank, whatever its digests."""

@@ -17,7 +17,7 @@ from blake3 import blake3
 
 from reshard.errors import OutputError, UsageError
 from reshard.manifest import Shard
-from reshard.source.address import redacted
+from reshard.safe_text import one_line
 from reshard.source.base import Cancelled
 from reshard.source.filesystems import missing_package
 from reshard.writer.file import DirectFile
@@ -140,4 +140,4 @@ class RemoteTarget:
 
 def _text(error: BaseException) -> str:
     """A driver's message; some say nothing."""
-    return redacted(error).rstrip(".") or type(error).__name__
+    return one_line(error).rstrip(".") or type(error).__name__

@@ -113,7 +113,7 @@ class _Run:
 
     def _kept(self, ranks: Collection[int], tick: Tick) -> dict[int, Shard]:
         """The shards of these ranks that an earlier run has finished and this one would write again, byte for byte."""
-        found = {rank: record for rank, record in self._records.found().items() if rank in ranks}
+        found = {rank: shard for rank, shard in self._records.found().items() if rank in ranks}
         source, kept = self._prepared.source, {}
         if found and source.origin.commit is None:
             source.prefetch(wanted(self._prepared, [self._plan.shards[rank] for rank in found]))
@@ -124,7 +124,7 @@ class _Run:
                 kept[shard.tp_rank] = shard
                 tick(shard.size)
 
-        self._workers.each(lambda r: (r.shard, self._records.is_kept(r, self._workers.tick)), found.values(), keep)
+        self._workers.each(lambda s: (s, self._records.is_kept(s, self._workers.tick)), found.values(), keep)
         return kept
 
     def _write(self, todo: Sequence[PlannedShard]) -> list[Shard]:
@@ -204,8 +204,8 @@ class _Run:
         """The recorded shards that are there now; another run may have replaced one of those that are done."""
         deadline = time.monotonic() + _APPEARING_SECONDS
         while True:
-            found = {rank: record.shard for rank, record in self._records.found().items()}
-            shards = {rank: shard for rank, shard in found.items() if done.get(rank, shard) == shard}
+            found = self._records.found().items()
+            shards = {rank: shard for rank, shard in found if done.get(rank, shard) == shard}
             unseen = [
                 (process, shard.file)
                 for process, made in enumerate(of_processes)

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from reshard.manifest import Shard
 from reshard.model.naming import MANIFEST, parse_shard_file
-from reshard.source.files import is_side_file
+from reshard.quantization import is_side_file
 from reshard.writer.file import DirectFile
 
 Tick = Callable[[int], None]

@@ -159,8 +159,7 @@ def _open_store(place: Place, is_holder: bool) -> Any:
         import torch.distributed as dist
     except ImportError as error:
         raise MissingDependencyError(
-            "several processes work together through torch.distributed, and torch is not installed: "
-            "pip install 'reshard[runtime]'; or unset RANK and WORLD_SIZE to run alone"
+            "work in several processes", "torch", error, "; or unset RANK and WORLD_SIZE to run alone"
         ) from error
     host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     answers: SimpleQueue[Any] = SimpleQueue()

@@ -4,11 +4,20 @@ Shapes: P tokens of a rank, padded to the same number everywhere; R ranks; W wha
 H bytes and a scale); H hidden_size.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+from reshard.errors import TokensError
 from reshard.tensors.dtypes import RANKS_IN_OWN_TYPE
 
+_Bytes = npt.NDArray[np.uint8]
+
+# What a rank sends in one message with its counts (70 BF16 tokens of 7168); more follows in a collective of its own.
+_AT_ONCE = 1 << 20
 # torch 2.13 renamed them, and warns of the names that torch before it has.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -17,21 +26,35 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 class Collectives:
     """By the collectives of the group's backend (hccl, nccl), which add in the type that travels.
 
-    `out`: where the result is to stand, of its shape and type; a new tensor without.
+    `out`: where the result is to stand, of its shape and type; a new tensor without. `counts`: what this rank was told
+    of each rank's tokens, for a collective that `compares` them.
     """
 
     in_float32 = False
     """Whether sums are added in float32, whatever type they travel in."""
 
+    compares = False
+    """Whether the counts are compared wherever tokens travel, for no collective and no waiting of its own."""
+
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
 
-    def gather(self, rows_PW: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    def gather(
+        self, rows_PW: torch.Tensor, out: torch.Tensor | None = None, counts: Sequence[int] = ()
+    ) -> torch.Tensor:
         """Every rank's rows, by rank: [R*P, W]."""
         if out is None:
             out = rows_PW.new_empty(len(rows_PW) * self._group.size(), rows_PW.shape[1])
         _all_gather(out, rows_PW, group=self._group)
         return out
+
+    def compare(self, counts: Sequence[int], device: torch.device) -> None:
+        """Compare what the ranks were told of each rank's tokens, in a collective of its own, which the host awaits.
+
+        Raises TokensError on every rank where it differs.
+        """
+        told = torch.tensor([counts], device=device)
+        check_counts(Collectives.gather(self, told).tolist())
 
     def reduce_scatter(self, partial_RPH: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """The sum over the ranks of this rank's rows of [R*P, H]: [P, H]."""
@@ -40,7 +63,7 @@ class Collectives:
         _reduce_scatter(out, partial_RPH, group=self._group)
         return out
 
-    def all_reduce(self, partial_PH: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, partial_PH: torch.Tensor, counts: Sequence[int] = ()) -> torch.Tensor:
         """The sum over the ranks: [P, H]."""
         dist.all_reduce(partial_PH, group=self._group)
         return partial_PH
@@ -51,17 +74,82 @@ class PairwiseCollectives(Collectives):
 
     gloo's own reduce_scatter adds in the type that travels and took 1.1 to 5 times as long (2 and 4 processes, 1 to
     64 tokens of 7168).
+
+    The counts travel ahead of the rows, in one message, and are compared before a row is used. gloo ends the process
+    where a message is longer than the one awaited, and takes a shorter one: a full-sized one is awaited.
     """
 
     in_float32 = True
+    compares = True
+
+    def gather(
+        self, rows_PW: torch.Tensor, out: torch.Tensor | None = None, counts: Sequence[int] = ()
+    ) -> torch.Tensor:
+        """Raises TokensError on every rank where their counts differ; the group can be used as before."""
+        rank, size = self._group.rank(), self._group.size()
+        told, own = _bytes_of(counts or [len(rows_PW)] * size), _bytes(rows_PW)
+        ahead, stop = len(told), len(told) + len(own)
+        at_once = stop <= _AT_ONCE
+        others = self._exchange(told, own if at_once else own[:0])
+        if not at_once:
+            return super().gather(rows_PW, out)
+        if out is None:
+            out = rows_PW.new_empty(size * len(rows_PW), rows_PW.shape[1])
+        by_rank = _bytes(out).reshape(size, -1)
+        by_rank[:rank], by_rank[rank], by_rank[rank + 1 :] = others[:rank, ahead:stop], own, others[rank:, ahead:stop]
+        return out
+
+    def compare(self, counts: Sequence[int], device: torch.device) -> None:
+        told = _bytes_of(counts)
+        self._exchange(told, told[:0])
 
     def reduce_scatter(self, partial_RPH: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         received = torch.empty_like(partial_RPH)
         dist.all_to_all_single(received, partial_RPH, group=self._group)
         return _sum(received, self._group.size(), out)
 
-    def all_reduce(self, partial_PH: torch.Tensor) -> torch.Tensor:
-        return _sum(self.gather(partial_PH), self._group.size())
+    def all_reduce(self, partial_PH: torch.Tensor, counts: Sequence[int] = ()) -> torch.Tensor:
+        return _sum(self.gather(partial_PH, counts=counts), self._group.size())
+
+    def _exchange(self, told: _Bytes, own: _Bytes) -> _Bytes:
+        """The others' `told`, which must be this rank's, and `own`: [R - 1, _AT_ONCE], set as far as they sent any."""
+        rank, others = self._group.rank(), self._group.size() - 1
+        message = np.empty((others, len(told) + len(own)), np.uint8)
+        message[:, : len(told)], message[:, len(told) :] = told, own
+        received = np.empty((others, _AT_ONCE), np.uint8)
+        awaited, sent = [_AT_ONCE] * others, [message.shape[1]] * others
+        for sizes in (awaited, sent):
+            sizes.insert(rank, 0)
+        into, of = (torch.from_numpy(each.reshape(-1)) for each in (received, message))
+        dist.all_to_all_single(into, of, awaited, sent, group=self._group)
+        if (received[:, : len(told)] != told).any():
+            by_rank = received[:, : len(told)].copy().view(np.int64).tolist()
+            by_rank.insert(rank, told.view(np.int64).tolist())
+            check_counts(by_rank)
+        return received
+
+
+def check_counts(by_rank: Sequence[Sequence[int]]) -> None:
+    """Raises TokensError where the ranks were told different counts: the same words on every rank."""
+    first = by_rank[0]
+    for rank, counts in enumerate(by_rank):
+        if counts != first:
+            raise TokensError(
+                f"the ranks' counts of tokens differ: {_shown(first)} on rank 0 of the group, {_shown(counts)} on rank "
+                f"{rank}; give every rank the same tokens_per_rank, or without it the same number of tokens"
+            )
+
+
+def _bytes(rows: torch.Tensor) -> _Bytes:
+    return rows.reshape(-1).view(torch.uint8).numpy()
+
+
+def _bytes_of(counts: Sequence[int]) -> _Bytes:
+    return np.array(counts, np.int64).view(np.uint8)
+
+
+def _shown(counts: Sequence[int]) -> str:
+    return "a list that cannot be used" if min(counts) < 0 else str(list(counts))
 
 
 def reduce_dtype_for(collectives: Collectives | None, tp_size: int, own: torch.dtype) -> torch.dtype:

@@ -12,6 +12,7 @@ Shapes: T this rank's tokens, P rows that every rank brings (the largest T, or m
 L the rank's share of intermediate_size. Column- then row-parallel, after Megatron-LM (arXiv:1909.08053, section 3).
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Literal
 
@@ -24,7 +25,7 @@ from reshard_runtime.kernels import Kernels
 from reshard_runtime.linear import Mix
 from reshard_runtime.partial import PartialFFN
 from reshard_runtime.shard import LayerShard
-from reshard_runtime.tokens import pad, token_layout
+from reshard_runtime.tokens import checked, pad, token_layout
 
 Deal = Literal["scattered", "replicated"]
 REDUCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -45,6 +46,9 @@ class DenseFFN(PartialFFN):
         dtype: the type of the tokens and of the result. None: the unquantized weights' own, else BF16.
         mix: which of W8A8_MIX's two sets is run.
         kernels: the backend; None: the one of the device that the shard is on.
+        check_counts: compare the ranks' counts of tokens before each call, in a small collective which the host awaits:
+            to find a fault on CUDA or NPU, not to serve, nor in a graph. On the CPU they travel with the tokens and are
+            always compared.
 
     Making one is collective: the ranks compare what they were given, and an error on one is raised on all.
 
@@ -64,10 +68,11 @@ class DenseFFN(PartialFFN):
         dtype: torch.dtype | None = None,
         mix: Mix = "dynamic",
         kernels: Kernels | None = None,
+        check_counts: bool = False,
     ) -> None:
         with agreement(group) as own:
             own |= {"layer": layer.index, "shard set": layer.set_digest, "tokens": tokens, "max_tokens": max_tokens}
-            own |= {"reduce_dtype": reduce_dtype, "dtype": dtype, "mix": mix}
+            own |= {"reduce_dtype": reduce_dtype, "dtype": dtype, "mix": mix, "check_counts": check_counts}
             check_place(layer, group)
             _check_options(tokens, max_tokens, reduce_dtype)
             super().__init__(layer, kernels, dtype, mix)
@@ -75,6 +80,8 @@ class DenseFFN(PartialFFN):
         self.max_tokens = max_tokens
         self._replicated = tokens == "replicated"
         self._collectives = None if group is None or self.tp_size == 1 else self.kernels.collectives(group)
+        self._compares = self._collectives is not None and self._collectives.compares
+        self._compares_first = check_counts and not self._compares
         self.reduce_dtype = reduce_dtype or reduce_dtype_for(self._collectives, self.tp_size, self.dtype)
 
     @torch.no_grad()
@@ -82,42 +89,64 @@ class DenseFFN(PartialFFN):
         """[..., H] -> [..., H], any leading shape; T is their product.
 
         tokens_per_rank: every rank's T, the same list on every rank; zeros are allowed. None: T is the same on every
-        rank, or max_tokens fixes the rows. With all at zero there is no collective, unless max_tokens is set.
+        rank, or max_tokens fixes the rows. With all at zero no token travels, unless max_tokens is set.
 
         No call waits for the device, and no size depends on values. There is no gradient: collectives have none.
 
-        Raises TokensError. Where the counts are wrong for all, before any collective. Where only this rank's x_TH does
-        not fit (size, type, device, more tokens than it said), after it: the rank takes part with zeros instead of its
-        tokens, so that the others get right results and none is left waiting.
+        Raises TokensError. On all ranks where their counts differ, before a row is computed: on the CPU, or with
+        check_counts; elsewhere nothing notices, and rows are wrong or a collective does not end. On this rank alone,
+        after the collectives, where only its x_TH or list does not fit (size, type, device, more tokens than it said):
+        it takes part with zeros, so that the others get right results and none is left waiting.
         """
         shape = x_TH.shape
-        problem, own = self._problem(x_TH, tokens_per_rank)
-        layout = token_layout(own, self.tp_size, tokens_per_rank, self.max_tokens)
-        if self._replicated and tokens_per_rank is not None:
-            raise TokensError("tokens_per_rank is for scattered tokens; replicated ones are the same on every rank")
+        own = shape[:-1].numel()
+        problem, counts = self._counts(tokens_per_rank)
+        problem = problem or self._problem(x_TH, own, counts)
+        layout = token_layout(own, self.tp_size, counts, self.max_tokens)
         if problem is not None:
             if self._collectives is None:
                 raise problem
             x_TH = torch.zeros(layout.rows, self.hidden_size, dtype=self.dtype, device=self.device)
         x_TH = x_TH.reshape(-1, self.hidden_size)
+        if self._compares_first or (self._compares and layout.total == 0):
+            self._compare(layout.counts)
         if layout.total == 0:
             y_TH = x_TH
         elif self._collectives is None:
             y_TH = self.forward_local(x_TH, self.dtype)
         elif self._replicated:
-            y_TH = self._collectives.all_reduce(self.forward_local(pad(x_TH, layout.rows), self.reduce_dtype))
+            partial = self.forward_local(pad(x_TH, layout.rows), self.reduce_dtype)
+            y_TH = self._collectives.all_reduce(partial, layout.counts)
         else:
-            gathered = self._collectives.gather(self.pack(pad(x_TH, layout.rows)))
+            gathered = self._collectives.gather(self.pack(pad(x_TH, layout.rows)), counts=layout.counts)
             partial = self.forward_packed(layout.drop_padding(gathered), self.reduce_dtype)
             y_TH = self._collectives.reduce_scatter(layout.restore_padding(partial))
         if problem is not None:
             raise problem
         return y_TH[:own].to(self.dtype).reshape(shape)
 
-    def _problem(self, x_TH: torch.Tensor, tokens_per_rank: Sequence[int] | None) -> tuple[TokensError | None, int]:
-        """What is wrong with this rank's own tokens, if anything, and how many there are."""
-        own = x_TH.shape[:-1].numel()
-        counts = tokens_per_rank if tokens_per_rank is not None and len(tokens_per_rank) == self.tp_size else None
+    def _counts(self, tokens_per_rank: Sequence[int] | None) -> tuple[TokensError | None, tuple[int, ...] | None]:
+        """The counts that this rank was given; what is wrong with them where it can take part all the same."""
+        if tokens_per_rank is None:
+            return None, None
+        try:
+            if self._replicated:
+                raise TokensError("tokens_per_rank is for scattered tokens; replicated ones are the same on every rank")
+            return None, checked(tokens_per_rank, self.tp_size, self.max_tokens)
+        except TokensError as error:
+            if self.max_tokens is not None:
+                return error, None
+            if self._compares or self._compares_first:  # it does not know what to bring, and the others are waiting
+                with contextlib.suppress(TokensError):
+                    self._compare([-1] * self.tp_size)
+            raise
+
+    def _compare(self, counts: Sequence[int]) -> None:
+        if self._collectives is not None:
+            self._collectives.compare(counts, self.device)
+
+    def _problem(self, x_TH: torch.Tensor, own: int, counts: Sequence[int] | None) -> TokensError | None:
+        """What is wrong with this rank's `own` tokens, if anything."""
         if x_TH.dim() == 0 or x_TH.shape[-1] != self.hidden_size:
             wrong = f"is {list(x_TH.shape)}, its last dim must be hidden_size {self.hidden_size}"
         elif x_TH.dtype != self.dtype:
@@ -129,8 +158,8 @@ class DenseFFN(PartialFFN):
         elif self.max_tokens is not None and own > self.max_tokens:
             wrong = f"has {own} tokens, the buffers are fixed for max_tokens={self.max_tokens}"
         else:
-            return None, own
-        return TokensError(f"layer {self.index}, rank {self.tp_rank}: x {wrong}"), own
+            return None
+        return TokensError(f"layer {self.index}, rank {self.tp_rank}: x {wrong}")
 
     def extra_repr(self) -> str:
         """What the repr says."""

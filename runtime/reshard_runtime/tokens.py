@@ -14,6 +14,7 @@ import torch
 from reshard.errors import TokensError
 
 _SCALE_BYTES = 4
+_MOST = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -50,23 +51,26 @@ def token_layout(own: int, tp_size: int, tokens_per_rank: Sequence[int] | None, 
 
     With fixed rows every row is computed, padding too, so that no size depends on the counts.
 
-    Raises TokensError for a list that is no list of tp_size counts, or a count above max_tokens: on every rank, as
-    the list is the same everywhere.
+    Raises TokensError as `checked` does.
     """
-    counts = (own,) * tp_size if tokens_per_rank is None else _checked(tokens_per_rank, tp_size, max_tokens)
+    counts = (own,) * tp_size if tokens_per_rank is None else checked(tokens_per_rank, tp_size, max_tokens)
     if max_tokens is not None:
         return TokenLayout(max_tokens, (max_tokens,) * tp_size, True)
     rows = max(counts)
     return TokenLayout(rows, counts, counts == (rows,) * tp_size)
 
 
-def _checked(tokens_per_rank: Sequence[int], tp_size: int, max_tokens: int | None) -> tuple[int, ...]:
-    counts = tuple(tokens_per_rank)
+def checked(tokens_per_rank: Sequence[int], tp_size: int, max_tokens: int | None) -> tuple[int, ...]:
+    """The counts. Raises TokensError for what is no list of tp_size of them, or has one above max_tokens."""
+    try:
+        counts = tuple(tokens_per_rank)
+    except TypeError:
+        raise TokensError(f"tokens_per_rank is {tokens_per_rank!r}, expected a list of {tp_size} counts") from None
     if len(counts) != tp_size:
         raise TokensError(f"tokens_per_rank has {len(counts)} counts, the group has {tp_size} ranks")
     for rank, count in enumerate(counts):
-        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-            raise TokensError(f"tokens_per_rank[{rank}] is {count!r}; a count is an integer of at least 0")
+        if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= _MOST:
+            raise TokensError(f"tokens_per_rank[{rank}] is {count!r}; a count is an integer from 0 to {_MOST}")
         if max_tokens is not None and count > max_tokens:
             raise TokensError(f"tokens_per_rank[{rank}] is {count}, the buffers are fixed for max_tokens={max_tokens}")
     return counts

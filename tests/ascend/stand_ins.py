@@ -23,9 +23,9 @@ def put_in() -> list[torch.library.Library]:
     # PyPI's torchvision has no C++ operators for the CPU build of torch; vllm-ascend's patches import its Python code.
     _module("torchvision._meta_registrations")
     # What carries KV caches from prefill to decode nodes; a decode node's configuration names it.
-    _module("mooncake").engine = _module("mooncake.engine", TransferEngine=object)
+    _module("mooncake", engine=_module("mooncake.engine", TransferEngine=object))
     torch.npu.current_device = lambda: torch.device("cpu")
-    torch.Tensor.npu = lambda tensor, *_: tensor  # type: ignore[attr-defined]
+    torch.Tensor.npu = lambda tensor, *_: tensor
     torch.npu.empty_cache = torch.npu.synchronize = lambda *_: None
     libraries = kernels.register()
     _groups()

@@ -2,10 +2,11 @@
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -34,19 +35,17 @@ def sizes(group: dist.ProcessGroup, served: Served) -> dict[str, Any]:
 @contextmanager
 def _sent() -> Iterator[list[tuple[int, int]]]:
     """(rows, bytes) of each tensor that is gathered."""
-    from reshard_runtime import collectives
+    from reshard_runtime.collectives import PairwiseCollectives
 
-    sent, gather = [], collectives._all_gather
+    sent: list[tuple[int, int]] = []
+    gather = PairwiseCollectives.gather
 
-    def watch(out: torch.Tensor, rows: torch.Tensor, **more: Any) -> Any:
+    def watch(self: PairwiseCollectives, rows: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
         sent.append((len(rows), rows.nbytes))
-        return gather(out, rows, **more)
+        return gather(self, rows, *more, **named)
 
-    collectives._all_gather = watch
-    try:
+    with mock.patch.object(PairwiseCollectives, "gather", watch):
         yield sent
-    finally:
-        collectives._all_gather = gather
 
 
 @contextmanager
@@ -54,17 +53,15 @@ def _met() -> Iterator[list[tuple[Any, ...]]]:
     """(collective, the tensors that it read and wrote): kept alive, so that no later one gets an address of theirs."""
     from reshard_runtime.serving.vllm.groups import Group
 
-    met, meet = [], Group.meet
+    met: list[tuple[Any, ...]] = []
+    meet = Group.meet
 
     def watch(group: Any, collective: Any, *tensors: torch.Tensor) -> torch.Tensor:
         met.append((collective.__name__, *tensors))
         return meet(group, collective, *tensors)
 
-    Group.meet = watch  # type: ignore[method-assign]
-    try:
+    with mock.patch.object(Group, "meet", watch):
         yield met
-    finally:
-        Group.meet = meet  # type: ignore[method-assign]
 
 
 def travel(group: dist.ProcessGroup, served: Served, counts: list[int]) -> dict[str, Any]:
@@ -163,7 +160,7 @@ def on_meta(group: dist.ProcessGroup, served: Served, counts: list[int]) -> list
         def __init__(self, group: Any) -> None:
             self.size = group.size()
 
-        def gather(self, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        def gather(self, rows: torch.Tensor, out: torch.Tensor | None, counts: Sequence[int]) -> torch.Tensor:
             return self._result(rows, len(rows) * self.size, out)
 
         def reduce_scatter(self, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -180,11 +177,10 @@ def on_meta(group: dist.ProcessGroup, served: Served, counts: list[int]) -> list
     class Kernels:
         collectives = Collectives
 
-    own, kernels_for = counts[inside.data_parallel_rank(config)], split_mlp.kernels_for
+    own = counts[inside.data_parallel_rank(config)]
     hidden, dtype = config.model_config.hf_config.hidden_size, config.model_config.dtype
-    split_mlp.kernels_for = lambda device: Kernels()
     said = []
-    try:
+    with mock.patch.object(split_mlp, "kernels_for", return_value=Kernels()):
         for mlp in dense_mlps(model).values():
             for module in mlp.modules():
                 for name, value in {**module._parameters, **vars(module)}.items():
@@ -202,6 +198,4 @@ def on_meta(group: dist.ProcessGroup, served: Served, counts: list[int]) -> list
                     said.append(f"{ask.__name__} was answered")
                 except (RuntimeError, NotImplementedError):
                     pass
-    finally:
-        split_mlp.kernels_for = kernels_for
     return said

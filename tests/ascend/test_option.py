@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def _fails(group: Ranks, served: Served, *wanted: str) -> None:
 @pytest.mark.parametrize("own_split", [False, True])
 def test_one_ranks_bad_shard_stops_all(two: Ranks, dense: Path, tmp_path: Path, own_split: bool) -> None:
     """With one message, whichever way the layers are split."""
-    how = {"mlp": 2} if own_split else {"option": 2}
+    how: dict[str, Any] = {"mlp": 2} if own_split else {"option": 2}
     good, bad = dense.parent / "tp2" / RANK_1, tmp_path / "tp2" / RANK_1
     shutil.copytree(good.parent, bad.parent)
     bad.write_bytes(good.read_bytes()[:-100])
@@ -120,6 +121,13 @@ def test_what_does_not_go_together(two: Ranks, four: Ranks, dense: Path) -> None
         Served(dense, shards, data=2, pipeline=2, mlp=2),
         "finegrained_tp_config.mlp_tensor_parallel_size is 2, pipeline-parallel size 2",
     )
-    how = {"environment": {"VLLM_ASCEND_ENABLE_FLASHCOMM1": "1"}, "engine": {"enable_expert_parallel": True}}
-    flashcomm = Served(dense, dense.parent / "tp4", data=2, tensor=2, option=4, **how)
+    flashcomm = Served(
+        dense,
+        dense.parent / "tp4",
+        data=2,
+        tensor=2,
+        option=4,
+        environment={"VLLM_ASCEND_ENABLE_FLASHCOMM1": "1"},
+        engine={"enable_expert_parallel": True},
+    )
     _fails(four, flashcomm, "vllm-ascend runs it by Sequence", "enable_flashcomm1")

@@ -9,9 +9,9 @@ import pytest
 from reshard.checkpoint.config_only import config_checkpoint
 from reshard.checks.report import CHECKS
 from reshard.checks.serving_option import OPTION
-from reshard.errors import printable
 from reshard.model.naming import parse_dense
 from reshard.plan.plan import make_plan
+from reshard.safe_text import safe_line
 from reshard.schemes.table import SCHEMES
 from reshard.source.open import describe, open_source
 from tests.support.builders import RECIPES, Spec, build, tensors_of
@@ -123,7 +123,7 @@ def test_a_promised_checkpoint_is_what_a_real_one_is_read_as(tmp_path: Path, rec
     [
         ({"torch_dtype": ["bfloat16"], "quantization_config": None}, "dtype is ['bfloat16']; a model of bfloat16,"),
         (
-            {"intermediate_size": 10**400},
+            {"intermediate_size": 10**200},
             "intermediate_size is 100000000000000000...0000000000000000000, up to 2147483647",
         ),
         (
@@ -316,4 +316,4 @@ def test_names_that_cannot_be_printed_do_not_reach_a_terminal(tmp_path: Path) ->
     done = reshard("check", tmp_path / "model")
     assert done.code == 3
     assert "\x1b" not in done.out
-    assert printable(name) in done.out
+    assert safe_line(name) in done.out

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from reshard.checks.finding import Finding
 from reshard.checks.forms import document, github, junit, text
 from reshard.checks.report import Report
-from tests.support.builders import DATA
-from tests.support.paths import CONFIGS
+from reshard.safe_text import safe_line
+from tests.support.paths import CONFIGS, DATA
 from tests.support.running import reshard
 
 R1 = CONFIGS / "deepseek-r1.json"
@@ -128,10 +128,13 @@ def test_annotations_come_back_as_they_were(reports: list[Report], strict: bool)
     assert not last.startswith("::")
     got = sorted(annotation(line)[2] for line in lines)
     shown = [(report, f) for report in reports for f in report.findings if f.severity != "ok"]
-    assert got == sorted(f.line if report.file else f"{report.target}: {f.line}" for report, f in shown)
+    assert got == sorted(safe_line(f.line if report.file else f"{report.target}: {f.line}") for report, f in shown)
     levels = [annotation(line)[0] for line in lines]
     assert levels == sorted(levels, key=["error", "warning", "notice"].index), "GitHub shows the first ten"
-    assert {a["file"] for _, a, _ in map(annotation, lines) if "file" in a} == {r.file for r, _ in shown if r.file}
+    assert {a["file"] for _, a, _ in map(annotation, lines) if "file" in a} == {
+        safe_line(r.file) for r, _ in shown if r.file
+    }
+    assert all(line.isprintable() for line in lines)
 
 
 def test_annotations_of_a_command() -> None:
@@ -152,7 +155,7 @@ def test_annotations_of_a_command() -> None:
 def test_a_percent_sign_and_a_newline() -> None:
     report = Report("a,b:c", None, (Finding("cut", "", "50%\r\n::error::injected"),), "x,y:z%")
     line = next(iter(github([report], False)))
-    assert line == "::error file=x%2Cy%3Az%25,title=reshard check%3A cut::50%25%0D%0A::error::injected"
+    assert line == "::error file=x%2Cy%3Az%25,title=reshard check%3A cut::50%25\\r\\n::error::injected"
 
 
 def test_strict_makes_errors_of_warnings() -> None:
@@ -166,7 +169,6 @@ def test_strict_makes_errors_of_warnings() -> None:
 def test_text_is_a_line_for_each_finding(reports: list[Report]) -> None:
     lines = list(text(reports))
     assert len(lines) == sum(1 + len(report.findings) for report in reports) + 2
-    assert all(line.isprintable() for line in lines)
 
 
 @given(_reports, st.booleans())

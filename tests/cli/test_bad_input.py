@@ -64,10 +64,10 @@ def test_unreadable_file(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     build(tmp_path / "model", Spec())
     opened = os.open
 
-    def refuse(path: object, *args: int, **kwargs: int) -> int:
+    def refuse(path: str, *args: int, **kwargs: int) -> int:
         if str(path).endswith(f"/model/{file}"):
             raise PermissionError(13, "Permission denied", str(path))
-        return opened(path, *args, **kwargs)  # type: ignore[call-overload,no-any-return]
+        return opened(path, *args, **kwargs)
 
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(SourceError, match=rf"{file}: cannot be read: Permission denied; ."):

@@ -15,6 +15,7 @@ from reshard.plan.pipeline import Cut, prepare
 from reshard.source.open import open_source
 from reshard.writer.split import SplitOptions, write_shards
 from tests.support.builders import RECIPES, Spec, build
+from tests.support.manifests import MANIFEST, edit_manifest, sealed
 
 ODD: list[Any] = [None, True, False, 0, 1, -1, 2, 129, 1_000_000, 0.5, -0.0, "", "x", "FLOAT", "fp8", "../x", "\ud800"]
 ODD += ["a\nb", "re:(", "re:.*", [], {}, [1], ["dense"], [[]], {"a": 1}, [1, 1], ["re:.*"], {"group_0": {}}]
@@ -76,7 +77,11 @@ def check(folder: Path, data: st.DataObject) -> None:
     """Change one JSON file of a folder, cut, and put the file back."""
     path = folder / data.draw(st.sampled_from(sorted(path.name for path in folder.glob("*.json"))))
     raw = path.read_bytes()
-    path.write_text(json.dumps(data.draw(changed(json.loads(raw)))))
+    value = data.draw(changed(json.loads(raw)))
+    if path.name == MANIFEST and isinstance(value, dict):
+        path.write_bytes(sealed(value))
+    else:
+        path.write_text(json.dumps(value))
     message = ""
     try:
         read(folder)
@@ -112,11 +117,13 @@ def test_the_unchanged_checkpoint_is_cut(shard_set: Path) -> None:
 def test_a_scheme_that_no_table_has(shard_set: Path) -> None:
     path = shard_set / "manifest.json"
     raw = path.read_text()
-    manifest = json.loads(raw)
-    for layer in manifest["layers"]:
-        for linear in layer["linears"].values():
-            linear["scheme"] = "int3"
-    path.write_text(json.dumps(manifest))
+
+    def change(manifest: dict[str, Any]) -> None:
+        for layer in manifest["layers"]:
+            for linear in layer["linears"].values():
+                linear["scheme"] = "int3"
+
+    edit_manifest(shard_set, change)
     try:
         with pytest.raises(ReshardError, match=r"manifest\.json: .*unknown scheme int3; supported are bf16, "):
             read(shard_set)

@@ -392,7 +392,7 @@ def test_measuring_without_torch_says_how_to_get_it() -> None:
     hide = "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'torch' else f(n, *a)"
     done = reshard_process("estimate", "--measure", before=hide)
     assert done.code == 1
-    assert "pip install 'reshard[runtime]'" in done.err
+    assert "--measure needs torch, which cannot be imported (not installed): pip install torch" in done.err
 
 
 @pytest.mark.slow

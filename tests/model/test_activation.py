@@ -123,7 +123,9 @@ def test_the_int8_path_quantizes_what_the_formula_gives(case: Case) -> None:
     generator = torch.Generator().manual_seed(0)
     sums = torch.randint(-(2**20), 2**20, (6, 80), dtype=torch.int32, generator=generator)
     scale, token = (torch.rand(size, generator=generator) * factor for size, factor in ((80, 1e-5), (6, 1.0)))
-    q_TL, scale_T = CpuKernels().gated_int8(case.activation)(sums, scale, token)
+    formula = CpuKernels().gated_int8(case.activation)
+    assert formula is not None
+    q_TL, scale_T = formula(sums, scale, token)
     g, u = (sums.double() * scale.double() * token.double()[:, None]).chunk(2, -1)
     wanted = gate.gated(case.activation, g.numpy(), u.numpy())
     assert q_TL.dtype == torch.int8

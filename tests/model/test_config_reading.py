@@ -1,5 +1,6 @@
 """config.json where it is nested, contradicts itself or has keys that are not known."""
 
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +63,14 @@ def read(**keys: Any) -> ModelConfig:
     ],
     ids=str,
 )
-def test_layers(keys: dict[str, Any], layers: set[int]) -> None:
+def test_layers(keys: dict[str, Any], layers: AbstractSet[int]) -> None:
     model = read(**keys)
     assert model.dense_layers == layers, model.reason
     assert model.is_stated
 
 
 FIRST = {"n_routed_experts": 8, "first_k_dense_replace": 2}
-NOT_IN_TRANSFORMERS: dict[str, tuple[dict[str, Any], set[int]]] = {
+NOT_IN_TRANSFORMERS: dict[str, tuple[dict[str, Any], AbstractSet[int]]] = {
     "kimi_k2": (FIRST | {"moe_layer_freq": 1}, {0, 1}),
     "deepseek": (FIRST | {"moe_layer_freq": 2}, {0, 1, 3}),
     "bailing_moe": ({"num_experts": 8, "first_k_dense_replace": 1}, {0}),
@@ -185,7 +186,7 @@ def test_no_keys_of_experts_and_an_unknown_family() -> None:
 
 def test_two_keys_that_contradict_each_other() -> None:
     model = read(model_type="glm_moe_dsa", mlp_layer_types=["dense"] * 3 + ["sparse"], first_k_dense_replace=1)
-    assert model.dense_layers == {0, 1, 2}
+    assert model.dense_layers == frozenset({0, 1, 2})
     assert agree_on_dense({0, 1, 2}, model) == ()
     (warning,) = agree_on_dense({0}, model)
     assert warning.startswith("config.json contradicts itself: mlp_layer_types = ")
@@ -266,13 +267,18 @@ def test_nested(key: str) -> None:
         config = {"model_type": "wrapper", "vision_config": {"num_hidden_layers": 27, "hidden_size": 8}, name: config}
     assert language_config(config) == (key, nested)
     model = read_model_config(config)
-    assert (model.wrapper, model.model_type, model.hidden_size, model.dense_layers) == (key, "deepseek_v3", 64, {0})
+    assert (model.wrapper, model.model_type, model.hidden_size, model.dense_layers) == (
+        key,
+        "deepseek_v3",
+        64,
+        frozenset({0}),
+    )
 
 
 def test_nested_and_at_the_top() -> None:
     nested = SIZES | {"model_type": "deepseek_v2", "n_routed_experts": 8, "first_k_dense_replace": 1}
     model = read_model_config(SIZES | {"model_type": "deepseek_vl_v2", "language_config": nested})
-    assert (model.wrapper, model.model_type, model.dense_layers) == (None, "deepseek_v2", {0})
+    assert (model.wrapper, model.model_type, model.dense_layers) == (None, "deepseek_v2", frozenset({0}))
     with pytest.raises(SourceError) as caught:
         read_model_config(SIZES | {"intermediate_size": 128, "language_config": nested})
     assert str(caught.value) == (

@@ -190,5 +190,5 @@ def test_real_configs(real_checkpoint: Path) -> None:
     found = read_model_config(raw)
     assert (found.hidden_size, found.intermediate_size, found.mtp_layers) == (256, 512, 1)
     all_dense = real_checkpoint.name.endswith("all-dense")
-    assert found.dense_layers == ({0, 1, 2} if all_dense else {0, 1})
+    assert found.dense_layers == frozenset({0, 1, 2} if all_dense else {0, 1})
     assert found.num_hidden_layers == (3 if all_dense else 4)

@@ -8,6 +8,8 @@ They are stricter than torch_npu's shape functions where the documentation is: t
 of at most 65535, no empty operand.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own custom
 
@@ -48,8 +50,14 @@ def _quantize(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def npu_dynamic_quant(
-    x, *, smooth_scales=None, group_index=None, dst_type=None, quant_mode="pertoken", dst_type_max=0.0
-):
+    x: torch.Tensor,
+    *,
+    smooth_scales: torch.Tensor | None = None,
+    group_index: torch.Tensor | None = None,
+    dst_type: int | None = None,
+    quant_mode: str = "pertoken",
+    dst_type_max: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Per token, symmetric: ([..., K] int8, [...] float32)."""
     _require(x.dtype in (torch.float16, torch.bfloat16), f"npu_dynamic_quant: x is {x.dtype}")
     _require(x.dim() > 1, "npu_dynamic_quant: x must have more than one dim")
@@ -60,21 +68,21 @@ def npu_dynamic_quant(
 
 
 def npu_quant_matmul(
-    x1,
-    x2,
-    scale,
+    x1: torch.Tensor,
+    x2: torch.Tensor,
+    scale: torch.Tensor,
     *,
-    offset=None,
-    pertoken_scale=None,
-    bias=None,
-    output_dtype=None,
-    x1_dtype=None,
-    x2_dtype=None,
-    pertoken_scale_dtype=None,
-    scale_dtype=None,
-    group_sizes=None,
-    y_scale=None,
-):
+    offset: torch.Tensor | None = None,
+    pertoken_scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    output_dtype: int | None = None,
+    x1_dtype: int | None = None,
+    x2_dtype: int | None = None,
+    pertoken_scale_dtype: int | None = None,
+    scale_dtype: int | None = None,
+    group_sizes: Sequence[int] | None = None,
+    y_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
     """[M, K] x [K, N] int8: (sums + bias) * scale [* pertoken_scale]; the table of types is the documentation's."""
     out = _DTYPES[1 if output_dtype is None else output_dtype]
     _require(x1.dtype == x2.dtype == torch.int8, f"npu_quant_matmul: x1 is {x1.dtype}, x2 {x2.dtype}")
@@ -97,7 +105,7 @@ def npu_quant_matmul(
     _require(scale.dtype in scales, f"npu_quant_matmul: scale is {scale.dtype} for {out}")
     _require(bias is None or (bias.dtype in biases and bias.shape == (n,)), "npu_quant_matmul: bias")
     _require(offset is None and group_sizes is None and y_scale is None, "npu_quant_matmul: not used here")
-    if per_token:
+    if pertoken_scale is not None:
         _require(pertoken_scale.dtype == torch.float32, f"npu_quant_matmul: pertoken_scale is {pertoken_scale.dtype}")
         _require(
             pertoken_scale.shape == (len(x1),), f"npu_quant_matmul: pertoken_scale is {list(pertoken_scale.shape)}"
@@ -111,32 +119,33 @@ def npu_quant_matmul(
     if scale.dtype == torch.int64:  # what npu_trans_quant_param makes: the float32's bits
         scale = scale.to(torch.int32).view(torch.float32)
     y = sums.float() * scale.float()
-    return (y * pertoken_scale[:, None] if per_token else y).to(out)
+    return (y if pertoken_scale is None else y * pertoken_scale[:, None]).to(out)
 
 
 def npu_dequant_swiglu_quant(
-    x,
+    x: torch.Tensor,
     *,
-    weight_scale=None,
-    activation_scale=None,
-    bias=None,
-    quant_scale=None,
-    quant_offset=None,
-    group_index=None,
-    activate_left=False,
-    quant_mode=0,
-    dst_type=None,
-    round_mode=None,
-    activate_dim=None,
-    swiglu_mode=0,
-    clamp_limit=7.0,
-    glu_alpha=1.702,
-    glu_bias=1.0,
-):
+    weight_scale: torch.Tensor | None = None,
+    activation_scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    quant_scale: torch.Tensor | None = None,
+    quant_offset: torch.Tensor | None = None,
+    group_index: torch.Tensor | None = None,
+    activate_left: bool = False,
+    quant_mode: int = 0,
+    dst_type: int | None = None,
+    round_mode: int | None = None,
+    activate_dim: int | None = None,
+    swiglu_mode: int = 0,
+    clamp_limit: float = 7.0,
+    glu_alpha: float = 1.702,
+    glu_bias: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """[T, 2L] int32 -> float32 by both scales -> swish of one half times the other -> ([T, L] int8, [T] float32)."""
     _require(x.dim() == 2 and x.shape[1] % 2 == 0, f"npu_dequant_swiglu_quant: x is {list(x.shape)}")
     _require(x.dtype == torch.int32, f"npu_dequant_swiglu_quant: x is {x.dtype}, only int32 is used here")
-    _require(weight_scale is not None and activation_scale is not None, "npu_dequant_swiglu_quant: int32 wants scales")
+    if weight_scale is None or activation_scale is None:
+        raise ValueError("npu_dequant_swiglu_quant: int32 wants scales")
     _require(
         weight_scale.dtype == torch.float32 and weight_scale.shape == (1, x.shape[1]),
         f"npu_dequant_swiglu_quant: weight_scale is {weight_scale.dtype} {list(weight_scale.shape)}",
@@ -153,14 +162,23 @@ def npu_dequant_swiglu_quant(
     return _quantize(F.silu(left) * right if activate_left else F.silu(right) * left)
 
 
-def npu_swiglu(x, dim=-1):
+def npu_swiglu(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
     """swish(A) * B of x's two halves."""
     _require(x.dtype in (torch.float32, torch.float16, torch.bfloat16), f"npu_swiglu: x is {x.dtype}")
     left, right = x.float().chunk(2, dim)
     return (F.silu(left) * right).to(x.dtype)
 
 
-def npu_clipped_swiglu(x, *, group_index=None, dim=-1, alpha=1.702, limit=7.0, bias=1.0, interleaved=True):
+def npu_clipped_swiglu(
+    x: torch.Tensor,
+    *,
+    group_index: torch.Tensor | None = None,
+    dim: int = -1,
+    alpha: float = 1.702,
+    limit: float = 7.0,
+    bias: float = 1.0,
+    interleaved: bool = True,
+) -> torch.Tensor:
     """A * sigmoid(alpha * A) * (B + bias) of A clamped to at most the limit and B to within it."""
     _require(x.dtype in (torch.float32, torch.float16, torch.bfloat16), f"npu_clipped_swiglu: x is {x.dtype}")
     _require(x.is_contiguous(), "npu_clipped_swiglu: x is not contiguous")
@@ -171,7 +189,9 @@ def npu_clipped_swiglu(x, *, group_index=None, dim=-1, alpha=1.702, limit=7.0, b
     return (left * torch.sigmoid(alpha * left) * (right + bias)).to(x.dtype)
 
 
-def npu_geglu(x, dim=-1, approximate=1, activate_left=False):
+def npu_geglu(
+    x: torch.Tensor, dim: int = -1, approximate: int = 1, activate_left: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(gelu of one half times the other, that gelu); approximate: 0 by erf, 1 by tanh."""
     _require(x.dtype in (torch.float32, torch.float16, torch.bfloat16), f"npu_geglu: x is {x.dtype}")
     _require(approximate in (0, 1), f"npu_geglu: approximate is {approximate}")
@@ -181,7 +201,9 @@ def npu_geglu(x, dim=-1, approximate=1, activate_left=False):
     return (gelu * up).to(x.dtype), gelu.to(x.dtype)
 
 
-def npu_quantize(x, scales, zero_points, dtype, axis=1, div_mode=True):
+def npu_quantize(
+    x: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor, dtype: int, axis: int = 1, div_mode: bool = True
+) -> torch.Tensor:
     """div_mode False: x * scales + zero_points, rounded."""
     _require(dtype == _QINT8 and not div_mode and axis == -1, "npu_quantize: only qint8 by multiplication is used here")
     _require(x.dtype in (torch.float32, torch.float16, torch.bfloat16), f"npu_quantize: x is {x.dtype}")
@@ -195,7 +217,9 @@ def npu_quantize(x, scales, zero_points, dtype, axis=1, div_mode=True):
     return value.round().clamp(_INT8_MIN, _INT8_MAX).to(torch.int8)
 
 
-def npu_format_cast(x, acl_format, *, customize_dtype=None, input_dtype=None):
+def npu_format_cast(
+    x: torch.Tensor, acl_format: int, *, customize_dtype: int | None = None, input_dtype: int | None = None
+) -> torch.Tensor:
     """Another layout of the same values; the layout is the device's own affair."""
     _require(acl_format in (ND, FRACTAL_NZ), f"npu_format_cast: format {acl_format}")
     _require(x.is_contiguous(), "npu_format_cast: the weight is not contiguous")

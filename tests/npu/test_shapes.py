@@ -1,5 +1,7 @@
 """The whole forward on the meta device at R1's size: torch_npu's own shape functions accept or refuse every call."""
 
+from typing import Literal
+
 import pytest
 import torch
 import torch_npu
@@ -39,7 +41,7 @@ SILU_ALONE = Activation(SILU)
 
 
 def _linear(scheme: str, name: str, out: int, in_: int) -> LinearShard:
-    shapes = {"weight": (out, in_), "weight_scale": (out, 1), "weight_offset": (out, 1)}
+    shapes: dict[str, tuple[int, ...]] = {"weight": (out, in_), "weight_scale": (out, 1), "weight_offset": (out, 1)}
     shapes |= {"input_scale": (1,), "input_offset": (1,), "quant_bias": (out,), "deq_scale": (out,)}
     tensors = {s: torch.empty(shapes[s], dtype=t, device="meta") for s, t in SCHEMES[scheme].items()}
     return LinearShard(name, "bf16" if scheme == "fp16" else scheme, None, tensors)
@@ -90,7 +92,7 @@ def test_an_activation_that_is_not_known_is_refused(activation: Activation | Non
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mix", ["dynamic", "static"])
 @pytest.mark.parametrize("scheme", ["w8a8_mix", "w8a8_static", "w8a8_dynamic"])
-def test_w8a8_runs_in_either_type(scheme: str, mix: str, dtype: torch.dtype) -> None:
+def test_w8a8_runs_in_either_type(scheme: str, mix: Literal["dynamic", "static"], dtype: torch.dtype) -> None:
     ffn = PartialFFN(_layer(scheme, 8), NpuKernels(), dtype, mix)
     assert ffn.forward_local(torch.empty(5, H, dtype=dtype, device="meta"), dtype).shape == (5, H)
 

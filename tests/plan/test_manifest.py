@@ -1,6 +1,7 @@
 """manifest.json: its schema, its strictness, what it says of a set."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from reshard.errors import ManifestError
 from reshard.manifest import json_schema, parse_manifest
 from reshard.plan.pipeline import Cut
 from tests.support.builders import RECIPES, Spec, build, read_safetensors
+from tests.support.manifests import edit_manifest, sealed
 from tests.support.running import reshard as run
 from tests.support.running import split
 
@@ -125,9 +127,68 @@ def test_what_is_unknown_or_wrong_is_refused(shards: Path, change: Any, message:
     manifest = load(shards)
     change(manifest)
     with pytest.raises(ManifestError) as caught:
-        parse_manifest(json.dumps(manifest).encode())
+        parse_manifest(sealed(manifest))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+SIDE = {"name": "model-00001-of-00001.safetensors", "size": 1, "blake3": "0" * 64}
+
+
+def described_twice(manifest: dict[str, Any]) -> None:
+    (found,) = (file for file in manifest["files"] if file["name"] == "quant_model_description.json")
+    manifest["files"].append({**found, "name": "quant_model_description_w8a8.json"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["files"].append(SIDE), f"files.2.name: Value error, {SIDE['name']} is no file that goes with a "),
+        (lambda m: m["files"].append({**SIDE, "name": "manifest.json"}), "manifest.json is no file that goes with"),
+        (lambda m: m["files"].append({**SIDE, "name": "denseffn-rank-00000-of-00002.safetensors"}), "files.2.name"),
+        (lambda m: m["files"].append(m["files"][0]), "files: Value error, name config.json is there twice"),
+        (described_twice, "quant_model_description.json and quant_model_description_w8a8.json both describe"),
+        (lambda m: m["source"]["files"].append(m["source"]["files"][0]), "source.files: Value error, name model-00001"),
+        (lambda m: m["layers"].append(m["layers"][0]), "layers: Value error, index 0 is there twice"),
+        (
+            lambda m: m["shards"][1]["tensors"].append(m["shards"][1]["tensors"][0]),
+            "shards.1.tensors: Value error, name model.layers.0.mlp.gate_up_proj.weight is there twice",
+        ),
+    ],
+)
+def test_names_are_known_ones_and_each_is_there_once(shards: Path, change: Any, message: str) -> None:
+    edit_manifest(shards, change)
+    with pytest.raises(ManifestError, match=re.escape(message)):
+        parse_manifest((shards / "manifest.json").read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b'"schema"', b'"tp_size": 7, "schema"', "duplicate key 'tp_size'"),
+        (b'"dim": 1', b'"dim": 0, "dim": 1', "duplicate key 'dim'"),
+        (b'"at": 256', b'"at": 255', "was changed after it was written: it says that its BLAKE3 is "),
+        (b" ", b"  ", "was changed after it was written: it says that its BLAKE3 is "),
+        (b'"blake3": "', b'"blake3": "0', "blake3: String should match pattern"),
+        (b'"blake3"', b'"Blake3"', "blake3: Field required"),
+    ],
+)
+def test_bytes_that_were_changed_by_hand_are_refused(shards: Path, old: bytes, new: bytes, message: str) -> None:
+    path = shards / "manifest.json"
+    raw = path.read_bytes()
+    assert old in raw
+    path.write_bytes(raw.replace(old, new, 1))
+    with pytest.raises(ManifestError) as caught:
+        parse_manifest(path.read_bytes())
+    assert message in str(caught.value)
+
+
+def test_a_manifest_names_its_own_digest(shards: Path) -> None:
+    raw = (shards / "manifest.json").read_bytes()
+    said = load(shards)["blake3"]
+    assert parse_manifest(raw).blake3 == said
+    assert blake3(raw.replace(said.encode(), b"0" * 64)).hexdigest() == said
+    assert parse_manifest(raw).to_json() == raw
 
 
 def test_a_manifest_that_is_no_json_is_refused() -> None:

@@ -221,7 +221,8 @@ def test_file_order_and_alignment(spec: Spec, tp: int, layout: str, pad: bool) -
         assert data % 4096 == 0
         entries = list(tensors_in_file(shard.header))
         assert [name for name, _ in entries] == [tensor.name for tensor in shard.tensors]
-        at, pages, seen_other = 0, [], False
+        at, seen_other = 0, False
+        pages: list[int] = []
         for (name, entry), tensor in zip(entries, shard.tensors, strict=True):
             start, stop = entry["data_offsets"]
             size = int(np.prod(entry["shape"])) * ITEMSIZE[entry["dtype"]]

@@ -183,6 +183,13 @@ def test_files_that_are_named_exist(page: Path) -> None:
         assert (page.parent / path).exists(), path
 
 
+def test_nobody_is_told_to_install_this_from_an_index() -> None:
+    """Until it is in one."""
+    code = [path for folder in ("reshard", "runtime") for path in sorted((ROOT / folder).rglob("*.py"))]
+    for path in (*PAGES, *code):
+        assert not re.search(r"pip install (-U )?['\"]?reshard\b", path.read_text()), path
+
+
 def test_files_that_contributors_are_sent_to_exist() -> None:
     named = re.findall(
         r"`((?:reshard|runtime|tests|configs|docs|\.ci)/[^` ]*)`", (ROOT / "CONTRIBUTING.md").read_text()

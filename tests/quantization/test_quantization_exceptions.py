@@ -26,7 +26,7 @@ def key(method: str, module: str = GATE, wrapped: bool = False, **values: Any) -
     return declared.said_by.rpartition("quantization_config.")[2].rstrip(")")
 
 
-TARGETED = {
+TARGETED: dict[str, Any] = {
     "quant_algo": "FP8",
     "config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int", "strategy": "channel"}}},
 }
@@ -84,8 +84,8 @@ STACKING = [
     ids=str,
 )
 def test_left_alone(method: str, name: str, entries: Any) -> None:
-    groups = {"config_groups": {}} if method == "compressed-tensors" else {}
-    assert key(method, **groups, **{name: entries}) == name
+    groups: dict[str, Any] = {"config_groups": {}} if method == "compressed-tensors" else {}
+    assert key(method, **groups | {name: entries}) == name
 
 
 @pytest.mark.parametrize(
@@ -170,10 +170,10 @@ def test_as_transformers_matches(entry: str, module: str) -> None:
 def test_stacked_gate_and_up_are_left_alone_where_both_are(method: str, name: str) -> None:
     stacked = "model.layers.0.mlp.gate_up_proj"
     both = [GATE, GATE.replace("gate", "up")]
-    assert key(method, stacked, **TARGETED, **{name: both}) == name
-    assert key(method, stacked, **TARGETED, **{name: both[:1]}) is None
-    assert key(method, stacked, **TARGETED, **{name: [stacked]}) == name
-    assert key(method, "model.layers.0.mlp.down_proj", **TARGETED, **{name: [stacked, *both]}) is None
+    assert key(method, stacked, **TARGETED | {name: both}) == name
+    assert key(method, stacked, **TARGETED | {name: both[:1]}) is None
+    assert key(method, stacked, **TARGETED | {name: [stacked]}) == name
+    assert key(method, "model.layers.0.mlp.down_proj", **TARGETED | {name: [stacked, *both]}) is None
 
 
 @pytest.mark.parametrize("name", ["fqn_to_config", "module_fqn_to_config"])

@@ -248,7 +248,9 @@ def test_rotations_of_heads_of_other_layers_and_fused_ones() -> None:
 
 
 def test_rotations_that_are_not_known() -> None:
-    content = {"optional": {"quarot": {"rotation_map": {"down_rotation": "optional/quarot.safetensors"}}}}
+    content: dict[str, Any] = {
+        "optional": {"quarot": {"rotation_map": {"down_rotation": "optional/quarot.safetensors"}}}
+    }
     assert "optional.quarot.rotation_map.down_rotation" in refusal(Accounts({}, (DESCRIPTION, content)))
     content = {"metadata": {"quarot": {"block_rotation": {"layers": ["1"]}}}}
     assert "model.layers.1.mlp: " in refusal(Accounts({}, (DESCRIPTION, content)))

@@ -15,11 +15,12 @@ from reshard.errors import GroupError, ReshardError, TokensError
 from reshard.plan.pipeline import Cut
 from reshard_runtime import DenseFFN, load_shard
 from reshard_runtime.collectives import Collectives, PairwiseCollectives
+from reshard_runtime.kernels.cpu import CpuKernels
 from reshard_runtime.tokens import pad, token_layout
 from tests.support.builders import Spec, build
 from tests.support.distributed import Ranks
 from tests.support.running import split
-from tests.support.unsplit import CountingKernels
+from tests.support.unsplit import CountingKernels, TensorCpuKernels
 
 HIDDEN = 256
 Said = tuple[str, str] | None
@@ -134,7 +135,7 @@ def test_a_rank_with_wrong_tokens_takes_part_and_then_raises(
 BAD_LISTS: dict[str, tuple[Any, int | None, str]] = {
     "short": ([3], None, "tokens_per_rank has 1 counts, the group has 2 ranks"),
     "long": ([3, 3, 0], None, "tokens_per_rank has 3 counts, the group has 2 ranks"),
-    "negative": ([3, -1], None, "tokens_per_rank[1] is -1; a count is an integer of at least 0"),
+    "negative": ([3, -1], None, "tokens_per_rank[1] is -1; a count is an integer from 0 to 2147483647"),
     "float": ([3.0, 3], None, "tokens_per_rank[0] is 3.0; a count"),
     "tensor": (torch.tensor([3, 3]), None, "tokens_per_rank[0] is tensor(3); a count"),
     "bool": ([True, 3], None, "tokens_per_rank[0] is True; a count"),
@@ -149,15 +150,81 @@ def _listed(group: dist.ProcessGroup, folder: Path, counts: list[Any], max_token
 
 
 @pytest.mark.parametrize("case", BAD_LISTS)
-def test_a_wrong_list_is_an_error_everywhere_before_any_collective(
-    ranks: Callable[[int], Ranks], shards: Path, case: str
-) -> None:
+def test_a_wrong_list_is_an_error_everywhere(ranks: Callable[[int], Ranks], shards: Path, case: str) -> None:
     counts, max_tokens, message = BAD_LISTS[case]
     for error, calls in ranks(2).run(_listed, shards, counts, max_tokens):
         assert error is not None
         assert error[0] == "TokensError"
         assert error[1].startswith(message)
-        assert calls == 0
+        assert calls == (0 if max_tokens is None else 2)  # with fixed rows it takes part, as the others may be right
+
+
+# What each rank brings and is told, and what all of them say of it.
+COUNTS: dict[str, tuple[list[tuple[int, Any]], dict[str, Any], str]] = {
+    "the same maximum": ([(3, [3, 4]), (4, [2, 4])], {}, "[3, 4] on rank 0 of the group, [2, 4] on rank 1"),
+    "another maximum": ([(3, [3, 4]), (5, [3, 5])], {}, "[3, 4] on rank 0 of the group, [3, 5] on rank 1"),
+    "of others": ([(1, [1, 1, 0, 2])] * 3 + [(2, [1, 1, 1, 2])], {}, "[1, 1, 0, 2] on rank 0 of the group, [1, 1, 1"),
+    "no list": ([(3, None), (5, None)], {}, "[3, 3] on rank 0 of the group, [5, 5] on rank 1"),
+    "no list, none on one": ([(0, None), (5, None)], {}, "[0, 0] on rank 0 of the group, [5, 5] on rank 1"),
+    "none for one": ([(3, [3, 0]), (0, [0, 0])], {}, "[3, 0] on rank 0 of the group, [0, 0] on rank 1"),
+    "a list on one": ([(3, [3, 4]), (4, None)], {}, "[3, 4] on rank 0 of the group, [4, 4] on rank 1"),
+    "more than a message": ([(3, None), (9000, None)], {}, "[3, 3] on rank 0 of the group, [9000, 9000] on rank 1"),
+    "replicated": ([(3, None), (5, None)], {"tokens": "replicated"}, "[3, 3] on rank 0 of the group, [5, 5] on rank 1"),
+    "a collective of its own": ([(3, [3, 4]), (5, [3, 5])], {"check_counts": True}, "[3, 4] on rank 0 of the group"),
+    "and fixed rows": ([(3, [3, 4]), (4, [4, 4])], {"max_tokens": 8}, ""),
+}  # fmt: skip
+
+
+def _told(group: dist.ProcessGroup, folder: Path, case: str) -> tuple[Said, Said, torch.Tensor]:
+    """What is said of the counts; then all ranks are told the same."""
+    told, options, _ = COUNTS[case]
+    kernels = TensorCpuKernels() if options.get("check_counts") else CpuKernels()
+    layer = load_shard(folder / f"tp{group.size()}", group.rank()).layer(0)
+    ffn = DenseFFN(layer, group, kernels=kernels, **options)
+    count, counts = told[group.rank()]
+    said = _error(lambda: ffn(_tokens(count), tokens_per_rank=counts))
+    after = _error(lambda: ffn(_tokens(0), tokens_per_rank=None)) if "max_tokens" not in options else None
+    return said, after, ffn(_tokens(3, seed=7))
+
+
+@pytest.mark.parametrize("case", COUNTS)
+def test_counts_that_differ_are_an_error_on_all_ranks(ranks: Callable[[int], Ranks], shards: Path, case: str) -> None:
+    told, _, message = COUNTS[case]
+    found = ranks(len(told)).run(_told, shards, case)
+    alone = ranks(len(told)).run(_pair, shards, f"tp{len(told)}", 7, 3)
+    for said, after, _ in found:
+        assert after is None
+        if not message:  # the lists do not count
+            assert said is None
+            continue
+        assert said is not None
+        assert said[0] == "TokensError"
+        assert said[1].startswith(f"the ranks' counts of tokens differ: {message}")
+        assert said == found[0][0]
+    assert torch.equal(found[0][2], alone[0])
+
+
+def _unusable(group: dist.ProcessGroup, folder: Path, max_tokens: int | None) -> tuple[Said, torch.Tensor | None]:
+    ffn = DenseFFN(load_shard(folder / "tp2", group.rank()).layer(0), group, max_tokens=max_tokens)
+    results: list[torch.Tensor] = []
+    counts = [3, 3] if group.rank() == 0 else [3]
+    said = _error(lambda: results.append(ffn(_tokens(3, seed=7), tokens_per_rank=counts)))
+    return said, results[0] if results else None
+
+
+@pytest.mark.parametrize("max_tokens", [None, 8])
+def test_a_rank_with_a_wrong_list_leaves_none_waiting(
+    ranks: Callable[[int], Ranks], shards: Path, max_tokens: int | None
+) -> None:
+    (other, result), (own, nothing) = ranks(2).run(_unusable, shards, max_tokens)
+    assert own == ("TokensError", "tokens_per_rank has 1 counts, the group has 2 ranks")
+    assert nothing is None
+    if max_tokens is None:
+        assert other is not None
+        assert "differ: [3, 3] on rank 0 of the group, a list that cannot be used on rank 1; give every" in other[1]
+    else:
+        assert other is None
+        assert tuple(result.shape) == (3, HIDDEN)
 
 
 def _groups(world: dist.ProcessGroup, folder: Path) -> tuple[torch.Tensor, int]:
@@ -184,22 +251,22 @@ def test_groups_that_are_parts_of_the_world(ranks: Callable[[int], Ranks], shard
         assert calls == number
 
 
-def _summed(group: dist.ProcessGroup, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
-    rows = torch.randn(group.size() * 3, 5, generator=torch.Generator().manual_seed(group.rank())).to(dtype)
+def _summed(group: dist.ProcessGroup, dtype: torch.dtype, each: int) -> list[tuple[torch.Tensor, ...]]:
+    rows = torch.randn(group.size() * each, 5, generator=torch.Generator().manual_seed(group.rank())).to(dtype)
     made = (PairwiseCollectives(group), Collectives(group))
     return [(c.gather(rows), c.reduce_scatter(rows.clone()), c.all_reduce(rows.clone())) for c in made]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [2, 4])
-def test_collectives(ranks: Callable[[int], Ranks], size: int, dtype: torch.dtype) -> None:
-    rows = [torch.randn(size * 3, 5, generator=torch.Generator().manual_seed(r)).to(dtype) for r in range(size)]
+@pytest.mark.parametrize(("size", "each"), [(2, 3), (4, 3), (2, 80_000)])  # the last are more than a message
+def test_collectives(ranks: Callable[[int], Ranks], size: int, each: int, dtype: torch.dtype) -> None:
+    rows = [torch.randn(size * each, 5, generator=torch.Generator().manual_seed(r)).to(dtype) for r in range(size)]
     total = rows[0].float()
     for other in rows[1:]:
         total = total + other.float()
     allowed = size * (2.0**-8 if dtype == torch.bfloat16 else 2.0**-23) * torch.stack(rows).abs().sum(0).max()
-    for rank, (pairwise, tensor) in enumerate(ranks(size).run(_summed, dtype)):
-        own = slice(3 * rank, 3 * rank + 3)
+    for rank, (pairwise, tensor) in enumerate(ranks(size).run(_summed, dtype, each)):
+        own = slice(each * rank, each * rank + each)
         for gathered, scattered, reduced in (pairwise, tensor):
             assert torch.equal(gathered, torch.cat(rows))
             assert (scattered - total[own]).abs().max() <= allowed

@@ -153,7 +153,12 @@ def test_cuda_s_int8_product_takes_multiples_of_8_and_17_rows(monkeypatch: pytes
     CudaKernels().weight("a.weight", torch.zeros(16, 12))
     given_rows: list[int] = []
     product = torch._int_mm
-    monkeypatch.setattr(torch, "_int_mm", lambda a, b: given_rows.append(len(a)) or product(a, b))
+
+    def watched(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        given_rows.append(len(a))
+        return product(a, b)
+
+    monkeypatch.setattr(torch, "_int_mm", watched)
     for rows in (1, 16, 17, 40):
         assert (
             len(CudaKernels().int8_matmul(torch.ones(rows, 8, dtype=torch.int8), torch.ones(8, 8, dtype=torch.int8)))

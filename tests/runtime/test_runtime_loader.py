@@ -1,6 +1,5 @@
 """Loading a rank's shard: the right bits, no other file, and a refusal for whatever is not what the manifest says."""
 
-import json
 import logging
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ from reshard.model.naming import shard_file
 from reshard.plan.pipeline import Cut
 from reshard_runtime import Shard, load_shard
 from tests.support.builders import RECIPES, Raw, Spec, build, read_safetensors, write_safetensors
+from tests.support.manifests import edit_manifest
 from tests.support.running import split
 
 HIDDEN, INTERMEDIATE = 256, 512
@@ -97,7 +97,7 @@ def shards(tmp_path: Path) -> Path:
     return tmp_path / "shards"
 
 
-def test_only_the_manifest_and_the_rank_s_own_file_are_opened(shards: Path) -> None:
+def test_of_the_shards_only_the_rank_s_own_is_opened(shards: Path) -> None:
     (shards / shard_file(0, 2)).unlink()
     code = (
         "import sys; from reshard_runtime import load_shard; opened = []\n"
@@ -106,7 +106,7 @@ def test_only_the_manifest_and_the_rank_s_own_file_are_opened(shards: Path) -> N
         f"print(*sorted({{name.rsplit('/', 1)[1] for name in opened if name.startswith({str(shards)!r})}}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [shard_file(1, 2), "manifest.json"]
+    assert done.stdout.split() == ["config.json", shard_file(1, 2), "manifest.json"]
 
 
 def test_layers_can_be_chosen(shards: Path) -> None:
@@ -129,7 +129,7 @@ def test_one_bit_is_told_by_the_digest(shards: Path) -> None:
     path = shards / shard_file(1, 2)
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
-    _write(path, raw)
+    _write(path, bytes(raw))
     with pytest.raises(ShardError, match="BLAKE3 is"):
         load_shard(shards, 1, verify="digest")
     load_shard(shards, 0, verify="digest")
@@ -140,25 +140,30 @@ def _write(path: Path, raw: bytes) -> None:
     path.write_bytes(raw)
 
 
-def _edit(path: Path, change: Callable[[dict[str, Raw]], None], metadata: dict[str, str] | None = None) -> None:
+def _edit(shards: Path, change: Callable[[dict[str, Raw]], object], metadata: dict[str, str] | None = None) -> None:
+    """Rank 1's file, and the size that the manifest says."""
+    path = shards / shard_file(1, 2)
     tensors = read_safetensors(path)
     change(tensors)
     path.unlink()
     write_safetensors(path, tensors, metadata or {"format": "pt", "denseffn": "shard", "tp_rank": "1", "tp_size": "2"})
+    _size(shards)
 
 
 def _rewrite(shards: Path, change: Callable[[Any], None]) -> None:
-    path = shards / "manifest.json"
-    document = json.loads(path.read_text())
-    change(document)
-    path.chmod(0o600)
-    path.write_text(json.dumps(document))
+    (shards / "manifest.json").chmod(0o600)
+    edit_manifest(shards, change)
 
 
 def _size(shards: Path) -> None:
     """The manifest says the size that the edited file has."""
     size = (shards / shard_file(1, 2)).stat().st_size
     _rewrite(shards, lambda d: d["shards"][1].update(size=size))
+
+
+def _a_folder(shards: Path) -> None:
+    (shards / shard_file(1, 2)).unlink()
+    (shards / shard_file(1, 2)).mkdir()
 
 
 W = "model.layers.0.mlp.down_proj.weight"
@@ -175,18 +180,18 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "no manifest": (lambda s: (s / "manifest.json").unlink(), {}, r"no manifest.json \(the shard set is incomplete"),
     "version": (lambda s: _rewrite(s, lambda d: d.update(schema="denseffn-shards/9")), {}, r"'denseffn-shards/9'"),
     "field": (lambda s: _rewrite(s, lambda d: d.update(more=1)), {}, r"more: Extra inputs"),
-    "no shares": (lambda s: _rewrite(s, lambda d: d["model"].update(intermediate_size=511)), {}, "511.* gives 2"),
+    "no shares": (lambda s: _rewrite(s, lambda d: d["model"].update(intermediate_size=511)), {}, "is 511, .* 512"),
     "sizes": (
         lambda s: _rewrite(s, lambda d: d["model"].update(hidden_size=128)), {},
-        r"gate_up_proj.weight is \[512, 256\], \[512, 128\] is rank 1's share of hidden_size 128",
+        r"hidden_size is 128, its tensors and config.json make it 256",
     ),
     "missing layer": (
         lambda s: _rewrite(s, lambda d: d["layers"].append({**d["layers"][0], "index": 5})), {},
-        r"model.layers.5.mlp.gate_up_proj.weight is missing, layer 5 is dense",
+        r"its layers are \[0, 1, 5\], its tensors are of \[0, 1\]",
     ),
     "no file": (lambda s: (s / shard_file(1, 2)).unlink(), {}, r"cannot be read: No such file"),
     "a folder": (
-        lambda s: ((s / shard_file(1, 2)).unlink(), (s / shard_file(1, 2)).mkdir()), {},
+        _a_folder, {},
         r"is a folder, expected a file"
     ),
     "longer": (
@@ -194,27 +199,27 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
         r"bytes, manifest.json says",
     ),
     "rank 0's file": (
-        lambda s: (s / shard_file(1, 2)).unlink() or shutil.copy(s / shard_file(0, 2), s / shard_file(1, 2)), {},
+        lambda s: _write(s / shard_file(1, 2), (s / shard_file(0, 2)).read_bytes()), {},
         r"its header says tp_rank '0', manifest.json says '1'",
     ),
     "no shard": (
-        lambda s: (_edit(s / shard_file(1, 2), lambda t: None, {"format": "pt"}), _size(s)), {},
+        lambda s: _edit(s, lambda t: None, {"format": "pt"}), {},
         r"its header says denseffn None, manifest.json says 'shard'",
     ),
     "missing": (
-        lambda s: (_edit(s / shard_file(1, 2), lambda t: t.pop(W)), _size(s)), {},
+        lambda s: _edit(s, lambda t: t.pop(W)), {},
         r"down_proj.weight: manifest.json names it, the file lacks it",
     ),
     "extra": (
-        lambda s: (_edit(s / shard_file(1, 2), lambda t: t.update(more=t[W])), _size(s)), {},
+        lambda s: _edit(s, lambda t: t.update(more=t[W])), {},
         r"more: the file has it, manifest.json does not name it",
     ),
     "type": (
-        lambda s: (_edit(s / shard_file(1, 2), lambda t: t.update({W: ("U8", *t[W][1:])})), _size(s)), {},
+        lambda s: _edit(s, lambda t: t.update({W: ("U8", *t[W][1:])})), {},
         r"down_proj.weight: is U8 \[256, 256\], manifest.json says I8 \[256, 256\]",
     ),
     "shape": (
-        lambda s: (_edit(s / shard_file(1, 2), lambda t: t.update({W: ("I8", (128, 512), t[W][2])})), _size(s)), {},
+        lambda s: _edit(s, lambda t: t.update({W: ("I8", (128, 512), t[W][2])})), {},
         r"down_proj.weight: is I8 \[128, 512\], manifest.json says I8 \[256, 256\]",
     ),
 }  # fmt: skip
@@ -250,7 +255,7 @@ def test_a_damaged_header_loads_the_same_or_not_at_all(shards: Path, at: int, va
         shutil.copy(path, keep)
     raw = bytearray(keep.read_bytes())
     raw[at] = value
-    _write(path, raw)
+    _write(path, bytes(raw))
     try:
         found = load_shard(shards, 1)
     except ReshardError:
@@ -280,7 +285,8 @@ def test_a_separate_layout_whose_gate_and_up_share_no_scale_is_refused(tmp_path:
 
 @pytest.mark.parametrize(
     ("device", "kind", "message"),
-    [("npu:3", MissingDependencyError, "torch_npu cannot be imported"), ("tpu", UsageError, "device tpu: "),
+    [("npu:3", MissingDependencyError, r"needs torch_npu, which .*: pip install torch_npu, in the version that fits"),
+     ("tpu", UsageError, "device tpu: "),
      ("meta", UsageError, "there is a backend for cpu, cuda and npu only")],
 )  # fmt: skip
 def test_devices_that_are_not_there(shards: Path, device: str, kind: type[ReshardError], message: str) -> None:

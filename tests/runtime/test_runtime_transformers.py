@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCa
 
 from reshard.errors import ReshardError, ShardError
 from reshard.plan.pipeline import Cut
-from reshard_runtime import load_shard
+from reshard_runtime import Shard, load_shard
 from reshard_runtime.serving.transformers import attach, load_model
 from tests.support.builders import dense_only, read_safetensors, write_safetensors
 from tests.support.distributed import Ranks
@@ -167,7 +167,8 @@ def _generated(
 @pytest.mark.parametrize(("size", "tokens"), [(2, "replicated"), (4, "scattered")])
 def test_generate_chooses_the_unsplit_models_tokens(ranks: Start, models: Path, size: int, tokens: str) -> None:
     """The same prompt on all ranks, or prompts of different lengths: one model, in lockstep to the same last step."""
-    ids, options = _ids(1) * size, {"tokens": tokens}
+    options: dict[str, object] = {"tokens": tokens}
+    ids = _ids(1) * size
     if tokens == "scattered":
         ids, options = [own[:, : 12 - 3 * rank] for rank, own in enumerate(_ids(size))], {"max_tokens": 2 * 12}
     found = ranks(size).run(_generated, models / "fp32", models / f"fp32-tp{size}", ids, options)
@@ -337,9 +338,10 @@ def _tried(group: dist.ProcessGroup, case: Refused, models: Path) -> tuple[str, 
     """(type and message of what was raised, whether the model is as it was)."""
     if case.only and group.rank() == 0:
         case = Refused(case.message)
-    model, shards = _model(**case.model).bfloat16(), models / case.shards
+    model = _model(**case.model).bfloat16()
+    shards: Path | Shard = models / case.shards
     if case.loaded is not None:
-        shards = load_shard(shards, (group.rank() + case.loaded) % group.size())
+        shards = load_shard(models / case.shards, (group.rank() + case.loaded) % group.size())
     if case.twice:
         attach(model, shards, group)
     before = [layer.mlp for layer in model.model.layers], _facts(_tensors(model))

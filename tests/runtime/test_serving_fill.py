@@ -1,5 +1,7 @@
 """The vLLM hook's filling of an engine's parameters, with linears that stand in for the engine's."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -25,7 +27,7 @@ def _shard(scheme: str = "w8a8_dynamic", **tensors: torch.Tensor) -> LinearShard
 
 
 _WEIGHT = torch.arange(12, dtype=torch.int8).reshape(4, 3)
-_INT8 = {"weight": (torch.int8, (4, 3))}
+_INT8: dict[str, Any] = {"weight": (torch.int8, (4, 3))}
 
 
 def test_fill_copies_every_tensor() -> None:
@@ -91,7 +93,8 @@ def test_fill_takes_static_linears_without_weight_scales() -> None:
     """ModelSlim v1 writes five tensors for them: deq_scale holds the scale."""
     linear = Linear(
         **_INT8,
-        **dict.fromkeys(("weight_scale", "weight_offset"), (torch.bfloat16, (4, 1))),
+        weight_scale=(torch.bfloat16, (4, 1)),
+        weight_offset=(torch.bfloat16, (4, 1)),
         input_scale=(torch.bfloat16, (1,)),
         input_offset=(torch.int8, (1,)),
         quant_bias=(torch.int32, (4,)),

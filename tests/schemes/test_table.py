@@ -13,6 +13,7 @@ from reshard.plan.pipeline import Cut
 from reshard.schemes.table import SCHEMES, VARIANTS, Variant
 from reshard.synth.schemes import RECIPES
 from tests.support.builders import Raw, Spec, build, dense_only, read_folder, read_safetensors, write_safetensors
+from tests.support.manifests import edit_manifest
 from tests.support.paths import CONFIGS
 from tests.support.running import Done, reshard, split
 
@@ -173,9 +174,7 @@ def test_an_unknown_scheme_is_refused_everywhere_alike(tmp_path: Path) -> None:
     build(tmp_path / "model", Spec("bf16", HIDDEN, INTERMEDIATE, dense=1))
     shards = tmp_path / "shards"
     split(tmp_path / "model", shards, Cut(2))
-    manifest = json.loads((shards / "manifest.json").read_text())
-    manifest["layers"][0]["linears"]["down_proj"]["scheme"] = "w4a4"
-    (shards / "manifest.json").write_text(json.dumps(manifest))
+    edit_manifest(shards, lambda m: m["layers"][0]["linears"]["down_proj"].update(scheme="w4a4"))
     says = f"unknown scheme w4a4; supported are {', '.join(SCHEMES)}"
     for command in (
         ("verify", shards), ("merge", shards, tmp_path / "merged"), ("split", shards, tmp_path / "again", "--tp", 1),

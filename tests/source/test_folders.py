@@ -12,6 +12,7 @@ from reshard.errors import SourceError, UsageError
 from reshard.plan.pipeline import Cut
 from tests.support.builders import Spec, build, dense_only, read_safetensors, write_safetensors
 from tests.support.corrupt import FIRST, INDEX, SECOND, mapped
+from tests.support.manifests import edit_manifest
 from tests.support.refusals import warnings_of
 from tests.support.running import reshard, split
 
@@ -76,10 +77,10 @@ def test_a_shard_set_may_be_linked_and_its_manifest_may_not_lead_away(model: Pat
     for path in (tmp_path / "tp2").iterdir():
         (linked / path.name).symlink_to(path)
     assert reshard("verify", linked).code == 0
-    manifest = json.loads((linked / "manifest.json").read_text())
-    manifest["files"][0]["name"] = "../model/config.json"
+    raw = (linked / "manifest.json").read_bytes()
     (linked / "manifest.json").unlink()
-    (linked / "manifest.json").write_text(json.dumps(manifest))
+    (linked / "manifest.json").write_bytes(raw)
+    edit_manifest(linked, lambda m: m["files"][0].update(name="../model/config.json"))
     done = reshard("merge", linked, tmp_path / "merged")
     assert done.code == 1
     assert "files.0.name" in done.err

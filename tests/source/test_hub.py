@@ -188,7 +188,7 @@ def test_a_range_answered_with_the_whole_file_is_not_taken(hub: Hub, tmp_path: P
     split(hub.commits[COMMIT], tmp_path / "right", Cut(2))
     same_but_for_the_origin(ORIGIN, tmp_path / "out", tmp_path / "right")
     hub.fault = times(1000, whole, is_weights)
-    with pytest.raises(SourceError, match=r"answers the range 0 to 8 with the whole file; given up after 6 tries"):
+    with pytest.raises(SourceError, match=r"answers the range \d{3,} to \d+ with the whole file; given up after 6"):
         cut_from(hub, tmp_path / "other")
 
 
@@ -258,7 +258,7 @@ def test_a_mirror_s_file_that_changes_is_not_mixed_in(hub: Hub, tmp_path: Path) 
     with opened(hub) as source:
         prepared = prepare(source, Cut(2))
         hub.commits[COMMIT] = tmp_path / "changed"
-        with pytest.raises(SourceError, match=r"safetensors: has changed since it was first read \(its ETag was "):
+        with pytest.raises(SourceError, match=r"safetensors: has changed since it was first read \(it had ETag "):
             write_shards(prepared, tmp_path / "out", SplitOptions())
     assert not (tmp_path / "out").exists()
 
@@ -331,7 +331,7 @@ def test_what_is_no_hub(hub: Hub, body: bytes) -> None:
 def test_a_mirror_that_gives_no_sizes(hub: Hub) -> None:
     body = json.dumps({"id": REPO, "sha": COMMIT, "siblings": [{"rfilename": "model.safetensors"}]}).encode()
     hub.fault = times(1, lambda handler, asked: handler.answer(200, body), is_anything)
-    with pytest.raises(SourceError, match=r"does not say how large its files are; check HF_ENDPOINT"):
+    with pytest.raises(SourceError, match=r"model\.safetensors: the server does not say its size"):
         opened(hub)
 
 

@@ -140,8 +140,8 @@ def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
     [
         ('{"a": 1,, "b": 2}', "line 1 column 9 (char 8); mend it there"),
         ('{"a": 1, "b"', "copy or download it again"),
-        ('{"a": 1, "a": 1}', "config.json: duplicate key 'a'; keep one of the two"),
-        ('{"x": {"b": 1, "b": 2}}', "config.json: duplicate key 'b'; keep one of the two"),
+        ('{"a": 1, "a": 1}', "config.json: duplicate key 'a'; keep one of the two, or write the file again"),
+        ('{"x": {"b": 1, "b": 2}}', "config.json: duplicate key 'b'; keep one of the two, or write the file again"),
     ],
 )
 def test_json_that_was_edited_and_json_that_is_cut_short(text: str, said: str, tmp_path: Path) -> None:
@@ -186,4 +186,4 @@ def test_the_message_of_the_header_stays_where_nothing_is_recognised(tmp_path: P
     (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0not a header at all")
     done = reshard("inspect", tmp_path)
     assert done.code == HeaderError.exit_code
-    assert "model.safetensors: the header is not valid JSON" in done.err
+    assert "model.safetensors: header: not valid JSON" in done.err

@@ -4,9 +4,11 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from reshard.errors import ReshardError, ShardError, SourceError
 from reshard.manifest import parse_manifest
@@ -209,13 +211,12 @@ def test_commands_that_only_read_say_so(
 # --- the runtime ---
 
 
-def load_with(monkeypatch: pytest.MonkeyPatch, change: Callable[[], None]) -> None:
+def load_with(monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) -> None:
     """Something happens between the header of a shard and its tensors."""
-    opened = loader.safe_open
 
-    def open_late(*args: object, **kw: object) -> object:
+    def open_late(*args: Any, **kw: Any) -> Any:
         change()
-        return opened(*args, **kw)
+        return safe_open(*args, **kw)
 
     monkeypatch.setattr(loader, "safe_open", open_late)
 

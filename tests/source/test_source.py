@@ -175,6 +175,9 @@ def test_another_hub_is_a_module_and_a_line(tmp_path: Path, monkeypatch: pytest.
         def fetch(self, file: str, start: int, stop: int) -> Iterator[bytes]:
             yield (model / file).read_bytes()[start:stop]
 
+        def seconds(self, size: int) -> float:
+            return 10.0
+
     module = ModuleType("another")
     monkeypatch.setattr(module, "find_repository", Files, raising=False)
     monkeypatch.setitem(sys.modules, "another", module)
@@ -186,7 +189,7 @@ def test_another_hub_is_a_module_and_a_line(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "another", None)
     refused = reshard("inspect", "an://org/model")
     assert refused.code == 1
-    assert "is read with another 1.0 or later, installed is none" in refused.err
+    assert "needs another>=1.0, which cannot be imported (installed is none; " in refused.err
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ A tensor is (dtype, shape, bytes). `build` writes a folder and returns every ten
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -49,7 +49,10 @@ def read_folder(folder: Path, pattern: str = "*.safetensors") -> dict[str, Raw]:
     return found
 
 
-def dense_only(tensors: dict[str, Raw]) -> dict[str, Raw]:
+_T = TypeVar("_T")
+
+
+def dense_only(tensors: dict[str, _T]) -> dict[str, _T]:
     """The DenseFFN tensors of the checkpoints made here: `mlp.{gate,up,down}_proj` directly below a layer."""
     return {n: t for n, t in tensors.items() if n.split(".")[3:4] == ["mlp"] and n.split(".")[4] in _ROLES}
 

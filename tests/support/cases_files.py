@@ -72,7 +72,12 @@ _HEADERS = [
     Case("header begins with a space", header_text(b" {}"), (FIRST, "object"), AGAIN),
     Case("header not UTF-8", header_text(b'{"\xff": 1}'), (FIRST, "UTF-8", "byte 2"), AGAIN),
     Case("header nested deep", header_text(b'{"a":' * 9000 + b"1" + b"}" * 9000), (FIRST, "nested"), AGAIN),
-    Case("header with a key twice", header_text(b'{"a": 1, "a": 2}'), (FIRST, "duplicate key 'a'"), "write it again"),
+    Case(
+        "header with a key twice",
+        header_text(b'{"a": 1, "a": 2}'),
+        (FIRST, "duplicate key 'a'"),
+        "write the file again",
+    ),
     Case("metadata not strings", header(lambda e: e.update(__metadata__={"a": 1})), (FIRST, "__metadata__"), AGAIN),
     Case("unknown dtype", entry(UP_WEIGHT, dtype="F7"), (FIRST, UP_WEIGHT, "'F7'", "BF16"), "known are"),
     Case("newline in a tensor's name", header(_named("a\nb\x1b[31m")), (FIRST, "a\\nb\\x1b[31m", "'F7'"), "known are"),

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from reshard.errors import AlignmentError, ManifestError, SchemeError
 from reshard.model.naming import shard_file
@@ -12,7 +11,7 @@ from tests.support.corrupt import (
     GATE,
     UP,
     Case,
-    edited_json,
+    edited_manifest,
     flipped,
     removed,
     replaced,
@@ -21,6 +20,7 @@ from tests.support.corrupt import (
     unharmed,
     written,
 )
+from tests.support.manifests import tensor
 
 RANK_1 = shard_file(1, 2)
 OTHER_VERSION = "use the reshard that wrote it|again"
@@ -30,12 +30,6 @@ def unequal_scales(folder: Path) -> None:
     """gate's input_scale is 2.0, up's 3.0, as BF16."""
     values = {GATE: b"\x00\x40", UP: b"\x40\x40"}
     tensors(lambda every: every.update({f"{m}.input_scale": ("BF16", (1,), v) for m, v in values.items()}))(folder)
-
-
-def _entry(manifest: dict[str, Any], name: str) -> dict[str, Any]:
-    """The entry of layer 0's tensor in a manifest's first shard."""
-    found: list[dict[str, Any]] = manifest["shards"][0]["tensors"]
-    return next(tensor for tensor in found if tensor["name"] == f"model.layers.0.mlp.{name}")
 
 
 _CUTS = [
@@ -88,35 +82,35 @@ _SETS = [
     Case("set with a changed shard", flipped(RANK_1, -1), (RANK_1, "BLAKE3", "manifest.json"), AGAIN),
     Case(
         "set of another version",
-        edited_json("manifest.json", lambda m: m.update(schema="denseffn-shards/3")),
+        edited_manifest(lambda m: m.update(schema="denseffn-shards/3")),
         ("manifest.json", "'denseffn-shards/3'", "'denseffn-shards/2'"),
         "use the reshard that wrote it",
         ManifestError,
     ),
     Case(
         "set with an unknown field",
-        edited_json("manifest.json", lambda m: m["shards"][1].update(colour="red")),
+        edited_manifest(lambda m: m["shards"][1].update(colour="red")),
         ("manifest.json", "shards.1.colour", "red"),
         OTHER_VERSION,
         ManifestError,
     ),
     Case(
         "set with an entry missing",
-        edited_json("manifest.json", lambda m: m["shards"].pop()),
+        edited_manifest(lambda m: m["shards"].pop()),
         ("manifest.json", "[0]", "0 to 1", "tp_size 2"),
         OTHER_VERSION,
         ManifestError,
     ),
     Case(
         "set of more ranks than numbers",
-        edited_json("manifest.json", lambda m: m.update(tp_size=2**70)),
+        edited_manifest(lambda m: m.update(tp_size=2**70)),
         ("manifest.json", "tp_size", str(2**70)),
         OTHER_VERSION,
         ManifestError,
     ),
     Case(
         "set with a shared value that no slice holds",
-        edited_json("manifest.json", lambda m: _entry(m, "gate_up_proj.input_scale").update(slices=[])),
+        edited_manifest(lambda m: tensor(m, 0, "gate_up_proj.input_scale").update(slices=[])),
         ("manifest.json", f"{UP}.input_scale"),
         OTHER_VERSION,
         ManifestError,
@@ -124,7 +118,7 @@ _SETS = [
     ),
     Case(
         "set with a slice of a dimension that is not there",
-        edited_json("manifest.json", lambda m: _entry(m, "gate_up_proj.deq_scale")["slices"][0].update(dim=1)),
+        edited_manifest(lambda m: tensor(m, 0, "gate_up_proj.deq_scale")["slices"][0].update(dim=1)),
         ("manifest.json", f"{GATE}.deq_scale"),
         OTHER_VERSION,
         ManifestError,

@@ -8,6 +8,7 @@ from typing import Any
 
 from reshard.errors import ReshardError, SourceError
 from tests.support.builders import Raw, Spec, read_folder, read_safetensors, write_safetensors
+from tests.support.manifests import Change, edit_manifest
 
 Damage = Callable[[Path], object]
 
@@ -48,6 +49,11 @@ def edited_json(file: str, change: Callable[[dict[str, Any]], object]) -> Damage
         (folder / file).write_text(json.dumps(value))
 
     return damage
+
+
+def edited_manifest(change: Change) -> Damage:
+    """A set's manifest, changed in place; its own digest is right."""
+    return lambda folder: edit_manifest(folder, change)
 
 
 def config(**changes: Any) -> Damage:

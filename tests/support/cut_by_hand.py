@@ -84,7 +84,7 @@ def expected_rank(dense: dict[str, Raw], tp: int, rank: int, share: int, layout:
 
 def check_set(folder: Path, dense: dict[str, Raw], tp: int, share: int, layout: str) -> None:
     shards = [f"denseffn-rank-{rank:05d}-of-{tp:05d}.safetensors" for rank in range(tp)]
-    assert sorted(path.name for path in folder.glob("*.safetensors")) == shards
+    assert sorted(path.name for path in folder.glob("denseffn-rank-*.safetensors")) == shards
     for rank, file in enumerate(shards):
         got, wanted = read_safetensors(folder / file), expected_rank(dense, tp, rank, share, layout)
         assert got.keys() == wanted.keys()

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def reshard_process(*arguments: object, before: str = "", **environment: str) ->
         capture_output=True,
         text=True,
         timeout=TIMEOUT_SECONDS,
-        env={**os.environ, **environment},
+        env={**os.environ, **(environment or {})},
         check=False,
     )
     return Done(done.returncode, done.stdout, done.stderr)
@@ -61,7 +62,7 @@ def interrupted(
     *arguments: object,
     by: signal.Signals = signal.SIGINT,
     line: bool = False,
-    **environment: str,
+    environment: Mapping[str, str] | None = None,
 ) -> Done:
     """The command line in a process of its own, which gets a Ctrl-C, or another signal, once the event is set.
 
@@ -72,7 +73,7 @@ def interrupted(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, **environment},
+        env={**os.environ, **(environment or {})},
     )
     try:
         assert once.wait(TIMEOUT_SECONDS), f"it has not come so far within {TIMEOUT_SECONDS} s"

@@ -1,6 +1,6 @@
 """Unsplit layers, what split results are compared with: Hugging Face transformers' own, a set's, verify's."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,17 +36,19 @@ class Counting(PairwiseCollectives):
         super().__init__(group)
         self._inner, self._calls = PairwiseCollectives(group), calls
 
-    def gather(self, rows_PW: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    def gather(
+        self, rows_PW: torch.Tensor, out: torch.Tensor | None = None, counts: Sequence[int] = ()
+    ) -> torch.Tensor:
         self._note("gather", rows_PW)
-        return self._inner.gather(rows_PW, out)
+        return self._inner.gather(rows_PW, out, counts)
 
     def reduce_scatter(self, partial_RPH: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         self._note("reduce_scatter", partial_RPH)
         return self._inner.reduce_scatter(partial_RPH, out)
 
-    def all_reduce(self, partial_PH: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, partial_PH: torch.Tensor, counts: Sequence[int] = ()) -> torch.Tensor:
         self._note("all_reduce", partial_PH)
-        return self._inner.all_reduce(partial_PH)
+        return self._inner.all_reduce(partial_PH, counts)
 
     def _note(self, name: str, rows: torch.Tensor) -> None:
         self._calls.append((name, tuple(rows.shape), rows.nbytes))

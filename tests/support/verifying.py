@@ -1,10 +1,8 @@
 """Shard sets, made and damaged, and what verify finds in them."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from reshard.checks.finding import Finding
 from reshard.manifest import parse_manifest
@@ -63,6 +61,11 @@ def made(tmp_path: Path, spec: Spec, cut: Cut) -> tuple[Path, Path]:
     return tmp_path / "source", split(tmp_path / "source", tmp_path / "shards", cut)
 
 
+def always(data: bytes) -> Callable[[bytes], bytes]:
+    """A change for `patch`: those bytes, whatever was there."""
+    return lambda before: data
+
+
 def patch(shards: Path, tp_rank: int, tp_size: int, name: str, change: Callable[[bytes], bytes]) -> None:
     """Other bytes for a tensor, in its place."""
     path = shards / shard_file(tp_rank, tp_size)
@@ -94,9 +97,3 @@ def read_all(folder: Path) -> dict[str, Raw]:
     for path in folder.glob("*.safetensors"):
         found |= read_safetensors(path)
     return found
-
-
-def edit_manifest(shards: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    manifest = json.loads((shards / MANIFEST).read_bytes())
-    change(manifest)
-    (shards / MANIFEST).write_text(json.dumps(manifest))

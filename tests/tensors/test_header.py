@@ -40,7 +40,7 @@ def contents(raw: bytes) -> Tensors:
 
 def their_contents(raw: bytes) -> Tensors:
     """safetensors' reading of it."""
-    found = safetensors.deserialize(raw)
+    found = safetensors.deserialize(raw)  # type: ignore[no-untyped-call]
     return {name: (info["dtype"], tuple(info["shape"]), bytes(info["data"])) for name, info in found}
 
 
@@ -133,7 +133,7 @@ def test_safetensors_reads_what_we_write(tensors: Tensors, metadata: dict[str, s
 
 
 def test_safe_open_reads_what_we_write(tmp_path: Path) -> None:
-    arrays = {
+    arrays: dict[str, np.ndarray[Any, Any]] = {
         "gate": np.arange(12, dtype=np.int8).reshape(3, 4),
         "scale": np.array([[0.5], [2.0]], np.float32),
         "bias": np.array([-7, 2**31 - 1], np.int32),
@@ -250,7 +250,7 @@ def test_mutations_reach_both_answers() -> None:
 
 @pytest.mark.parametrize("dtype", sorted(BITS))
 def test_each_dtype_has_the_width_that_safetensors_gives_it(dtype: str) -> None:
-    tensors = {"a": (dtype, (8,), bytes(BITS[dtype]))}
+    tensors: Tensors = {"a": (dtype, (8,), bytes(BITS[dtype]))}
     entries, data = placed(tensors)
     assert their_contents(encode_header(entries, {}, 1) + data) == tensors
 

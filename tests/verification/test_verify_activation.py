@@ -12,9 +12,10 @@ from reshard.plan.pipeline import Cut
 from reshard.source.open import describe, open_source
 from tests.support.activations import CASES, Case, checkpoint_of
 from tests.support.builders import Spec
+from tests.support.manifests import edit_manifest
 from tests.support.running import reshard
 from tests.support.unsplit import exact
-from tests.support.verifying import edit_manifest, made, split, verify
+from tests.support.verifying import made, split, verify
 
 HIDDEN, INTERMEDIATE = 256, 512
 by_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from reshard.convert.rules import COMPRESSED_TENSORS, MODELSLIM
+from reshard.convert.rules import MODELSLIM
 from reshard.model.activation import SILU, Activation
 from reshard.model.naming import shard_file
 from reshard.plan.pipeline import Cut
+from reshard.schemes.declare import COMPRESSED_TENSORS
 from reshard.source.open import describe, open_source
 from reshard.verification.layer import unsplit_layer
 from reshard.verification.reference import stored_linear

@@ -93,8 +93,12 @@ def _join(config: Any) -> None:
     # here is oneDNN's, which every processor has.
     int8_kernels.check_cpu_sgl_kernel = lambda *sizes: False
     parallel = config.parallel_config
-    layout = (parallel.data_parallel_size, parallel.pipeline_parallel_size, parallel.tensor_parallel_size)
-    layout += (config.model_config.is_moe,)  # which has a group for its experts
+    layout = (
+        parallel.data_parallel_size,
+        parallel.pipeline_parallel_size,
+        parallel.tensor_parallel_size,
+        config.model_config.is_moe,  # which has a group for its experts
+    )
     if _joined != [layout]:
         if _joined:
             destroy_model_parallel()
@@ -150,6 +154,7 @@ def _engine_with(limit: float | None, where: str) -> Iterator[None]:
     from vllm.model_executor.models import deepseek_v2
 
     def forward(mlp: Any, x: torch.Tensor) -> torch.Tensor:
+        assert limit is not None
         gate, up = mlp.gate_up_proj(x)[0].chunk(2, dim=-1)
         return mlp.down_proj(mlp.act_fn(torch.cat([gate.clamp(max=limit), up.clamp(-limit, limit)], dim=-1)))[0]
 

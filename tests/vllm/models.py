@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from tests.support.manifests import edit_manifest
+
 HIDDEN, INTERMEDIATE, EXPERT, VOCABULARY = 256, 512, 128, 512
 _HEADS, _NOPE, _ROPE, _V, _KV = 4, 128, 64, 128, 512
 _EXPERTS = 8
@@ -240,9 +242,11 @@ def write_llama(folder: Path, layers: int = 2) -> Path:
 def with_activation(shards: Path, folder: Path, activation: dict[str, Any] | None, first: int = 1) -> Path:
     """A copy of a set in `folder`, whose manifest says another activation from layer `first` on."""
     copied = Path(shutil.copytree(shards, folder / shards.name))
-    manifest = json.loads((copied / "manifest.json").read_text())
-    assert manifest["layers"][0]["activation"] == {"name": "silu", "limit": None}
-    for layer in manifest["layers"][first:]:
-        layer["activation"] = activation
-    (copied / "manifest.json").write_text(json.dumps(manifest))
+
+    def change(manifest: dict[str, Any]) -> None:
+        assert manifest["layers"][0]["activation"] == {"name": "silu", "limit": None}
+        for layer in manifest["layers"][first:]:
+            layer["activation"] = activation
+
+    edit_manifest(copied, change)
     return copied

@@ -66,7 +66,8 @@ def test_a_foreign_file_is_refused_and_untouched(tmp_path: Path, source: Path, n
 
 def test_a_foreign_file_beside_a_set(tmp_path: Path, finished: Path, source: Path, wanted: Files) -> None:
     (finished / "notes.txt").write_text("mine")
-    for options in ({"overwrite": True}, {"resume": True}):
+    each: list[dict[str, Any]] = [{"overwrite": True}, {"resume": True}]
+    for options in each:
         with pytest.raises(OutputError, match=r"holds notes\.txt, which is no part of a shard set"):
             split(source, finished, **options)
     assert snapshot(finished) == {**wanted, "notes.txt": b"mine"}
@@ -189,14 +190,14 @@ def test_a_source_that_fails_midway(
             raise SourceError(f"{file}: the disk is failing")
         read_rows(self, out, file, start, stride)
 
-    for out, options in ((tmp_path / "old", {"overwrite": True}), (tmp_path / "new", {})):
+    for out, overwrite in ((tmp_path / "old", True), (tmp_path / "new", False)):
         with open_source(str(source)) as opened:
             prepared = prepare(opened, Cut(4))
             seen.clear()
             with monkeypatch.context() as patch:
                 patch.setattr(FolderSource, "read_rows", failing)
                 with pytest.raises(SourceError, match="the disk is failing"):
-                    write_shards(prepared, out, SplitOptions(workers=workers, **options))
+                    write_shards(prepared, out, SplitOptions(workers=workers, overwrite=overwrite))
     assert snapshot(tmp_path / "old") == old
     there = snapshot(tmp_path / "new")
     assert all(there[name] == wanted[name] for name in there if name.endswith(".safetensors"))

@@ -191,7 +191,7 @@ def test_a_set_is_not_completed_while_its_ranks_are_written(
     out = tmp_path / "out"
     split(other, tmp_path / "elsewhere")
     split(source, out, ranks=(2, 3))
-    started = []
+    started: list[int] = []
 
     def meanwhile(nbytes: int) -> None:
         if not started:

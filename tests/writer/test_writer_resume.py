@@ -1,5 +1,6 @@
 """Going on with what is there: which shards are kept, who may write which ranks, and when a set is complete."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -76,6 +77,16 @@ def test_a_damaged_record_is_one_that_is_not_there(tmp_path: Path, source: Path,
     result = split(source, out, resume=True)
     assert (ranks_of(result.kept), ranks_of(result.written)) == ([2], [0, 1, 3])
     assert snapshot(out) == wanted
+
+
+def test_a_record_that_was_changed_by_hand_is_one_that_is_not_there(tmp_path: Path, source: Path) -> None:
+    out = tmp_path / "out"
+    split(source, out, ranks=(1, 2))
+    path = out / record(1)
+    digest = json.loads(path.read_text())["shard"]["tensors"][0]["blake3"].encode()
+    path.write_bytes(path.read_bytes().replace(digest, digest[::-1]))
+    result = split(source, out, ranks=(1, 2), resume=True)
+    assert (ranks_of(result.kept), ranks_of(result.written)) == ([2], [1])
 
 
 def test_a_damaged_shard_is_not_taken_into_a_set_of_ranks(tmp_path: Path, source: Path) -> None:

@@ -23,7 +23,7 @@ def kernels_for(device: torch.device) -> Kernels:
         try:
             from reshard_runtime.kernels.npu import NpuKernels
         except ImportError as error:
-            raise MissingDependencyError(_no_npu(str(device), error)) from error
+            raise _no_npu(str(device), error) from error
         return NpuKernels()
     raise UsageError(f"device {device}: there is a backend for cpu, cuda and npu only")
 
@@ -36,16 +36,14 @@ def device_of(device: str | torch.device) -> torch.device:
             import torch_npu  # noqa: F401 - torch knows the name only with it
         return torch.device(device)
     except ImportError as error:
-        raise MissingDependencyError(_no_npu(name, error)) from error
+        raise _no_npu(name, error) from error
     except (RuntimeError, ValueError, TypeError) as error:
         raise UsageError(f"device {name}: {str(error).splitlines()[0]}") from error
 
 
-def _no_npu(device: str, error: ImportError) -> str:
-    return (
-        f"device {device}: torch_npu cannot be imported ({error}); install the one that fits torch {torch.__version__} "
-        "and CANN: pip install 'reshard[npu]'"
-    )
+def _no_npu(device: str, error: ImportError) -> MissingDependencyError:
+    fits = f", in the version that fits torch {torch.__version__} and CANN"
+    return MissingDependencyError(f"device {device}", "torch_npu", error, fits)
 
 
 __all__ = ["Kernels", "device_of", "kernels_for"]

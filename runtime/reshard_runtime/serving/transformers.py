@@ -4,7 +4,6 @@
 their full weights. Shapes: H hidden_size, I intermediate_size.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from reshard.manifest import Manifest
 from reshard.model.naming import CONFIG
 from reshard.model.parts import DENSE_FFN
 from reshard.source.weights import INDEX_ENDING, SINGLE, TRANSFORMERS_KEY
+from reshard.strict_json import parse_object
 from reshard_runtime.ffn import DenseFFN
 from reshard_runtime.group import agreement
 from reshard_runtime.kernels import device_of
@@ -90,8 +90,8 @@ def _check_taken(folder: Path, manifest: Manifest, told: str | None) -> None:
     if taken in cut_from or not all((folder / name).is_file() for name in (taken, *cut_from)):
         return
     if taken.endswith(INDEX_ENDING):
-        weight_map = json.loads((folder / taken).read_bytes())["weight_map"]
-        if cut_from <= set(weight_map.values()):
+        weight_map = parse_object((folder / taken).read_bytes(), taken).get("weight_map")
+        if isinstance(weight_map, dict) and cut_from <= {file for file in weight_map.values() if isinstance(file, str)}:
             return
     other = f"take {TRANSFORMERS_KEY} out of {CONFIG}" if told else "move that file to another folder"
     raise ShardError(
@@ -106,7 +106,7 @@ def _load(path: str | Path, dtype: torch.dtype | None, shards: Path) -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise MissingDependencyError(f"transformers cannot be imported ({error}); pip install transformers") from error
+        raise MissingDependencyError("the model", "transformers", error) from error
     manifest, _ = read_manifest(shards)
     config = transformers.AutoConfig.from_pretrained(path)
     _check_taken(Path(path), manifest, getattr(config, TRANSFORMERS_KEY, None))

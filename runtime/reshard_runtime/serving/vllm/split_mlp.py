@@ -72,7 +72,7 @@ class SplitMLP(DeepseekV2MLP):
         packed = self.codec.pack(x_TH if own else x_TH.new_zeros(1, x_TH.shape[1]))  # kernels take none that is empty
         sent = rows.place("sent", packed, layout, 1)
         gathered = rows.result("gathered", layout, size, sent, sent.dtype)
-        gathered = group.meet(collectives.gather, sent, gathered)
+        gathered = group.meet(collectives.gather, sent, gathered, layout.counts)
         h = self.act_fn(self.codec.multiply(layout.drop_padding(gathered)))
         partial = layout.restore_padding(product(self.down_proj, h).to(reduce_dtype))
         partial = rows.place("partial", partial, layout, size)

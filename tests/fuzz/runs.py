@@ -1,0 +1,175 @@
+"""What is run over a damaged subject, and what must be true if it ends with 0."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tests.fuzz import loading, truth
+from tests.fuzz.subjects import TP, Made, copy
+
+HERE = "http://here/"
+"""Stands for the server's address, which is known when it runs."""
+Proof = Callable[[], bool]
+"""Called after exit code 0: True where something was written or loaded and is right. Raises AssertionError."""
+
+
+def nothing() -> bool:
+    """Nothing was written or loaded."""
+    return False
+
+
+@dataclass(frozen=True)
+class Run:
+    """A command line, or a call of load_shard; and the proof."""
+
+    arguments: tuple[str, ...]
+    proof: Proof = nothing
+    call: Callable[[], Any] | None = None
+
+    @property
+    def line(self) -> str:
+        """What to type."""
+        return " ".join(self.arguments)
+
+    @property
+    def form(self) -> str:
+        """What stdout carries."""
+        return self.arguments[self.arguments.index("--format") + 1] if "--format" in self.arguments else "human"
+
+    def at(self, place: str | None) -> "Run":
+        """With the server's address in its place."""
+        return replace(self, arguments=tuple(place if place and a == HERE else a for a in self.arguments))
+
+
+def _command(*arguments: object, proof: Proof = nothing) -> Run:
+    return Run(tuple(map(str, arguments)), proof)
+
+
+def _form(rng: random.Random, *forms: str) -> tuple[str, ...]:
+    form = rng.choice(["human", "json", *forms])
+    return () if form == "human" else ("--format", form)
+
+
+def of_set(rng: random.Random, made: Made, out: Path, folder: Path, weights_changed: bool = False) -> list[Run]:
+    """Every reader of a set. weights_changed: its bytes, which only digests tell."""
+    subject = made.subject
+    tp = rng.choice([1, 4] if subject.multiple == 1 else [1, 3])
+
+    def is_right() -> bool:
+        truth.check_cut(out, made.dense, TP, made.share, subject.layout)
+        truth.check_meaning(out, made.whole)
+        return True
+
+    def merged() -> bool:
+        side_files = {path.name: path.read_bytes() for path in out.glob("*.json") if (made.whole / path.name).exists()}
+        del side_files["manifest.json"]
+        truth.check_merged(folder / "merged", made.dense, side_files)
+        return True
+
+    def recut() -> bool:
+        truth.check_cut(folder / "recut", made.dense, tp, truth.share_of(made.dense, tp), "fused")
+        return True
+
+    again = folder / "again"
+
+    def gone_on() -> bool:
+        truth.check_cut(again, made.dense, TP, made.share, subject.layout)
+        return True
+
+    found = [
+        _command("inspect", out, *_form(rng)),
+        _command("check", out, "--against", made.source, *_form(rng, "junit", "github")),
+        _command("verify", out, "--quiet", *_form(rng), proof=is_right),
+        _command("verify", out, "--source", made.source, "--quiet", *_form(rng), proof=is_right),
+        _command("merge", out, folder / "merged", "--quiet", proof=merged),
+        _command("split", out, folder / "recut", "--tp", tp, "--quiet", proof=recut),
+        *(loading.loads(rng, made, out, weights_changed)),
+    ]
+    copied = _copied(out, again)
+    if copied:
+        way = rng.choice(["--resume", "--overwrite"])
+        found.append(_command("split", made.source, again, "--tp", TP, way, "--quiet", *subject.options, proof=gone_on))
+    return found
+
+
+def _copied(out: Path, again: Path) -> bool:
+    """A copy of a set that is about to be written into; what is no plain file there is not copied."""
+    if any(not path.is_file() or path.stat().st_size > 1 << 30 for path in out.iterdir()):
+        return False
+    copy(out, again)
+    return True
+
+
+def of_source(rng: random.Random, made: Made, source: Path, folder: Path) -> list[Run]:
+    """Every reader of a checkpoint."""
+    subject = made.subject
+    tp = rng.choice([TP, TP, 1])
+    options = subject.options
+    out, again = folder / "out", copy(made.unfinished, folder / "again")
+
+    def cut_into(place: Path, size: int) -> Proof:
+        def cut() -> bool:
+            dense = truth.dense_of(source)
+            share = truth.share_of(dense, size, subject.multiple)
+            truth.check_cut(place, dense, size, share, subject.layout)
+            return True
+
+        return cut
+
+    def same() -> bool:
+        assert truth.dense_of(source) == made.dense, "the source holds other weights than the set"
+        return True
+
+    found = [
+        _command("inspect", source, *_form(rng)),
+        _command("check", source, "--tp", f"{TP},4", *subject.pad, *_form(rng, "junit", "github")),
+        _command("split", source, out, "--tp", tp, "--quiet", *options, proof=cut_into(out, tp)),
+        _command("split", source, again, "--tp", TP, "--quiet", "--resume", *options, proof=cut_into(again, TP)),
+        _command("verify", made.whole, "--source", source, "--quiet", *_form(rng), proof=same),
+        _command("check", made.whole, "--against", source),
+    ]
+    if (source / "config.json").is_file():
+        found += [
+            _command("check", source / "config.json", "--tp", "2,4,8", *subject.pad, *_form(rng, "junit", "github")),
+            _command("estimate", "--config", source / "config.json", "--tp", "1,2", *subject.pad, *_form(rng)),
+        ]
+    return found
+
+
+def of_unfinished(rng: random.Random, made: Made, out: Path, folder: Path) -> list[Run]:
+    """Readers of an unfinished set, and the command that goes on with it."""
+
+    def gone_on() -> bool:
+        truth.check_cut(out, made.dense, TP, made.share, made.subject.layout)
+        return True
+
+    return [
+        _command("inspect", out),
+        _command("check", out, *_form(rng, "junit", "github")),
+        _command("verify", out, "--quiet"),
+        *loading.loads(rng, made, out, weights_changed=True),
+        _command("split", made.source, out, "--tp", TP, "--quiet", "--resume", *made.subject.options, proof=gone_on),
+    ]
+
+
+def of_address(address: str, rng: random.Random, made: Made, folder: Path) -> list[Run]:
+    """Readers of what is not on this host."""
+    options = made.subject.options
+    out, again = folder / "out", copy(made.unfinished, folder / "again")
+
+    def cut_into(place: Path) -> Proof:
+        def cut() -> bool:
+            truth.check_cut(place, made.dense, TP, made.share, made.subject.layout)
+            return True
+
+        return cut
+
+    return [
+        _command("inspect", address, *_form(rng)),
+        _command("check", address, "--tp", TP, *made.subject.pad, *_form(rng, "junit", "github")),
+        _command("split", address, out, "--tp", TP, "--quiet", *options, proof=cut_into(out)),
+        _command("split", address, again, "--tp", TP, "--quiet", "--resume", *options, proof=cut_into(again)),
+        _command("verify", made.whole, "--source", address, "--quiet", *_form(rng), proof=lambda: True),
+    ]

@@ -23,7 +23,7 @@ WRAPPERS: dict[tuple[str, ...], str] = {
 def language_levels(config: Mapping[str, Any]) -> tuple[tuple[str, Mapping[str, Any]], ...]:
     """(key, config) of every level that may speak of the language model: the top, whose key is empty, and WRAPPERS'.
 
-    A nested key is spelt with dots: "thinker_config.text_config". Raises SourceError where one is none that a model has.
+    A nested key is spelt with dots: "thinker_config.text_config". Raises SourceError for too many keys.
     """
     found: list[tuple[str, Mapping[str, Any]]] = [(_TOP, config)]
     for path in WRAPPERS:

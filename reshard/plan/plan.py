@@ -164,18 +164,26 @@ def _padding(checkpoint: Checkpoint, tp_size: int, layout: str, pad: bool) -> Pa
     if pad:
         share = -(-size // (tp_size * multiple)) * multiple
         return Padding(padded=share * tp_size, multiple=multiple)
-    first = part.roles[0]
-    name = f"{checkpoint.layers[0].module}.{first.name}.weight"
+    layer, role = next(
+        (
+            (layer, role)
+            for layer in checkpoint.layers
+            for role in part.roles
+            if (block := layer.linears[role.name].scale_block) and size % (tp_size * block[role.parallel.value])
+        ),
+        (checkpoint.layers[0], part.roles[0]),
+    )
+    name, dim = f"{layer.module}.{role.name}.weight", role.parallel.value
     sizes = working_sizes(size, multiple)
     shown = ", ".join(map(str, sizes[:_SHOWN_SIZES])) + (", …" if len(sizes) > _SHOWN_SIZES else "")
     use = f"use a tp of {shown}; or --pad" if sizes else "use --pad"
-    dim = first.parallel.value
     if multiple == 1:
         raise AlignmentError(f"{name}: dim {dim} = {size} is not divisible by tp {tp_size}; {use} to add zero rows")
     unscaled = ", or --weights bf16" if size % tp_size == 0 else ""
+    unit = ("row", "column")[dim]
     raise AlignmentError(
-        f"{name}: dim {dim} = {size} over tp {tp_size} gives {size / tp_size:g} rows, not a multiple of the "
-        f"{multiple}-row scale block; {use} to add zero rows{unscaled}"
+        f"{name}: dim {dim} = {size} over tp {tp_size} gives {size / tp_size:g} {unit}s, not a multiple of the "
+        f"{multiple}-{unit} scale block; {use} to add zero {unit}s{unscaled}"
     )
 
 

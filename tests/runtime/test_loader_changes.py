@@ -39,7 +39,7 @@ def states(tmp_path_factory: pytest.TempPathFactory) -> list[State]:
     links: dict[tuple[int, int], Path] = {}
 
     def look() -> None:
-        state = []
+        state: list[Path | None] = []
         for name in (MANIFEST, shard_file(1, 2)):
             try:
                 status = (out / name).stat()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         BusyError,
         GroupError,
         HeaderError,
+        HostError,
         LayersError,
         ManifestError,
         MismatchError,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         SourceError,
         SpaceError,
         TokensError,
+        UnforeseenError,
         UsageError,
     )
     from reshard.manifest import Manifest
@@ -39,6 +41,7 @@ __all__ = [
     "BusyError",
     "GroupError",
     "HeaderError",
+    "HostError",
     "LayersError",
     "Manifest",
     "ManifestError",
@@ -53,6 +56,7 @@ __all__ = [
     "SourceError",
     "SpaceError",
     "TokensError",
+    "UnforeseenError",
     "UsageError",
     "check",
     "merge",

@@ -16,10 +16,13 @@ ReshardError                    1   something the user can mend; one line, no tr
 ├── ShardError                  1   a shard that is not what its manifest says, or not this rank's
 ├── GroupError                  1   a group that does not fit its shards, or whose ranks disagree
 ├── TokensError                 1   tokens, or counts of them, that a layer cannot take
+├── HostError                   1   the host refuses: a path, memory
+├── UnforeseenError             1   an exception that nothing expects: worth a report
 ├── UsageError                  2   options that contradict each other
 └── MismatchError               3   a check found a difference
 """
 
+import os
 import shlex
 
 from reshard.safe_text import safe_line
@@ -105,6 +108,14 @@ class TokensError(ReshardError):
     """Tokens, or counts of them, that a layer cannot take."""
 
 
+class HostError(ReshardError):
+    """The host refuses: a path, memory."""
+
+
+class UnforeseenError(ReshardError):
+    """An exception that nothing expects: worth a report."""
+
+
 class UsageError(ReshardError):
     """Options that contradict each other."""
 
@@ -115,3 +126,22 @@ class MismatchError(ReshardError):
     """A check found a difference."""
 
     exit_code = 3
+
+
+def as_reshard_error(error: BaseException) -> ReshardError:
+    """Any exception as one whose message is a line for people; the exception itself is its cause."""
+    if isinstance(error, ReshardError):
+        return error
+    found: ReshardError
+    if isinstance(error, OSError) and error.strerror:
+        paths = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+        found = HostError(f"{' -> '.join(paths) or type(error).__name__}: {error.strerror}; see to it and start again")
+    elif isinstance(error, MemoryError):
+        found = HostError(f"not enough memory ({str(error) or 'no more is given'}); free some, or use another host")
+    else:
+        text = " ".join(str(error).split())
+        found = UnforeseenError(
+            f"unforeseen: {type(error).__name__}{text and ': '}{text}; run again with --debug, and report what it shows"
+        )
+    found.__cause__ = error
+    return found

@@ -21,11 +21,23 @@ JSON_NUMBER = 300
 # safetensors headers
 HEADER_BYTES = 100_000_000
 """The format's own limit."""
+NAME_CHARACTERS = 500
+"""Of a tensor's name. Published checkpoints have up to 120; some patterns take the square of it."""
 MAX_BYTES = 2**63 - 1
 """Of a tensor, a dimension, an offset: what file systems and other readers count with."""
 
 TOML_BYTES = MIB
 """Of a device profile: they have 2 KB."""
+
+# Regular expressions in configs
+PATTERN_CHARACTERS = 1_000
+"""Of one. Published ones have up to 100."""
+PATTERN_PARTS = 2_000
+"""Characters, classes, groups of one, with all that counted repeats stand for."""
+PATTERN_DEPTH = 50
+"""Groups within groups; Python's parser and the matcher recurse."""
+MATCHING_SECONDS = 10
+"""Of a processor, for all names and patterns that one section lists. The longest published lists take 0.5 s."""
 
 # What comes over a network
 LISTING_BYTES = 16 * MIB

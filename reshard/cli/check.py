@@ -79,15 +79,15 @@ def _report(output: Output, target: str, is_config: bool, request: "Request") ->
     from reshard.checks.finding import Finding
     from reshard.checks.report import Report
     from reshard.checks.run import check_config, check_source
-    from reshard.errors import ReshardError, SourceError, UsageError
+    from reshard.errors import SourceError, UsageError, as_reshard_error
     from reshard.source.address import shown
 
     try:
         report = check_config(target, request) if is_config else check_source(target, request, output.warn)
     except UsageError:
         raise
-    except ReshardError as error:
-        message = output.error(error, of=shown(target))
+    except Exception as error:
+        message = output.error(as_reshard_error(error), of=shown(target))
         return Report(shown(target), None, (Finding("input", "", message),), target if is_config else None)
     for finding in report.findings:
         if finding.check == "input":

@@ -1,7 +1,6 @@
 """The `reshard` program."""
 
 import gc
-import io
 import signal
 import sys
 from types import FrameType
@@ -16,8 +15,10 @@ from reshard.cli.inspect import inspect
 from reshard.cli.merge import merge
 from reshard.cli.schema import schema
 from reshard.cli.split import split
+from reshard.cli.streams import open_streams, say, show_traceback
 from reshard.cli.synth import synth
 from reshard.cli.verify import verify
+from reshard.errors import as_reshard_error
 
 app = typer.Typer(
     name="reshard",
@@ -58,9 +59,19 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 def main() -> None:
     """The console script."""
+    open_streams()
     signal.signal(signal.SIGTERM, _terminate)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the locale cannot write, as stderr shows it
-        sys.stdout.reconfigure(errors="backslashreplace")
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which nohup wants
+        signal.signal(signal.SIGHUP, _terminate)
     # The 91,000 entries of R1's headers hold no cycles; looking for some takes a sixth of `inspect`.
     gc.disable()
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:
+        say("interrupted")
+        sys.exit(130)
+    except Exception as error:  # what no command's own boundary has: options, --help
+        if "--debug" in sys.argv:
+            show_traceback(error)
+        say(f"error: {as_reshard_error(error)}")
+        sys.exit(1)

@@ -2,10 +2,8 @@
 
 import contextlib
 import json
-import os
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +13,8 @@ import typer
 if TYPE_CHECKING:
     from rich.text import Text
 
-from reshard.errors import OutputError, ReshardError
+from reshard.cli.streams import SafeLines, say, show_traceback, terminal, written
+from reshard.errors import OutputError, ReshardError, as_reshard_error
 from reshard.safe_text import redacted, safe_line
 
 _INTERRUPTED = 130
@@ -49,15 +48,11 @@ class Output:
 
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
-        """An expected error becomes one line on stderr and its exit code; with json a document on stdout too."""
+        """An error becomes one line on stderr and its exit code; with json a document on stdout too."""
         try:
             yield
-        except ReshardError as error:
-            message = self.error(error)
-            if self.is_json:
-                with contextlib.suppress(OutputError):  # stdout itself may be what failed
-                    self.json({"error": {"kind": type(error).__name__, "message": message}})
-            raise typer.Exit(error.exit_code) from None
+        except typer.Exit:
+            raise
         except KeyboardInterrupt:
             say(f"{self._who}interrupted")
             raise typer.Exit(_INTERRUPTED) from None
@@ -68,15 +63,21 @@ class Output:
                     "are kept: run the same command with --resume"
                 )
             raise
+        except BaseException as raised:
+            error = as_reshard_error(raised)
+            message = self.error(error)
+            if self.is_json:
+                with contextlib.suppress(OutputError):  # stdout itself may be what failed
+                    self.json({"error": {"kind": type(error).__name__, "message": message}})
+            raise typer.Exit(error.exit_code) from None
 
     def error(self, error: ReshardError, of: str = "") -> str:
-        """An expected error's line on stderr, which is returned; with --debug its traceback before it.
+        """An error's line on stderr, which is returned; with --debug its traceback before it.
 
         of: which of several inputs it is about; the line names it.
         """
         if self._debug:
-            for line in "".join(traceback.format_exception(error)).splitlines():
-                say(line)
+            show_traceback(error)
         message = " ".join(str(error).split())
         about = f"{of}: " if of and safe_line(of) not in message else ""
         say(f"error: {self._who}{about}{message}")
@@ -104,7 +105,7 @@ class Output:
     def escaped(self, text: str) -> None:
         """Lines of data in which other people's text is made safe already, by the rules of their form."""
         if self._speaks:
-            with _stdout():
+            with written():
                 print(text)  # noqa: T201
 
     def warn(self, line: str) -> None:
@@ -126,21 +127,20 @@ class Output:
             lines.finish()
 
 
-def say(line: str) -> None:
-    """A line on stderr, made safe to show."""
-    print(safe_line(line), file=sys.stderr)  # noqa: T201
-
-
 def _show(part: "Table | Text") -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table as Grid
     from rich.text import Text
 
+    class Stdout(Console):
+        def on_broken_pipe(self) -> None:  # rich's own ends the program
+            raise
+
     # Without a height rich makes a terminal that is called dumb 80 columns wide.
-    console = Console(width=_WHOLE, height=1, highlight=False)
+    console = Stdout(width=_WHOLE, height=1, highlight=False)
     if not isinstance(part, Table):
-        with _stdout():
+        with written():
             console.print(part)
         return
     grid = Grid(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
@@ -148,21 +148,8 @@ def _show(part: "Table | Text") -> None:
         grid.add_column(title.lstrip(">"), justify="right" if title.startswith(">") else "left", no_wrap=True)
     for row in part.rows:
         grid.add_row(*(Text(safe_line(cell)) for cell in row))  # a str would be read as rich's markup
-    with _stdout():
+    with written():
         console.print(grid)
-
-
-@contextlib.contextmanager
-def _stdout() -> Iterator[None]:
-    """What is printed inside is written, or the command fails; a reader that has gone (`| head`) just ends it."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again when it ends
-        raise OutputError(f"stdout: {error.strerror}: what was to be written there is lost") from error
 
 
 @contextlib.contextmanager
@@ -177,7 +164,10 @@ def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with (
+        Progress(*columns, console=Console(file=terminal()), transient=True) as bar,
+        contextlib.redirect_stderr(SafeLines(sys.stderr)),  # rich's, which writes above the bar
+    ):
         task = bar.add_task(what, total=total)
         yield lambda nbytes: bar.update(task, advance=nbytes)
 

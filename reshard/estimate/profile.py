@@ -12,6 +12,7 @@ import reshard
 from reshard.errors import ProfileError, UsageError
 from reshard.limits import TOML_BYTES
 from reshard.regular import read_whole, unreadable
+from reshard.tensors.tiles import LAST_DIM_LIMIT
 
 GIB, MIB = 1 << 30, 1 << 20
 LOCAL = "local"
@@ -91,7 +92,7 @@ class Tiles(_Strict):
 
     bf16_tile: Annotated[list[_Count], Field(min_length=2, max_length=2)]
     int8_tile: Annotated[list[_Count], Field(min_length=2, max_length=2)]
-    last_dim_limit: _Count | None = None
+    last_dim_limit: _Count = LAST_DIM_LIMIT
 
 
 class Profile(_Strict):

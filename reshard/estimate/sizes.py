@@ -182,7 +182,7 @@ def alignment(tiles: Tiles | None, splits: Sequence[Split]) -> Alignment:
         is_float = way is Arithmetic.FLOAT
         number, tile = ("BF16", tiles.bf16_tile) if is_float else ("INT8", tiles.int8_tile)
         padding += tile_faults(module, share, hidden, tile, number)
-        if not is_float and tiles.last_dim_limit is not None:
+        if not is_float:
             too_wide += limit_faults(module, share, hidden, tiles.last_dim_limit)
     return Alignment(not padding, blocks, bool(too_wide), (*dict.fromkeys(padding), *too_wide[:1]))
 

@@ -46,8 +46,9 @@ def declared_by_groups(section: Section, module: str) -> QuantSpec:
     if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
         raise section.error("config_groups", "is not an object of groups")
     targets = {name: _targets(section, name, group) for name, group in groups.items()}
+    own = names_of(module)
     ranks: tuple[Callable[[list[str]], bool], ...] = (
-        lambda entries: any(name in entries for name in names_of(module)),
+        lambda entries: any(entry in own for entry in section.timed(entries)),
         lambda entries: mentions(pattern_only, entries, module, section),
         lambda entries: "Linear" in entries,
     )
@@ -72,7 +73,7 @@ def _targets(section: Section, name: str, group: _Args) -> list[str]:
 
 def _made(section: Section, name: str, arguments: _Args) -> tuple[str, tuple[int, int] | None]:
     """(kind, scale block) of a group's arguments; a kind that is not split is spelt out, to be refused by that name."""
-    group = Section(section.file, section.at(f"config_groups.{name}"), arguments)
+    group = section.below(f"config_groups.{name}", arguments)
     weights, inputs, outputs = map(group.objects, ("weights", "input_activations", "output_activations"))
     strategy, dynamic = str(weights.get("strategy")), inputs.get("dynamic")
     plain = weights.get("symmetric") and not weights.get("dynamic") and not outputs
@@ -80,7 +81,7 @@ def _made(section: Section, name: str, arguments: _Args) -> tuple[str, tuple[int
     if plain and alike and isinstance(dynamic, bool) and _INPUTS.get((strategy, dynamic)) == inputs.get("strategy"):
         block = None
         if strategy == "block":
-            block = Section(section.file, group.at("weights"), weights).block("block_structure")
+            block = group.below("weights", weights).block("block_structure")
         zero_points = "" if _symmetric(inputs) else " asymmetric"
         how = "dynamic" if dynamic else "static"
         kind = kind_said(f"compressed-tensors {_number(weights)} {strategy} {how}{zero_points}")

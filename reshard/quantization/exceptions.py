@@ -48,7 +48,7 @@ def gptq(section: Section, module: str) -> str | None:
         return None
     if isinstance(groups, list) and all(isinstance(group, list) for group in groups):
         groups = [name for group in groups for name in group]
-    quantized = Section(section.file, section.path, {key: groups}).names(key)
+    quantized = section.below("", {key: groups}).names(key)
     return None if any(name in module for name in quantized) else key
 
 

@@ -5,13 +5,17 @@ An entry that begins with `re:` is a regular expression from the name's start, i
 
 import fnmatch
 import re
+import reprlib
 from collections.abc import Callable
-from functools import cache
 
+from reshard import limits
 from reshard.errors import SourceError
 from reshard.model.naming import PREFIX, WRAPPED, parse_layer
 from reshard.model.parts import DENSE_FFN
+from reshard.quantization.patterns import PatternError, compiled
 from reshard.quantization.section import Section
+
+_NAME = re.compile(r"[\w.-]+")  # most entries are names: some lists have each module of a model
 
 Match = Callable[[str, str], bool]
 """(entry, module's name) -> whether the entry means the module"""
@@ -33,7 +37,17 @@ def exact(entry: str, module: str) -> bool:
 
 def at_boundary(entry: str, module: str) -> bool:
     """As transformers' should_convert_module: a pattern from the start to a dot or the end, or the name's end."""
-    return module.endswith(entry) or _compiled(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))").match(module) is not None
+    if module.endswith(entry):
+        return True
+    if _NAME.fullmatch(entry) is None:
+        return compiled(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))")(module)
+    at = 0
+    for part in entry.split("."):  # a dot is any character
+        if not module.startswith(part, at):
+            return False
+        at += len(part) + 1
+    end = len(entry)
+    return module[end - 1 : end] == "." or module[end : end + 1] in {"", "."}
 
 
 def contained(entry: str, module: str) -> bool:
@@ -64,21 +78,19 @@ def mentions(match: Match, entries: list[str], module: str, section: Section) ->
     parent, _, role = module.rpartition(".")
     stack = DENSE_FFN.stack(role)
     names, stacked = names_of(module), names_of(f"{parent}.{stack}") if stack else ()
-    for entry in entries:
+    for entry in section.timed(entries):
         try:
+            if len(entry) > limits.PATTERN_CHARACTERS:
+                raise PatternError(f"{len(entry)} characters, up to {limits.PATTERN_CHARACTERS} are read")
             if any(_means(match, entry, name) for name in (*names, *(stacked if stack and stack in entry else ()))):
                 return True
-        except (re.error, OverflowError, RecursionError) as error:
-            raise SourceError(f"{section.file}: {section.path}: {entry!r} is not a pattern: {error}") from error
+        except (PatternError, re.error) as error:
+            what = reprlib.repr(entry)
+            raise SourceError(f"{section.file}: {section.path}: {what} is not a pattern: {error}") from error
     return False
 
 
 def _means(match: Match, entry: str, name: str) -> bool:
     if entry.startswith("re:"):
-        return _compiled(entry[3:]).match(name) is not None
+        return compiled(entry[3:])(name)
     return match(entry, name)
-
-
-@cache  # some lists name each module of a model, and each is asked for each linear
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(pattern)

@@ -1,22 +1,47 @@
 """A quantization_config as config.json has it: its values, and how to speak of them."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
+from reshard import limits
 from reshard.errors import SourceError
 
 _SIZES = re.compile(r"[1-9][0-9]{0,5}x[1-9][0-9]{0,5}")
 
 
+_T = TypeVar("_T")
+
+
 @dataclass(frozen=True)
 class Section:
-    """`values` stand in `file`, under `path` (such as text_config.quantization_config; empty: the file itself)."""
+    """`values` stand in `file`, under `path` (such as text_config.quantization_config; empty: the file itself).
+
+    spent: the time that its lists took so far, in seconds of a processor.
+    """
 
     file: str
     path: str
     values: Mapping[str, Any]
+    spent: list[float] = field(default_factory=lambda: [0.0], compare=False, repr=False)
+
+    def below(self, key: str, values: Mapping[str, Any]) -> "Section":
+        """A section within, or one in its place where the key is empty."""
+        return Section(self.file, self.at(key) if key else self.path, values, self.spent)
+
+    def timed(self, entries: Iterable[_T]) -> Iterator[_T]:
+        """Entries that are compared with a name. Raises SourceError where all those so far took too long."""
+        before, started = self.spent[0], time.thread_time()
+        for entry in entries:
+            yield entry
+            self.spent[0] = before + time.thread_time() - started
+            if self.spent[0] > limits.MATCHING_SECONDS:
+                raise SourceError(
+                    f"{self.file}: {self.path}: its lists of names and patterns take longer than "
+                    f"{limits.MATCHING_SECONDS} s; make them shorter"
+                )
 
     def at(self, key: str) -> str:
         """A key's place in the file."""

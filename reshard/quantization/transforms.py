@@ -94,7 +94,7 @@ def _check_section(section: Section, mlps: Collection[str]) -> set[str]:
         if not isinstance(applied, list) or not all(isinstance(one, dict) for one in applied):
             raise section.error(f"{_CONFIG}.config_groups.{name}", "has no list of places where it applies")
         for one in applied:
-            place = Section(section.file, section.at(f"{_CONFIG}.config_groups.{name}"), one)
+            place = section.below(f"{_CONFIG}.config_groups.{name}", one)
             location = str(one.get("location"))
             if location in _ELSEWHERE:
                 continue
@@ -109,7 +109,7 @@ def _check_section(section: Section, mlps: Collection[str]) -> set[str]:
 def _targets(place: Section, module: str) -> bool:
     """Whether it applies to the module. A class that is not known to stand outside of an MLP may be one inside."""
     lists = {key: [value] if isinstance(value, str) else value for key, value in place.values.items()}
-    place = Section(place.file, place.path, lists)
+    place = place.below("", lists)
     ignored = mentions(_is_named, place.names("ignore"), module, place)
     return not ignored and mentions(_may_be, place.names("targets"), module, place)
 

@@ -60,6 +60,9 @@ def choose(source: Source) -> Choice:
             f"{source.origin.name}: {named(ranks[0])}: already cut per rank, by {ranks[1]}; give the original "
             "checkpoint, from which they were made"
         )
+    for name in choice.files:
+        if "\\" in name or name != name.encode("utf-8", "replace").decode():
+            raise SourceError(f"{name}: no manifest can hold this name, of a backslash or no UTF-8; rename the file")
     # An index says that what it does not name is left aside; of an adapter that is worth a word all the same.
     worth = {_ADAPTER} if choice.index else {_ADAPTER, _NATIVE}
     others = sorted(name for name in source.files() if name.endswith(WEIGHTS_ENDING) and name not in choice.files)

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,9 +28,14 @@ State = tuple[Path | None, Path | None]
 
 
 @pytest.fixture(scope="module")
-def states(tmp_path_factory: pytest.TempPathFactory) -> list[State]:
-    """A set in every state that a reader can meet while another replaces it, and then the first one again."""
-    folder = tmp_path_factory.mktemp("states")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With two models, and `set`."""
+    return tmp_path_factory.mktemp("states")
+
+
+@pytest.fixture(scope="module")
+def states(folder: Path) -> list[State]:
+    """The set in every state that a reader can meet while another replaces it, and then the first one again."""
     out, kept = folder / "set", folder / "kept"
     kept.mkdir()
     for name, seed in (("model", 0), ("another", 1)):
@@ -87,7 +93,7 @@ def test_the_writer_has_no_manifest_beside_another_set_s_shard(states: list[Stat
 
 
 def put(state: State, folder: Path) -> None:
-    """Let the names lead there."""
+    """Let the names lead there. The files beside them are the same in all sets."""
     for name, file in zip((MANIFEST, shard_file(1, 2)), state, strict=True):
         (folder / name).unlink(missing_ok=True)
         if file is not None:
@@ -95,7 +101,7 @@ def put(state: State, folder: Path) -> None:
 
 
 def test_a_shard_is_never_taken_under_another_set_s_manifest(
-    states: list[State], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    states: list[State], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every order in which a load can meet the writer: when it reads the manifest, the shard, and looks again."""
     read_manifest, difference = loader.read_manifest, Opened.difference
@@ -114,6 +120,8 @@ def test_a_shard_is_never_taken_under_another_set_s_manifest(
     monkeypatch.setattr(loader, "read_manifest", read_then)
     monkeypatch.setattr(Opened, "difference", look_then)
     loaded, said = [], set()
+    for file in (folder / "set").glob("*.json"):
+        shutil.copy(file, tmp_path)
     for steps in itertools.combinations_with_replacement(range(len(states)), 3):
         first, *others = (states[step] for step in steps)
         put(first, tmp_path)

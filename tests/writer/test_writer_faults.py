@@ -256,7 +256,10 @@ def signal_at(arguments: list[str], out: Path, moment: str, number: signal.Signa
 @pytest.mark.parametrize(
     ("number", "status", "moment"),
     [(signal.SIGKILL, -9, moment) for moment in MOMENTS]
-    + [(signal.SIGTERM, 143, "the first temporary file"), (signal.SIGINT, 130, "the first temporary file")],
+    + [
+        (number, status, "the first temporary file")
+        for number, status in ((signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130))
+    ],
 )
 def test_the_command_is_killed(
     tmp_path: Path, large: tuple[Path, Files], number: signal.Signals, status: int, moment: str

@@ -206,7 +206,8 @@ class StagedSource(Source):
                 for chunk in watched(fetch, self._remote.seconds(end - at)):
                     self._backoff.check()
                     if len(chunk) > end - at:
-                        raise SourceError(f"{file}: the answer is longer than the {end - before} bytes asked for")
+                        longer = f"the answer is longer than the {end - before} bytes asked for"
+                        raise SourceError(f"{self.origin.name}: {file}: {longer}")
                     put(at, chunk)
                     at += len(chunk)
                 if at < end:

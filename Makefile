@@ -14,6 +14,9 @@ READY := $(VENV)/.ready
 NPU_VENV := .venv-npu
 NPU_READY := $(NPU_VENV)/.ready
 
+LOWEST_VENV := .venv-lowest
+LOWEST_READY := $(LOWEST_VENV)/.ready
+
 # The engine of demo-vllm and bench; VLLM=0.27.1 makes an environment of that version's beside it.
 VLLM_DEFAULT := 0.32.0
 VLLM ?= $(VLLM_DEFAULT)
@@ -33,7 +36,7 @@ WORKERS ?= auto
 # torch_npu wants CANN's libraries; empty ones in their names let it be imported (tests/npu/stubs.py).
 WITHOUT_CANN = LD_LIBRARY_PATH="$(CURDIR)/$(1)/stubs" TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(1)/bin/python
 
-.PHONY: help setup setup-vllm setup-ascend demo demo-vllm test test-npu test-vllm test-ascend fuzz lint format bench release-check clean
+.PHONY: help setup setup-vllm setup-ascend demo demo-vllm test test-lowest test-npu test-vllm test-ascend fuzz lint format bench release-check clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -60,6 +63,19 @@ $(NPU_READY): pyproject.toml Makefile tests/npu/stubs.py
 	$(PIP) install $(TORCH)
 	$(PIP) install --editable '.[dev-npu]'
 	$(NPU_VENV)/bin/python tests/npu/stubs.py $(NPU_VENV)/stubs
+	@touch $@
+
+test-lowest: $(LOWEST_READY) ## the commands and the writer with the lowest versions that pyproject.toml allows
+	$(LOWEST_VENV)/bin/python -m pytest -W "ignore:'click:DeprecationWarning" tests/cli tests/writer tests/project $(ARGS)
+
+# huggingface_hub has no lowest version there, but one that reads from the Hub (reshard/source/address.py).
+$(LOWEST_READY): pyproject.toml Makefile
+	$(PYTHON) -m venv $(LOWEST_VENV)
+	sed -n 's/^  "\(.*\)>=\(.*\)",$$/\1==\2/p' pyproject.toml > $(LOWEST_VENV)/lowest.txt
+	echo huggingface_hub==1.31.0 >> $(LOWEST_VENV)/lowest.txt
+	$(PIP) install --requirement $(LOWEST_VENV)/lowest.txt $(TORCH) 's3fs<=2024.6.0' \
+	  hypothesis jsonschema 'moto[server]' pytest==9.2.0 PyYAML transformers xmlschema
+	$(PIP) install --no-deps --editable .
 	@touch $@
 
 setup-vllm: $(VLLM_READY) ## make .venv-vllm with vLLM's CPU build, for test-vllm and bench; VLLM=0.27.1 has its own
@@ -119,4 +135,4 @@ release-check: ## build the distributions, and use the wheel in a fresh environm
 	@bash scripts/release_check.sh $(PYTHON)
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) $(NPU_VENV) .venv-vllm .venv-vllm-* .venv-ascend .venv-ascend-* demo demo-vllm dist .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(NPU_VENV) $(LOWEST_VENV) .venv-vllm .venv-vllm-* .venv-ascend .venv-ascend-* demo demo-vllm dist .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -19,12 +19,13 @@ from reshard.checks.finding import Finding
 from reshard.checks.report import Device, Report, Request, Serving
 from reshard.checks.run import check_config, check_source
 from reshard.convert import Weights
-from reshard.errors import UsageError
+from reshard.errors import ReshardError, UsageError
 from reshard.manifest import Manifest
-from reshard.model.naming import CONFIG
+from reshard.model.naming import CONFIG, MANIFEST
 from reshard.plan.pipeline import Cut, check_set_digests, prepare
 from reshard.safe_text import safe_line
 from reshard.source.address import parse_local_target
+from reshard.source.base import Source
 from reshard.source.open import describe, open_source
 from reshard.source.shardset import read_manifest_only, read_shard_set, require_shard_set
 from reshard.verification.compute import LayerResult, compare_computation
@@ -128,7 +129,10 @@ def verify(
         nbytes = sum(shard.size for shard in manifest.shards)
         with progress("digests", nbytes) as tick:
             found = verify_digests(opened, manifest, DEFAULT_WORKERS, tick)
-        comparable = source is not None and not any(finding.check in {"file", "size", "header"} for finding in found)
+        readable = not any(finding.check in {"file", "size", "header"} for finding in found)
+        if readable:
+            found += _as_recomputed(opened)
+        comparable = source is not None and readable
         if source is not None and comparable:
             with open_source(os.fspath(source), revision, index=index, notify=warn) as original:
                 checkpoint = describe(original, scheme)
@@ -148,6 +152,14 @@ def verify(
     # Bytes are what counts: the same weights in other files are no mismatch, and still worth a word.
     findings, notes = (tuple(f for f in found if f.severity == severity) for severity in ("error", "warning"))
     return Verification(manifest, findings, notes, comparable, tuple(layers))
+
+
+def _as_recomputed(opened: Source) -> Iterator[Finding]:
+    """What the manifest says that is not what it must be."""
+    try:
+        read_shard_set(opened)
+    except ReshardError as error:
+        yield Finding("manifest", MANIFEST, str(error).removeprefix(f"{MANIFEST}: "))
 
 
 @dataclass(frozen=True)

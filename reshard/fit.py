@@ -5,9 +5,9 @@ from typing import Literal, NamedTuple
 
 from blake3 import blake3
 
-from reshard.errors import ManifestError, ReshardError
+from reshard.errors import ReshardError
 from reshard.manifest import Manifest, Shard, SideFile, SourceFile
-from reshard.model.naming import MANIFEST, module_name, parse_shard_file, shard_metadata
+from reshard.model.naming import MANIFEST, parse_shard_file, shard_metadata
 from reshard.model.parts import DENSE_FFN
 from reshard.regular import MISSING
 from reshard.tensors.header import Header
@@ -16,7 +16,7 @@ from reshard.tensors.header import Header
 class Misfit(NamedTuple):
     """Where a file is not what the manifest says, and the way out."""
 
-    rule: Literal["file", "size", "header", "digest"]
+    rule: Literal["file", "size", "header", "digest", "layers", "shapes", "scheme", "cut"]
     file: str
     message: str
 
@@ -58,6 +58,7 @@ def fit_size(file: str, size: int, expected: int) -> Iterator[Misfit]:
 
 def fit_side_file(file: SideFile, data: bytes) -> Iterator[Misfit]:
     """The bytes of a file that was copied beside the shards."""
+    yield from fit_size(file.name, len(data), file.size)
     yield from (m._replace(rule="file") for m in fit_digest(file.name, blake3(data).hexdigest(), file.blake3))
 
 
@@ -105,31 +106,7 @@ def fit_tensors(header: Header, shard: Shard, file: str = "") -> Iterator[Misfit
         yield Misfit("header", file or shard.file, f"{name}: {line}; copy the shard again")
 
 
-def fit_weights(manifest: Manifest, shard: Shard, file: str = "") -> Iterator[Misfit]:
-    """The shapes of a shard's weights, by the manifest's own sizes."""
-    share, sizes = share_of(manifest), manifest.model
-    found = {tensor.name: tensor.shape for tensor in shard.tensors}
-    for layer in manifest.layers:
-        for module in DENSE_FFN.laid_out(manifest.layout):
-            name = f"{module_name(sizes.prefix, layer.index)}.{module.name}.weight"
-            expected = DENSE_FFN.weight_shape(module, sizes, share)
-            if name not in found:
-                line = f"{name} is missing, layer {layer.index} is dense"
-            elif found[name] != expected:
-                of = " and ".join(f"{size} {getattr(sizes, size)}" for size in DENSE_FFN.sizes)
-                line = f"{name} is {list(found[name])}, {list(expected)} is rank {shard.tp_rank}'s share of {of}"
-            else:
-                continue
-            yield Misfit("header", file or shard.file, f"{line}; cut the set again")
-
-
 def share_of(manifest: Manifest) -> int:
-    """A rank's share of the size that is shared out, padding and all. Raises ManifestError where none are equal."""
+    """A rank's share of the size that is shared out, padding and all."""
     size = DENSE_FFN.shared_size(manifest.model)
-    padded = manifest.padding.padded if manifest.padding else size
-    if padded < size or padded % manifest.tp_size:
-        raise ManifestError(
-            f"{MANIFEST}: {DENSE_FFN.size} {size}, padded {padded}, gives {manifest.tp_size} ranks no equal shares; "
-            "cut the set again"
-        )
-    return padded // manifest.tp_size
+    return (manifest.padding.padded if manifest.padding else size) // manifest.tp_size

@@ -54,7 +54,7 @@ SILENCE_SECONDS = 10.0
 """huggingface_hub waits as long; HF_HUB_DOWNLOAD_TIMEOUT takes its place for a hub."""
 WHOLE_PIECE_SPEED = 1 << 16
 """Bytes a second that must come on top of that from a driver that shows a range only when all of it is there."""
-SLOW_TRIES = 3
-"""As many in a row that were too slow, and it is over: each has waited long."""
+WRONG_TRIES = 3
+"""As many in a row that were too slow, or answered with another range than was asked for, and it is over."""
 WAIT_SECONDS = 600.0
 """The longest wait that a busy server may ask for."""

@@ -19,6 +19,7 @@ from reshard.model.parts import DENSE_FFN
 from reshard.quantization import SIDE_FILES, is_description, is_side_file
 from reshard.schemes.table import SCHEMES, unknown_scheme
 from reshard.strict_json import parse_json
+from reshard.tensors.dtypes import BITS
 
 SCHEMA = "denseffn-shards/2"
 _OLDER = ("denseffn-shards/1",)
@@ -179,11 +180,17 @@ class Conversion(_Strict):
     inputs: tuple[str, ...]
 
 
+def _element_type(dtype: str) -> str:
+    if BITS.get(dtype, 1) % 8:
+        raise ValueError(f"unknown type {dtype}; known are {', '.join(name for name in BITS if BITS[name] % 8 == 0)}")
+    return dtype
+
+
 class ShardTensor(_Strict):
     """A tensor of a shard: `slices` of source tensors; bytes that no slice covers are zero."""
 
     name: str
-    dtype: str
+    dtype: Annotated[str, AfterValidator(_element_type)]
     shape: Shape
     blake3: Digest
     slices: tuple[Slice, ...]

@@ -11,6 +11,10 @@ rm -rf dist
 "$place/build/bin/python" -m pip --disable-pip-version-check --quiet install build
 "$place/build/bin/python" -m build --outdir dist . > "$place/log" || { cat "$place/log"; exit 1; }
 
+git ls-files | LC_ALL=C sort > "$place/tracked"
+tar --list --file dist/*.tar.gz | sed 's,^[^/]*/,,' | grep -vx PKG-INFO | LC_ALL=C sort > "$place/packed"
+diff "$place/tracked" "$place/packed" || { echo "the sdist is not what git tracks"; exit 1; }
+
 "$python" -m venv "$place/use"
 wheel=$(echo "$repository"/dist/*.whl)
 "$place/use/bin/python" -m pip --disable-pip-version-check --quiet install "$wheel"

@@ -2,23 +2,24 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import islice
 
 from reshard.checkpoint.description import Checkpoint
 from reshard.checks.finding import Finding
-from reshard.checks.layers import check_layers, config_of
+from reshard.checks.layers import check_layers
 from reshard.checks.provenance import compare_identity, compare_model
 from reshard.checks.report import not_checked
 from reshard.errors import AlignmentError, HeaderError, ManifestError
 from reshard.fit import fit_files, fit_header, fit_names, fit_side_file
-from reshard.manifest import Manifest, ShardTensor
-from reshard.model.config import read_model_config
-from reshard.model.naming import CONFIG, MANIFEST, parse_dense
-from reshard.plan.manifest_builder import layer_entries, scheme_name
-from reshard.plan.plan import Plan, PlannedTensor, make_plan
+from reshard.manifest import Manifest
+from reshard.model.naming import MANIFEST
+from reshard.plan.plan import Plan, make_plan
+from reshard.plan.recompute import contradictions
 from reshard.source.base import Source, read_file, read_header
-from reshard.source.shardset import read_manifest_only, read_shard_set, require_shard_set
+from reshard.source.shardset import read_as_claimed, read_manifest_only, require_shard_set
 
 _AFTER_MANIFEST = ("ranks", "headers", "layers", "shapes", "scheme", "cut")
+_SHOWN = 100
 _AFTER_HEADERS = ("layers", "shapes", "scheme", "cut")
 
 
@@ -41,13 +42,14 @@ def check_set(source: Source) -> tuple[list[Finding], Manifest | None, Checkpoin
     if ranks or headers:
         return [*found, *not_checked(_AFTER_HEADERS, "see ranks and headers")], manifest, None
     try:
-        described, checkpoint = check_layers(lambda: read_shard_set(source))
+        described, checkpoint = check_layers(lambda: read_as_claimed(source))
     except ManifestError as error:  # slices that do not make whole tensors
         others = tuple(check for check in _AFTER_HEADERS if check != "cut")
         return [*found, *not_checked(others, "see cut"), Finding("cut", "", str(error))], manifest, None
     if checkpoint is None:
         return [*found, *described, *not_checked(("cut",), "the set's own layers are wrong")], manifest, None
-    wrong = [*_recorded(manifest, checkpoint), *_cut(manifest, checkpoint)]
+    unlike = islice(contradictions(manifest, checkpoint), _SHOWN)
+    wrong = [Finding(misfit.rule, misfit.file, misfit.message) for misfit in unlike]
     failed = {finding.check for finding in wrong}
     found += [finding for finding in described if finding.check not in failed]
     if "cut" not in failed:
@@ -137,66 +139,3 @@ def _headers(source: Source, manifest: Manifest) -> Iterator[Finding]:
 
 def _headers_ok(manifest: Manifest) -> str:
     return f"{manifest.tp_size} headers with the tensors, types and shapes of {MANIFEST}"
-
-
-def _recorded(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Finding]:
-    """What the manifest says of the model, against the set's own tensors and config.json."""
-    role = checkpoint.part.roles[0]
-    weight = checkpoint.layers[0].linears[role.name].tensors["weight"]
-    recorded = (getattr(manifest.model, role.out), getattr(manifest.model, role.in_))
-    if weight.shape != recorded:
-        line = f"{role.out} and {role.in_} are {list(recorded)}, {weight.name} is {list(weight.shape)}"
-        yield Finding("shapes", MANIFEST, line)
-    raw = config_of(checkpoint)
-    if raw is not None:
-        config = read_model_config(raw)
-        for key in ("model_type", "num_hidden_layers"):
-            if getattr(manifest.model, key) != getattr(config, key):
-                line = f"{key} is {getattr(manifest.model, key)!r}, {CONFIG} says {getattr(config, key)!r}"
-                yield Finding("layers", MANIFEST, line)
-    if manifest.scheme != scheme_name(checkpoint.layers):
-        line = f"its scheme is {manifest.scheme}, its layers make it {scheme_name(checkpoint.layers)}"
-        yield Finding("scheme", MANIFEST, line)
-    there = layer_entries(checkpoint.layers)
-    indexes, real_indexes = ([layer.index for layer in layers] for layers in (manifest.layers, there))
-    if indexes != real_indexes:
-        yield Finding("layers", MANIFEST, f"its layers are {indexes}, its tensors are of {real_indexes}")
-        return
-    for said, real in zip(manifest.layers, there, strict=True):
-        ours, theirs = ({"activation": layer.activation, **layer.linears} for layer in (said, real))
-        for key in sorted(ours.keys() | theirs.keys()):
-            if ours.get(key) != theirs.get(key):
-                line = f"{key} of layer {said.index} is {ours.get(key)}, its tensors make it {theirs.get(key)}"
-                yield Finding("scheme", MANIFEST, line)
-
-
-def _cut(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Finding]:
-    """The manifest's tensors and slices against those of a cut of the set's own weights."""
-    for name in sorted({piece.tensor for s in manifest.shards for t in s.tensors for piece in t.slices}):
-        if parse_dense(name) is None:
-            yield Finding("cut", MANIFEST, f"{name} is sliced, and is no DenseFFN tensor: it must not be in a set")
-    try:
-        plan = plan_of(manifest, checkpoint, manifest.layout)
-    except AlignmentError as error:
-        yield Finding("cut", MANIFEST, str(error))
-        return
-    if manifest.padding != plan.padding:
-        yield Finding("cut", MANIFEST, f"padding is {manifest.padding}, the sizes make it {plan.padding}")
-    for shard, planned in zip(manifest.shards, plan.shards, strict=True):
-        said = {tensor.name: _spelt(tensor) for tensor in shard.tensors}
-        real = {tensor.name: _spelt(tensor) for tensor in planned.tensors}
-        for name in sorted(said.keys() | real.keys()):
-            where = f"{shard.file}: {name}"
-            if name not in real:
-                yield Finding("cut", where, f"{MANIFEST} has it, cutting the set's weights gives none of that name")
-            elif name not in said:
-                yield Finding("cut", where, f"missing; a cut has it: {real[name]}")
-            elif said[name] != real[name]:
-                yield Finding("cut", where, f"is {said[name]}, a cut gives {real[name]}")
-
-
-def _spelt(tensor: ShardTensor | PlannedTensor) -> str:
-    """A tensor as one line, which is what is compared."""
-    slices = ", ".join(f"{s.tensor} dim {s.dim} {s.start}..{s.stop} at {s.at}" for s in tensor.slices) or "zeros"
-    same = f", the same as {', '.join(tensor.same_as)}" if tensor.same_as else ""
-    return f"{tensor.dtype} {list(tensor.shape)} of {slices}{same}"

@@ -74,10 +74,7 @@ def _linear(linear: Linear, module: str, target: Variant) -> Linear:
             f"{module}: is {linear.variant.kind} ({scheme.name}), which does not become {target.kind}; --weights "
             f"converts {', '.join(convertible)}: leave it at --weights keep"
         )
-    rule = QUANTIZE if not made.is_float else CAST if scheme.is_float else DEQUANTIZE
-    conversion = Conversion(
-        rule=rule, inputs=tuple(linear.tensors[tensor.suffix].name for tensor in linear.variant.tensors)
-    )
+    conversion = _conversion(linear.variant, module, target)
     tensors = {
         one.suffix: Tensor(
             f"{module}.{one.suffix}", one.dtypes[0], one.shape.sizes(weight.shape, None)[0], (), conversion
@@ -85,6 +82,29 @@ def _linear(linear: Linear, module: str, target: Variant) -> Linear:
         for one in target.tensors
     }
     return Linear(target, None, tensors)
+
+
+def _conversion(variant: Variant, module: str, target: Variant) -> Conversion:
+    scheme, made = SCHEMES[variant.scheme], SCHEMES[target.scheme]
+    rule = QUANTIZE if not made.is_float else CAST if scheme.is_float else DEQUANTIZE
+    return Conversion(rule=rule, inputs=tuple(f"{module}.{tensor.suffix}" for tensor in variant.tensors))
+
+
+def check_conversion(linear: Linear, module: str) -> None:
+    """Raises SchemeError where what is said of a linear's conversion is nothing that `converted` does."""
+    said = {tensor.conversion for tensor in linear.tensors.values()}
+    if said == {None}:
+        return
+    known = [
+        _conversion(variant, module, linear.variant)
+        for variant in VARIANTS
+        if linear.variant.scheme in SCHEMES[variant.scheme].becomes
+    ]
+    (first, *others) = said
+    stored = any(linear.tensors[rule.suffix].dtype != rule.dtypes[0] for rule in linear.variant.tensors)
+    if others or first not in known or stored:
+        shown = " and ".join(f"made by {one.rule} of {', '.join(one.inputs)}" if one else "as stored" for one in said)
+        raise SchemeError(f"{module}: {linear.variant.scheme}, {shown}, which no conversion gives")
 
 
 def _side_files(checkpoint: Checkpoint, layers: tuple[Layer, ...], target: Variant) -> dict[str, bytes]:

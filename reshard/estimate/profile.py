@@ -2,7 +2,9 @@
 
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from itertools import pairwise
+from operator import getitem
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -12,6 +14,7 @@ import reshard
 from reshard.errors import ProfileError, UsageError
 from reshard.limits import TOML_BYTES
 from reshard.regular import read_whole, unreadable
+from reshard.tensors.tiles import LAST_DIM_LIMIT
 
 GIB, MIB = 1 << 30, 1 << 20
 LOCAL = "local"
@@ -91,7 +94,7 @@ class Tiles(_Strict):
 
     bf16_tile: Annotated[list[_Count], Field(min_length=2, max_length=2)]
     int8_tile: Annotated[list[_Count], Field(min_length=2, max_length=2)]
-    last_dim_limit: _Count | None = None
+    last_dim_limit: _Count = LAST_DIM_LIMIT
 
 
 class Profile(_Strict):
@@ -168,7 +171,7 @@ def parse_profile(table: Mapping[str, Any], file: str) -> Profile:
 
 def _overridden(profile: Profile, overrides: Sequence[str]) -> dict[str, Any]:
     """The profile's table with values such as `network.node.latency_us=1`; what a value may be, the profile says."""
-    keys = [key for key in _keys(profile.model_dump()) if not key.startswith("source.")]
+    keys = list(_keys(profile.model_dump(exclude={"source"})))
     table = profile.model_dump(exclude_none=True)
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -178,9 +181,7 @@ def _overridden(profile: Profile, overrides: Sequence[str]) -> dict[str, Any]:
                 f"has {', '.join(keys)}"
             )
         *path, last = key.split(".")
-        inner = table
-        for part in path:
-            inner = inner[part]
+        inner = reduce(getitem, path, table)
         try:
             inner[last] = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:

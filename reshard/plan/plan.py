@@ -62,12 +62,22 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class PlannedShard:
-    """One rank's file: its header, and its tensors in file order."""
+    """One rank's file: its tensors in file order."""
 
     tp_rank: int
-    file: str
-    header: bytes
+    tp_size: int
     tensors: tuple[PlannedTensor, ...]
+
+    @property
+    def file(self) -> str:
+        """Its name."""
+        return shard_file(self.tp_rank, self.tp_size)
+
+    @cached_property
+    def header(self) -> bytes:
+        """What stands before the tensors."""
+        entries = {tensor.name: (tensor.dtype, tensor.shape) for tensor in self.tensors}
+        return encode_header(entries, shard_metadata(self.tp_rank, self.tp_size), ALIGNMENT)
 
     @property
     def size(self) -> int:
@@ -154,18 +164,26 @@ def _padding(checkpoint: Checkpoint, tp_size: int, layout: str, pad: bool) -> Pa
     if pad:
         share = -(-size // (tp_size * multiple)) * multiple
         return Padding(padded=share * tp_size, multiple=multiple)
-    first = part.roles[0]
-    name = f"{checkpoint.layers[0].module}.{first.name}.weight"
+    layer, role = next(
+        (
+            (layer, role)
+            for layer in checkpoint.layers
+            for role in part.roles
+            if (block := layer.linears[role.name].scale_block) and size % (tp_size * block[role.parallel.value])
+        ),
+        (checkpoint.layers[0], part.roles[0]),
+    )
+    name, dim = f"{layer.module}.{role.name}.weight", role.parallel.value
     sizes = working_sizes(size, multiple)
     shown = ", ".join(map(str, sizes[:_SHOWN_SIZES])) + (", …" if len(sizes) > _SHOWN_SIZES else "")
     use = f"use a tp of {shown}; or --pad" if sizes else "use --pad"
-    dim = first.parallel.value
     if multiple == 1:
         raise AlignmentError(f"{name}: dim {dim} = {size} is not divisible by tp {tp_size}; {use} to add zero rows")
     unscaled = ", or --weights bf16" if size % tp_size == 0 else ""
+    unit = ("row", "column")[dim]
     raise AlignmentError(
-        f"{name}: dim {dim} = {size} over tp {tp_size} gives {size / tp_size:g} rows, not a multiple of the "
-        f"{multiple}-row scale block; {use} to add zero rows{unscaled}"
+        f"{name}: dim {dim} = {size} over tp {tp_size} gives {size / tp_size:g} {unit}s, not a multiple of the "
+        f"{multiple}-{unit} scale block; {use} to add zero {unit}s{unscaled}"
     )
 
 
@@ -209,7 +227,7 @@ def _stacked_conversion(tensors: Sequence[Tensor]) -> Conversion | None:
 
 
 def _shard(tensors: Sequence[PlannedTensor], tp_rank: int, tp_size: int) -> PlannedShard:
-    """Order a rank's tensors and write the header.
+    """Order a rank's tensors.
 
     First what is a whole number of pages, the biggest first, so that each begins on one; then the rest by element
     size, so that each begins on a multiple of its own.
@@ -218,7 +236,4 @@ def _shard(tensors: Sequence[PlannedTensor], tp_rank: int, tp_size: int) -> Plan
         tensors,
         key=lambda t: (0, 0, -t.nbytes) if t.nbytes % ALIGNMENT == 0 else (1, -itemsize(t.dtype), -t.nbytes),
     )
-    header = encode_header(
-        {tensor.name: (tensor.dtype, tensor.shape) for tensor in ordered}, shard_metadata(tp_rank, tp_size), ALIGNMENT
-    )
-    return PlannedShard(tp_rank, shard_file(tp_rank, tp_size), header, tuple(ordered))
+    return PlannedShard(tp_rank, tp_size, tuple(ordered))

@@ -5,9 +5,9 @@ from reshard.quantization.accounts import (
     SIDE_FILES,
     Account,
     Accounts,
-    Recorded,
     is_side_file,
     list_accounts,
+    read_accounts,
     without_quantization,
 )
 from reshard.quantization.decide import Schemes
@@ -20,11 +20,11 @@ __all__ = [
     "SIDE_FILES",
     "Account",
     "Accounts",
-    "Recorded",
     "Schemes",
     "check_transforms",
     "is_description",
     "is_side_file",
     "list_accounts",
+    "read_accounts",
     "without_quantization",
 ]

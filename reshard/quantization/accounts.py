@@ -17,6 +17,7 @@ from reshard.quantization.description import DESCRIPTION, is_description, read_d
 from reshard.quantization.methods import declared_by_section
 from reshard.quantization.section import Section
 from reshard.schemes.match import QuantSpec
+from reshard.strict_json import parse_object
 
 MODELOPT = "hf_quant_config.json"
 SIDE_FILES = f"{CONFIG}, {MODELOPT}, {DESCRIPTION} and what is named as that with a scheme"
@@ -29,26 +30,18 @@ def is_side_file(name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """What a manifest says of a linear."""
-
-    scheme: str
-    block: tuple[int, int] | None
-
-
-@dataclass(frozen=True)
 class Accounts:
     """All that is said of a checkpoint beside its tensors.
 
     description: the name and content of ModelSlim's. modelopt: the content of hf_quant_config.json. scheme: what
-    `--scheme` says. recorded: of a shard set, what its manifest says of each linear, by the linear's name.
+    `--scheme` says. recorded: of a shard set, the scheme that its manifest says of each linear, by the linear's name.
     """
 
     config: Mapping[str, Any] | None = None
     description: tuple[str, Mapping[str, Any]] | None = None
     modelopt: Mapping[str, Any] | None = None
     scheme: str | None = None
-    recorded: Mapping[str, Recorded] | None = None
+    recorded: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +54,13 @@ class Account:
     file: str
     section: Section | None
     declare: Callable[[str], QuantSpec | None]
+
+
+def read_accounts(side_files: Mapping[str, bytes]) -> Accounts:
+    """What the files that go with a set say of the weights."""
+    read = {name: parse_object(raw, name) for name, raw in side_files.items()}
+    description = next(((name, content) for name, content in read.items() if is_description(name)), None)
+    return Accounts(read.get(CONFIG), description, read.get(MODELOPT))
 
 
 def list_accounts(accounts: Accounts) -> tuple[Account, ...]:

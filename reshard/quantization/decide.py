@@ -6,6 +6,7 @@ scheme alone are taken for that, with a warning.
 """
 
 from collections.abc import Collection, Iterable, Iterator
+from functools import cached_property
 
 from reshard.errors import LayersError, ReshardError, SchemeError
 from reshard.model.naming import CONFIG, MANIFEST
@@ -30,7 +31,7 @@ from reshard.schemes.match import (
     match_variant,
     scheme_of,
 )
-from reshard.schemes.table import BLOCK, FLOAT, SCHEMES, Variant
+from reshard.schemes.table import BLOCK, FLOAT, SCHEMES, Variant, told_by_tensors
 from reshard.tensors.dtypes import FLOATS
 
 
@@ -44,10 +45,14 @@ class Schemes:
         if accounts.scheme is not None:
             check_scheme(accounts.scheme)
         self._given = accounts
-        self._accounts = list_accounts(accounts) if accounts.recorded is None else ()
         self._names = names
         self._option_used = False
         self._lines: dict[str, dict[str, None]] = {}  # the modules of each warning, in their order
+
+    @cached_property
+    def _accounts(self) -> tuple[Account, ...]:
+        """Not read before they are needed: a description of all experts takes long."""
+        return list_accounts(self._given)
 
     def decide(self, module: str, found: Stored) -> tuple[Variant, tuple[int, int] | None]:
         """A linear's variant and scale block. found: its tensors by suffix.
@@ -87,7 +92,11 @@ class Schemes:
                 raise LayersError(
                     f"{MANIFEST}: its layers lack that of {module}, whose tensors the shards hold; copy the set again"
                 )
-            yield spec_of_scheme(said.scheme, [said.block or BLOCK], MANIFEST, found)
+            # Its files may have been told, or found, to be that; what else they fit is said beside them.
+            others = [] if told_by_tensors(said) else list(self._read(self._accounts, module))
+            blocks = [other.block for other in others if other.block and scheme_of(other.kind) == said]
+            yield spec_of_scheme(said, blocks or [BLOCK], MANIFEST, found)
+            yield from (other for other in others if scheme_of(other.kind) != said)
         elif scheme is not None and (not is_plain(found) or SCHEMES[scheme].is_float):
             self._option_used = True
             others = list(self._read(self._accounts, module))

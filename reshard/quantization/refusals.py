@@ -61,6 +61,7 @@ def two_fit(module: str, found: Stored, one: QuantSpec, other: QuantSpec) -> Sch
     if scheme_of(one.kind) != scheme_of(other.kind):
         by_option = (_MENDS[OPTION], f"mend {_file(other)}")
         ways = by_option if one.said_by == OPTION else (*ways, _option(found))
+    ways = (_MENDS[MANIFEST],) if one.said_by == MANIFEST else ways
     return _error(module, found, (one, other), ": they fit both", *ways)
 
 

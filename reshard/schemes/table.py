@@ -9,6 +9,7 @@ A new scheme is rows here, and an arithmetic of its own where it has one. What i
 from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 
 from reshard.errors import SchemeError
 
@@ -273,6 +274,22 @@ def variant_with(scheme: str, suffixes: Collection[str], where: str) -> Variant:
             return variant
     expected = " or ".join(", ".join(sorted(variant.suffixes)) for variant in found)
     raise SchemeError(f"{where}: {scheme} with {', '.join(sorted(suffixes))}; expected {expected}")
+
+
+@cache
+def told_by_tensors(scheme: str) -> bool:
+    """Whether nothing else need be said: no other scheme has such tensors, and no scale stands for an unsaid block."""
+    if any(variant.in_blocks and variant.block is None for variant in VARIANTS if variant.scheme == scheme):
+        return False
+    ours, others = ([v for v in VARIANTS if (v.scheme == scheme) is own] for own in (True, False))
+    return not any(_alike(one, other) for one in ours for other in others)
+
+
+def _alike(one: Variant, other: Variant) -> bool:
+    rules = {rule.suffix: rule for rule in other.tensors}
+    return one.suffixes == other.suffixes and all(
+        rule.shape is rules[rule.suffix].shape and {*rule.dtypes} & {*rules[rule.suffix].dtypes} for rule in one.tensors
+    )
 
 
 def kind_said(words: str) -> str | None:

@@ -9,12 +9,11 @@ from reshard.errors import SourceError
 from reshard.manifest import SourceFile
 from reshard.model.config import read_model_config
 from reshard.model.naming import CONFIG, parse_dense
-from reshard.quantization import DESCRIPTION, MODELOPT, Accounts, is_description
+from reshard.quantization import DESCRIPTION, MODELOPT, is_description, read_accounts
 from reshard.source.base import Source, read_file, try_headers
 from reshard.source.choice import choose
 from reshard.source.compare import compare
 from reshard.source.partial import describe_what_is_there
-from reshard.strict_json import parse_object
 from reshard.tensors.header import Header
 
 
@@ -67,13 +66,6 @@ def _concerns(config: Mapping[str, Any] | None) -> Callable[[str], bool]:
         return parsed is not None and (layers is None or parsed.layer < layers)
 
     return concerns
-
-
-def read_accounts(side_files: Mapping[str, bytes]) -> Accounts:
-    """What the files that go with a set say of the weights."""
-    read = {name: parse_object(raw, name) for name, raw in side_files.items()}
-    description = next(((name, content) for name, content in read.items() if is_description(name)), None)
-    return Accounts(read.get(CONFIG), description, read.get(MODELOPT))
 
 
 def _side_files(source: Source) -> tuple[dict[str, bytes], list[str]]:

@@ -4,11 +4,13 @@ What is asked for never comes compressed: a range is one of the file's own bytes
 """
 
 import abc
+import collections
 import contextlib
+import itertools
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 
@@ -43,8 +45,8 @@ class Request:
 
     client: httpx.Client
     url: str
-    headers: Mapping[str, str] = field(default_factory=dict)
-    patience: float = limits.SILENCE_SECONDS
+    headers: Mapping[str, str]
+    patience: float
 
 
 @contextlib.contextmanager
@@ -54,32 +56,55 @@ def asked(request: Request, start: int | None = None, stop: int | None = None) -
     if start is not None and stop is not None:
         headers["range"] = f"bytes={start}-{stop - 1}"
     try:
-        with request.client.stream("GET", request.url, headers=headers, timeout=request.patience) as response:
+        first = request.client.build_request("GET", request.url, headers=headers, timeout=request.patience)
+        with contextlib.closing(_followed(request.client, first)) as response:
             yield response
     except httpx.ConnectError as error:
         raise Unreachable(said(error)) from None
     except (httpx.UnsupportedProtocol, httpx.TooManyRedirects, httpx.InvalidURL, UnicodeError) as error:
-        raise SourceError(f"{request.url}: {said(error)}") from None
+        raise SourceError(f"{_where(request)}: {said(error)}") from None
     except httpx.HTTPError as error:
         raise Fault(said(error)) from None
 
 
+def _followed(client: httpx.Client, request: httpx.Request) -> httpx.Response:
+    """The answer at the end of redirects. httpx would read each redirect's body, whatever its length."""
+    history: list[httpx.Response] = []
+    while True:
+        response = client.send(request, stream=True, follow_redirects=False)
+        if response.next_request is None:
+            response.history = history
+            return response
+        with contextlib.closing(response):
+            # To the end of a short one, after which the connection serves the next request.
+            collections.deque(itertools.islice(response.iter_raw(), 2), maxlen=0)
+        if len(history) == client.max_redirects:
+            raise httpx.TooManyRedirects("too many redirects", request=request)
+        history.append(response)
+        request = response.next_request
+
+
 def read_small(request: Request, check: Callable[[httpx.Response], None], most: int) -> bytes:
     """A whole answer. check: raises what an answer with another status than 200 means."""
+    where = _where(request)
 
     def chunks() -> Iterator[bytes]:
         with asked(request) as response:
             check(response)
             if wrong := _encoded(response):
-                raise SourceError(f"{request.url}: {wrong}")
+                raise SourceError(f"{where}: {wrong}")
             yield from response.iter_raw()
 
     body = bytearray()
     for chunk in watched(chunks, request.patience):
         body += chunk
         if len(body) > most:
-            raise SourceError(f"{request.url}: the answer is longer than {most} bytes, the most that is read")
+            raise SourceError(f"{where}: the answer is longer than {most} bytes, the most that is read")
     return bytes(body)
+
+
+def _where(request: Request) -> str:
+    return request.url.partition("?")[0]
 
 
 class HttpFiles(abc.ABC):
@@ -87,9 +112,9 @@ class HttpFiles(abc.ABC):
 
     origin: Origin
     sizes: Mapping[str, int]
-    patience: float = limits.SILENCE_SECONDS
 
-    def __init__(self) -> None:
+    def __init__(self, patience: float) -> None:
+        self.patience = patience
         self._states: dict[str, str] = {}
 
     @abc.abstractmethod
@@ -118,7 +143,7 @@ class HttpFiles(abc.ABC):
             if response.status_code not in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT):
                 raise self.refusal(response, file)
             if wrong := _not_the_range(response, start, stop, self.sizes[file]):
-                raise Fault(wrong)
+                raise Fault(wrong, tries=limits.WRONG_TRIES)
             self.check(response, file)
             if response.status_code == HTTPStatus.PARTIAL_CONTENT:
                 yield from response.iter_raw()
@@ -139,6 +164,8 @@ def _state(response: httpx.Response) -> str:
 
 def _not_the_range(response: httpx.Response, start: int, stop: int, size: int) -> str | None:
     """What is wrong with an answer, by its head."""
+    if wrong := _encoded(response):
+        return wrong
     expected, got = f"bytes {start}-{stop - 1}/{size}", response.headers.get("Content-Range")
     if response.status_code == HTTPStatus.OK:
         if start > 0:
@@ -148,7 +175,7 @@ def _not_the_range(response: httpx.Response, start: int, stop: int, size: int) -
         return f"the server answers with {got or 'no Content-Range'}, expected {expected}"
     if (length := response.headers.get("Content-Length")) not in (None, str(stop - start)):
         return f"the answer has {length} bytes, expected {stop - start}"
-    return _encoded(response)
+    return None
 
 
 def _encoded(response: httpx.Response) -> str | None:

@@ -14,9 +14,10 @@ from http import HTTPStatus
 from typing import Any
 from urllib.parse import quote
 
+import huggingface_hub
 from huggingface_hub import constants, get_token, hf_hub_url
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
-from huggingface_hub.utils import build_hf_headers, get_session, httpx, validate_repo_id
+from huggingface_hub.utils import get_session, httpx, validate_repo_id
 
 from reshard import __version__, limits
 from reshard.errors import SourceError
@@ -36,10 +37,9 @@ class HubFiles(HttpFiles):
     """The files at the top of a model repository, of one commit."""
 
     def __init__(self, repo: str, endpoint: str, commit: str, sizes: Mapping[str, int]) -> None:
-        super().__init__()
+        super().__init__(constants.HF_HUB_DOWNLOAD_TIMEOUT)
         self.repo, self.endpoint, self.commit, self.sizes = repo, endpoint, commit, sizes
         self.origin = Origin("hub", repo, commit)
-        self.patience = constants.HF_HUB_DOWNLOAD_TIMEOUT
 
     def request(self, file: str) -> Request:
         return _request(hf_hub_url(self.repo, file, revision=self.commit, endpoint=self.endpoint))
@@ -105,12 +105,17 @@ def _siblings(described: Mapping[str, Any], repo: str) -> list[tuple[object, obj
 
 
 def _request(url: str) -> Request:
-    """Raises SourceError for a token that cannot be sent."""
-    headers = build_hf_headers(library_name="reshard", library_version=__version__)
-    if not all(value.isascii() for value in headers.values()):
-        raise SourceError(
-            "the token of this account has characters that no token has; check HF_TOKEN, or `hf auth login`"
-        )
+    """With the account's token. Raises SourceError for one that cannot be sent.
+
+    Not huggingface_hub's headers: to name what runs it, it asks the endpoint for a list, of any length.
+    """
+    headers = {"user-agent": f"reshard/{__version__}; hf_hub/{huggingface_hub.__version__}"}
+    if not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN and (token := get_token()):
+        headers["authorization"] = f"Bearer {token}"
+        if not token.isascii():
+            raise SourceError(
+                "this account's token has characters that no token has; check HF_TOKEN, or `hf auth login`"
+            )
     return Request(get_session(), url, headers, constants.HF_HUB_DOWNLOAD_TIMEOUT)
 
 

@@ -42,7 +42,7 @@ def watched(pieces: Callable[[], Iterable[_P]], seconds: float) -> Iterator[_P]:
             try:
                 piece = queue.get(timeout=max(0.0, until - time.monotonic()))
             except Empty:
-                raise Fault(f"{got} bytes in {seconds:g} s: too slow", tries=limits.SLOW_TRIES) from None
+                raise Fault(f"{got} bytes in {seconds:g} s: too slow", tries=limits.WRONG_TRIES) from None
             if piece is None:
                 return
             if isinstance(piece, BaseException):

@@ -32,9 +32,9 @@ class WebFiles(HttpFiles):
     """
 
     def __init__(self, address: str) -> None:
-        super().__init__()
+        super().__init__(limits.SILENCE_SECONDS)
         self._place = address
-        self._client = httpx.Client(follow_redirects=True, headers={"User-Agent": f"reshard/{__version__}"})
+        self._client = httpx.Client(follow_redirects=True)
         weakref.finalize(self, self._client.close).atexit = False
         self._folder = _split(address)
         self._whole_only: set[str] = set()  # files of which the server gives no ranges
@@ -58,7 +58,8 @@ class WebFiles(HttpFiles):
         yield from super().fetch(file, start, stop)
 
     def _request(self, path: str) -> Request:
-        return Request(self._client, urlunsplit(self._folder._replace(path=path)))
+        url = urlunsplit(self._folder._replace(path=path))
+        return Request(self._client, url, {"user-agent": f"reshard/{__version__}"}, self.patience)
 
     def _files(self) -> Iterator[tuple[str, int | None]]:
         page = read_small(self._request(self._folder.path), self._check_page, limits.LISTING_BYTES)

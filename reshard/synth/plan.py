@@ -10,12 +10,12 @@ from reshard.errors import SourceError, UsageError
 from reshard.model.config import known_dense_layers, language_config, read_model_config
 from reshard.model.naming import CONFIG, parse_dense
 from reshard.model.prefix import published_prefix
+from reshard.quantization import DESCRIPTION
 from reshard.synth.config import shrink
 from reshard.synth.model import Parameter, parameters
 from reshard.synth.schemes import TensorSpec, declare_in_config, description, recipe_for, tensors_of
 from reshard.tensors.header import encode_header
 
-_DESCRIPTION = "quant_model_description.json"
 _ALIGNMENT = 8
 _FILE_BYTES = 4_250_000_000  # about what DeepSeek-R1's come to: 688.6 GB in 163 files
 
@@ -85,7 +85,7 @@ def plan_checkpoint(config: Mapping[str, Any], options: SynthOptions) -> SynthPl
     }
     side_files = {CONFIG: _json(_wrapped(config, wrapper, shrunk))}
     if types is not None:
-        side_files[_DESCRIPTION] = _json(types)
+        side_files[DESCRIPTION] = _json(types)
     side_files[f"{stem}.safetensors.index.json"] = _json(index)
     files = tuple(_file(name, group, metadata) for name, group in zip(names, groups, strict=True))
     return SynthPlan(options, files, side_files)

@@ -12,13 +12,14 @@ import torch
 from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 
-from reshard.errors import HeaderError, ManifestError, ShardError
-from reshard.fit import fit_digest, fit_header, fit_size, fit_weights, require, share_of
-from reshard.limits import MANIFEST_BYTES
+from reshard.errors import HeaderError, ManifestError, ReshardError, ShardError
+from reshard.fit import fit_digest, fit_header, fit_side_file, fit_size, require, share_of
+from reshard.limits import JSON_BYTES, MANIFEST_BYTES
 from reshard.manifest import Manifest, parse_manifest
 from reshard.manifest import Shard as ShardEntry
 from reshard.model.naming import MANIFEST, module_name, parse_dense
 from reshard.model.parts import DENSE_FFN
+from reshard.plan.recompute import describe_set, needed
 from reshard.regular import Opened, read_whole, unreadable
 from reshard.tensors.header import read_header
 from reshard_runtime.dequantize import dequantized
@@ -92,7 +93,7 @@ def load_shard(
 
 
 def read_manifest(folder: Path) -> tuple[Manifest, str]:
-    """The manifest of a shard set and the BLAKE3 digest of its bytes. Raises ManifestError if there is none."""
+    """The manifest of a shard set, all of it recomputed, and the digest that tells the set. Raises ManifestError."""
     path = folder / MANIFEST
     try:
         raw = read_whole(path, MANIFEST_BYTES)
@@ -103,7 +104,25 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
         raise ManifestError(f"{folder}: no {MANIFEST} ({what})") from None
     except OSError as error:
         raise ManifestError(unreadable(path, error)) from error
-    return parse_manifest(raw, str(path)), blake3(raw).hexdigest()
+    manifest = parse_manifest(raw, str(path))
+    try:
+        describe_set(manifest, _side_files(folder, manifest))
+    except ReshardError as error:
+        raise ManifestError(f"{folder}: {error}") from error
+    return manifest, manifest.blake3
+
+
+def _side_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
+    """Those that the manifest is held against."""
+    wanted, read = set(needed(manifest)), {}
+    for file in manifest.files:
+        if file.name in wanted:
+            try:
+                read[file.name] = read_whole(folder / file.name, min(file.size, JSON_BYTES))
+            except OSError as error:
+                raise ManifestError(unreadable(Path(file.name), error, "copy the whole set")) from error
+            require(fit_side_file(file, read[file.name]), ManifestError)
+    return read
 
 
 def _entry(manifest: Manifest, folder: Path, tp_rank: int, tp_size: int | None) -> ShardEntry:
@@ -138,7 +157,6 @@ def _read(
             require(fit_size(file, opened.size, entry.size), ShardError)
             header = read_header(opened.read, file, opened.size)
             require(fit_header(header, entry, manifest.tp_size, file), ShardError)
-            require(fit_weights(manifest, entry, file), ShardError)
             with safe_open(opened.same_file, framework="pt", device=str(first)) as stored:
                 for tensor in entry.tensors:
                     parsed = parse_dense(tensor.name)

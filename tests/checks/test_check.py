@@ -301,8 +301,8 @@ def test_no_tensor_is_read_and_no_torch_imported(tmp_path: Path) -> None:
     build(tmp_path / "model", Spec("fp8_block"))
     reading = (
         "import atexit, sys; from reshard.source.folder import FolderSource\n"
-        "def view(*a): raise SystemExit('a tensor was read')\n"
-        "FolderSource.view = view\n"
+        "def read_rows(*a): raise SystemExit('a tensor was read')\n"
+        "FolderSource.read_rows = read_rows\n"
         "atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))"
     )
     done = reshard_process("check", tmp_path / "model", "--tp", 2, before=reading)

@@ -1,12 +1,15 @@
-"""A hub whose answers are wrong: what it says of a repository, heads, statuses, bodies."""
+"""A hub, and a plain folder on a server, whose answers are wrong: listings, heads, statuses, bodies."""
 
+import functools
 import gzip
 import random
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+
+import pytest
 
 from tests.support import mutate
 from tests.support.hub_server import COMMIT, Asked, Fault, Handler, Hub, serving
@@ -14,6 +17,9 @@ from tests.support.mutate_files import mutate_bytes
 from tests.support.mutate_tree import Members, encode, member, parse
 from tests.support.mutate_values import nearby
 
+WEB = "/files/"
+HUB = {"description": 5, "redirect": 2, "data": 3}
+PLAIN = {"page": 3, "data": 4}
 _KEYS = ("sha", "siblings", "rfilename", "size", "lfs", "id", "gated", "private", "error", "disabled", "createdAt")
 _ENDLESS_BYTES = 300_000_000  # what is called endless here: nobody may read so much of it
 
@@ -67,6 +73,13 @@ def _listed(rng: random.Random, answer: Answer) -> Answer:
         )
         siblings.append(Members([["rfilename", name], ["size", rng.choice([0, -1, 7, 2**62, 2**70, "7", None])]]))
     return _of_length(replace(answer, body=encode(tree)))
+
+
+def _page(rng: random.Random, answer: Answer) -> Answer:
+    """Links to what is not there, or is elsewhere; so many that nobody reads them all."""
+    links = ["a/b", "../x", "//host/x", "javascript:x", "", "%00", "%2e%2e%2fx", "\x1b[2J", "a" * 5000, "x.safetensors"]
+    link = f'<a href="{rng.choice(links)}">x</a>'.encode()
+    return _of_length(replace(answer, body=answer.body + link * rng.choice([1, 3, 1_000_000])))
 
 
 def _of_length(answer: Answer) -> Answer:
@@ -129,9 +142,15 @@ def _other_range(rng: random.Random, answer: Answer) -> Answer:
     return _of_length(replace(answer, body=body)) if rng.random() < 0.5 else replace(answer, body=body, hang_up=True)
 
 
+@functools.cache
+def _bomb() -> bytes:
+    packer = zlib.compressobj(1, wbits=31)  # gzip's form
+    return b"".join(packer.compress(bytes(1 << 20)) for _ in range(_ENDLESS_BYTES >> 20)) + packer.flush()
+
+
 def _packed(rng: random.Random, answer: Answer) -> Answer:
     """A body that is small on the way and large here."""
-    body = gzip.compress(bytes(_ENDLESS_BYTES) if rng.random() < 0.5 else answer.body, 1)
+    body = _bomb() if rng.random() < 0.5 else gzip.compress(answer.body, 1)
     return _of_length(replace(answer, body=body)).with_head("Content-Encoding", "gzip")
 
 
@@ -152,19 +171,20 @@ _OF_ALL: tuple[Change, ...] = (_status, _status, _header, _header, _many, _endle
 _CHANGES: dict[str, tuple[Change, ...]] = {
     "description": (_described, _described, _described, _described, _text, _listed, _bytes, *_OF_ALL),
     "redirect": (_header, _header, *_OF_ALL),
+    "page": (_page, _page, _bytes, *_OF_ALL),
     "data": (_other_range, _other_range, _other_range, *_OF_ALL),
 }
 
 
 def _which(asked: Asked) -> str:
-    if asked.is_data:
-        return "data"
+    if asked.is_data or asked.path.startswith(WEB):
+        return "page" if asked.path == WEB else "data"
     return "description" if asked.path.startswith("/api/") else "redirect"
 
 
-def fault(rng: random.Random) -> tuple[Fault, str]:
-    """One kind of answer spoilt in one way, always or the n-th time."""
-    which = rng.choices(["description", "redirect", "data"], [5, 2, 3])[0]
+def fault(rng: random.Random, kinds: Mapping[str, int]) -> tuple[Fault, str]:
+    """One kind of answer spoilt in one way, always or the n-th time. kinds: of HUB or PLAIN."""
+    which = rng.choices(list(kinds), list(kinds.values()))[0]
     change = rng.choice(_CHANGES[which])
     time, seed = rng.choice([None, None, 0, 1, 2]), rng.randrange(1 << 30)
     seen = 0
@@ -176,10 +196,25 @@ def fault(rng: random.Random) -> tuple[Fault, str]:
             if time is None or seen == time:
                 handler.answer = lambda *a, **k: _send(handler, change(random.Random(seed), _answer(*a, **k)))  # type: ignore[method-assign]
             seen += 1
-        return False
+        return as_web(handler, asked)
 
     often = "every time" if time is None else f"time {time}"
     return spoil, f"{which} {change.__name__.strip('_')}, {often}, seed {seed}"
+
+
+def as_web(handler: Handler, asked: Asked) -> bool:
+    """What a plain server has below WEB: a page of links, and the files with their ranges."""
+    if not asked.path.startswith(WEB):
+        return False
+    (folder,) = handler.hub.commits.values()
+    if asked.path == WEB:
+        links = "".join(f'<li><a href="{path.name}">{path.name}</a></li>' for path in sorted(folder.iterdir()))
+        handler.answer(200, f"<html><ul>{links}</ul></html>".encode(), {"Content-Type": "text/html"})
+    elif (path := folder / asked.file).is_file():
+        handler.send_range(path.read_bytes(), asked.range)
+    else:
+        handler.answer(404)
+    return True
 
 
 def _answer(status: int, body: bytes = b"", headers: dict[str, str] | None = None, cut: int | None = None) -> Answer:
@@ -202,16 +237,11 @@ def _send(handler: Handler, answer: Answer) -> None:
 
 
 @contextmanager
-def serving_as_hub(source: Path, spoil: Fault) -> Iterator[Any]:
-    """The source's files as a repository of the hub that this process asks."""
-    from huggingface_hub import constants
+def serving_files(source: Path, spoil: Fault) -> Iterator[str]:
+    """The source's files as a repository of the hub that this process asks; the address of the plain folder."""
+    from reshard.source import hub as asked
 
-    hub = Hub({COMMIT: source})
-    hub.fault = spoil
-    before = constants.ENDPOINT
-    with serving(hub):
-        constants.ENDPOINT = hub.url
-        try:
-            yield hub
-        finally:
-            constants.ENDPOINT = before
+    found = asked.find_repository
+    with serving(Hub({COMMIT: source}, fault=spoil)) as hub, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asked, "find_repository", functools.partial(found, endpoint=hub.url))
+        yield f"{hub.url}{WEB}"

@@ -3,7 +3,7 @@
 import functools
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from tests.fuzz.runs import Run
 from tests.fuzz.subjects import SUBJECTS, Made, copy
 from tests.support import mutate
 from tests.support import mutate_tree as tree_of
+from tests.support.hub_server import REPO
 from tests.support.mutate_files import mutate_bytes, mutate_header, mutate_kind, replace
 from tests.support.seal import reseal
 
@@ -54,11 +55,11 @@ _ACCOUNTS = {
 
 @dataclass
 class Case:
-    """What was done, and what is run. around: what must hold while it runs (a server)."""
+    """What was done, and what is run. around: what must hold while it runs: a server, whose address it gives."""
 
     said: str
     runs: list[Run]
-    around: AbstractContextManager[object] = field(default_factory=nullcontext)
+    around: AbstractContextManager[str | None] = field(default_factory=nullcontext)
 
 
 def make_case(seed: int, number: int, made: Callable[[str], Made], folder: Path) -> Case:
@@ -231,6 +232,7 @@ def _record(rng: random.Random, made: Made, folder: Path) -> Case:
     raw = path.read_bytes()
     if path.suffix == ".json":
         changed, said = _json(rng, raw, "record")
+        changed = reseal(changed) if rng.random() < 0.7 else changed
     else:
         changed, said = rng.choice([mutate_header, mutate_bytes])(rng, raw)
     replace(path, changed)
@@ -239,11 +241,11 @@ def _record(rng: random.Random, made: Made, folder: Path) -> Case:
     return Case(f"{path.name}: {said}", runs.of_unfinished(rng, made, out, folder))
 
 
-def _hub(rng: random.Random, made: Made, folder: Path) -> Case:
-    """A hub whose answers are wrong."""
-    fault, said = answers.fault(rng)
-    around = answers.serving_as_hub(made.source, fault)
-    return Case(said, runs.of_hub(rng, made, folder), around)
+def _server(kinds: Mapping[str, int], address: str, rng: random.Random, made: Made, folder: Path) -> Case:
+    """A hub, or a plain server, whose answers are wrong."""
+    fault, said = answers.fault(rng, kinds)
+    around = answers.serving_files(made.source, fault)
+    return Case(said, runs.of_address(address, rng, made, folder), around)
 
 
 _Maker = Callable[[random.Random, Made, Path], Case]
@@ -258,5 +260,6 @@ _KINDS: dict[str, tuple[int, _Maker]] = {
     "hf_quant_config": (3, functools.partial(_json_of_source, "hf_quant_config")),
     "weights": (9, _weights_of_source),
     "record": (6, _record),
-    "hub": (8, _hub),
+    "hub": (8, functools.partial(_server, answers.HUB, REPO)),
+    "server": (5, functools.partial(_server, answers.PLAIN, runs.HERE)),
 }

@@ -42,7 +42,7 @@ class Summary:
     cases: int = 0
     seconds: float = 0.0
     commands: Counter[str] = field(default_factory=Counter)  # by what came of them
-    slowest: float = 0.0
+    slowest: tuple[float, str] = (0.0, "")
     peak: int = 0
     faults: list[Fault] = field(default_factory=list)
 
@@ -51,8 +51,8 @@ class Summary:
         return (
             f"seed {self.seed}: {self.cases} mutations in {self.seconds:.0f} s, {counts.total()} commands: "
             f"{counts['refused']} refused, {counts['proven']} wrote or loaded what is proven right, "
-            f"{counts['shown']} had nothing to prove; slowest {self.slowest:.1f} s, most memory "
-            f"{self.peak / 1e6:.0f} MB; {len(self.faults)} faults"
+            f"{counts['shown']} had nothing to prove; up to {self.peak / 1e6:.0f} MB, {self.slowest[0]:.1f} s "
+            f"(mutation {self.slowest[1]}); {len(self.faults)} faults"
         )
 
 
@@ -158,7 +158,7 @@ def _count(worker: _Worker, verdict: Verdict, summary: Summary, tell: Callable[[
         _fault(worker, summary, tell, fault, verdict.said)
     kind = "refused" if verdict.code else "proven" if verdict.proven else "shown"
     summary.commands["faulty" if verdict.faults else kind] += 1
-    summary.slowest = max(summary.slowest, verdict.seconds)
+    summary.slowest = max(summary.slowest, (verdict.seconds, f"{worker.number}: {verdict.line}"))
     summary.peak = max(summary.peak, verdict.peak)
 
 

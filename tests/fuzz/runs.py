@@ -2,13 +2,15 @@
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tests.fuzz import loading, truth
 from tests.fuzz.subjects import TP, Made, copy
 
+HERE = "http://here/"
+"""Stands for the server's address, which is known when it runs."""
 Proof = Callable[[], bool]
 """Called after exit code 0: True where something was written or loaded and is right. Raises AssertionError."""
 
@@ -30,6 +32,15 @@ class Run:
     def line(self) -> str:
         """What to type."""
         return " ".join(self.arguments)
+
+    @property
+    def form(self) -> str:
+        """What stdout carries."""
+        return self.arguments[self.arguments.index("--format") + 1] if "--format" in self.arguments else "human"
+
+    def at(self, place: str | None) -> "Run":
+        """With the server's address in its place."""
+        return replace(self, arguments=tuple(place if place and a == HERE else a for a in self.arguments))
 
 
 def _command(*arguments: object, proof: Proof = nothing) -> Run:
@@ -113,7 +124,7 @@ def of_source(rng: random.Random, made: Made, source: Path, folder: Path) -> lis
 
     found = [
         _command("inspect", source, *_form(rng)),
-        _command("check", source, "--tp", f"{TP},4", *_form(rng, "junit", "github")),
+        _command("check", source, "--tp", f"{TP},4", *subject.pad, *_form(rng, "junit", "github")),
         _command("split", source, out, "--tp", tp, "--quiet", *options, proof=cut_into(out, tp)),
         _command("split", source, again, "--tp", TP, "--quiet", "--resume", *options, proof=cut_into(again, TP)),
         _command("verify", made.whole, "--source", source, "--quiet", *_form(rng), proof=same),
@@ -121,8 +132,8 @@ def of_source(rng: random.Random, made: Made, source: Path, folder: Path) -> lis
     ]
     if (source / "config.json").is_file():
         found += [
-            _command("check", source / "config.json", "--tp", "2,4,8", *_form(rng, "junit", "github")),
-            _command("estimate", "--config", source / "config.json", "--tp", "1,2", *_form(rng)),
+            _command("check", source / "config.json", "--tp", "2,4,8", *subject.pad, *_form(rng, "junit", "github")),
+            _command("estimate", "--config", source / "config.json", "--tp", "1,2", *subject.pad, *_form(rng)),
         ]
     return found
 
@@ -143,10 +154,8 @@ def of_unfinished(rng: random.Random, made: Made, out: Path, folder: Path) -> li
     ]
 
 
-def of_hub(rng: random.Random, made: Made, folder: Path) -> list[Run]:
-    """Readers of a hub's repository."""
-    from tests.support.hub_server import REPO
-
+def of_address(address: str, rng: random.Random, made: Made, folder: Path) -> list[Run]:
+    """Readers of what is not on this host."""
     options = made.subject.options
     out, again = folder / "out", copy(made.unfinished, folder / "again")
 
@@ -158,9 +167,9 @@ def of_hub(rng: random.Random, made: Made, folder: Path) -> list[Run]:
         return cut
 
     return [
-        _command("inspect", REPO, *_form(rng)),
-        _command("check", REPO, "--tp", TP, *_form(rng, "junit", "github")),
-        _command("split", REPO, out, "--tp", TP, "--quiet", *options, proof=cut_into(out)),
-        _command("split", REPO, again, "--tp", TP, "--quiet", "--resume", *options, proof=cut_into(again)),
-        _command("verify", made.whole, "--source", REPO, "--quiet", *_form(rng), proof=lambda: True),
+        _command("inspect", address, *_form(rng)),
+        _command("check", address, "--tp", TP, *made.subject.pad, *_form(rng, "junit", "github")),
+        _command("split", address, out, "--tp", TP, "--quiet", *options, proof=cut_into(out)),
+        _command("split", address, again, "--tp", TP, "--quiet", "--resume", *options, proof=cut_into(again)),
+        _command("verify", made.whole, "--source", address, "--quiet", *_form(rng), proof=lambda: True),
     ]

@@ -1,6 +1,5 @@
 """What is damaged: small checkpoints of several schemes, each with its shard set, whole and unfinished."""
 
-import random
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,12 @@ class Subject:
     @property
     def options(self) -> tuple[str, ...]:
         """How it is cut."""
-        return ("--layout", self.layout, *(("--pad",) if self.multiple > 1 else ()))
+        return ("--layout", self.layout, *self.pad)
+
+    @property
+    def pad(self) -> tuple[str, ...]:
+        """The option, where it needs it."""
+        return ("--pad",) if self.multiple > 1 else ()
 
 
 _SMALL: dict[str, Any] = {"hidden": 64, "intermediate": 128, "computable": True}
@@ -76,6 +80,6 @@ def make(folder: Path, subject: Subject) -> Made:
     return Made(subject, source, whole, unfinished, other, dense, share)
 
 
-def copy(origin: Path, out: Path, rng: random.Random | None = None) -> Path:
+def copy(origin: Path, out: Path) -> Path:
     """A folder of its own with the same files."""
     return Path(shutil.copytree(origin, out))

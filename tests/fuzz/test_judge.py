@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 
-from tests.fuzz import truth
+from tests.fuzz import answers, runs, truth, worker
 from tests.fuzz.cases import Case, make_case
 from tests.fuzz.run import run
 from tests.fuzz.runs import Run
-from tests.fuzz.subjects import SUBJECTS, TP, Made, make
+from tests.fuzz.subjects import SUBJECTS, TP, Made, copy, make
 from tests.fuzz.worker import judged, wrong_output
 from tests.support import mutate
 from tests.support.builders import read_safetensors, write_safetensors
+from tests.support.hub_server import REPO
 from tests.support.mutate_tree import Members, Token, encode, parse
 from tests.support.running import reshard
 from tests.support.seal import reseal
@@ -98,7 +99,7 @@ def test_a_merged_checkpoint_with_other_bytes_is_wrong(made: Made, tmp_path: Pat
         ("::error::forged\n", "", 0, ["stdout has a line that a workflow takes for a command"]),
         ("x" * 300_000, "", 0, ["stdout has 300,000 characters"]),
         ("", "Something else\n", 0, ["stderr has the line 'Something else'"]),
-        ("", "error: Traceback (most recent call last)\n", 1, ["a traceback"]),
+        ("", "error: Traceback (most recent call last)\n", 1, ["it says 'Traceback'"]),
         ("http://user:secret@host", "", 0, ["a password is repeated"]),
     ],
 )
@@ -106,9 +107,11 @@ def test_output_that_no_command_may_give(out: str, err: str, code: int, fault: l
     assert wrong_output(out, err, code) == fault
 
 
-def test_what_a_command_must_not_do(made: Made) -> None:
+def test_what_a_command_must_not_do(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "MAX_BYTES", 30_000_000)
+
     def leak() -> None:
-        bytearray(b"x" * 600_000_000)
+        bytearray(b"x" * 40_000_000)
 
     def wrong() -> bool:
         raise AssertionError("other bytes")
@@ -128,6 +131,39 @@ def test_what_a_command_must_not_do(made: Made) -> None:
     assert (verdicts[2].code, verdicts[2].faults, verdicts[2].proven) == (1, [], False)
     assert verdicts[3].faults == ["ended with 0 and is not right: AssertionError: other bytes (wrong)"]
     assert (verdicts[4].code, verdicts[4].faults, verdicts[4].proven) == (0, [], True)
+
+
+@pytest.mark.parametrize("name", ["static", "fp8-padded"])
+def test_what_is_whole_is_accepted_and_proved(name: str, tmp_path: Path) -> None:
+    subject = make(tmp_path / "made", next(subject for subject in SUBJECTS if subject.name == name))
+    rng, as_it_is = random.Random(0), answers.serving_files(subject.source, lambda handler, asked: False)
+    copies = {place: copy(getattr(subject, place), tmp_path / place) for place in ("whole", "source", "unfinished")}
+    cases = [
+        Case("", runs.of_set(rng, subject, copies["whole"], tmp_path / "1")),
+        Case("", runs.of_source(rng, subject, copies["source"], tmp_path / "2")),
+        Case("", runs.of_address(REPO, rng, subject, tmp_path / "3"), as_it_is),
+        Case("", runs.of_unfinished(rng, subject, copies["unfinished"], tmp_path / "4")),
+    ]
+    verdicts = [verdict for case in cases for verdict in judged(case, lambda run: None)]
+    refused = [verdict.line for verdict in verdicts if verdict.code]
+    assert all(str(copies["unfinished"]) in line and not line.startswith("split") for line in refused)
+    assert [(verdict.line, verdict.faults) for verdict in verdicts if verdict.faults] == []
+    proven = {verdict.line.split()[0].partition("(")[0] for verdict in verdicts if verdict.proven}
+    assert proven == {"split", "verify", "merge", "load_shard"}
+
+
+@pytest.mark.parametrize("address", [REPO, runs.HERE])
+def test_a_server_s_other_answers_are_given(address: str, made: Made, tmp_path: Path) -> None:
+    """Spoilt answers reach the client; without them the same commands go through."""
+    spoils = {"as it is": lambda handler, asked: answers.as_web(handler, asked)}
+    spoils["gone"] = lambda handler, asked: handler.answer(404) or True
+    codes = {}
+    for said, spoil in spoils.items():
+        around = answers.serving_files(made.source, spoil)
+        case = Case("", runs.of_address(address, random.Random(0), made, tmp_path / said), around)
+        codes[said] = [(verdict.code, verdict.faults) for verdict in judged(case, lambda run: None)]
+    assert codes["as it is"] == [(0, [])] * 5
+    assert codes["gone"] == [(1, [])] * 5
 
 
 def hanging(seed: int, number: int, made: Callable[[str], Made], folder: Path) -> Case:

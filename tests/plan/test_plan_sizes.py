@@ -72,6 +72,17 @@ def test_blocks_of_two_sizes_are_both_kept_whole() -> None:
         make_plan(checkpoint, 4)
 
 
+def test_a_block_along_in_is_told_in_columns() -> None:
+    """MXFP8's groups of 32 lie along down's inputs, which is what is cut; gate's lie along hidden_size."""
+    checkpoint = checkpoint_of(Spec("modelslim_mxfp8", hidden=32, intermediate=96))
+    with pytest.raises(
+        AlignmentError,
+        match=r"^model\.layers\.0\.mlp\.down_proj\.weight: dim 1 = 96 over tp 2 gives 48 columns, not a multiple "
+        r"of the 32-column scale block; use a tp of 1, 3; or --pad to add zero columns, or --weights bf16$",
+    ):
+        make_plan(checkpoint, 2)
+
+
 def test_some_ranks_of_a_plan_are_those_of_the_whole() -> None:
     checkpoint = checkpoint_of(Spec("fp8_block", hidden=BLOCK, intermediate=8 * BLOCK))
     assert make_plan(checkpoint, 8, tp_ranks=(3, 0)).shards == tuple(make_plan(checkpoint, 8).shards[r] for r in (3, 0))

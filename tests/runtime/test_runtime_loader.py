@@ -97,7 +97,7 @@ def shards(tmp_path: Path) -> Path:
     return tmp_path / "shards"
 
 
-def test_only_the_manifest_and_the_rank_s_own_file_are_opened(shards: Path) -> None:
+def test_of_the_shards_only_the_rank_s_own_is_opened(shards: Path) -> None:
     (shards / shard_file(0, 2)).unlink()
     code = (
         "import sys; from reshard_runtime import load_shard; opened = []\n"
@@ -106,7 +106,7 @@ def test_only_the_manifest_and_the_rank_s_own_file_are_opened(shards: Path) -> N
         f"print(*sorted({{name.rsplit('/', 1)[1] for name in opened if name.startswith({str(shards)!r})}}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [shard_file(1, 2), "manifest.json"]
+    assert done.stdout.split() == ["config.json", shard_file(1, 2), "manifest.json"]
 
 
 def test_layers_can_be_chosen(shards: Path) -> None:
@@ -180,14 +180,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "no manifest": (lambda s: (s / "manifest.json").unlink(), {}, r"no manifest.json \(the shard set is incomplete"),
     "version": (lambda s: _rewrite(s, lambda d: d.update(schema="denseffn-shards/9")), {}, r"'denseffn-shards/9'"),
     "field": (lambda s: _rewrite(s, lambda d: d.update(more=1)), {}, r"more: Extra inputs"),
-    "no shares": (lambda s: _rewrite(s, lambda d: d["model"].update(intermediate_size=511)), {}, "511.* gives 2"),
+    "no shares": (lambda s: _rewrite(s, lambda d: d["model"].update(intermediate_size=511)), {}, "is 511, .* 512"),
     "sizes": (
         lambda s: _rewrite(s, lambda d: d["model"].update(hidden_size=128)), {},
-        r"gate_up_proj.weight is \[512, 256\], \[512, 128\] is rank 1's share of hidden_size 128",
+        r"hidden_size is 128, its tensors and config.json make it 256",
     ),
     "missing layer": (
         lambda s: _rewrite(s, lambda d: d["layers"].append({**d["layers"][0], "index": 5})), {},
-        r"model.layers.5.mlp.gate_up_proj.weight is missing, layer 5 is dense",
+        r"its layers are \[0, 1, 5\], its tensors are of \[0, 1\]",
     ),
     "no file": (lambda s: (s / shard_file(1, 2)).unlink(), {}, r"cannot be read: No such file"),
     "a folder": (

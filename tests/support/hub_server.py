@@ -4,8 +4,10 @@
 /{repo}/resolve/{commit}/{file}          302 to /blobs/{commit}/{file}, with X-Repo-Commit, X-Linked-Size, X-Linked-Etag
                                          and, as for files that Xet stores, X-Xet-Hash
 /blobs/{commit}/{file}                   the bytes; ranges; no token is needed here, as at the hub's store
+/blobs/{commit}/                         a page with a link to each file: the store is a plain server, too
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -38,7 +40,7 @@ class Asked:
 
     @property
     def is_data(self) -> bool:
-        return self.path.startswith("/blobs/")
+        return self.path.startswith("/blobs/") and self.file != ""
 
     @property
     def file(self) -> str:
@@ -78,7 +80,13 @@ class Hub:
     store: str = ""  # another origin: the token must stay behind
     asked: list[Asked] = field(default_factory=list)
     data_bytes: int = 0
+    over: threading.Event = field(default_factory=threading.Event)  # for faults that take long: it ends
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def page(self) -> str:
+        """The address of the store's folder with the first commit's files."""
+        return f"{self.url}/blobs/{next(iter(self.commits))}"
 
     def data_requests(self) -> list[Asked]:
         return [asked for asked in self.asked if asked.is_data]
@@ -112,7 +120,15 @@ class Handler(BaseHTTPRequestHandler):
         hub = self.hub
         if asked.is_data:
             commit, file = asked.path.removeprefix("/blobs/").split("/")
-            self.send_range((hub.commits[commit] / file).read_bytes(), asked.range)
+            path = hub.commits.get(commit, Path("nowhere")) / file
+            if path.is_file():
+                self.send_range(path.read_bytes(), asked.range)
+            else:
+                self.answer(404)
+            return
+        if match := re.fullmatch("/blobs/([^/]+)/", asked.path):
+            names = sorted(path.name for path in hub.commits[match[1]].iterdir())
+            self.answer(200, "".join(f'<a href="{name}">{name}</a>' for name in names).encode())
             return
         if self._is_refused(asked):
             code = "GatedRepo" if hub.gated else "RepoNotFound"
@@ -159,14 +175,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_range(self, data: bytes, wanted: str | None) -> None:
         """A range with 206, or the whole with 200."""
+        state = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
         if wanted is None:
-            self.answer(200, data)
+            self.answer(200, data, state)
             return
         match = re.fullmatch(r"bytes=(\d+)-(\d+)", wanted)
         assert match, wanted
         start, stop = int(match[1]), int(match[2]) + 1
         assert start < stop <= len(data), wanted
-        self.answer(206, data[start:stop], {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"})
+        self.answer(206, data[start:stop], state | {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"})
 
     def answer(
         self, status: int, body: bytes = b"", headers: dict[str, str] | None = None, cut: int | None = None
@@ -184,6 +201,17 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(sent)
         if cut is not None:
             self.close_connection = True
+
+    def endless(self, status: int, headers: dict[str, str], chunk: bytes, pause: float = 0.0) -> None:
+        """An answer without an end: the same chunk again and again, until the client hangs up or the server ends."""
+        self.send_response(status)
+        for name, value in {"Transfer-Encoding": "chunked", **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.close_connection = True
+        with contextlib.suppress(OSError):
+            while not self.hub.over.wait(pause):
+                self.wfile.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
 
     def log_message(self, *arguments: object) -> None:
         """Nothing on stderr."""
@@ -207,6 +235,7 @@ def serving(hub: Hub) -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.over.set()
         server.shutdown()
         server.server_close()
         thread.join()

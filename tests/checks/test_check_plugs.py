@@ -158,11 +158,8 @@ def test_switches_are_true_or_false(action: dict[str, Any], strict: str, code: i
     ("value", "shown"), [("truth", "truth"), ("1", "1"), ("x\n::error::50%", "$'x\\n::error::50%25'")]
 )
 def test_any_other_value_of_a_switch_is_refused(action: dict[str, Any], name: str, value: str, shown: str) -> None:
-    done = (
-        step(action, paths=str(R1), tp="8", strict=value)
-        if name == "strict"
-        else step(action, paths=str(R1), pad=value)
-    )
+    strict, pad = (value, "") if name == "strict" else ("", value)
+    done = step(action, paths=str(R1), tp="8", strict=strict, pad=pad)
     expected = f"::error title=reshard check::input {name}: expected true or false, got {shown}\n"
     assert (done.returncode, done.stdout) == (2, expected)
 

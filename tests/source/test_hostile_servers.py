@@ -20,9 +20,11 @@ from reshard.source.retry import RetryPolicy
 from tests.support.builders import Spec, build
 from tests.support.hub_server import COMMIT, REPO, Asked, Handler, Hub, serving
 from tests.support.running import Done, reshard, reshard_process, same_but_for_the_origin, split
+from tests.support.s3 import environment as s3_environment
 
 Answer = Callable[[Handler, Asked], None]
 SOURCES = ("hub", "server")
+WITH_S3 = (*SOURCES, "s3")
 PEAK_MIB = 300  # of a process that imports huggingface_hub and numpy: 100
 
 
@@ -40,12 +42,14 @@ def hub(built: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """This process's hub; its store is a plain server, too. No wait between tries takes time."""
     monkeypatch.setattr(open_module, "RetryPolicy", partial(RetryPolicy, sleep=lambda seconds: None))
     with serving(Hub({COMMIT: built / "model"})) as running:
+        for name, value in s3_environment(running.url).items():
+            monkeypatch.setenv(name, value)
         monkeypatch.setattr(hub_module, "find_repository", partial(find_repository, endpoint=running.url))
         yield running
 
 
 def address(hub: Hub, source: str) -> str:
-    return REPO if source == "hub" else hub.page
+    return {"hub": REPO, "server": hub.page, "s3": f"s3://blobs/{COMMIT}"}[source]
 
 
 def refused(done: Done, said: str) -> None:
@@ -197,14 +201,22 @@ WRONG: dict[str, tuple[Answer, str]] = {
 }
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("case", list(WRONG))
+BY_CLIENT = list(WRONG)[
+    : list(WRONG).index("broken off")
+]  # the others S3's own client finds, and tries again by itself
+
+
+@pytest.mark.parametrize(
+    ("source", "case"),
+    [*((source, case) for source in SOURCES for case in WRONG), *(("s3", case) for case in BY_CLIENT)],
+)
 def test_another_answer_than_the_range_is_not_taken(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, source: str
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, case: str
 ) -> None:
     answer, said = WRONG[case]
     if answer in (byte_by_byte, silent):
         monkeypatch.setattr(limits, "SILENCE_SECONDS", 0.3)
+        monkeypatch.setattr(limits, "DRIVER_SECONDS", 0.3)
         monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
     hub.fault = hostile(answer, lambda asked: asked.is_big)
     done = reshard("split", address(hub, source), tmp_path / "out", "--tp", 2, "--quiet")
@@ -212,7 +224,7 @@ def test_another_answer_than_the_range_is_not_taken(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", WITH_S3)
 @pytest.mark.parametrize("command", ["inspect", "check", "estimate", "split", "verify", "verify a set", "merge"])
 def test_no_command_takes_another_range(hub: Hub, built: Path, tmp_path: Path, command: str, source: str) -> None:
     if command in ("verify a set", "merge"):
@@ -235,7 +247,7 @@ def test_no_command_takes_another_range(hub: Hub, built: Path, tmp_path: Path, c
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", WITH_S3)
 @pytest.mark.parametrize(("etag", "said"), [('"2"', 'it has ETag "2"'), (None, "it has no ETag")])
 def test_another_state_of_the_file_is_not_taken(
     hub: Hub, tmp_path: Path, source: str, etag: str | None, said: str

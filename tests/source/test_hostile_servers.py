@@ -224,7 +224,7 @@ def test_another_answer_than_the_range_is_not_taken(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("source", WITH_S3)
+@pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("command", ["inspect", "check", "estimate", "split", "verify", "verify a set", "merge"])
 def test_no_command_takes_another_range(hub: Hub, built: Path, tmp_path: Path, command: str, source: str) -> None:
     if command in ("verify a set", "merge"):

@@ -22,8 +22,7 @@ from benchmarks.split import cpu_name
 from reshard.plan.pipeline import Cut
 from tests.support.distributed import Ranks
 from tests.support.running import split
-from tests.vllm import inside
-from tests.vllm.conftest import W8A8  # noqa: F401 - sets what vLLM wants of the environment
+from tests.vllm import environment, inside
 from tests.vllm.inside import Served
 from tests.vllm.models import VOCABULARY, write_model
 from tests.vllm.server import Server, serving
@@ -132,6 +131,7 @@ def _show_serving(work: Path, model: Path, shards: Path, rounds: int) -> None:
 
 def main() -> None:
     """Measure and print."""
+    assert environment.INSTALLED
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path.cwd(), help="a folder on a disk, 1 GB")

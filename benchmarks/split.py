@@ -56,7 +56,7 @@ def _split(work: Path, runs: int, *, on_disk: bool) -> dict[str, list[float]]:
     source, out = work / "source", work / "out"
     config = Path(__file__).parent.parent / "configs" / "deepseek-r1.json"
     run([tool("reshard"), "synth", config, source, "--dense-only", "--scheme", "bf16", "--quiet"])
-    commands = {
+    commands: dict[str, list[str | Path]] = {
         "ours": [tool("reshard"), "split", source, out, "--tp", str(TP), "--quiet"],
         "cp -r": ["cp", "-r", source, out],
         **{peer: [sys.executable, "-m", "benchmarks.peers", peer, source, out, str(TP)] for peer in PEERS},
@@ -99,7 +99,7 @@ def _start(work: Path, runs: int) -> dict[str, list[float]]:
     bare.write_text(BARE_TYPER)
     config = Path(__file__).parent.parent / "configs" / "deepseek-r1.json"
     made = run([tool("reshard"), "synth", config, sparse, "--scheme", "fp8_block", "--sparse", "--quiet"])
-    commands = {
+    commands: dict[str, list[str | Path]] = {
         "reshard --help": [tool("reshard"), "--help"],
         "bare typer --help": [sys.executable, bare, "--help"],
         "inspect R1": [tool("reshard"), "inspect", sparse],

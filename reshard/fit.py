@@ -58,6 +58,7 @@ def fit_size(file: str, size: int, expected: int) -> Iterator[Misfit]:
 
 def fit_side_file(file: SideFile, data: bytes) -> Iterator[Misfit]:
     """The bytes of a file that was copied beside the shards."""
+    yield from fit_size(file.name, len(data), file.size)
     yield from (m._replace(rule="file") for m in fit_digest(file.name, blake3(data).hexdigest(), file.blake3))
 
 

@@ -6,6 +6,7 @@ A FIFO, a device or a folder in its place is told, not read: the one may have no
 import errno
 import os
 import stat
+import weakref
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -13,6 +14,7 @@ from typing import NamedTuple, Self
 MISSING = "missing"
 """Why a file is not there, where nothing stands in its place."""
 
+_READ_BYTES = 1 << 20
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a FIFO",
@@ -41,16 +43,18 @@ class Opened:
         try:
             _require_file(path.stat())  # a device is not even opened
             # Without O_NONBLOCK the opening of a FIFO that has just taken its place waits for the other end.
-            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except ValueError as error:  # a zero byte, or half a character
             raise OSError(errno.EINVAL, f"no file can have this name ({error})") from error
-        try:
-            found = os.fstat(self.descriptor)
-            _require_file(found)
-        except BaseException:
-            self.close()
-            raise
+        self.close = weakref.finalize(self, os.close, self._descriptor)  # at the latest when nothing refers to it
+        self.close.atexit = False  # not while a thread still reads
+        found = os.fstat(self._descriptor)
+        _require_file(found)
         self._identity = _identity(found)
+
+    def fileno(self) -> int:
+        """The descriptor, which is closed with this object: keep that as long."""
+        return self._descriptor
 
     @property
     def size(self) -> int:
@@ -60,12 +64,12 @@ class Opened:
     @property
     def same_file(self) -> str:
         """A path that opens this very file again, whatever has its name now."""
-        return f"/proc/self/fd/{self.descriptor}"
+        return f"/proc/self/fd/{self._descriptor}"
 
     def read(self, start: int, stop: int) -> bytes:
         """Bytes [start, stop), fewer where the file ends before."""
         chunks = []
-        while start < stop and (chunk := os.pread(self.descriptor, stop - start, start)):
+        while start < stop and (chunk := os.pread(self._descriptor, min(_READ_BYTES, stop - start), start)):
             chunks.append(chunk)
             start += len(chunk)
         return b"".join(chunks)
@@ -73,7 +77,7 @@ class Opened:
     def difference(self) -> str | None:
         """What of it is no longer as it was opened; None if nothing is."""
         first = self._identity
-        if (now := _identity(os.fstat(self.descriptor))) != first:
+        if (now := _identity(os.fstat(self._descriptor))) != first:
             return f"was written to while it was read ({_shown(first)} at the start, now {_shown(now)})"
         try:
             now = _identity(self.path.stat())
@@ -88,12 +92,6 @@ class Opened:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def close(self) -> None:
-        """Let it go; what is mapped stays."""
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
 
 
 def read_whole(path: Path, most: int) -> bytes:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from reshard.estimate.document import Estimate, Run
-    from reshard.estimate.step import Kind
+    from reshard.estimate.document import Estimate
+    from reshard.estimate.step import Kind, Run
 
 _CELLS, _FEWEST_CELLS = 60, 10
 _COLOURS: "dict[Kind, str]" = {"matmul": "blue", "vector": "magenta", "gather": "yellow", "scatter": "red"}

@@ -3,25 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from reshard.estimate.step import Kind
+from reshard.estimate.step import Run
 from reshard.manifest import ModelDims
 from reshard.safe_text import safe_line
-
-
-@dataclass(frozen=True)
-class Run:
-    """One decode step through all dense layers. Bytes and messages are those of the layer that sends the most."""
-
-    rows_per_layer: int
-    gather_bytes_per_layer: int
-    scatter_bytes_per_layer: int
-    gather_bytes_per_token_layer: int
-    scatter_bytes_per_token_layer: int
-    messages_per_layer: int
-    messages_per_token_layer: float
-    layer_seconds: float
-    step_seconds: float
-    seconds: dict[Kind, float]
 
 
 @dataclass(frozen=True)

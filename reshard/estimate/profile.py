@@ -2,7 +2,9 @@
 
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from itertools import pairwise
+from operator import getitem
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -169,7 +171,7 @@ def parse_profile(table: Mapping[str, Any], file: str) -> Profile:
 
 def _overridden(profile: Profile, overrides: Sequence[str]) -> dict[str, Any]:
     """The profile's table with values such as `network.node.latency_us=1`; what a value may be, the profile says."""
-    keys = [key for key in _keys(profile.model_dump()) if not key.startswith("source.")]
+    keys = list(_keys(profile.model_dump(exclude={"source"})))
     table = profile.model_dump(exclude_none=True)
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -179,9 +181,7 @@ def _overridden(profile: Profile, overrides: Sequence[str]) -> dict[str, Any]:
                 f"has {', '.join(keys)}"
             )
         *path, last = key.split(".")
-        inner = table
-        for part in path:
-            inner = inner[part]
+        inner = reduce(getitem, path, table)
         try:
             inner[last] = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:

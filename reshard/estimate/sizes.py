@@ -3,14 +3,13 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from math import isfinite
 
 from reshard.checkpoint.description import Checkpoint
 from reshard.errors import AlignmentError, ProfileError, SchemeError, UsageError
-from reshard.estimate.document import Alignment, Estimate, FixedRows, Refused, Run, SchemeEstimate, Size
+from reshard.estimate.document import Alignment, Estimate, FixedRows, Refused, SchemeEstimate, Size
 from reshard.estimate.profile import Profile, Tiles
 from reshard.estimate.recommend import recommend
-from reshard.estimate.step import SWIGLU, Kind, Split, layer_seconds, level_for, runs_as, wire
+from reshard.estimate.step import SWIGLU, Split, level_for, run, runs_as
 from reshard.model.parts import DENSE_FFN, DOWN, GATE
 from reshard.plan.plan import Plan, make_plan
 from reshard.schemes.table import BLOCK, SCHEMES, Arithmetic
@@ -134,8 +133,8 @@ def _size(checkpoint: Checkpoint, plan: Plan, profile: Profile, options: Options
         )
         for layer in checkpoint.layers
     ]
-    runs = _run(profile, splits)
-    exact = _run(profile, [replace(split, max_tokens=None) for split in splits]) if splits[0].fixed else None
+    runs = run(profile, splits)
+    exact = run(profile, [replace(split, max_tokens=None) for split in splits]) if splits[0].fixed else None
     quantized = any(split.gate_up is not Arithmetic.FLOAT for split in splits)
     return Size(
         tp_size=plan.tp_size,
@@ -146,7 +145,7 @@ def _size(checkpoint: Checkpoint, plan: Plan, profile: Profile, options: Options
         saved_bytes=(held if unsplit is None else unsplit) - held,
         network=level_for(profile, plan.tp_size)[0],
         alignment=alignment(profile.alignment, splits),
-        gathered_as_bf16=_run(profile, [replace(split, quantize_first=False) for split in splits]),
+        gathered_as_bf16=run(profile, [replace(split, quantize_first=False) for split in splits]),
         gathered_as_int8=runs if quantized else None,
         fixed_rows=FixedRows(runs.rows_per_layer - exact.rows_per_layer, runs, exact) if exact else None,
     )
@@ -185,28 +184,3 @@ def alignment(tiles: Tiles | None, splits: Sequence[Split]) -> Alignment:
         if not is_float:
             too_wide += limit_faults(module, share, hidden, tiles.last_dim_limit)
     return Alignment(not padding, blocks, bool(too_wide), (*dict.fromkeys(padding), *too_wide[:1]))
-
-
-def _run(profile: Profile, splits: Sequence[Split]) -> Run:
-    """All layers' seconds by kind; bytes and messages of the layer that sends the most."""
-    seconds: dict[Kind, float] = {}
-    for split in splits:
-        for kind, value in layer_seconds(profile, split).items():
-            seconds[kind] = seconds.get(kind, 0.0) + value
-    step = sum(seconds.values())
-    if not isfinite(step):
-        raise ProfileError(f"{profile.name}: its rates are so low that a step takes forever")
-    gathered, scattered, messages = max((wire(profile, split) for split in splits), key=lambda sent: sum(sent[:2]))
-    tokens = splits[0].tokens
-    return Run(
-        rows_per_layer=splits[0].rows,
-        gather_bytes_per_layer=gathered,
-        scatter_bytes_per_layer=scattered,
-        gather_bytes_per_token_layer=round(gathered / tokens),
-        scatter_bytes_per_token_layer=round(scattered / tokens),
-        messages_per_layer=messages,
-        messages_per_token_layer=messages / tokens,
-        layer_seconds=step / len(splits),
-        step_seconds=step,
-        seconds=seconds,
-    )

@@ -5,9 +5,10 @@ T tokens that a rank brings, N rows that it sends, R tp_size, H hidden_size, L t
 Peaks times the profile's efficiencies are the rates. docs/estimate.md has the formulas and their sources.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import ceil, log2
+from itertools import chain
+from math import ceil, isfinite, log2
 from typing import Literal
 
 from reshard.checkpoint.description import Linear
@@ -217,16 +218,49 @@ def _activation(activation: Activation) -> tuple[int, ...]:
     return (4,) if activation.limit is None else (2, 2, 4)
 
 
-def layer_seconds(profile: Profile, split: Split) -> dict[Kind, float]:
-    """Seconds of one layer by kind of work."""
-    found = dict.fromkeys(KINDS, 0.0)
-    for step in steps(split):
-        found[step.kind] += step.seconds(profile)
-    return found
+@dataclass(frozen=True)
+class Run:
+    """One decode step through all dense layers. Bytes and messages are those of the layer that sends the most."""
+
+    rows_per_layer: int
+    gather_bytes_per_layer: int
+    scatter_bytes_per_layer: int
+    gather_bytes_per_token_layer: int
+    scatter_bytes_per_token_layer: int
+    messages_per_layer: int
+    messages_per_token_layer: float
+    layer_seconds: float
+    step_seconds: float
+    seconds: dict[Kind, float]
 
 
-def wire(profile: Profile, split: Split) -> tuple[int, int, int]:
+def run(profile: Profile, splits: Sequence[Split]) -> Run:
+    """All layers, with the same rows. Raises ProfileError for rates next to zero."""
+    layers = [list(steps(split)) for split in splits]
+    seconds = dict.fromkeys(KINDS, 0.0)
+    for step in chain.from_iterable(layers):
+        seconds[step.kind] += step.seconds(profile)
+    whole = sum(seconds.values())
+    if not isfinite(whole):
+        raise ProfileError(f"{profile.name}: its rates are so low that a step takes forever")
+    gathered, scattered, messages = max((_sent(profile, layer) for layer in layers), key=lambda sent: sum(sent[:2]))
+    tokens = splits[0].tokens
+    return Run(
+        rows_per_layer=splits[0].rows,
+        gather_bytes_per_layer=gathered,
+        scatter_bytes_per_layer=scattered,
+        gather_bytes_per_token_layer=round(gathered / tokens),
+        scatter_bytes_per_token_layer=round(scattered / tokens),
+        messages_per_layer=messages,
+        messages_per_token_layer=messages / tokens,
+        layer_seconds=whole / len(splits),
+        step_seconds=whole,
+        seconds=seconds,
+    )
+
+
+def _sent(profile: Profile, layer: Sequence[Kernel | Collective]) -> tuple[int, int, int]:
     """What a rank sends for a layer: bytes gathered, bytes of sums (what is all-reduced among them), messages."""
-    sent = [step for step in steps(split) if isinstance(step, Collective)]
+    sent = [step for step in layer if isinstance(step, Collective)]
     gathered, scattered = (sum(step.sent for step in sent if step.kind == kind) for kind in ("gather", "scatter"))
     return gathered, scattered, sum(step.messages(profile) for step in sent)

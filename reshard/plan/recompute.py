@@ -12,7 +12,7 @@ from reshard.checkpoint.describe import describe_layers
 from reshard.checkpoint.description import Checkpoint, Extent, Identity, Tensor
 from reshard.convert.rules import check_conversion
 from reshard.errors import AlignmentError, ManifestError, SchemeError
-from reshard.fit import Misfit, require
+from reshard.fit import Misfit
 from reshard.manifest import Conversion, LayerEntry, Manifest, ShardTensor, Slice
 from reshard.model.naming import CONFIG, MANIFEST, module_name, parse_dense
 from reshard.model.parts import DENSE_FFN
@@ -35,11 +35,9 @@ def describe_set(
     must be, what `describe_layers` raises where no checkpoint is of such tensors.
     """
     checkpoint = put_together(manifest, side_files, start)
-    again = (
-        misfit._replace(message=f"{misfit.message}; copy the set again, or cut it again")
-        for misfit in contradictions(manifest, checkpoint)
-    )
-    require(again, ManifestError)
+    for misfit in contradictions(manifest, checkpoint):
+        where = MANIFEST if misfit.file == MANIFEST else f"{MANIFEST}: {misfit.file}"
+        raise ManifestError(f"{where}: {misfit.message}; copy the set again, or cut it again")
     return checkpoint
 
 
@@ -144,6 +142,8 @@ def _cut(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Misfit]:
             yield Misfit("cut", f"{shard.file}: {name}", line)
         if said.keys() == real.keys() and list(said) != list(real):
             yield Misfit("cut", shard.file, f"its tensors are in the order {list(said)}, a cut has {list(real)}")
+        elif said.keys() == real.keys() and shard.size != planned.size:
+            yield Misfit("cut", shard.file, f"its size is {shard.size}, a cut's is {planned.size}")
 
 
 def _differences(said: ShardTensor, real: PlannedTensor) -> Iterator[str]:

@@ -24,6 +24,7 @@ Bytes = npt.NDArray[np.uint8]
 Range = tuple[str, int, int]
 """(file, its first byte, the byte behind the last)"""
 
+_BLOCK_BYTES = 1 << 20
 _HEADERS_AT_ONCE = 16  # a request to a server takes long, and its processor not at all
 
 
@@ -80,8 +81,16 @@ class Source(abc.ABC):
         """A copy of bytes [start, stop). Raises SourceError where they cannot be read."""
 
     @abc.abstractmethod
-    def view(self, file: str, start: int, stop: int) -> Bytes:
-        """Bytes [start, stop) as an array that is valid until `close`. Raises SourceError as `read` does."""
+    def read_rows(self, out: Bytes, file: str, start: int, stride: int) -> None:
+        """Fill `out` [rows, bytes], row i with the file's bytes from start + i * stride. Raises as `read` does."""
+
+    def blocks(self, file: str, start: int, stop: int) -> Iterator[Bytes]:
+        """Bytes [start, stop), step by step, in memory that the next step fills anew."""
+        memory = np.empty((1, min(_BLOCK_BYTES, stop - start)), np.uint8)
+        for at in range(start, stop, _BLOCK_BYTES):
+            block = memory[:, : stop - at]
+            self.read_rows(block, file, at, block.size)
+            yield block[0]
 
     @abc.abstractmethod
     def prefetch(self, ranges: Iterable[Range]) -> None:
@@ -100,7 +109,7 @@ class Source(abc.ABC):
         """Make calls that wait for bytes, in whatever thread, raise Cancelled soon."""
 
     def close(self) -> None:  # noqa: B027
-        """Release what views hold."""
+        """Let go of what is open."""
 
     def __enter__(self) -> Self:
         return self

@@ -1,4 +1,4 @@
-"""A folder on this host: files mapped into memory, read only where a view is taken."""
+"""A folder on this host: of its files only what is asked for is read."""
 
 import contextlib
 import errno
@@ -12,7 +12,7 @@ from reshard.errors import SourceError
 from reshard.regular import Opened, unfollowed, unreadable, what_stands_there
 from reshard.source.base import MISSING, Bytes, Origin, Range, Source, merged
 from reshard.source.weights import SNAPSHOTS, WEIGHTS_ENDING
-from reshard.tensors.mapped import MappedFile
+from reshard.tensors.rows import RowReader
 
 _PLACES = ("*", f"{SNAPSHOTS}/*", f"models--*/{SNAPSHOTS}/*")
 
@@ -32,7 +32,7 @@ class FolderSource(Source):
         self.index = index
         self.origin = Origin("folder", path.resolve().name)
         self._opened: dict[str, Opened] = {}
-        self._maps: dict[str, MappedFile] = {}
+        self._readers: dict[str, RowReader] = {}
         self._lock = threading.Lock()
 
     @cached_property
@@ -79,21 +79,20 @@ class FolderSource(Source):
             )
         return data
 
-    def view(self, file: str, start: int, stop: int) -> Bytes:
-        """Bytes [start, stop) of the mapped file, its pages brought in."""
-        return (self._maps.get(file) or self._map(file)).view(start, stop)
+    def read_rows(self, out: Bytes, file: str, start: int, stride: int) -> None:
+        with self._named(file):
+            (self._readers.get(file) or self._reader(file)).read(out, start, stride)
 
     def prefetch(self, ranges: Iterable[Range]) -> None:
         """Ask the kernel to read ahead."""
         for file, start, stop in merged(ranges):
             with contextlib.suppress(SourceError):  # only a hint: the read that follows reports it
-                os.posix_fadvise(self._open(file).descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
+                os.posix_fadvise(self._open(file).fileno(), start, stop - start, os.POSIX_FADV_WILLNEED)
 
     def release(self, file: str) -> None:
-        """Close a file of which nothing is mapped."""
         with self._lock:
-            if file not in self._maps and (opened := self._opened.pop(file, None)):
-                opened.close()
+            self._opened.pop(file, None)
+            self._readers.pop(file, None)
 
     def check_unchanged(self) -> None:
         with self._lock:
@@ -106,18 +105,14 @@ class FolderSource(Source):
                 )
 
     def close(self) -> None:
-        """Drop the maps; each is unmapped with its last view."""
-        self._maps.clear()
-        for opened in self._opened.values():
-            opened.close()
+        """Each file is closed when the last thread that reads it has done."""
+        self._readers.clear()
         self._opened.clear()
 
-    def _map(self, file: str) -> MappedFile:
+    def _reader(self, file: str) -> RowReader:
         opened = self._open(file)
-        with self._lock, self._named(file):
-            if file not in self._maps:
-                self._maps[file] = MappedFile(opened.descriptor, str(self.path / file))
-            return self._maps[file]
+        with self._lock:
+            return self._readers.setdefault(file, RowReader(opened, str(self.path / file)))
 
     def _open(self, file: str) -> Opened:
         """The file, opened once."""
@@ -133,7 +128,5 @@ class FolderSource(Source):
         """What the system says of a file, with its path and the way out."""
         try:
             yield
-        except (OSError, ValueError) as error:
-            broken = error if isinstance(error, OSError) else OSError(errno.EINVAL, str(error))
-            way = "check its owner, permissions and disk"
-            raise SourceError(unreadable(self.path / file, broken, way)) from error
+        except OSError as error:
+            raise SourceError(unreadable(self.path / file, error, "check its owner, permissions and disk")) from error

@@ -19,9 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol, TypeVar
-
-import numpy as np
+from typing import IO, Protocol, TypeVar
 
 from reshard import limits
 from reshard.errors import SourceError, SpaceError
@@ -30,7 +28,7 @@ from reshard.source.base import MISSING, Bytes, Origin, Range, Source, merged
 from reshard.source.fetchers import Fetchers, result_of
 from reshard.source.retry import Backoff, Fault, Notify, RetryPolicy
 from reshard.source.watched import watched
-from reshard.tensors.mapped import MappedFile
+from reshard.tensors.rows import RowReader
 
 _CONNECTIONS = 8
 _REQUEST_BYTES = 8 << 20
@@ -72,19 +70,22 @@ class _Piece:
 class Stage:
     """A file's stage and the pieces that were asked for: disjoint, in order."""
 
-    descriptor: int
-    mapped: MappedFile
+    stream: IO[bytes]
+    reader: RowReader
     pieces: list[_Piece] = field(default_factory=list)
+
+    def read(self, out: Bytes, start: int, stride: int) -> None:
+        """Rows that are there. Raises SourceError."""
+        with _stage_errors():
+            self.reader.read(out, start, stride)
 
     def write(self, at: int, chunk: bytes) -> None:
         """Put bytes where they belong. Raises SpaceError, SourceError."""
         rest = memoryview(chunk)
-        try:
+        with _stage_errors():
             while rest:
-                done = os.pwrite(self.descriptor, rest, at)
+                done = os.pwrite(self.stream.fileno(), rest, at)
                 at, rest = at + done, rest[done:]
-        except OSError as error:
-            raise _stage_error(error) from error
 
 
 class StagedSource(Source):
@@ -122,19 +123,21 @@ class StagedSource(Source):
             self._read[key] = bytes(out)
         return self._read[key]
 
-    def view(self, file: str, start: int, stop: int) -> Bytes:
-        """Bytes [start, stop) of the stage, when they are there. Raises Cancelled if they were not waited for."""
-        if start >= stop:
-            return np.empty(0, np.uint8)
+    def read_rows(self, out: Bytes, file: str, start: int, stride: int) -> None:
+        """From the stage, when they are there. Raises Cancelled if they were not waited for."""
+        rows, width = out.shape
+        if not out.size:
+            return
+        stop = start + (rows - 1) * stride + width
         self._check_within(file, stop)
 
-        def wait() -> Bytes:
+        def wait() -> None:
             stage, pieces = self._claim(file, start, stop)
             for piece in pieces:
                 result_of(piece.done)
-            return stage.mapped.view(start, stop)
+            stage.read(out, start, stride)
 
-        return self._waited(wait)
+        self._waited(wait)
 
     def prefetch(self, ranges: Iterable[Range]) -> None:
         """Fetch them in the background, each byte that is not asked for yet.
@@ -155,7 +158,7 @@ class StagedSource(Source):
         self._fetchers.cancel()
 
     def close(self) -> None:
-        """Drop what is being fetched; a stage goes with its last view."""
+        """Drop what is being fetched; a stage goes with the last thread that reads it."""
         self.cancel()
         self._stages.clear()
 
@@ -227,23 +230,18 @@ class StagedSource(Source):
 
 
 def _stage(file: str, size: int) -> Stage:
-    try:
-        with contextlib.ExitStack() as undo:
-            stream = undo.enter_context(tempfile.TemporaryFile(buffering=0, dir=_folder()))
-            os.truncate(stream.fileno(), size)
-            stage = Stage(stream.fileno(), MappedFile(stream.fileno(), file))
-            undo.pop_all()
-    except OSError as error:
-        raise _stage_error(error) from error
+    with _stage_errors(), contextlib.ExitStack() as undo:
+        stream = undo.enter_context(tempfile.TemporaryFile(buffering=0, dir=_folder()))
+        os.truncate(stream.fileno(), size)
+        stage = Stage(stream, RowReader(stream, file))
+        undo.pop_all()
     weakref.finalize(stage, stream.close).atexit = False  # not before the last thread that writes to it has gone
     return stage
 
 
 def _check_space(wanted: int) -> None:
-    try:
+    with _stage_errors():
         folder = os.statvfs(_folder())
-    except OSError as error:
-        raise _stage_error(error) from error
     free = folder.f_bavail * folder.f_frsize
     if wanted > free:
         raise SpaceError(
@@ -252,10 +250,18 @@ def _check_space(wanted: int) -> None:
         )
 
 
-def _stage_error(error: OSError) -> SourceError | SpaceError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return SpaceError(f"{_folder()}: the disk is full ({error.strerror}); let TMPDIR name a folder with more room")
-    return SourceError(f"{_folder()}: what is fetched cannot be staged there: {error.strerror}; check TMPDIR")
+@contextlib.contextmanager
+def _stage_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise SpaceError(
+                f"{_folder()}: the disk is full ({error.strerror}); let TMPDIR name a folder with more room"
+            ) from error
+        raise SourceError(
+            f"{_folder()}: what is fetched cannot be staged there: {error.strerror}; check TMPDIR"
+        ) from error
 
 
 def _folder() -> str:

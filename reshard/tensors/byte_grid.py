@@ -33,9 +33,9 @@ class StoredReader:
             top, bottom = max(row, extent.row), min(row + rows, extent.row + extent.rows)
             left, right = max(column, extent.column), min(column + width, extent.column + extent.width)
             if top < bottom and left < right:
-                span = self._source.view(*_span(extent, top, bottom, left, right))
-                block = np.ndarray((bottom - top, right - left), np.uint8, buffer=span.data, strides=(extent.stride, 1))
-                np.copyto(out[top - row : bottom - row, left - column : right - column], block)
+                file, start, _ = _span(extent, top, bottom, left, right)
+                block = out[top - row : bottom - row, left - column : right - column]
+                self._source.read_rows(block, file, start, extent.stride)
 
     def ranges(self, row: int, column: int, rows: int, width: int) -> Iterator[Range]:
         """What of the source's files holds a block of [rows, width] bytes."""

@@ -6,8 +6,6 @@ from blake3 import blake3
 
 from reshard.source.base import Source
 
-_BLOCK = 1 << 20
-
 
 def file_digest(
     source: Source, file: str, start: int = 0, stop: int | None = None, tick: Callable[[int], None] = lambda n: None
@@ -15,8 +13,7 @@ def file_digest(
     """BLAKE3, hex, of a file's bytes [start, stop)."""
     hasher = blake3()
     end = source.files()[file] if stop is None else stop
-    for at in range(start, end, _BLOCK):
-        size = min(_BLOCK, end - at)
-        hasher.update(source.view(file, at, at + size).data)
-        tick(size)
+    for block in source.blocks(file, start, end):
+        hasher.update(block.data)
+        tick(block.size)
     return hasher.hexdigest()

@@ -14,7 +14,6 @@ from reshard.source.base import Source, read_file, read_header, threads
 from reshard.tensors.header import Header
 
 Tick = Callable[[int], None]
-_BLOCK = 1 << 20
 
 
 def verify_digests(source: Source, manifest: Manifest, workers: int, tick: Tick) -> list[Finding]:
@@ -62,12 +61,13 @@ def _read_alike(source: Source, header: Header, file: str) -> bool:
 
 
 def _check_digests(source: Source, header: Header, shard: Shard, tick: Tick) -> Iterator[Misfit]:
-    whole = blake3(source.view(shard.file, 0, header.data_start).data)
+    whole = blake3()
+    for block in source.blocks(shard.file, 0, header.data_start):
+        whole.update(block.data)
     tensors = {tensor.name: tensor for tensor in shard.tensors}
     for name, info in sorted(header.tensors.items(), key=lambda item: item[1].start):
         own = blake3()
-        for at in range(info.start, info.stop, _BLOCK):
-            block = source.view(shard.file, at, min(at + _BLOCK, info.stop))
+        for block in source.blocks(shard.file, info.start, info.stop):
             own.update(block.data)
             whole.update(block.data)
             tick(block.size)

@@ -24,11 +24,13 @@ from reshard.schemes.table import SCHEMES, Operand, Scheme, Variant
 from reshard.source.base import Bytes, Source
 from reshard.tensors.dtypes import itemsize
 from reshard.tensors.numeric import F32, Array, f32_to_bf16, storage, to_f32
+from reshard.tensors.rows import Memory
 
 BLOCK_BYTES = 1 << 20
 BLOCK_ELEMENTS = 1 << 18  # of computed values: their float32 and float64 copies fit into a core's cache
 WORKERS = min(8, len(os.sched_getaffinity(0)))  # each at its own block: memory stays at WORKERS times a few MB
 
+_MEMORY = Memory()
 _INT8_MAX = np.float32(127)
 
 Values = Callable[[int, int], F32]
@@ -111,23 +113,18 @@ def zero_grid(dtype: str, rows: int, columns: int, name: str = "", made_by: str 
 
 
 def _fetch(source: Source, tensor: Tensor, top: int, bottom: int) -> Bytes:
-    """Rows top..bottom: a view where one part holds them whole, else put together from several."""
-    out: Bytes | None = None
+    """Rows top..bottom, put together from the parts that hold some of them; valid until the thread's next call."""
+    out = _MEMORY.shaped(bottom - top, tensor.row_bytes)
     covered = 0
     for part in tensor.extents:
         first, last = max(top, part.row), min(bottom, part.row + part.rows)
         if first >= last:
             continue
         start = part.offset + (first - part.row) * part.stride
-        span = source.view(part.file, start, start + (last - first - 1) * part.stride + part.width)
-        block = np.lib.stride_tricks.as_strided(span, (last - first, part.width), (part.stride, 1), writeable=False)
-        if block.shape == (bottom - top, tensor.row_bytes):
-            return block
-        if out is None:
-            out = np.empty((bottom - top, tensor.row_bytes), np.uint8)
-        out[first - top : last - top, part.column : part.column + part.width] = block
+        block = out[first - top : last - top, part.column : part.column + part.width]
+        source.read_rows(block, part.file, start, part.stride)
         covered += block.size
-    if out is None or covered != out.size:
+    if covered != out.size:
         raise SourceError(f"{tensor.name}: no file holds all of rows {top} to {bottom}; the source is incomplete")
     return out
 

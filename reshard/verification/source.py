@@ -22,10 +22,12 @@ from reshard.source.base import Bytes, Source, threads
 from reshard.tensors.dtypes import itemsize
 from reshard.tensors.header import Header, TensorInfo
 from reshard.tensors.numeric import storage, to_f32
+from reshard.tensors.rows import Memory
 from reshard.verification.expect import Expected, Piece, expect, misfits, read_headers
 from reshard.verification.reference import BLOCK_BYTES, BLOCK_ELEMENTS, WORKERS, Grid, LinearGrids, Reference
 
 Tick = Callable[[int], None]
+_MEMORY = Memory()
 
 
 def compare_with_source(
@@ -101,11 +103,11 @@ class _Target:
         return itemsize(self.info.dtype)
 
     def fetch(self, shards: Source, top: int, bottom: int) -> Bytes:
-        """Rows top..bottom of the shard tensor, the piece's columns of them."""
-        start = self.info.start
-        rows = shards.view(self.file, start + top * self.row_bytes, start + bottom * self.row_bytes)
-        left = self.piece.column * self.itemsize
-        return rows.reshape(bottom - top, self.row_bytes)[:, left : left + self.piece.columns * self.itemsize]
+        """Rows top..bottom of the shard tensor, the piece's columns of them; valid until the thread's next call."""
+        out = _MEMORY.shaped(bottom - top, self.piece.columns * self.itemsize)
+        start = self.info.start + top * self.row_bytes + self.piece.column * self.itemsize
+        shards.read_rows(out, self.file, start, self.row_bytes)
+        return out
 
 
 def _compare_group(

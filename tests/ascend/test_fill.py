@@ -104,7 +104,7 @@ def test_what_is_filled_is_vllm_ascends(two: Ranks, model: Callable[[str], Model
 def test_a_set_of_another_activation(two: Ranks, model: Callable[[str], Model], tmp_path: Path) -> None:
     """vllm-ascend's own kernel for silu is asked, on the linears of its MLP group and split over the ranks."""
     made = model("tiny-bf16")
-    shards = with_activation(made.shards, tmp_path, {"name": "silu", "limit": 10.0}, first=0)
+    shards = with_activation(made.shards, tmp_path, {"name": "silu", "limit": 10.0})
     filled = dataclasses.replace(made.both(**MLP)[1], shards=shards)
     for served, kind in (
         (filled, "DeepseekV2MLP"),

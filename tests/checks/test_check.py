@@ -124,7 +124,7 @@ def test_a_promised_checkpoint_is_what_a_real_one_is_read_as(tmp_path: Path, rec
         ({"torch_dtype": ["bfloat16"], "quantization_config": None}, "dtype is ['bfloat16']; a model of bfloat16,"),
         (
             {"intermediate_size": 10**200},
-            "intermediate_size is 100000000000000000...0000000000000000000, up to 2147483647",
+            "intermediate_size is 100000000000000000...0000000000000000000, expected a whole number from 1 to 2147483",
         ),
         (
             {"quantization_config": {**_FP8, "modules_to_not_convert": ["model.layers.1.mlp.up_proj"]}},
@@ -301,8 +301,8 @@ def test_no_tensor_is_read_and_no_torch_imported(tmp_path: Path) -> None:
     build(tmp_path / "model", Spec("fp8_block"))
     reading = (
         "import atexit, sys; from reshard.source.folder import FolderSource\n"
-        "def view(*a): raise SystemExit('a tensor was read')\n"
-        "FolderSource.view = view\n"
+        "def read_rows(*a): raise SystemExit('a tensor was read')\n"
+        "FolderSource.read_rows = read_rows\n"
         "atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))"
     )
     done = reshard_process("check", tmp_path / "model", "--tp", 2, before=reading)

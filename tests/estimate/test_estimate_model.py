@@ -17,14 +17,14 @@ from reshard.errors import AlignmentError, ProfileError, SchemeError
 from reshard.estimate.document import SchemeEstimate, Size
 from reshard.estimate.profile import GIB, Profile, Tiles, load_profile
 from reshard.estimate.sizes import Options, alignment, estimate
-from reshard.estimate.step import KINDS, Collective, Kernel, Split, layer_seconds, level_for, steps, wire
+from reshard.estimate.step import KINDS, Collective, Kernel, Split, level_for, steps
 from reshard.model.activation import Activation
 from reshard.plan.pipeline import Cut
 from reshard.schemes.table import Arithmetic
 from reshard.source.open import describe, open_source
 from reshard_runtime import DenseFFN, load_shard
 from tests.support.builders import RECIPES, Spec, build, read_safetensors
-from tests.support.estimating import A2, A3, DYNAMIC, FLOAT, R1, STATIC, estimated, r1
+from tests.support.estimating import A2, A3, DYNAMIC, FLOAT, R1, STATIC, estimated, layer_seconds, r1, wire
 from tests.support.running import reshard, split
 
 # A device of round numbers: 1 TFLOP/s, 2 TOP/s, 1 GiB/s of memory, four devices in a mesh of 3 GB/s, then a switch.

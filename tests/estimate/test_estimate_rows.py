@@ -7,8 +7,8 @@ import pytest
 from reshard.errors import AlignmentError, UsageError
 from reshard.estimate.profile import load_profile
 from reshard.estimate.sizes import Options
-from reshard.estimate.step import Collective, Kernel, Split, layer_seconds, wire
-from tests.support.estimating import A2, DYNAMIC, FLOAT, STATIC, estimated, r1
+from reshard.estimate.step import Collective, Kernel, Split
+from tests.support.estimating import A2, DYNAMIC, FLOAT, STATIC, estimated, layer_seconds, r1, wire
 
 # --- fixed rows ---
 

@@ -11,7 +11,7 @@ pytest_plugins = ["pytester"]
 
 def test_no_test_module_imports_another() -> None:
     """What several share lies in tests/support, or in a module of the room that holds no tests."""
-    for path in sorted((ROOT / "tests").rglob("*.py")):
+    for path in sorted([*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]):
         found = re.findall(r"^\s*from (tests\.(?:\w+\.)*(?:test_\w+|conftest)) import", path.read_text(), re.MULTILINE)
         assert not found, f"{path.relative_to(ROOT)} imports {found[0]}"
 

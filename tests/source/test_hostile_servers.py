@@ -194,7 +194,7 @@ WRONG: dict[str, tuple[Answer, str]] = {
     "no chunks": (no_chunks, "; given up after 6 tries"),
     "out of range": (status(416, Content_Range="bytes */1"), "HTTP 416"),
     "no content": (status(204), "HTTP 204"),
-    "a loop": (to("{path}"), "maximum allowed redirects"),
+    "a loop": (to("{path}"), "too many redirects"),
     "this host's file": (to("file:///etc/passwd"), "unsupported protocol"),
     "no address": (to("http://[::1"), "nvalid"),
     "years": (status(503, Retry_After="9" * 400), r"HTTP 503 .*the server asks to wait \d+ s: try again then"),
@@ -399,7 +399,7 @@ LISTINGS: dict[str, tuple[Answer, str]] = {
     "byte by byte": (page_byte_by_byte, r"\d bytes in 0.3 s: too slow; given up after 3 tries"),
     "silence": (silent, "(0 bytes in 0.3 s: too slow|timed out); given up after"),
     "compressed": (page_compressed, "the answer is encoded as gzip, identity was asked for"),
-    "a loop": (to("{path}"), "maximum allowed redirects"),
+    "a loop": (to("{path}"), "too many redirects"),
     "this host's file": (to("file:///etc/passwd"), "unsupported protocol"),
 }
 

@@ -18,7 +18,7 @@ from reshard.source.address import last_part
 from reshard.source.open import describe, open_source
 from reshard.source.range_cache import Stage
 from reshard.source.retry import Fault, RetryPolicy
-from reshard.tensors.mapped import MappedFile
+from reshard.tensors.rows import RowReader
 from reshard.writer.split import SplitOptions, write_shards
 from tests.support.builders import Spec, build
 from tests.support.running import Done, reshard, reshard_process, same_but_for_the_origin, split
@@ -206,7 +206,7 @@ def test_a_stage_that_is_full(tmp_path: Path) -> None:
         Path("/dev/full").open("r+b", buffering=0) as full,
         pytest.raises(SpaceError, match=said),
     ):
-        Stage(full.fileno(), MappedFile(mapped.fileno(), "mapped")).write(0, b"data")
+        Stage(full, RowReader(mapped, "mapped")).write(0, b"data")
 
 
 # --- S3 ---

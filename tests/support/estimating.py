@@ -7,6 +7,7 @@ from reshard.checkpoint.description import Checkpoint
 from reshard.estimate.document import SchemeEstimate
 from reshard.estimate.profile import Profile, load_profile
 from reshard.estimate.sizes import Options, estimate
+from reshard.estimate.step import Kind, Split, run
 from reshard.schemes.table import Arithmetic
 from tests.support.paths import CONFIGS
 
@@ -26,3 +27,14 @@ def estimated(
     """A checkpoint as it is, 24 tokens a rank."""
     (one,) = estimate({"it": checkpoint}, sorted(tp_sizes), profile, options or Options(24)).schemes
     return one
+
+
+def layer_seconds(profile: Profile, split: Split) -> dict[Kind, float]:
+    """One layer's, by kind of work."""
+    return run(profile, [split]).seconds
+
+
+def wire(profile: Profile, split: Split) -> tuple[int, int, int]:
+    """Bytes gathered and scattered, and messages, for one layer."""
+    found = run(profile, [split])
+    return found.gather_bytes_per_layer, found.scatter_bytes_per_layer, found.messages_per_layer

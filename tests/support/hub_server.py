@@ -121,7 +121,11 @@ class Handler(BaseHTTPRequestHandler):
         hub = self.hub
         if asked.is_data:
             commit, file = asked.path.removeprefix("/blobs/").split("/")
-            self.send_range((hub.commits[commit] / file).read_bytes(), asked.range)
+            path = hub.commits.get(commit, Path("nowhere")) / file
+            if path.is_file():
+                self.send_range(path.read_bytes(), asked.range)
+            else:
+                self.answer(404)
             return
         if asked.path == "/blobs":
             (prefix,) = parse_qs(asked.query)["prefix"]

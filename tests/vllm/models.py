@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from blake3 import blake3
 from safetensors.torch import save_file
 
 from tests.support.manifests import edit_manifest
@@ -239,13 +240,30 @@ def write_llama(folder: Path, layers: int = 2) -> Path:
     return folder
 
 
-def with_activation(shards: Path, folder: Path, activation: dict[str, Any] | None, first: int = 1) -> Path:
-    """A copy of a set in `folder`, whose manifest says another activation from layer `first` on."""
+def with_activation(shards: Path, folder: Path, activation: dict[str, Any] | None) -> Path:
+    """A copy of a set in `folder`, as cut from a model whose config.json says another activation, or is missing."""
     copied = Path(shutil.copytree(shards, folder / shards.name))
+    path = copied / "config.json"
+    config = json.loads(path.read_text())
+    if activation is None:
+        path.unlink()
+        model, side_files = {"model_type": "", "num_hidden_layers": None}, []
+    else:
+        name, limit = activation["name"], activation["limit"]
+        config["hidden_act"] = {"gelu_tanh": "gelu_pytorch_tanh"}.get(name, name)
+        if limit is not None:  # of the models that have one
+            config |= {"model_type": "glm5_next_text", "swiglu_limit": limit}
+        raw = json.dumps(config).encode()
+        path.write_bytes(raw)
+        model = {"model_type": config["model_type"]}
+        side_files = [{"name": path.name, "size": len(raw), "blake3": blake3(raw).hexdigest()}]
 
     def change(manifest: dict[str, Any]) -> None:
-        assert manifest["layers"][0]["activation"] == {"name": "silu", "limit": None}
-        for layer in manifest["layers"][first:]:
+        assert [file["name"] for file in manifest["files"]] == [path.name]
+        manifest["files"] = side_files
+        manifest["model"].update(model)
+        for layer in manifest["layers"]:
+            assert layer["activation"] == {"name": "silu", "limit": None}
             layer["activation"] = activation
 
     edit_manifest(copied, change)

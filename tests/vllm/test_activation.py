@@ -25,7 +25,7 @@ def test_a_set_of_another_activation_stops_all(two: Ranks, dense: Path, tmp_path
     shards = with_activation(dense.parent / "tp2", tmp_path, {"name": name, "limit": limit})
     for said in two.run(inside.load, _split(dense, shards, dtype=dtype)):
         shown = "silu with limit 10" if limit else name
-        assert f"layer 1's activation is {shown}, the engine's SplitMLP computes another: of gate" in said
+        assert f"layer 0's activation is {shown}, the engine's SplitMLP computes another: of gate" in said
         assert f"{shown} makes" in said
 
 
@@ -33,7 +33,7 @@ def test_with_tensor_parallelism_too(pair: Ranks, dense: Path, tmp_path: Path) -
     for said in pair.run(
         inside.load, Served(dense, with_activation(dense.parent / "tp2", tmp_path, LIMITED), tensor=2)
     ):
-        assert "layer 1's activation is silu with limit 2, the engine's DeepseekV2MLP computes another" in said
+        assert "layer 0's activation is silu with limit 2, the engine's DeepseekV2MLP computes another" in said
 
 
 @pytest.mark.parametrize("activation", [None, {"name": "situ", "limit": None}])
@@ -43,13 +43,13 @@ def test_what_is_not_known_is_filled_and_not_split(
     shards = with_activation(dense.parent / "tp2", tmp_path, activation)
     assert pair.run(inside.load, Served(dense, shards, tensor=2)) == ["loaded"] * 2
     for said in two.run(inside.load, _split(dense, shards)):
-        assert "layer 1: its activation is " in said
+        assert "layer 0: its activation is " in said
         assert "without denseffn_tensor_parallel_size the engine's own partition is filled" in said
 
 
 def test_an_engine_that_has_the_limit(two: Ranks, dense: Path, tmp_path: Path) -> None:
     """And a set cut from the model that has it: split, the layers compute what the engine computes whole."""
-    shards, counts = with_activation(dense.parent / "tp2", tmp_path, LIMITED, first=0), [[5, 40], [1, 2]]
+    shards, counts = with_activation(dense.parent / "tp2", tmp_path, LIMITED), [[5, 40], [1, 2]]
     whole = two.run(inside.forward_with, Served(dense, data=2, dtype="bfloat16"), LIMIT, counts)
     ours = two.run(inside.forward_with, _split(dense, shards, dtype="bfloat16"), LIMIT, counts)
     without = two.run(inside.forward, Served(dense, data=2, dtype="bfloat16"), counts)

@@ -18,6 +18,7 @@ import pytest
 
 from reshard.errors import OutputError, SourceError, SpaceError
 from reshard.plan.pipeline import Cut, prepare
+from reshard.source.base import Bytes
 from reshard.source.folder import FolderSource
 from reshard.source.open import open_source
 from reshard.writer.split import SplitOptions, write_shards
@@ -181,20 +182,20 @@ def test_a_source_that_fails_midway(
 ) -> None:
     split(other, tmp_path / "old")
     old = snapshot(tmp_path / "old")
-    view, seen = FolderSource.view, []
+    read_rows, seen = FolderSource.read_rows, []
 
-    def failing(self: FolderSource, file: str, start: int, stop: int) -> Any:
+    def failing(self: FolderSource, out: Bytes, file: str, start: int, stride: int) -> None:
         seen.append(file)
         if len(seen) > calls:
             raise SourceError(f"{file}: the disk is failing")
-        return view(self, file, start, stop)
+        read_rows(self, out, file, start, stride)
 
     for out, overwrite in ((tmp_path / "old", True), (tmp_path / "new", False)):
         with open_source(str(source)) as opened:
             prepared = prepare(opened, Cut(4))
             seen.clear()
             with monkeypatch.context() as patch:
-                patch.setattr(FolderSource, "view", failing)
+                patch.setattr(FolderSource, "read_rows", failing)
                 with pytest.raises(SourceError, match="the disk is failing"):
                     write_shards(prepared, out, SplitOptions(workers=workers, overwrite=overwrite))
     assert snapshot(tmp_path / "old") == old

@@ -1,8 +1,8 @@
-"""Loading one rank's shard: its own file and the manifest, nothing else.
+"""Loading one rank's shard: its own file, the manifest, and what beside them says what the weights are.
 
-What is loaded is what the manifest says: version, sizes, names, shapes and types are compared with the file's header
-before any tensor is read, and nothing is narrowed, padded or cast to fit. Tensors are copies: what becomes of the file
-later changes nothing.
+What is loaded is what the manifest says, which is recomputed first: sizes, names, shapes and types are compared with
+the file's header before any tensor is read, and nothing is narrowed, padded or cast to fit. Tensors are copies: what
+becomes of the file later changes nothing.
 """
 
 import contextlib
@@ -44,9 +44,10 @@ def load_shard(
 ) -> Shard:
     """A rank's tensors on `device`, ready for `DenseFFN`.
 
-    Reads manifest.json and this rank's file. `tp_size`: the group's size, where it is known already. `layers`: only
-    these dense layers (each pipeline stage has its own), else all. `verify="digest"` compares the BLAKE3 digest of
-    every tensor that is loaded: it alone tells shards of one shape apart, say two fine-tunes' of one model.
+    Reads manifest.json, config.json where the set has it, this rank's file. `tp_size`: the group's size, where it is
+    known already. `layers`: only these dense layers (each pipeline stage has its own), else all. `verify="digest"`
+    compares the BLAKE3 digest of every tensor that is loaded: it alone tells shards of one shape apart, say two
+    fine-tunes' of one model.
 
     FP8 and block-INT8 weights are dequantized to BF16 where the device's backend has no kernel for them; one line of
     the log says so, and what it costs. `dequantize=False` leaves them as they are, for kernels of an engine's own.
@@ -176,8 +177,9 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
     except OSError as error:
         raise ManifestError(unreadable(path, error)) from error
     manifest = parse_manifest(raw, str(path))
+    side_files = _side_files(folder, manifest)
     try:
-        describe_set(manifest, _side_files(folder, manifest))
+        describe_set(manifest, side_files)
     except ReshardError as error:
         raise ManifestError(f"{folder}: {error}") from error
     return manifest, manifest.blake3
@@ -188,11 +190,12 @@ def _side_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
     wanted, read = set(needed(manifest)), {}
     for file in manifest.files:
         if file.name in wanted:
+            path = folder / file.name
             try:
-                read[file.name] = read_whole(folder / file.name, min(file.size, JSON_BYTES))
+                read[file.name] = read_whole(path, min(file.size, JSON_BYTES))
             except OSError as error:
-                raise ManifestError(unreadable(Path(file.name), error, "copy the whole set")) from error
-            require(fit_side_file(file, read[file.name]), ManifestError)
+                raise ManifestError(unreadable(path, error, "copy the whole set")) from error
+            require((m._replace(file=str(path)) for m in fit_side_file(file, read[file.name])), ManifestError)
     return read
 
 

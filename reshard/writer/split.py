@@ -138,6 +138,7 @@ class _Run:
 
         def publish(made: tuple[DirectFile, Shard]) -> None:
             file, shard = made
+            self._records.check_repair(shard)
             self._target.publish(file, shard, self._workers.tick)
             self._records.put(shard)
             written.append(shard)

@@ -71,7 +71,8 @@ def _finder(hub: Hub, repo: str) -> "Callable[[str, str | None], Remote]":
 def _is_host(text: str) -> bool:
     try:
         parts = urlsplit(text)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        has_more = "?" in text or "#" in text  # paths are put behind it
+        return parts.scheme in WEB and bool(parts.hostname) and parts.port != 0 and not has_more
     except ValueError:
         return False
 

@@ -66,7 +66,7 @@ class RemoteTarget:
             with self._here.writing(ranks):
                 yield lambda: True
 
-    def check_space(self, wanted: int) -> None:
+    def check_room(self, names: Iterable[str], wanted: int) -> None:
         way_out = "the shards are made here before they are put: name a folder on a larger disk with TMPDIR"
         check_space(self._here.path, wanted, way_out)
 

@@ -22,7 +22,19 @@ JSON_NUMBER = 300
 HEADER_BYTES = 100_000_000
 """The format's own limit."""
 NAME_CHARACTERS = 500
-"""Of a tensor's name. Published checkpoints have up to 120; some patterns take the square of it."""
+"""Of a tensor's name, or a key. Published checkpoints have up to 120; some patterns take the square of it."""
+DIMENSIONS = 32
+"""Of a tensor. Checkpoints have 5 (convolutions over video), NumPy allows 64."""
+
+# config.json
+SIZE = 2**31 - 1
+"""Of a dimension, or a count."""
+LAYERS = 1_000
+"""Of a model. Published ones have up to 126; each is a line in reports and an entry in manifests."""
+CONFIG_KEYS = 1_000
+"""Of what speaks of one model, each looked at for what it may decide. Published configs have up to 100."""
+WORD_CHARACTERS = 200
+"""Of a name in it: of a model type, an activation."""
 MAX_BYTES = 2**63 - 1
 """Of a tensor, a dimension, an offset: what file systems and other readers count with."""
 

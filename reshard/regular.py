@@ -14,6 +14,7 @@ from typing import NamedTuple, Self
 MISSING = "missing"
 """Why a file is not there, where nothing stands in its place."""
 
+_PIECE = 1 << 26  # read at once; a signal is answered between two
 _READ_BYTES = 1 << 20
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -29,7 +30,9 @@ class NotAFileError(OSError):
     """Something else than a file stands there, or more than may be read of one; `strerror` says what."""
 
 
-class _Identity(NamedTuple):
+class Identity(NamedTuple):
+    """What tells a file from any other, and from itself once it was written to, while it is open."""
+
     device: int
     inode: int
     size: int
@@ -51,7 +54,7 @@ class Opened:
         self.close.atexit = False  # not while a thread still reads
         found = os.fstat(self._descriptor)
         _require_file(found)
-        self._identity = _identity(found)
+        self.identity = _identity(found)
 
     def fileno(self) -> int:
         """The descriptor, which is closed with this object: keep that as long."""
@@ -60,7 +63,7 @@ class Opened:
     @property
     def size(self) -> int:
         """In bytes, as it was opened."""
-        return self._identity.size
+        return self.identity.size
 
     @property
     def same_file(self) -> str:
@@ -75,9 +78,19 @@ class Opened:
             start += len(chunk)
         return b"".join(chunks)
 
+    def fill(self, into: memoryview, start: int) -> int:
+        """Bytes from `start` on into memory: how many, fewer than it has room for where the file ends before."""
+        filled = 0
+        while filled < len(into):
+            count = os.preadv(self._descriptor, [into[filled : filled + _PIECE]], start + filled)
+            if count == 0:
+                break
+            filled += count
+        return filled
+
     def difference(self) -> str | None:
         """What of it is no longer as it was opened; None if nothing is."""
-        first = self._identity
+        first = self.identity
         if (now := _identity(os.fstat(self._descriptor))) != first:
             return f"was written to while it was read ({_shown(first)} at the start, now {_shown(now)})"
         try:
@@ -120,7 +133,7 @@ def unreadable(path: Path, error: OSError, way: str = "") -> str:
     """Why a file could not be opened or read: a line that begins with its path. way: out, where a file is there."""
     if isinstance(error, NotAFileError):
         return f"{path} {error.strerror}"
-    if os.path.islink(path):
+    if os.path.islink(path) and not os.path.exists(path):
         return f"{path} is {unfollowed(path, error)}"
     if error.errno == errno.EMFILE:
         return f"{path}: cannot be read: too many files are open; allow more with `ulimit -n`"
@@ -150,9 +163,9 @@ def _require_file(found: os.stat_result) -> None:
         raise NotAFileError(errno.EINVAL, f"is {what}")
 
 
-def _identity(found: os.stat_result) -> _Identity:
-    return _Identity(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+def _identity(found: os.stat_result) -> Identity:
+    return Identity(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
-def _shown(identity: _Identity) -> str:
+def _shown(identity: Identity) -> str:
     return f"{identity.size} bytes, modified at {identity.modified_ns / 1e9:.6f}"

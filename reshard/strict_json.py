@@ -84,6 +84,16 @@ def parse_object(raw: bytes, file: str) -> dict[str, Any]:
         raise SourceError(
             f"{file}: holds a {type(value).__name__}, expected a JSON object; put the file of this checkpoint there"
         )
+    levels: list[Any] = [value]
+    while levels:
+        for key in (key for level in levels if isinstance(level, dict) for key in level):
+            if len(key) > limits.NAME_CHARACTERS:
+                raise SourceError(
+                    f"{file}: a key of {len(key)} characters ({reprlib.repr(key)}), up to {limits.NAME_CHARACTERS} are "
+                    "read"
+                )
+        inner = (one for level in levels for one in (level.values() if isinstance(level, dict) else level))
+        levels = [one for one in inner if isinstance(one, dict | list)]
     return value
 
 

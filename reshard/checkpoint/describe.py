@@ -2,13 +2,24 @@
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
+from reshard import limits
 from reshard.checkpoint.description import Layer, Linear, Tensor
 from reshard.errors import LayersError, SchemeError, ShapesError
 from reshard.manifest import ModelDims
 from reshard.model.activation import not_computed
 from reshard.model.config import ModelConfig, agree_on_dense, is_mtp_layer, read_model_config
 from reshard.model.foreign import what_is
-from reshard.model.naming import CONFIG, PREFIX, WRAPPED, layers_named, module_name, numbers, parse_dense, parse_layer
+from reshard.model.naming import (
+    CONFIG,
+    PREFIX,
+    WRAPPED,
+    layer_name,
+    layers_named,
+    module_name,
+    numbers,
+    parse_dense,
+    parse_layer,
+)
 from reshard.model.parts import DENSE_FFN, Module
 from reshard.model.prefix import language_prefix
 from reshard.quantization import Accounts, Schemes, check_transforms
@@ -42,6 +53,8 @@ def describe_layers(
         if parsed is None or parsed.prefix != prefix:
             continue
         by_layer.setdefault(parsed.layer, {}).setdefault(parsed.role, {})[parsed.suffix] = tensor
+    if (last := max(by_layer)) >= limits.LAYERS:
+        raise LayersError(f"{layer_name(prefix, last)}: more than {limits.LAYERS} layers, which no model has")
     mtp = {layer: by_layer.pop(layer) for layer in _mtp_layers(by_layer, prefix, other_names, model_config)}
     mlps = {index: module_name(prefix, index) for index in by_layer}
     check_transforms(accounts, mlps, (*tensors, *other_names))

@@ -102,7 +102,7 @@ def _parse_ranks(text: str | None, tp: int) -> tuple[int, ...] | None:
         return None
     found: set[int] = set()
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        match = re.fullmatch(r"\s*(\d{1,5})(?:-(\d{1,5}))?\s*", part)  # MAX_TP_SIZE has five digits
         if match is None:
             raise UsageError(f"--ranks {text}: {part!r} is no rank and no range; write them as 0-3,7")
         first, last = int(match[1]), int(match[2] or match[1])

@@ -8,6 +8,7 @@ from typing import Any
 from reshard.checkpoint.description import Tensor
 from reshard.errors import LayersError
 from reshard.model.config import ModelConfig, language_config
+from reshard.model.config.values import word
 from reshard.model.foreign import what_is_there
 from reshard.model.naming import CONFIG, PREFIX, WRAPPED, layer_name, parse_dense, parse_layer, stands_beside
 from reshard.model.parts import DENSE_FFN
@@ -37,14 +38,13 @@ def published_prefix(config: Mapping[str, Any]) -> str:
 
     Of a wrapper that is not known (`is_known_wrapper`) one that is asked for under every other, too.
     """
-    model_type = config.get("model_type")
     unknown = PREFIX if language_config(config)[0] is None else WRAPPED[0]
-    return _PUBLISHED.get(model_type, unknown) if isinstance(model_type, str) else unknown
+    return _PUBLISHED.get(word(config, "model_type") or "", unknown)
 
 
 def is_known_wrapper(config: Mapping[str, Any]) -> bool:
     """Whether it is known what precedes the layers' names; it is of a config that is no wrapper's."""
-    return language_config(config)[0] is None or config.get("model_type") in _PUBLISHED
+    return language_config(config)[0] is None or word(config, "model_type") in _PUBLISHED
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """A quantization_config as config.json has it: its values, and how to speak of them."""
 
 import re
+import reprlib
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -75,6 +76,8 @@ class Section:
         sizes = given = self.values.get(key)
         if isinstance(given, str) and _SIZES.fullmatch(given):
             sizes = [int(size) for size in given.split("x")]
-        if not (isinstance(sizes, list) and len(sizes) == 2 and all(type(n) is int and n > 0 for n in sizes)):
-            raise self.error(key, f"is {given!r}, expected two block sizes")
+        if not (
+            isinstance(sizes, list) and len(sizes) == 2 and all(type(n) is int and 0 < n <= limits.SIZE for n in sizes)
+        ):
+            raise self.error(key, f"is {reprlib.repr(given)}, expected two block sizes")
         return sizes[0], sizes[1]

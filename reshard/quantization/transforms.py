@@ -171,7 +171,7 @@ def _names(layers: Any, layer: int) -> bool:
     """Whether a list of layers (numbers, or names of modules) means a layer; what is neither may."""
     if not isinstance(layers, list):
         return True
-    numbers = (re.search(r"(?:^|layers\.)(\d+)(?:\.|$)", str(entry)) for entry in layers)
+    numbers = (re.search(r"(?:^|layers\.)(\d{1,9})(?:\.|$)", str(entry)) for entry in layers)
     return any(found is None or int(found[1]) == layer for found in numbers)
 
 

@@ -4,7 +4,9 @@ What is asked for never comes compressed: a range is one of the file's own bytes
 """
 
 import abc
+import collections
 import contextlib
+import itertools
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -54,7 +56,8 @@ def asked(request: Request, start: int | None = None, stop: int | None = None) -
     if start is not None and stop is not None:
         headers["range"] = f"bytes={start}-{stop - 1}"
     try:
-        with request.client.stream("GET", request.url, headers=headers, timeout=request.patience) as response:
+        first = request.client.build_request("GET", request.url, headers=headers, timeout=request.patience)
+        with contextlib.closing(_followed(request.client, first)) as response:
             yield response
     except httpx.ConnectError as error:
         raise Unreachable(said(error)) from None
@@ -62,6 +65,23 @@ def asked(request: Request, start: int | None = None, stop: int | None = None) -
         raise SourceError(f"{_where(request)}: {said(error)}") from None
     except httpx.HTTPError as error:
         raise Fault(said(error)) from None
+
+
+def _followed(client: httpx.Client, request: httpx.Request) -> httpx.Response:
+    """The answer at the end of redirects. httpx would read each redirect's body, whatever its length."""
+    history: list[httpx.Response] = []
+    while True:
+        response = client.send(request, stream=True, follow_redirects=False)
+        if response.next_request is None:
+            response.history = history
+            return response
+        with contextlib.closing(response):
+            # To the end of a short one, after which the connection serves the next request.
+            collections.deque(itertools.islice(response.iter_raw(), 2), maxlen=0)
+        if len(history) == client.max_redirects:
+            raise httpx.TooManyRedirects("too many redirects", request=request)
+        history.append(response)
+        request = response.next_request
 
 
 def read_small(request: Request, check: Callable[[httpx.Response], None], most: int) -> bytes:

@@ -118,23 +118,27 @@ def _entries(text: bytes, file: str) -> dict[str, Any]:
 
 
 def _tensor(entry: Any, name: str, file: str, data_start: int) -> TensorInfo:
+    if len(name) > limits.NAME_CHARACTERS:
+        raise _refusal(
+            file, f"{_short(name)}: a name of {len(name)} characters, up to {limits.NAME_CHARACTERS} are read"
+        )
     if not isinstance(entry, dict) or entry.keys() != _FIELDS:
-        got = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
+        got = _short(sorted(entry)) if isinstance(entry, dict) else type(entry).__name__
         raise _refusal(file, f"{name}: the entry has {got}, expected dtype, shape, data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     bits = BITS.get(dtype) if isinstance(dtype, str) else None
     if bits is None:
         raise HeaderError(f"{file}: {name}: unknown dtype {_short(dtype)}; known are {', '.join(BITS)}")
-    if not _naturals(shape):
-        raise _refusal(file, f"{name}: shape {_short(shape)} is not a list of numbers from 0")
+    if not _naturals(shape) or len(shape) > limits.DIMENSIONS:
+        raise _refusal(file, f"{name}: shape {_short(shape)} is not a list of up to {limits.DIMENSIONS} numbers from 0")
     if not _naturals(offsets) or len(offsets) != 2:
         raise _refusal(file, f"{name}: data_offsets {_short(offsets)} is not two numbers from 0")
     start, stop = offsets
-    total = bits
-    for size in shape:
-        total *= size
-    if total > limits.MAX_BYTES:
-        raise _refusal(file, f"{name}: shape {_short(shape)} of {dtype} overflows 64 bits")
+    total = 1
+    for factor in (*shape, bits):
+        total *= factor
+        if total > limits.MAX_BYTES:  # also where a 0 follows, as safetensors has it
+            raise _refusal(file, f"{name}: shape {_short(shape)} of {dtype} overflows 64 bits")
     if total % 8 or total // 8 != stop - start:
         size = total // 8 if total % 8 == 0 else total / 8
         raise _refusal(

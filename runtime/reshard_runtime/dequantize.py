@@ -5,7 +5,7 @@ weight_dequant; compressed-tensors `dequantize`). Shapes: [N, K] a weight, b x k
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -21,22 +21,26 @@ _CHUNK_ELEMENTS = 1 << 22
 _GIB = 1 << 30
 
 
-def dequantized(layers: Mapping[int, LayerShard], kernels: Kernels) -> dict[int, LayerShard]:
-    """The layers with every linear in a scheme that `kernels` has; one line of the log for all that were changed."""
-    found = {index: layer.changed(partial(_linear, kernels=kernels)) for index, layer in layers.items()}
-    changed = [
-        (before, after)
-        for index in found
-        for before, after in zip(layers[index].linears, found[index].linears, strict=True)
-        if before is not after
-    ]
-    if changed:
-        stored, held = (sum(linear.nbytes for linear in side) for side in zip(*changed, strict=True))
+def dequantized(layers: Iterable[LayerShard], kernels: Kernels) -> dict[int, LayerShard]:
+    """The layers with every linear in a scheme that `kernels` has; one line of the log for all that were changed.
+
+    They are taken one at a time: of one alone there is both what is stored and what is held.
+    """
+    found: dict[int, LayerShard] = {}
+    schemes: list[str] = []
+    stored = held = 0
+    for layer in layers:
+        found[layer.index] = layer.changed(partial(_linear, kernels=kernels))
+        for before, after in zip(layer.linears, found[layer.index].linears, strict=True):
+            if before is not after:
+                schemes.append(before.scheme)
+                stored, held = stored + before.nbytes, held + after.nbytes
+    if schemes:
         _log.warning(
             "%s has no kernel for %s: %d linears are held as BF16, %.3f GiB instead of %.3f",
             kernels.name,
-            ", ".join(sorted({before.scheme for before, _ in changed})),
-            len(changed),
+            ", ".join(sorted(set(schemes))),
+            len(schemes),
             held / _GIB,
             stored / _GIB,
         )

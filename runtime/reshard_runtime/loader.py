@@ -1,16 +1,17 @@
-"""Loading one rank's shard: its own file and the manifest, nothing else.
+"""Loading one rank's shard: its own file, the manifest, and what beside them says what the weights are.
 
-What is loaded is what the manifest says: version, sizes, names, shapes and types are compared with the file's header
-before any tensor is read, and nothing is narrowed, padded or cast to fit.
+What is loaded is what the manifest says, which is recomputed first: sizes, names, shapes and types are compared with
+the file's header before any tensor is read, and nothing is narrowed, padded or cast to fit. Tensors are copies: what
+becomes of the file later changes nothing.
 """
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from blake3 import blake3
-from safetensors import SafetensorError, safe_open
 
 from reshard.errors import HeaderError, ManifestError, ReshardError, ShardError
 from reshard.fit import fit_digest, fit_header, fit_side_file, fit_size, require, share_of
@@ -21,7 +22,8 @@ from reshard.model.naming import MANIFEST, module_name, parse_dense
 from reshard.model.parts import DENSE_FFN
 from reshard.plan.recompute import describe_set, needed
 from reshard.regular import Opened, read_whole, unreadable
-from reshard.tensors.header import read_header
+from reshard.tensors.dtypes import TORCH
+from reshard.tensors.header import TensorInfo, read_header
 from reshard_runtime.dequantize import dequantized
 from reshard_runtime.kernels import device_of, kernels_for
 from reshard_runtime.linears import linears_of
@@ -42,54 +44,124 @@ def load_shard(
 ) -> Shard:
     """A rank's tensors on `device`, ready for `DenseFFN`.
 
-    Reads manifest.json and this rank's file. `tp_size`: the group's size, where it is known already. `layers`: only
-    these dense layers (each pipeline stage has its own), else all. `verify="digest"` compares the BLAKE3 digest of
-    every tensor that is loaded: it alone tells shards of one shape apart, say two fine-tunes' of one model.
+    Reads manifest.json, config.json where the set has it, this rank's file. `tp_size`: the group's size, where it is
+    known already. `layers`: only these dense layers (each pipeline stage has its own), else all. `verify="digest"`
+    compares the BLAKE3 digest of every tensor that is loaded: it alone tells shards of one shape apart, say two
+    fine-tunes' of one model.
 
     FP8 and block-INT8 weights are dequantized to BF16 where the device's backend has no kernel for them; one line of
     the log says so, and what it costs. `dequantize=False` leaves them as they are, for kernels of an engine's own.
 
-    On the CPU, tensors are maps of the file: pages come in as they are used, and shared with other processes. The
-    writer replaces files by renaming, so a set that is written again does not change what is loaded.
+    Tensors are copies of the file's bytes, hashed and used in the same memory. A set that is replaced while it is read
+    is refused: no shard is taken under another set's manifest.
 
     Raises ManifestError (no manifest, an unknown version or field), ShardError (a rank, file, tensor, shape, type or
     digest that is not what the manifest says).
     """
-    if verify not in ("header", "digest"):
-        raise ShardError(f"verify is {verify!r}; it may be 'header' or 'digest'")
-    folder, device = Path(folder), device_of(device)
+    device = device_of(device)
     kernels = kernels_for(device)
-    manifest, set_digest = read_manifest(folder)
-    entry = _entry(manifest, folder, tp_rank, tp_size)
-    wanted = _wanted_layers(manifest, folder, layers)
-    tensors = _read(folder / entry.file, entry, manifest, device, wanted, verify)
-    share = share_of(manifest)
-    found = {
-        layer.index: LayerShard(
-            layer.index,
-            entry.tp_rank,
-            manifest.tp_size,
-            manifest.model.hidden_size,
-            DENSE_FFN.shared_size(manifest.model),
-            share,
-            set_digest,
-            *linears_of(module_name(manifest.model.prefix, layer.index), layer, tensors, entry.file),
-            layer.activation,
-        )
-        for layer in manifest.layers
-        if layer.index in wanted
-    }
+    with one_set(Path(folder)) as stored:
+        entry = _entry(stored, tp_rank, tp_size)
+        read = read_layers(stored, tp_rank, device, tp_size=tp_size, layers=layers, verify=verify)
+        found = dequantized(read, kernels) if dequantize else {layer.index: layer for layer in read}
+    model = stored.manifest.model
     return Shard(
         entry.file,
         entry.size,
         entry.tp_rank,
-        manifest.tp_size,
-        manifest.model.model_type,
-        manifest.model.hidden_size,
-        DENSE_FFN.shared_size(manifest.model),
-        set_digest,
-        dequantized(found, kernels) if dequantize else found,
+        stored.manifest.tp_size,
+        model.model_type,
+        model.hidden_size,
+        DENSE_FFN.shared_size(model),
+        stored.digest,
+        found,
     )
+
+
+class StoredSet(NamedTuple):
+    """A shard set's folder, its manifest, and the digest that tells the set."""
+
+    folder: Path
+    manifest: Manifest
+    digest: str
+
+
+@contextlib.contextmanager
+def one_set(folder: Path) -> Iterator[StoredSet]:
+    """The set that is in `folder`, from the first to the last thing that is read of it. Raises ManifestError.
+
+    While a manifest stands, the shards beside it are its own: the writer takes it away before the first shard of
+    another set gets its name, and puts the other manifest after the last (`reshard/writer/split.py`). So a shard that
+    is opened between two looks at one manifest is of its set. One manifest is one file: held open, so that no other
+    gets its inode. Equal bytes would not do, since a set may be replaced and put back. For the second look it is opened
+    again, not asked for its status, which a network file system may remember.
+    """
+    path = folder / MANIFEST
+    with contextlib.ExitStack() as held:
+        first: Opened | None = None
+        with contextlib.suppress(OSError):  # `read_manifest` says what is wrong
+            first = held.enter_context(Opened(path))
+        manifest, digest = read_manifest(folder)
+        yield StoredSet(folder, manifest, digest)
+        with contextlib.suppress(OSError), Opened(path) as last:
+            if first is not None and last.identity == first.identity:
+                return
+        raise ManifestError(f"{path}: was replaced while the set was read; load it again")
+
+
+def read_layers(
+    stored: StoredSet,
+    tp_rank: int,
+    device: torch.device,
+    *,
+    tp_size: int | None = None,
+    layers: Iterable[int] | None = None,
+    verify: Verify = "header",
+) -> Iterator[LayerShard]:
+    """The layers that `load_shard` is asked for, as they are stored, read one at a time. Within `one_set`."""
+    if verify not in ("header", "digest"):
+        raise ShardError(f"verify is {verify!r}; it may be 'header' or 'digest'")
+    folder, manifest, digest = stored
+    entry, wanted = _entry(stored, tp_rank, tp_size), _wanted_layers(manifest, folder, layers)
+    path, sizes, share = folder / entry.file, manifest.model, share_of(manifest)
+    file = str(path)
+    try:
+        with Opened(path) as opened:
+            require(fit_size(file, opened.size, entry.size), ShardError)
+            header = read_header(opened.read, file, opened.size)
+            require(fit_header(header, entry, manifest.tp_size, file), ShardError)
+            of_layer: dict[int, dict[str, str]] = {index: {} for index in wanted}
+            for tensor in entry.tensors:
+                parsed = parse_dense(tensor.name)
+                if parsed is not None and parsed.layer in wanted:
+                    of_layer[parsed.layer][tensor.name] = tensor.blake3
+            for layer in manifest.layers:
+                if layer.index not in wanted:
+                    continue
+                tensors = {}
+                for name, expected in of_layer[layer.index].items():
+                    value = _copied(opened, name, header.tensors[name])
+                    if verify == "digest":
+                        found = blake3(value.view(-1).view(torch.uint8).numpy()).hexdigest()
+                        require(fit_digest(f"{path}: {name}", found, expected), ShardError)
+                    tensors[name] = value.to(device)
+                yield LayerShard(
+                    layer.index,
+                    entry.tp_rank,
+                    manifest.tp_size,
+                    sizes.hidden_size,
+                    DENSE_FFN.shared_size(sizes),
+                    share,
+                    digest,
+                    *linears_of(module_name(sizes.prefix, layer.index), layer, tensors, entry.file),
+                    layer.activation,
+                )
+            if difference := opened.difference():
+                raise ShardError(f"{path}: {difference}; load it again when nothing writes there any more")
+    except HeaderError as error:
+        raise ShardError(str(error)) from error
+    except OSError as error:
+        raise ShardError(unreadable(path, error, "copy the shard again")) from error
 
 
 def read_manifest(folder: Path) -> tuple[Manifest, str]:
@@ -105,8 +177,9 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
     except OSError as error:
         raise ManifestError(unreadable(path, error)) from error
     manifest = parse_manifest(raw, str(path))
+    side_files = _side_files(folder, manifest)
     try:
-        describe_set(manifest, _side_files(folder, manifest))
+        describe_set(manifest, side_files)
     except ReshardError as error:
         raise ManifestError(f"{folder}: {error}") from error
     return manifest, manifest.blake3
@@ -117,15 +190,17 @@ def _side_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
     wanted, read = set(needed(manifest)), {}
     for file in manifest.files:
         if file.name in wanted:
+            path = folder / file.name
             try:
-                read[file.name] = read_whole(folder / file.name, min(file.size, JSON_BYTES))
+                read[file.name] = read_whole(path, min(file.size, JSON_BYTES))
             except OSError as error:
-                raise ManifestError(unreadable(Path(file.name), error, "copy the whole set")) from error
-            require(fit_side_file(file, read[file.name]), ManifestError)
+                raise ManifestError(unreadable(path, error, "copy the whole set")) from error
+            require((m._replace(file=str(path)) for m in fit_side_file(file, read[file.name])), ManifestError)
     return read
 
 
-def _entry(manifest: Manifest, folder: Path, tp_rank: int, tp_size: int | None) -> ShardEntry:
+def _entry(stored: StoredSet, tp_rank: int, tp_size: int | None) -> ShardEntry:
+    folder, manifest, _ = stored
     if tp_size is not None and tp_size != manifest.tp_size:
         raise ShardError(
             f"{folder}: cut for tp_size {manifest.tp_size}, the group's size is {tp_size}; cut it again with "
@@ -145,34 +220,11 @@ def _wanted_layers(manifest: Manifest, folder: Path, layers: Iterable[int] | Non
     return wanted
 
 
-def _read(
-    path: Path, entry: ShardEntry, manifest: Manifest, device: torch.device, layers: frozenset[int], verify: Verify
-) -> dict[str, torch.Tensor]:
-    """The tensors of `layers`, after the file was compared with the manifest."""
-    file = str(path)
-    first = torch.device("cpu") if verify == "digest" else device
-    tensors: dict[str, torch.Tensor] = {}
-    try:
-        with Opened(path) as opened:
-            require(fit_size(file, opened.size, entry.size), ShardError)
-            header = read_header(opened.read, file, opened.size)
-            require(fit_header(header, entry, manifest.tp_size, file), ShardError)
-            with safe_open(opened.same_file, framework="pt", device=str(first)) as stored:
-                for tensor in entry.tensors:
-                    parsed = parse_dense(tensor.name)
-                    if parsed is None or parsed.layer not in layers:
-                        continue
-                    value = stored.get_tensor(tensor.name)
-                    if verify == "digest":
-                        digest = blake3(value.reshape(-1).view(torch.uint8).numpy()).hexdigest()
-                        require(fit_digest(f"{path}: {tensor.name}", digest, tensor.blake3), ShardError)
-                    tensors[tensor.name] = value.to(device)
-            if difference := opened.difference():
-                raise ShardError(f"{path}: {difference}; load it again when nothing writes there any more")
-    except HeaderError as error:
-        raise ShardError(str(error)) from error
-    except SafetensorError as error:
-        raise ShardError(f"{path}: cannot be read: {error}; copy the shard again") from error
-    except OSError as error:
-        raise ShardError(unreadable(path, error, "copy the shard again")) from error
-    return tensors
+def _copied(opened: Opened, name: str, info: TensorInfo) -> torch.Tensor:
+    """A tensor in memory of its own: a map of the file would change with it, and end the process where it is cut."""
+    if info.dtype not in TORCH:
+        raise ShardError(f"{opened.path}: {name} is {info.dtype}; expected {', '.join(TORCH)}")
+    raw = torch.empty(info.stop - info.start, dtype=torch.uint8)
+    if opened.fill(memoryview(raw.numpy()), info.start) != len(raw):
+        raise ShardError(f"{opened.path}: {name}: the file was cut short while it was read; copy the shard again")
+    return raw.view(getattr(torch, TORCH[info.dtype])).reshape(info.shape)

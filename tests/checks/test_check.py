@@ -124,7 +124,7 @@ def test_a_promised_checkpoint_is_what_a_real_one_is_read_as(tmp_path: Path, rec
         ({"torch_dtype": ["bfloat16"], "quantization_config": None}, "dtype is ['bfloat16']; a model of bfloat16,"),
         (
             {"intermediate_size": 10**200},
-            "intermediate_size is 100000000000000000...0000000000000000000, up to 2147483647",
+            "intermediate_size is 100000000000000000...0000000000000000000, expected a whole number from 1 to 2147483",
         ),
         (
             {"quantization_config": {**_FP8, "modules_to_not_convert": ["model.layers.1.mlp.up_proj"]}},

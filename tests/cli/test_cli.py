@@ -108,7 +108,16 @@ def test_ranks_from_two_hosts_make_one_set(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "named"), [("a", "'a'"), ("4", "0 to 3"), ("2-1", "2-1"), ("", "''"), ("-1", "'-1'"), ("0-9", "0-9")]
+    ("ranks", "named"),
+    [
+        ("a", "'a'"),
+        ("4", "0 to 3"),
+        ("2-1", "2-1"),
+        ("", "''"),
+        ("-1", "'-1'"),
+        ("0-9", "0-9"),
+        ("9" * 5000, "no rank"),
+    ],
 )
 def test_ranks_that_make_no_sense_are_wrong_usage(model: Path, tmp_path: Path, ranks: str, named: str) -> None:
     done = reshard("split", model, tmp_path / "out", "--tp", 4, f"--ranks={ranks}")

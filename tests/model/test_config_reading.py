@@ -542,7 +542,7 @@ def test_limits_by_layer() -> None:
 
 @pytest.mark.parametrize("value", ["7", True, -1.0, float("inf"), [7.0]], ids=str)
 def test_a_limit_that_makes_no_sense(value: object) -> None:
-    with pytest.raises(SourceError, match=r"config\.json: swiglu_limit has "):
+    with pytest.raises(SourceError, match=r"config\.json: swiglu_limit is .*, expected a number above 0"):
         read(model_type="glm5_next_text", swiglu_limit=value)
 
 
@@ -564,8 +564,8 @@ _MODELS = st.sampled_from(sorted(FAMILIES))
 @given(st.dictionaries(st.sampled_from(_KEYS), _VALUES | st.lists(_VALUES, max_size=5)), _MODELS | _VALUES)
 def test_whatever_a_config_holds_is_read_or_refused_in_a_line(keys: dict[str, Any], model_type: object) -> None:
     config = SIZES | {"model_type": model_type} | keys
-    has_experts(config)
     try:
+        has_experts(config)
         model = read_model_config(config)
     except SourceError:
         return

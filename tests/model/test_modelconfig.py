@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import safetensors.numpy
 
 from reshard.checkpoint.description import Checkpoint
 from reshard.errors import LayersError, SourceError
@@ -116,6 +118,24 @@ def test_sizes_must_be_whole_numbers(key: str, value: object) -> None:
         ({"mlp_layer_types": ["dense"] * 7}, "mlp_layer_types has 7 entries for 8 layers"),
         ({"num_hidden_layers": 1_000_000}, "num_hidden_layers is 1000000"),  # each layer costs memory
         ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers is -1"),
+        ({"num_nextn_predict_layers": 10**9}, "num_nextn_predict_layers is 1000000000, expected a whole number from 0"),
+        ({"num_hidden_layers": 10**200}, "num_hidden_layers is 1000"),
+        ({"n_routed_experts": "64"}, "n_routed_experts is '64', expected a whole number from 0 to 2147483647, or a"),
+        ({"n_routed_experts": 10**12}, "n_routed_experts is 1000000000000"),
+        ({"num_experts": [8, [8]]}, "num_experts is [8, [8]]"),
+        ({"num_experts": []}, "num_experts is []"),
+        ({"n_routed_experts": 8, "moe_layer_freq": [[]] * 8}, "moe_layer_freq is [], expected true or false, or 1 or"),
+        ({"n_routed_experts": 8, "is_moe_layer": ["0"] * 8}, "is_moe_layer is '0', expected true or false"),
+        ({"num_experts": 8, "mlp_only_layers": "0," + "9" * 5000}, "mlp_only_layers is '0,999"),
+        ({"model_type": []}, "model_type is [], expected a name"),
+        ({"model_type": {"a": [[]]}}, "model_type is {'a': [[]]}, expected a name"),
+        ({"model_type": "x" * 201}, "expected a name of up to 200 characters"),
+        ({"hidden_act": [[]]}, "hidden_act is [[]], expected a name"),
+        ({"hidden_act": ""}, "hidden_act is '', expected the name of an activation"),
+        ({"mlp_bias": "false"}, "mlp_bias is 'false', expected true or false"),
+        ({"text_config": {"model_type": []}, "hidden_size": None, "num_hidden_layers": None}, "hidden_layers is None"),
+        ({str(key): key for key in range(1000)}, "1003 keys at its top, up to 1000 are read"),
+        ({"text_config": SIZES | {str(key): key for key in range(1000)}}, "keys in text_config, up to 1000 are read"),
     ],
     ids=str,
 )
@@ -192,3 +212,14 @@ def test_real_configs(real_checkpoint: Path) -> None:
     all_dense = real_checkpoint.name.endswith("all-dense")
     assert found.dense_layers == frozenset({0, 1, 2} if all_dense else {0, 1})
     assert found.num_hidden_layers == (3 if all_dense else 4)
+
+
+@pytest.mark.parametrize("digits", ["1000", "9" * 400])
+def test_layers_that_no_model_has(tmp_path: Path, digits: str) -> None:
+    """Without config.json the names alone say how many there are."""
+    entries: dict[str, Any] = {}
+    for role in ("gate", "up", "down"):
+        entries[f"model.layers.{digits}.mlp.{role}_proj.weight"] = np.zeros((8, 8), np.float16)
+    safetensors.numpy.save_file(entries, tmp_path / "model.safetensors")
+    with pytest.raises(LayersError, match=rf"^model\.layers\.{digits}: more than 1000 layers, which no model has"):
+        described(tmp_path)

@@ -94,5 +94,7 @@ def test_an_object_of_a_checkpoint() -> None:
     }
     with pytest.raises(SourceError, match=r"config\.json: holds a list, expected a JSON object"):
         parse_object(b"[]", "config.json")
+    with pytest.raises(SourceError, match=r"^config\.json: a key of 501 characters \('aaa"):
+        parse_object(b'{"a": [{"b": [[], {"' + b"a" * 501 + b'": 1}]}]}', "config.json")
     with pytest.raises(SourceError, match=r"config\.json: an answer of a server"):
         parse_object(b'{"error": "no such file"}', "config.json")

@@ -189,6 +189,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
         lambda s: _rewrite(s, lambda d: d["layers"].append({**d["layers"][0], "index": 5})), {},
         r"its layers are \[0, 1, 5\], its tensors are of \[0, 1\]",
     ),
+    "no config.json": (lambda s: (s / "config.json").unlink(), {}, r"/config.json: cannot be read: No such "),
+    "another config.json": (
+        lambda s: _write(s / "config.json", (s / "config.json").read_bytes().replace(b"deepseek", b"DeepSeek")), {},
+        r"/config.json: BLAKE3 is .*, manifest.json says .*; copy it again",
+    ),
     "no file": (lambda s: (s / shard_file(1, 2)).unlink(), {}, r"cannot be read: No such file"),
     "a folder": (
         _a_folder, {},

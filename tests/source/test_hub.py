@@ -1,5 +1,6 @@
 """The hub as a source: what is asked of a real server through the real client, and what faults do."""
 
+import contextlib
 import json
 import time
 from collections import Counter
@@ -23,6 +24,7 @@ from tests.support.builders import Spec, allowed_bytes, build
 from tests.support.hub_server import COMMIT, ORIGIN, REPO, SECRET, Asked, Fault, Handler, Hub, serving
 from tests.support.hub_source import Waits, opened
 from tests.support.running import same_but_for_the_origin, split
+from tests.support.sets import snapshot
 
 MOVED = "2" * 40
 
@@ -250,6 +252,29 @@ def test_a_mirror_that_answers_with_another_commit_is_refused(hub: Hub, tmp_path
     hub.fault = other
     with pytest.raises(SourceError, match=f"the answer is of commit {MOVED}, {COMMIT} was asked for"):
         cut_from(hub, tmp_path / "out")
+
+
+def test_the_body_of_a_redirect_is_not_read_to_its_end(hub: Hub, tmp_path: Path) -> None:
+    sent = 0
+
+    def endless(handler: Handler, asked: Asked) -> bool:
+        nonlocal sent
+        if "/resolve/" not in asked.path:
+            return False
+        where = {"Location": f"{hub.store}/blobs/{COMMIT}/{asked.file}", "Content-Length": str(1 << 40)}
+        with contextlib.suppress(OSError):  # the client hangs up
+            handler.answer(302, headers=where)
+            while sent < 1 << 30:
+                sent += handler.wfile.write(bytes(1 << 16))
+        handler.close_connection = True
+        return True
+
+    hub.fault = endless
+    cut_from(hub, tmp_path / "out")
+    hub.fault = lambda handler, asked: False
+    cut_from(hub, tmp_path / "right")
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "right")
+    assert 0 < sent < 1 << 28
 
 
 def test_a_mirror_s_file_that_changes_is_not_mixed_in(hub: Hub, tmp_path: Path) -> None:

@@ -4,11 +4,9 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from reshard.errors import ReshardError, ShardError, SourceError
 from reshard.manifest import parse_manifest
@@ -20,7 +18,6 @@ from reshard.source.folder import FolderSource
 from reshard.source.shardset import read_shard_set
 from reshard.writer.merge import merge
 from reshard.writer.split import SplitOptions, write_shards
-from reshard_runtime import loader
 from reshard_runtime.loader import load_shard
 from reshard_runtime.serving.vllm.other_weights import read_others
 from tests.support.builders import Spec, build, write_safetensors
@@ -212,13 +209,15 @@ def test_commands_that_only_read_say_so(
 
 
 def load_with(monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) -> None:
-    """Something happens between the header of a shard and its tensors."""
+    """Something happens, once, between the header of a shard and its tensors."""
+    fill, changes = Opened.fill, [change]
 
-    def open_late(*args: Any, **kw: Any) -> Any:
-        change()
-        return safe_open(*args, **kw)
+    def fill_late(opened: Opened, into: memoryview, start: int) -> int:
+        while changes:
+            changes.pop()()
+        return fill(opened, into, start)
 
-    monkeypatch.setattr(loader, "safe_open", open_late)
+    monkeypatch.setattr(Opened, "fill", fill_late)
 
 
 @each_change

@@ -120,7 +120,11 @@ class Handler(BaseHTTPRequestHandler):
         hub = self.hub
         if asked.is_data:
             commit, file = asked.path.removeprefix("/blobs/").split("/")
-            self.send_range((hub.commits[commit] / file).read_bytes(), asked.range)
+            path = hub.commits.get(commit, Path("nowhere")) / file
+            if path.is_file():
+                self.send_range(path.read_bytes(), asked.range)
+            else:
+                self.answer(404)
             return
         if match := re.fullmatch("/blobs/([^/]+)/", asked.path):
             names = sorted(path.name for path in hub.commits[match[1]].iterdir())

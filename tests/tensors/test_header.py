@@ -265,6 +265,29 @@ def test_four_bit_types_fill_whole_bytes(shape: str, says: str) -> None:
         read(file_of(text, b"ab"))
 
 
+@pytest.mark.parametrize(
+    ("shape", "says"),
+    [
+        ([1] * 33, "not a list of up to 32 numbers"),
+        ([2**62] * 1_000_000 + [0], "not a list of up to 32 numbers"),
+        ([2**62, 4, 0], "overflows 64 bits"),
+        ([2**62, 2], "overflows 64 bits"),
+    ],
+    ids=["33", "million", "zero", "overflow"],
+)
+def test_shapes_have_bounds(shape: list[int], says: str) -> None:
+    text = json.dumps({"a": {"dtype": "I8", "shape": shape, "data_offsets": [0, 0]}}).encode()
+    with pytest.raises(HeaderError, match=rf"^f: a: shape \[.*\] .*{says}"):
+        read(file_of(text))
+
+
+def test_names_have_bounds() -> None:
+    entry = {"dtype": "I8", "shape": [0], "data_offsets": [0, 0]}
+    assert len(read(file_of(json.dumps({"a" * 500: entry}).encode())).tensors) == 1
+    with pytest.raises(HeaderError, match=r"^f: 'aaa.*': a name of 501 characters, up to 500 are read; "):
+        read(file_of(json.dumps({"a" * 501: entry}).encode()))
+
+
 def test_long_shapes_do_not_flood_the_terminal() -> None:
     text = json.dumps({"a": {"dtype": "I8", "shape": [1] * 100_000, "data_offsets": [0, 2]}}).encode()
     with pytest.raises(HeaderError) as caught:

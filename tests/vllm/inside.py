@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -145,6 +146,30 @@ def load(group: dist.ProcessGroup, served: Served) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "loaded"
+
+
+def load_while_replaced(group: dist.ProcessGroup, served: Served, by: Path, at: str) -> str:
+    """The same, its set replaced `by` another when `at` is first called: a name in the plugin's loader."""
+    from reshard_runtime.serving.vllm import loader
+
+    met: list[str] = []
+    called = getattr(loader, at)
+
+    def late(*args: Any, **kw: Any) -> Any:
+        if not met:
+            met.append(at)
+            dist.barrier(group)
+            if group.rank() == 0 and served.shards is not None:
+                for file in [*sorted(served.shards.glob("denseffn-*")), served.shards / "manifest.json"]:
+                    shutil.copy(by / file.name, by / "next")
+                    (by / "next").replace(file)
+            dist.barrier(group)
+        return called(*args, **kw)
+
+    with mock.patch.object(loader, at, late):
+        said = load(group, served)
+    assert met
+    return said
 
 
 @contextlib.contextmanager

@@ -83,6 +83,24 @@ def test_digests_are_compared_on_request(two: Ranks, dense: Path, shards: Path) 
     _fails(two, Served(dense, shards, data=2, option=2, extra={"verify": "digest"}), "BLAKE3", RANK_1)
 
 
+@pytest.mark.parametrize(
+    ("at", "said"),
+    [
+        ("dense_mlps", "tp2: was replaced since the model was built; start the engine again"),
+        ("read_layers", "manifest.json: was replaced while the set was read; load it again"),
+    ],
+)
+def test_a_set_that_is_replaced_meanwhile(
+    two: Ranks, dense: Path, shards: Path, tmp_path: Path, at: str, said: str
+) -> None:
+    """By another fine-tune's."""
+    split(write_model(tmp_path / "model", seed=1), tmp_path / "other", Cut(2))
+    served = Served(dense, shards, data=2, option=2, extra={"source": "any"})
+    for found in two.run(inside.load_while_replaced, served, tmp_path / "other", at):
+        assert said in found
+    _loads(two, served)
+
+
 def test_a_set_of_another_model(two: Ranks, dense: Path, mixed: Path) -> None:
     served = Served(dense, mixed.parent / "tp2", data=2, option=2)
     _fails(two, served, "its dense layers are 0, 1, the served model's 0, 1, 2")

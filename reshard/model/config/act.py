@@ -1,15 +1,15 @@
 """What stands between a dense layer's matrices, by a language model's config."""
 
 import re
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from reshard.errors import SourceError
+from reshard import limits
 from reshard.model.activation import GELU, GELU_TANH, SILU, Activation
 from reshard.model.config.families import Family, family_of
 from reshard.model.config.rules import RULES
-from reshard.model.config.values import per_layer
-from reshard.model.naming import CONFIG
+from reshard.model.config.values import limit, per_layer, word, wrong
 
 ALIASES = {
     "silu": SILU,
@@ -27,7 +27,8 @@ ALIASES = {
 ACT_KEYS = ("hidden_act", "hidden_activation", "activation_function")
 _SUSPICIOUS = re.compile(
     r"mlp|ffn|feed_?forward|(?:^|_)ff(?:_|$)|glu|silu|gelu|relu|swish|(?:^|_)act(?:_|$)|act_?fn|activation|nonlinear|"
-    r"clip|clamp|softcap|sparsity|(?:^|_)limits?(?:_|$)|gate.*(?:cap|max|bound|multiplier)|(?:max|min)_gate",
+    r"clip|clamp|softcap|sparsity|(?:^|_)limits?(?:_|$)|(?:max|min)_gate|"
+    r"^(?>.*?gate).*(?:cap|max|bound|multiplier)",
     re.IGNORECASE,
 )
 _STRONG = re.compile(
@@ -67,7 +68,7 @@ def activations(language: Mapping[str, Any], layers: int) -> tuple[Activation | 
     known = {*ACT_KEYS, *(key for rule in RULES.values() for key in rule.keys)}
     known |= {*family.keys, *family.ignored} if family is not None else set()
     unknown = [
-        f"{key} = {value}"
+        f"{key} = {_shown(value)}"
         for key, value in language.items()
         if key not in known and _changes(value) and is_suspicious(key)
     ]
@@ -82,19 +83,16 @@ def activations(language: Mapping[str, Any], layers: int) -> tuple[Activation | 
 
 def _name(language: Mapping[str, Any], family: Family | None) -> str | None:
     keys = ACT_KEYS if family is None else (family.act, family.act_elsewhere)
-    names = {key: _alias(language[key], key) for key in keys if language.get(key) is not None}
+    named = {key: word(language, key) for key in keys if key}
+    if empty := next((key for key, name in named.items() if name == ""), None):
+        raise wrong(empty, "", "the name of an activation")
+    names = {key: ALIASES.get(name, name) for key, name in named.items() if name is not None}
     if family is not None and family.activation is not None:
         own = names.get(family.act, ALIASES[family.activation])
         names[family.act] = family.renamed.get(own, own)
     if len(set(names.values())) > 1:
         return " or ".join(f"{key} {name}" for key, name in sorted(names.items()))
     return next(iter(names.values()), None)
-
-
-def _alias(value: object, key: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise SourceError(f"{CONFIG}: {key} is {value!r}, expected the name of an activation")
-    return ALIASES.get(value, value)
 
 
 def is_suspicious(key: str) -> bool:
@@ -115,14 +113,11 @@ def _changes(value: object) -> bool:
 def _limits(language: Mapping[str, Any], family: Family, layers: int) -> list[float | None]:
     """Of each layer; 0 and null are none."""
     if family.limits is not None and language.get(family.limits) is not None:
-        return [_limit(value, family.limits) for value in per_layer(language, family.limits, layers)]
+        return [limit(value, family.limits) for value in per_layer(language, family.limits, layers)]
     key = family.limit or ""
-    return [_limit(language.get(key, family.defaults.get(key)), key)] * layers
+    return [limit(language.get(key, family.defaults.get(key)), key)] * layers
 
 
-def _limit(value: object, key: str) -> float | None:
-    if value is None or value == 0:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise SourceError(f"{CONFIG}: {key} has {value!r}, expected a number above 0")
-    return float(value)
+def _shown(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= limits.WORD_CHARACTERS else reprlib.repr(value)

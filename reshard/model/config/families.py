@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from reshard.model.activation import GELU, GELU_TANH, Activation
+from reshard.model.config.values import word
 
 
 @dataclass(frozen=True)
@@ -153,5 +154,4 @@ FAMILIES: dict[str, Family] = {
 
 def family_of(language: Mapping[str, Any]) -> Family | None:
     """The family of a language model's config, None where its model_type is not known."""
-    model_type = language.get("model_type")
-    return FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    return FAMILIES.get(word(language, "model_type") or "")

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from reshard import limits
 from reshard.errors import LayersError, SourceError
 from reshard.model.activation import Activation
 from reshard.model.config.act import activations
@@ -13,11 +14,10 @@ from reshard.model.config.keys import DENSE_SIZES
 from reshard.model.config.layers import Account, dense_layers, unknown_keys
 from reshard.model.config.rules import count_mtp_layers, expert_counts, experts_key
 from reshard.model.config.sizes import with_default_sizes
-from reshard.model.config.values import number
+from reshard.model.config.values import is_set, number, word
 from reshard.model.config.wrapper import language_config
 from reshard.model.naming import CONFIG
 
-_MAX_LAYERS = 10_000
 # Other names of it: Phi-3-small, Falcon, LFM2, ChatGLM, T5.
 _WIDTH = re.compile(r"(?:^|_)(?:ff|ffn|inner|feed_?forward)(?:_hidden|_intermediate)?_(?:size|dim)$|^d_ff$|^n_inner$")
 
@@ -66,16 +66,13 @@ def read_model_config(config: Mapping[str, Any]) -> ModelConfig:
         language, taken = with_default_sizes(language, wrapper)
     # LongCat's and ChatGLM's config.json have another key.
     other = "num_layers" in language and "num_hidden_layers" not in language
-    layers = number(language, "num_layers" if other else "num_hidden_layers")
-    if layers > _MAX_LAYERS:
-        raise SourceError(f"{CONFIG}: num_hidden_layers is {layers}, up to {_MAX_LAYERS} are believed")
+    layers = number(language, "num_layers" if other else "num_hidden_layers", most=limits.LAYERS)
     account, others = dense_layers(language, layers)
     between = activations(language, layers)
     family = family_of(language)
     bias = family.bias if family is not None else "mlp_bias"
-    model_type = language.get("model_type")
     return ModelConfig(
-        model_type=model_type if isinstance(model_type, str) else "",
+        model_type=word(language, "model_type") or "",
         hidden_size=number(language, "hidden_size"),
         intermediate_size=_intermediate_size(language, needed=account.layers != frozenset()),
         num_hidden_layers=layers,
@@ -87,7 +84,7 @@ def read_model_config(config: Mapping[str, Any]) -> ModelConfig:
         wrapper=wrapper,
         activations=between,
         doubts=(*([taken] if taken else ()), *_doubts(language, account, others, between)),
-        bias=bias if language.get(bias) else None,
+        bias=bias if is_set(language, bias) else None,
     )
 
 

@@ -3,14 +3,14 @@
 A rule reads the config's own values and, where a key is absent or null, its family's (reshard.model.config.families).
 """
 
+import reprlib
 from collections import ChainMap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from reshard.errors import SourceError
-from reshard.model.config.values import layer_numbers, number, per_layer
-from reshard.model.naming import CONFIG
+from reshard import limits
+from reshard.model.config.values import flags, layer_numbers, number, numbers, per_layer
 
 Keys = ChainMap[str, Any]
 """The config's own values before its family's."""
@@ -40,19 +40,25 @@ def _types(keys: Keys, every: range) -> Dense:
     kinds = per_layer(keys, "mlp_layer_types", len(every))
     for kind in kinds:
         if not isinstance(kind, str) or not (kind in {"dense", "sparse"} or kind.endswith("moe")):
-            raise UnknownKindError(f"mlp_layer_types has {kind!r}; dense, sparse, moe and hash_moe are known")
+            raise UnknownKindError(
+                f"mlp_layer_types has {reprlib.repr(kind)}; dense, sparse, moe and hash_moe are known"
+            )
     return frozenset(i for i in every if kinds[i] == "dense")
 
 
 def _first(keys: Keys, every: range) -> Dense:
     """The first layers are dense; behind them, those whose index is no multiple of the frequency."""
     if isinstance(keys.get("moe_layer_freq"), list):  # names each layer: no family's default beside it
-        sparse = per_layer(keys, "moe_layer_freq", len(every))
+        sparse = flags(keys, "moe_layer_freq", len(every))
         first = number(keys.maps[0], "first_k_dense_replace", default=0)
-        return frozenset(i for i in every if i < first or not sparse[i])
+        return _where_not(sparse) | frozenset(every[:first])
     first = number(keys, "first_k_dense_replace", default=0)
     frequency = number(keys, "moe_layer_freq", default=1, least=1)
     return frozenset(i for i in every if i < first or i % frequency != 0)
+
+
+def _where_not(flags_by_layer: list[bool]) -> Dense:
+    return frozenset(i for i, flag in enumerate(flags_by_layer) if not flag)
 
 
 def _sarvam(keys: Keys, every: range) -> Dense:
@@ -62,12 +68,12 @@ def _sarvam(keys: Keys, every: range) -> Dense:
 
 
 def _count(key: str) -> Rule:
-    return Rule((key,), lambda keys, every: frozenset(i for i in every if i < number(keys, key, default=0)))
+    return Rule((key,), lambda keys, every: frozenset(every[: number(keys, key, default=0)]))
 
 
 def _flags(key: str) -> Rule:
     """A list with 1 or true for each layer that has experts."""
-    return Rule((key,), lambda keys, every: frozenset(i for i in every if not per_layer(keys, key, len(every))[i]))
+    return Rule((key,), lambda keys, every: _where_not(flags(keys, key, len(every))))
 
 
 def _listed(key: str) -> Rule:
@@ -85,11 +91,7 @@ def _span(keys: Keys, every: range) -> Dense:
 
 
 def _edge(keys: Keys, key: str, default: int, of: Callable[[list[int]], int]) -> int:
-    value = keys.get(key, default)
-    values = value if isinstance(value, list) else [value]
-    if not values or not all(type(item) is int and item >= -1 for item in values):
-        raise SourceError(f"{CONFIG}: {key} is {value!r}, expected a layer number")
-    return of(values)
+    return of(numbers(keys, key, least=-1) or [default])
 
 
 def _qwen(keys: Keys, every: range) -> Dense:
@@ -137,9 +139,7 @@ EXPERT_COUNTS = {
 
 def expert_counts(language: Mapping[str, Any]) -> dict[str, int]:
     """What a language model's config has of them, null and 0 too: of a list the most."""
-    given = {key: language[key] for key in EXPERT_COUNTS if key in language}
-    lists = {key: value if isinstance(value, list) else [value] for key, value in given.items()}
-    return {key: max((count for count in counts if type(count) is int), default=0) for key, counts in lists.items()}
+    return {key: max(numbers(language, key), default=0) for key in EXPERT_COUNTS if key in language}
 
 
 def experts_key(language: Mapping[str, Any], *, named: bool = False) -> str | None:
@@ -163,4 +163,5 @@ MTP_COUNTS = (
 
 def count_mtp_layers(language: Mapping[str, Any]) -> int:
     """How many there are, by the first key that counts them."""
-    return next((number(language, key, default=0) for key in MTP_COUNTS if language.get(key) is not None), 0)
+    counts = (number(language, key, 0, most=limits.LAYERS) for key in MTP_COUNTS if language.get(key) is not None)
+    return next(counts, 0)

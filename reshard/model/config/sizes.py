@@ -11,6 +11,7 @@ from importlib.resources import files
 from typing import Any
 
 from reshard.errors import SourceError
+from reshard.model.config.values import word
 from reshard.model.naming import CONFIG
 from reshard.model.parts import DENSE_FFN
 
@@ -32,8 +33,8 @@ def with_default_sizes(nested: Mapping[str, Any], wrapper: str) -> tuple[dict[st
     absent = [key for key in _KEYS if nested.get(key) is None]
     if not absent:
         return dict(nested), None
-    model_type = nested.get("model_type")
-    defaults = default_sizes().get(model_type, {}) if isinstance(model_type, str) else {}
+    model_type = word(nested, "model_type")
+    defaults = default_sizes().get(model_type or "", {})
     unknown = [key for key in absent if key not in defaults and key != DENSE_FFN.size]
     if unknown:
         raise SourceError(

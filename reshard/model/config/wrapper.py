@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from reshard import limits
 from reshard.errors import SourceError
 from reshard.model.config.keys import decides, decides_alone, is_of_class
 from reshard.model.naming import CONFIG, stands_beside
@@ -22,7 +23,7 @@ WRAPPERS: dict[tuple[str, ...], str] = {
 def language_levels(config: Mapping[str, Any]) -> tuple[tuple[str, Mapping[str, Any]], ...]:
     """(key, config) of every level that may speak of the language model: the top, whose key is empty, and WRAPPERS'.
 
-    A nested key is spelt with dots: "thinker_config.text_config".
+    A nested key is spelt with dots: "thinker_config.text_config". Raises SourceError for too many keys.
     """
     found: list[tuple[str, Mapping[str, Any]]] = [(_TOP, config)]
     for path in WRAPPERS:
@@ -31,6 +32,9 @@ def language_levels(config: Mapping[str, Any]) -> tuple[tuple[str, Mapping[str, 
             nested = nested.get(key) if isinstance(nested, Mapping) else None
         if isinstance(nested, Mapping):
             found.append((".".join(path), nested))
+    for place, level in found:
+        if len(level) > limits.CONFIG_KEYS:
+            raise SourceError(f"{CONFIG}: {len(level)} keys {_at(place)}, up to {limits.CONFIG_KEYS} are read")
     return tuple(found)
 
 

@@ -20,7 +20,7 @@ from reshard.strict_json import parse_object
 from reshard_runtime.ffn import DenseFFN
 from reshard_runtime.group import agreement
 from reshard_runtime.kernels import device_of
-from reshard_runtime.loader import load_shard, read_manifest
+from reshard_runtime.loader import load_shard, one_set
 from reshard_runtime.probe import disagreement
 from reshard_runtime.serving.decoder import Decoder, Slot, decoder_of
 from reshard_runtime.shard import Shard
@@ -75,9 +75,11 @@ def load_model(
 
     Everything else is loaded by transformers' own `from_pretrained`. Raises as `attach` does.
     """
-    with agreement(group):
-        model = _load(path, dtype, Path(shards)).to(device_of(device)).eval()
-    return attach(model, shards, group, **options)
+    rank, size = (0, 1) if group is None else (group.rank(), group.size())
+    with agreement(group), one_set(Path(shards)) as stored:
+        model = _load(path, dtype, stored.manifest).to(device_of(device)).eval()
+        shard = load_shard(shards, rank, device, tp_size=size)
+    return attach(model, shard, group, **options)
 
 
 def _check_taken(folder: Path, manifest: Manifest, told: str | None) -> None:
@@ -101,13 +103,12 @@ def _check_taken(folder: Path, manifest: Manifest, told: str | None) -> None:
     )
 
 
-def _load(path: str | Path, dtype: torch.dtype | None, shards: Path) -> Any:
+def _load(path: str | Path, dtype: torch.dtype | None, manifest: Manifest) -> Any:
     """The model with slots for its dense layers: as image-text-to-text where transformers has that for its config."""
     try:
         import transformers
     except ImportError as error:
         raise MissingDependencyError("the model", "transformers", error) from error
-    manifest, _ = read_manifest(shards)
     config = transformers.AutoConfig.from_pretrained(path)
     _check_taken(Path(path), manifest, getattr(config, TRANSFORMERS_KEY, None))
     kinds = (transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, transformers.MODEL_FOR_CAUSAL_LM_MAPPING)

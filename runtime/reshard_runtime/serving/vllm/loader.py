@@ -32,7 +32,7 @@ from reshard.errors import ShardError, UsageError
 from reshard.fit import share_of
 from reshard.manifest import Manifest
 from reshard_runtime.group import agreement
-from reshard_runtime.loader import load_shard, read_manifest
+from reshard_runtime.loader import StoredSet, one_set, read_layers, read_manifest
 from reshard_runtime.serving.vllm.activation import compare_activations
 from reshard_runtime.serving.vllm.ascend import fixed_rows, is_rehearsal
 from reshard_runtime.serving.vllm.compat import refuse, refuse_elastic, split_size
@@ -68,6 +68,7 @@ class DenseFFNShardsLoader(DefaultModelLoader):
             )
         own = dataclasses.replace(load_config, load_format="safetensors", model_loader_extra_config=engines)
         super().__init__(own)
+        self._built_from: str | None = None  # the digest of the set that the model was built for
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         """As the engine does it, with a say in what is built."""
@@ -85,7 +86,8 @@ class DenseFFNShardsLoader(DefaultModelLoader):
         size = split_size(additional, tensor.world_size)
         folder, config = self.options.shards, model_config.hf_text_config
         with agreement(*_loading_groups()) as own:
-            manifest, own["shard set"] = read_manifest(folder)
+            manifest, self._built_from = read_manifest(folder)
+            own["shard set"] = self._built_from
             refuse(vllm_config, additional, model_config.is_moe, manifest.tp_size)
             compare_model(config, manifest, str(folder))
             share = share_of(manifest)
@@ -112,11 +114,13 @@ class DenseFFNShardsLoader(DefaultModelLoader):
             super().load_weights(model, model_config)
             return
         mlps = dense_mlps(model)
-        with agreement(*_loading_groups()) as own:
-            manifest, own["shard set"] = read_manifest(self.options.shards)
-            self._fill(model_config, mlps, manifest)
+        with agreement(*_loading_groups()) as own, one_set(self.options.shards) as stored:
+            own["shard set"] = stored.digest
+            if self._built_from not in (None, stored.digest):
+                raise ShardError(f"{stored.folder}: was replaced since the model was built; start the engine again")
+            self._fill(model_config, mlps, stored)
         with _counted_as_loaded(model, mlps):
-            _Others(self.load_config, manifest, self.options.source == "same").load_weights(model, model_config)
+            _Others(self.load_config, stored.manifest, self.options.source == "same").load_weights(model, model_config)
 
     def get_all_weights(
         self, model_config: ModelConfig, model: nn.Module
@@ -126,19 +130,19 @@ class DenseFFNShardsLoader(DefaultModelLoader):
             raise UsageError("denseffn_shards fills a model once, at start, and does not reload it; start it again")
         return super().get_all_weights(model_config, model)
 
-    def _fill(self, model_config: ModelConfig, mlps: dict[int, Any], manifest: Manifest) -> None:
-        """Fill the dense layers that this process holds: a pipeline stage may have none."""
-        start, folder = time.perf_counter(), self.options.shards
+    def _fill(self, model_config: ModelConfig, mlps: dict[int, Any], stored: StoredSet) -> None:
+        """Fill the dense layers that this process holds, one after another: a pipeline stage may have none."""
+        start, folder, manifest = time.perf_counter(), stored.folder, stored.manifest
         compare_model(model_config.hf_text_config, manifest, str(folder))
         compare_found(mlps, model_config.hf_text_config, str(folder))
         if not mlps:
             return
         rank, size = _place(mlps, manifest, folder)
         compare_built(mlps, share_of(manifest), str(folder))
-        shard = load_shard(folder, rank, tp_size=size, layers=mlps, verify=self.options.verify, dequantize=False)
         casts: set[str] = set()
-        for index, mlp in mlps.items():
-            layer = shard.layer(index)
+        cpu = torch.device("cpu")
+        for layer in read_layers(stored, rank, cpu, tp_size=size, layers=mlps, verify=self.options.verify):
+            mlp = mlps[layer.index]
             casts |= fill(mlp.gate_up_proj, layer.gate_up) | fill(mlp.down_proj, layer.down)
         compare_activations(mlps, manifest, model_config.dtype, str(folder))
         if casts:
@@ -151,7 +155,7 @@ class DenseFFNShardsLoader(DefaultModelLoader):
             ", ".join(map(str, mlps)),
             held,
             held / _MIB,
-            shard.file,
+            manifest.shards[rank].file,
             time.perf_counter() - start,
         )
 

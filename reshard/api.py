@@ -23,6 +23,7 @@ from reshard.errors import ReshardError, UsageError
 from reshard.manifest import Manifest
 from reshard.model.naming import CONFIG, MANIFEST
 from reshard.plan.pipeline import Cut, check_set_digests, prepare
+from reshard.safe_text import safe_line
 from reshard.source.address import parse_local_target
 from reshard.source.base import Source
 from reshard.source.open import describe, open_source
@@ -40,6 +41,10 @@ Warn = Callable[[str], None]
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 _log = logging.getLogger("reshard")
+
+
+def _safely(warn: Warn) -> Warn:
+    return lambda line: warn(safe_line(line))
 
 
 @contextlib.contextmanager
@@ -67,7 +72,7 @@ def split(
     progress: Progress = _silent,
 ) -> SplitResult:
     """Cut a checkpoint's dense layers for `tp` ranks. The arguments are the options of `reshard split`."""
-    source = os.fspath(source)
+    warn, source = _safely(warn), os.fspath(source)
     options = SplitOptions(ranks, resume, overwrite, workers)
     target = open_target(os.fspath(out), source)
     with open_source(source, revision, index=index, notify=warn) as opened:
@@ -117,7 +122,7 @@ def verify(
         if value is not None and source is None:
             way_out = f", or SHARDS as hf://ORG/NAME@{value}" if option == "--revision" else ", or leave it out"
             raise UsageError(f"{option} {value}: is the source's; give --source{way_out}")
-    layers: list[LayerResult] = []
+    warn, layers = _safely(warn), list[LayerResult]()
     with open_source(os.fspath(shards), notify=warn) as opened:
         require_shard_set(opened)
         manifest = read_manifest_only(opened)
@@ -168,7 +173,7 @@ class MergeResult:
 def merge(shards: Address, out: Address, *, warn: Warn = _log.warning, progress: Progress = _silent) -> MergeResult:
     """Put a shard set together again, bit for bit, in a new or empty folder, with an index."""
     folder = parse_local_target(os.fspath(out), "merge")
-    with open_source(os.fspath(shards), notify=warn) as source:
+    with open_source(os.fspath(shards), notify=_safely(warn)) as source:
         require_shard_set(source)
         checkpoint = read_shard_set(source)
         check_set_digests(source, DEFAULT_WORKERS)
@@ -212,7 +217,7 @@ def check(
         index=index,
     )
     if path is not None and config is None:
-        return check_source(os.fspath(path), request, warn)
+        return check_source(os.fspath(path), request, _safely(warn))
     if config is not None and path is None:
         return check_config(os.fspath(config), request)
     raise UsageError("check: give a path, or config=")

@@ -20,14 +20,15 @@ def reshard_check() -> Callable[..., Report]:
     A target that cannot be read raises reshard.errors.SourceError, a value that is none reshard.errors.UsageError.
     """
     import reshard
+    from reshard.safe_text import safe_line
 
     def check(path: Any = None, *, strict: bool = False, **options: Any) -> Report:
         __tracebackhide__ = True
         report = reshard.check(path, **options)
         if report.failed(strict):
             wrong = [*report.of("error"), *(report.of("warning") if strict else ())]
-            lines = [f"{finding.check}: {finding.line}" for finding in wrong]
-            pytest.fail("\n".join([f"reshard check {report.target}:", *lines]), pytrace=False)
+            lines = [f"reshard check {report.target}:", *(f"{finding.check}: {finding.line}" for finding in wrong)]
+            pytest.fail("\n".join(map(safe_line, lines)), pytrace=False)
         return report
 
     return check

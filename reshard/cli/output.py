@@ -96,7 +96,8 @@ class Output:
 
     def json(self, document: Any) -> None:
         """One JSON document; of what JSON does not know, its attributes. Names in it are data: escaped, and whole."""
-        self.escaped(redacted(json.dumps(document, indent=2, default=vars)).replace("\x7f", r"\u007f"))
+        text = redacted(json.dumps(document, indent=2, default=vars))
+        self.escaped(text.replace("\x7f", r"\u007f").replace("##", r"#\u0023"))  # as safe_line: JSON's escapes, no more
 
     def text(self, line: str) -> None:
         """A line of data, made safe to show."""

@@ -32,13 +32,17 @@ def open_streams() -> None:
         sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), errors="backslashreplace")
     elif isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+    raw = _Unfailing(2, "w", closefd=False)
+    raw.owner = sys.stderr
     encoding = sys.stderr.encoding if sys.stderr is not None else None
-    raw = io.BufferedWriter(_Unfailing(2, "w", closefd=False))
-    sys.stderr = SafeLines(io.TextIOWrapper(raw, encoding, "backslashreplace", line_buffering=True))
+    text = io.TextIOWrapper(io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=True)
+    sys.stderr = SafeLines(text)
 
 
 class _Unfailing(io.FileIO):
     """What cannot be written is lost: a full disk under a log is no reason to fail."""
+
+    owner: object  # a stream that would close the descriptor, were it dropped
 
     def write(self, data: "ReadableBuffer") -> int:
         with contextlib.suppress(OSError):

@@ -1,5 +1,6 @@
 """`reshard synth`."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -56,7 +57,8 @@ def _fraction(text: str) -> "Fraction":
     from reshard.errors import UsageError
 
     try:
-        scale = Fraction(text)
+        # 1e-999999999 would be a number of as many digits.
+        scale = Fraction(text) if re.fullmatch(r"[0-9./]{1,20}(e-[0-9])?", text, re.IGNORECASE) else Fraction(0)
     except (ValueError, ZeroDivisionError):
         scale = Fraction(0)
     if not 0 < scale <= 1:

@@ -8,6 +8,7 @@ heard. torchrun ends the others when a process has died.
 import contextlib
 import os
 import pickle
+import re
 import socket
 import threading
 import time
@@ -48,7 +49,8 @@ def read_place(environment: Mapping[str, str] = os.environ) -> Place:
     if any(name not in environment for name in _VARIABLES):
         return Place()
     number, size, on_this_host = (environment.get(name, "1") for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    if not (number.isdecimal() and size.isdecimal() and on_this_host.isdecimal() and int(number) < int(size)):
+    texts = (number, size, on_this_host)
+    if not (all(re.fullmatch("[0-9]{1,9}", text) for text in texts) and int(number) < int(size)):
         raise UsageError(
             f"RANK={number} and WORLD_SIZE={size} are no place among processes; start with torchrun, or unset them to "
             "run alone"
@@ -168,7 +170,7 @@ def _open_store(place: Place, is_holder: bool) -> Any:
         limit = timedelta(seconds=JOIN_SECONDS)
         try:
             answers.put(dist.TCPStore(host, int(port), None, is_holder, limit, wait_for_workers=False))
-        except (RuntimeError, ValueError, OSError) as error:
+        except Exception as error:  # of a port out of range torch says TypeError
             answers.put(error)
 
     # Nothing interrupts torch.distributed while it waits: so this thread does not.

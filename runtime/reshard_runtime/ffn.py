@@ -91,6 +91,7 @@ class DenseFFN(PartialFFN):
         tokens_per_rank: every rank's T, the same list on every rank; zeros are allowed. None: T is the same on every
         rank, or max_tokens fixes the rows. With all at zero no token travels, unless max_tokens is set.
 
+        A token with NaN or an infinity gives no finite value (on an NPU with static W8A8: what its kernels make of it).
         No call waits for the device, and no size depends on values. There is no gradient: collectives have none.
 
         Raises TokensError. On all ranks where their counts differ, before a row is computed: on the CPU, or with
@@ -123,7 +124,7 @@ class DenseFFN(PartialFFN):
             y_TH = self._collectives.reduce_scatter(layout.restore_padding(partial))
         if problem is not None:
             raise problem
-        return y_TH[:own].to(self.dtype).reshape(shape)
+        return self.gate_up_proj.keep_not_finite(y_TH[:own].to(self.dtype), x_TH).reshape(shape)
 
     def _counts(self, tokens_per_rank: Sequence[int] | None) -> tuple[TokensError | None, tuple[int, ...] | None]:
         """The counts that this rank was given; what is wrong with them where it can take part all the same."""

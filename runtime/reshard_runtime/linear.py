@@ -47,6 +47,10 @@ class Linear(torch.nn.Module):
         """[T, N] in `dtype`."""
         raise NotImplementedError
 
+    def keep_not_finite(self, y_TM: torch.Tensor, x_TK: torch.Tensor) -> torch.Tensor:
+        """What was made of tokens x_TK that were quantized here: NaN, maybe in place, where they were not finite."""
+        return y_TM
+
 
 class FloatLinear(Linear):
     """Not quantized; accumulated in float32, rounded to the weight's type."""
@@ -116,6 +120,9 @@ class StaticLinear(Linear):
 
     def multiply(self, tokens: Tokens, dtype: torch.dtype) -> torch.Tensor:
         return self.kernels.int8_linear(tokens[0], self.weight, self.scale, None, self.bias, dtype)
+
+    def keep_not_finite(self, y_TM: torch.Tensor, x_TK: torch.Tensor) -> torch.Tensor:
+        return self.kernels.keep_not_finite(y_TM, x_TK)
 
 
 def make_linear(shard: LinearShard, kernels: Kernels, mix: Mix, dtype: torch.dtype) -> Linear:

@@ -55,7 +55,7 @@ class PartialFFN(nn.Module):
             sums_T2L = self.kernels.int8_matmul(q_TH, gate_up.weight)
             return down.multiply(self._gated_int8(sums_T2L, gate_up.weight_scale, scale_T), dtype)
         h_TL = self._gated(gate_up.multiply(tokens, self.dtype))
-        return down.multiply(down.quantize(h_TL), dtype)
+        return down.keep_not_finite(down.multiply(down.quantize(h_TL), dtype), h_TL)
 
     def _apply(self, fn: object, recurse: bool = True) -> "PartialFFN":
         """Nothing: a model's `.to(dtype)` would round the scales. `forward` refuses tokens that no longer fit."""

@@ -135,6 +135,35 @@ def test_the_action_writes_junit_as_well(action: dict[str, Any], tmp_path: Path)
     assert "::error " in done.stdout
 
 
+@pytest.mark.parametrize("junit", ["none/out.xml", "/dev/full"])
+@pytest.mark.parametrize(("tp", "code"), [("8", 1), ("5", 3)])
+def test_the_action_fails_where_junit_cannot_be_written(
+    action: dict[str, Any], tmp_path: Path, junit: str, tp: str, code: int
+) -> None:
+    done = step(action, paths=str(R1), tp=tp, junit=str(tmp_path / junit))
+    assert done.returncode == code
+    last = done.stdout.splitlines()[-1]
+    assert last == f"::error title=reshard check::input junit: {tmp_path / junit} cannot be written"
+
+
+@pytest.mark.parametrize(
+    ("strict", "code"), [("true", 3), ("TRUE", 3), ("Yes", 3), ("on", 3), ("FALSE", 0), ("no", 0), ("Off", 0), ("", 0)]
+)
+def test_switches_are_true_or_false(action: dict[str, Any], strict: str, code: int) -> None:
+    assert step(action, paths=str(R1), tp="8", device="npu", strict=strict).returncode == code
+
+
+@pytest.mark.parametrize("name", ["strict", "pad"])
+@pytest.mark.parametrize(
+    ("value", "shown"), [("truth", "truth"), ("1", "1"), ("x\n::error::50%", "$'x\\n::error::50%25'")]
+)
+def test_any_other_value_of_a_switch_is_refused(action: dict[str, Any], name: str, value: str, shown: str) -> None:
+    strict, pad = (value, "") if name == "strict" else ("", value)
+    done = step(action, paths=str(R1), tp="8", strict=strict, pad=pad)
+    expected = f"::error title=reshard check::input {name}: expected true or false, got {shown}\n"
+    assert (done.returncode, done.stdout) == (2, expected)
+
+
 def test_an_input_is_never_a_command_or_an_option(action: dict[str, Any], tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     for paths in (f"$(touch {mark})", f"; touch {mark}", f"`touch {mark}`", "--version"):

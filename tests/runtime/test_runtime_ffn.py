@@ -10,9 +10,12 @@ import torch
 import torch.distributed as dist
 
 from reshard.errors import ReshardError
+from reshard.model.activation import Activation
 from reshard.plan.pipeline import Cut
 from reshard_runtime import DenseFFN, load_shard
 from reshard_runtime.collectives import PairwiseCollectives
+from reshard_runtime.kernels.base import Gated
+from reshard_runtime.kernels.cpu import CpuKernels
 from tests.support.builders import RECIPES, Spec, build
 from tests.support.distributed import Ranks
 from tests.support.running import split
@@ -238,3 +241,47 @@ def test_a_model_s_to_changes_nothing(
         assert same
         assert not y_TH.requires_grad
         assert dtypes == {f"0.{module}.{s}": t for module in ("gate_up_proj", "down_proj") for s, t in wanted.items()}
+
+
+class _OverflowingKernels(CpuKernels):
+    """The second token's values overflow between the matrices."""
+
+    def gated(self, activation: Activation) -> Gated:
+        run = super().gated(activation)
+        return lambda h_T2L: run(h_T2L).index_fill_(0, torch.tensor([1]), torch.inf)
+
+
+def _poisoned(
+    group: dist.ProcessGroup, shards: Path, dtype: torch.dtype, value: float | None, options: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(without, with) a value that is not finite in the second of the tokens, or between the matrices."""
+    x_TH = _tokens((4, HIDDEN), 0 if "tokens" in options else group.rank(), dtype)
+    before = _layer(group, shards, dtype=dtype, **options)(x_TH)
+    if value is None:
+        return before, _layer(group, shards, dtype=dtype, kernels=_OverflowingKernels(), **options)(x_TH)
+    if group.rank() == 0 or "tokens" in options:
+        x_TH[1, 7] = value
+    return before, _layer(group, shards, dtype=dtype, **options)(x_TH)
+
+
+NOT_FINITE: list[tuple[str, float | None, dict[str, Any]]] = [
+    *((recipe, torch.nan, {}) for recipe in ("bf16", "modelslim_dynamic", "modelslim_fp16_static", "ct_static")),
+    *(("modelslim_static", value, {}) for value in (torch.nan, torch.inf, -torch.inf, None)),
+    ("modelslim_static", torch.nan, {"tokens": "replicated"}),
+    ("modelslim_static", torch.nan, {"max_tokens": 6}),
+    ("modelslim_mix", torch.nan, {"mix": "static"}),
+]
+
+
+@pytest.mark.parametrize(("recipe", "value", "options"), NOT_FINITE)
+def test_a_token_that_is_not_finite_gives_nothing_finite(
+    ranks: Callable[[int], Ranks], make: Make, recipe: str, value: float | None, options: dict[str, Any]
+) -> None:
+    """On the rank that brought it; the others' and its other tokens' results are as without."""
+    found = ranks(2).run(_poisoned, make(recipe, 2), DTYPES.get(recipe, torch.bfloat16), value, options)
+    for rank, (before, after) in enumerate(found):
+        assert before.isfinite().all()
+        is_poisoned = rank == 0 or "tokens" in options
+        others = [0, 2, 3] if is_poisoned else [0, 1, 2, 3]
+        assert torch.equal(after[others], before[others])
+        assert not (is_poisoned and after[1].isfinite().any())

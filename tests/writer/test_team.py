@@ -49,7 +49,13 @@ def test_a_place_is_what_torchrun_says() -> None:
     assert not read_place(said).leads
     # A scheduler may set some of them for jobs that are none of torch.distributed's.
     assert read_place({"RANK": "2", "WORLD_SIZE": "6"}) == Place()
-    for wrong in ({"RANK": "6"}, {"RANK": "-1"}, {"WORLD_SIZE": "many"}, {"LOCAL_WORLD_SIZE": ""}):
+    for wrong in (
+        {"RANK": "6"},
+        {"RANK": "-1"},
+        {"WORLD_SIZE": "many"},
+        {"WORLD_SIZE": "9" * 5000},
+        {"LOCAL_WORLD_SIZE": ""},
+    ):
         with pytest.raises(UsageError, match=r"start with torchrun, or unset them"):
             read_place({**said, **wrong})
 

@@ -94,6 +94,11 @@ class Kernels(ABC):
         scaled = x_TK.float().mul(reciprocal).add_(offset).round_()
         return scaled.clamp_(_INT8_MIN, _INT8_MAX).nan_to_num_(nan=0.0).to(torch.int8)
 
+    def keep_not_finite(self, y_TN: torch.Tensor, x_TK: torch.Tensor) -> torch.Tensor:
+        """y_TN, in place NaN for a token of x_TK that has NaN or an infinity, which int8 with a fixed scale has not."""
+        wrong_T = (x_TK - x_TK).sum(-1).isnan()
+        return y_TN.masked_fill_(wrong_T[:, None], torch.nan)
+
     def int8_linear(
         self,
         q_TK: torch.Tensor,

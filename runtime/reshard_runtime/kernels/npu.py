@@ -78,6 +78,10 @@ class NpuKernels(Kernels):
     def quantize_static(self, x_TK: torch.Tensor, reciprocal: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
         return torch_npu.npu_quantize(x_TK, reciprocal, offset, torch.qint8, -1, False)
 
+    def keep_not_finite(self, y_TN: torch.Tensor, x_TK: torch.Tensor) -> torch.Tensor:
+        """Left as `npu_quantize` has it, which vllm-ascend's W8A8 runs too: four kernels more would tell."""
+        return y_TN
+
     def int8_matmul(self, q_TK: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return torch_npu.npu_quant_matmul(q_TK, weight, self._one[q_TK.device], output_dtype=torch.int32)
 

@@ -16,6 +16,7 @@ from reshard.errors import ShardError
 from reshard.manifest import Manifest
 from reshard.model.activation import not_computed
 from reshard.model.parts import DENSE_FFN
+from reshard.safe_text import safe_line
 from reshard_runtime.probe import answers, disagreement, without_linears
 
 _log = init_logger("vllm.denseffn_shards")
@@ -40,7 +41,9 @@ def compare_activations(mlps: Mapping[int, Any], manifest: Manifest, dtype: torc
             problem = f"layer {index}: {not_computed(activation)}"
             if is_split:
                 raise ShardError(f"{folder}: {problem}; without {OPTION} the engine's own partition is filled")
-            _log.warning("denseffn_shards: what the engine computes is not compared with the shards: %s", problem)
+            _log.warning(
+                "denseffn_shards: what the engine computes is not compared with the shards: %s", safe_line(problem)
+            )
             continue
         between = mlp.act_fn if is_split else without_linears(mlp, {m.name: _Passed() for m in DENSE_FFN.modules})
         with torch.compiler.set_stance("force_eager"):  # else vLLM compiles its activation for these sizes

@@ -38,8 +38,8 @@ WORD_CHARACTERS = 200
 MAX_BYTES = 2**63 - 1
 """Of a tensor, a dimension, an offset: what file systems and other readers count with."""
 
-TOML_BYTES = MIB
-"""Of a device profile: they have 2 KB."""
+TOML_BYTES = 1 << 15
+"""Of a device profile: they have 2 KB. Dotted keys take the square of it."""
 
 # Regular expressions in configs
 PATTERN_CHARACTERS = 1_000

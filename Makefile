@@ -72,9 +72,8 @@ test-lowest: $(LOWEST_READY) ## the commands and the writer with the lowest vers
 $(LOWEST_READY): pyproject.toml Makefile
 	$(PYTHON) -m venv $(LOWEST_VENV)
 	sed -n 's/^  "\(.*\)>=\(.*\)",$$/\1==\2/p' pyproject.toml > $(LOWEST_VENV)/lowest.txt
-	echo huggingface_hub==1.31.0 >> $(LOWEST_VENV)/lowest.txt
-	$(PIP) install --requirement $(LOWEST_VENV)/lowest.txt $(TORCH) 's3fs<=2024.6.0' \
-	  hypothesis jsonschema 'moto[server]' pytest==9.2.0 PyYAML transformers xmlschema
+	sed -nE 's/^  "((hypothesis|jsonschema|moto.*|pytest|PyYAML|xmlschema)==.*)",$$/\1/p' pyproject.toml >> $(LOWEST_VENV)/lowest.txt
+	$(PIP) install --requirement $(LOWEST_VENV)/lowest.txt $(TORCH) huggingface_hub==1.31.0 's3fs[boto3]==2024.6.0'
 	$(PIP) install --no-deps --editable .
 	@touch $@
 

@@ -38,8 +38,8 @@ WORD_CHARACTERS = 200
 MAX_BYTES = 2**63 - 1
 """Of a tensor, a dimension, an offset: what file systems and other readers count with."""
 
-TOML_BYTES = MIB
-"""Of a device profile: they have 2 KB."""
+TOML_BYTES = 1 << 15
+"""Of a device profile: they have 2 KB. Dotted keys take the square of it."""
 
 # Regular expressions in configs
 PATTERN_CHARACTERS = 1_000
@@ -64,9 +64,15 @@ PROGRESS_BYTES = 1 << 16
 """A try to fetch a range that brought less has failed, and so has one that brings less in SILENCE_SECONDS."""
 SILENCE_SECONDS = 10.0
 """huggingface_hub waits as long; HF_HUB_DOWNLOAD_TIMEOUT takes its place for a hub."""
+DRIVER_SECONDS = 30.0
+"""As SILENCE_SECONDS, of a driver that tries again by itself before it says that it failed."""
 WHOLE_PIECE_SPEED = 1 << 16
 """Bytes a second that must come on top of that from a driver that shows a range only when all of it is there."""
 WRONG_TRIES = 3
 """As many in a row that were too slow, or answered with another range than was asked for, and it is over."""
 WAIT_SECONDS = 600.0
 """The longest wait that a busy server may ask for."""
+
+# what is said
+LINE_CHARACTERS = 4000
+"""Of a message, a cell of a table: of a longer one the middle is left out. Paths may have as many."""

@@ -5,54 +5,26 @@ plan is made of its entries, and a shard set that is read as a source gives them
 """
 
 import json
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal
 
-from blake3 import blake3
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from reshard.errors import ManifestError
-from reshard.limits import MANIFEST_BYTES
 from reshard.model.activation import Activation
 from reshard.model.naming import MANIFEST, MAX_TP_SIZE, shard_file
 from reshard.model.parts import DENSE_FFN
 from reshard.quantization import SIDE_FILES, is_description, is_side_file
 from reshard.schemes.table import SCHEMES, unknown_scheme
-from reshard.strict_json import parse_json
+from reshard.sealed import Digest, OwnDigest, Sealed, Strict, parse_object, validate
 from reshard.tensors.dtypes import BITS
 
 SCHEMA = "denseffn-shards/2"
 _OLDER = ("denseffn-shards/1",)
-UNSEALED = "0" * 64
-"""What stands in a digest's own place while it is computed."""
 
-_HEX = r"^[0-9a-f]{64}$"
-Digest = Annotated[str, Field(pattern=_HEX, description="BLAKE3, hex")]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Shape = tuple[Count, ...]
 FileName = Annotated[str, Field(pattern=r"^[^/\\]+$", description="a name without folders")]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
-
-
-class _Sealed(_Strict):
-    """A file that holds its own digest, under `blake3`."""
-
-    def to_json(self) -> bytes:
-        """The file's bytes."""
-        return (self.model_dump_json(by_alias=True, indent=1) + "\n").encode()
-
-    def sealed(self) -> Self:
-        """With its digest, where it was made without."""
-        return self.model_copy(update={"blake3": blake3(self.to_json()).hexdigest()})
-
-
-SealedBy = Annotated[
-    str, Field(pattern=_HEX, description="BLAKE3, hex, of this very file with 64 zeros in this value's place")
-]
 
 
 def _distinct(name: str) -> AfterValidator:
@@ -69,14 +41,14 @@ def _distinct(name: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-class Generator(_Strict):
+class Generator(Strict):
     """What wrote the set."""
 
     name: str
     version: str
 
 
-class ModelDims(_Strict):
+class ModelDims(Strict):
     """The sizes that the cut depends on, unpadded, and what precedes the layers' names (reshard.model.naming).
 
     `num_hidden_layers` is null without a config.json.
@@ -102,7 +74,7 @@ def _known(scheme: str) -> str:
     return scheme
 
 
-class LinearScheme(_Strict):
+class LinearScheme(Strict):
     """What a linear is quantized as, and the block (rows, columns) of its weight that one scale stands for, if any."""
 
     scheme: Annotated[str, AfterValidator(_known)]
@@ -112,7 +84,7 @@ class LinearScheme(_Strict):
         return f"{self.scheme} in blocks of {self.block[0]} x {self.block[1]}" if self.block else self.scheme
 
 
-class LayerEntry(_Strict):
+class LayerEntry(Strict):
     """A dense layer: its activation, its linears as the fused layout has them."""
 
     index: Count
@@ -127,14 +99,14 @@ class LayerEntry(_Strict):
         return self
 
 
-class Padding(_Strict):
+class Padding(Strict):
     """Zero rows (gate, up) and columns (down) that were added behind intermediate_size."""
 
     padded: Annotated[int, Field(ge=1, alias="padded_intermediate_size")]
     multiple: Annotated[int, Field(ge=1, description="what intermediate_size / tp_size was padded to a multiple of")]
 
 
-class SourceFile(_Strict):
+class SourceFile(Strict):
     """A file that tensors were taken from."""
 
     name: FileName
@@ -142,7 +114,7 @@ class SourceFile(_Strict):
     header_blake3: Digest
 
 
-class Source(_Strict):
+class Source(Strict):
     """Where the weights come from: a folder's name, also on another file system, or a hub repository and its commit."""
 
     kind: Annotated[
@@ -151,11 +123,11 @@ class Source(_Strict):
     ]
     name: str
     commit: str | None
-    sample_blake3: Annotated[str, Field(pattern=_HEX, description="BLAKE3 of some bytes of every DenseFFN tensor")]
+    sample_blake3: Annotated[Digest, Field(description="BLAKE3 of some bytes of every DenseFFN tensor")]
     files: Annotated[list[SourceFile], _distinct("name")]
 
 
-class Slice(_Strict):
+class Slice(Strict):
     """Positions start..stop of `dim` of a source tensor, placed from position `at` of that dim of the shard tensor."""
 
     tensor: str
@@ -173,7 +145,7 @@ class Slice(_Strict):
         return self
 
 
-class Conversion(_Strict):
+class Conversion(Strict):
     """Set where the sliced tensor is not the source's own but made from it: the rule, and the source's tensors."""
 
     rule: str
@@ -186,7 +158,7 @@ def _element_type(dtype: str) -> str:
     return dtype
 
 
-class ShardTensor(_Strict):
+class ShardTensor(Strict):
     """A tensor of a shard: `slices` of source tensors; bytes that no slice covers are zero."""
 
     name: str
@@ -206,7 +178,7 @@ class ShardTensor(_Strict):
         return self
 
 
-class Shard(_Strict):
+class Shard(Strict):
     """One rank's file."""
 
     tp_rank: Count
@@ -216,10 +188,10 @@ class Shard(_Strict):
     tensors: Annotated[list[ShardTensor], _distinct("name")]
 
 
-class Record(_Sealed):
+class Record(Sealed):
     """A finished shard of an unfinished set, until the manifest takes it over; `fingerprint` tells whose it is."""
 
-    blake3: SealedBy
+    blake3: OwnDigest
     fingerprint: Digest
     shard: Shard
 
@@ -230,7 +202,7 @@ def _goes_with_a_set(name: str) -> str:
     return name
 
 
-class SideFile(_Strict):
+class SideFile(Strict):
     """A file copied beside the shards: one of those that say what the weights are."""
 
     name: Annotated[FileName, AfterValidator(_goes_with_a_set)]
@@ -245,11 +217,11 @@ def _one_description(files: list[SideFile]) -> list[SideFile]:
     return files
 
 
-class Manifest(_Sealed):
+class Manifest(Sealed):
     """A shard set."""
 
     schema_: Annotated[Literal["denseffn-shards/2"], Field(alias="schema")]
-    blake3: SealedBy
+    blake3: OwnDigest
     generator: Generator
     model: ModelDims
     scheme: Annotated[str, Field(description="the quantized linears' scheme; bf16 if none is, mixed if they differ")]
@@ -278,7 +250,7 @@ def parse_manifest(raw: bytes, file: str = MANIFEST) -> Manifest:
 
     Raises ManifestError for an unknown version, an unknown field, a wrong value, a digest that is not the file's.
     """
-    value = _parse(raw, file)
+    value = parse_object(raw, file)
     version = value.get("schema")
     if version in _OLDER:
         raise ManifestError(
@@ -289,45 +261,15 @@ def parse_manifest(raw: bytes, file: str = MANIFEST) -> Manifest:
         raise ManifestError(
             f"{file}: schema is {version!r}, this version reads {SCHEMA!r}; use the reshard that wrote it"
         )
-    return _validate(Manifest, value, raw, file)
+    return validate(Manifest, value, raw, file)
 
 
 def parse_record(raw: bytes, file: str) -> Record:
     """One rank's record, as an unfinished set keeps it beside the shard. Raises as `parse_manifest` does."""
-    return _validate(Record, _parse(raw, file), raw, file)
+    return validate(Record, parse_object(raw, file), raw, file)
 
 
 def json_schema() -> str:
     """The manifest's JSON Schema."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Manifest.model_json_schema()}
     return json.dumps(schema, indent=2) + "\n"
-
-
-def _parse(raw: bytes, file: str) -> Mapping[str, Any]:
-    value = parse_json(raw, file, ManifestError, most=MANIFEST_BYTES)
-    if not isinstance(value, dict):
-        raise ManifestError(f"{file}: holds a {type(value).__name__}, expected a JSON object; copy it again")
-    return value
-
-
-_S = TypeVar("_S", bound=_Sealed)
-
-
-def _validate(model: type[_S], value: Mapping[str, Any], raw: bytes, file: str) -> _S:
-    said = value.get("blake3")
-    if isinstance(said, str) and len(said) == len(UNSEALED):
-        found = blake3(raw.replace(said.encode(), UNSEALED.encode(), 1)).hexdigest()
-        if found != said:
-            raise ManifestError(
-                f"{file}: was changed after it was written: it says that its BLAKE3 is {said}, it is {found}; copy it "
-                "again, or cut the set again"
-            )
-    try:
-        return model.model_validate_json(raw)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise ManifestError(
-            f"{file}: {where}: {first['msg']} (got {str(first['input'])[:80]!r}); copy it again, or use the reshard "
-            "that wrote it"
-        ) from error

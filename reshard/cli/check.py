@@ -87,11 +87,11 @@ def _report(output: Output, target: str, is_config: bool, request: "Request") ->
     except UsageError:
         raise
     except Exception as error:
-        message = output.error(as_reshard_error(error), of=shown(target))
+        message = output.error(as_reshard_error(error), of=target)
         return Report(shown(target), None, (Finding("input", "", message),), target if is_config else None)
     for finding in report.findings:
         if finding.check == "input":
-            output.error(SourceError(finding.line), of=shown(target))
+            output.error(SourceError(finding.line), of=target)
     return report
 
 

@@ -25,9 +25,10 @@ _PACKAGE = Path(reshard.__file__).parent
 _FOLDERS = (_PACKAGE / "hardware", _PACKAGE.parent / "configs" / "hardware")
 _NO_SOURCE = frozenset({"name", "source"})
 
-_Count = Annotated[int, Field(ge=1)]
-_Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-_Time = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# Bounds that no device comes near, so that sums and quotients of such numbers are finite.
+_Count = Annotated[int, Field(ge=1, le=10**9)]
+_Rate = Annotated[float, Field(ge=1e-9, le=1e9)]
+_Time = Annotated[float, Field(ge=0, le=1e9)]
 _Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -149,7 +150,7 @@ def load_profile(device: str, overrides: Sequence[str] = ()) -> Profile:
         table = tomllib.loads(read_whole(file, TOML_BYTES).decode())
     except OSError as error:
         raise ProfileError(unreadable(file, error)) from error
-    except ValueError as error:  # not TOML, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not TOML, or not UTF-8
         raise ProfileError(f"{file}: not valid TOML: {error}") from error
     profile = parse_profile(table, file.name)
     return parse_profile(_overridden(profile, overrides), "--set") if overrides else profile
@@ -185,7 +186,7 @@ def _overridden(profile: Profile, overrides: Sequence[str]) -> dict[str, Any]:
         inner = reduce(getitem, path, table)
         try:
             inner[last] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):
             inner[last] = text  # a word, such as network.node.topology=switch
     return table
 

@@ -7,9 +7,10 @@ from blake3 import blake3
 
 from reshard import __version__
 from reshard.checkpoint.description import Checkpoint, Layer
-from reshard.manifest import SCHEMA, UNSEALED, Generator, LayerEntry, Manifest, Shard, SideFile, Source
+from reshard.manifest import SCHEMA, Generator, LayerEntry, Manifest, Shard, SideFile, Source
 from reshard.plan.plan import Plan
 from reshard.schemes.table import summary
+from reshard.sealed import UNSEALED
 
 
 def make_manifest(checkpoint: Checkpoint, plan: Plan, sample: str, shards: Sequence[Shard]) -> Manifest:

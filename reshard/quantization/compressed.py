@@ -1,5 +1,6 @@
 """`quant_method: compressed-tensors`, as llm-compressor writes it: groups of targets and their arguments."""
 
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +11,16 @@ from reshard.schemes.match import QuantSpec
 from reshard.schemes.table import FLOAT, kind_said
 
 _Args = Mapping[str, Any]
+
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    "type": (str,),
+    "num_bits": (int,),
+    "strategy": (str,),
+    "group_size": (int,),
+    "symmetric": (bool,),
+    "dynamic": (bool, str),
+}
+"""Of the arguments that are read."""
 
 _INPUTS: Mapping[tuple[str, Any], str] = {
     ("block", True): "group",
@@ -74,7 +85,9 @@ def _targets(section: Section, name: str, group: _Args) -> list[str]:
 def _made(section: Section, name: str, arguments: _Args) -> tuple[str, tuple[int, int] | None]:
     """(kind, scale block) of a group's arguments; a kind that is not split is spelt out, to be refused by that name."""
     group = section.below(f"config_groups.{name}", arguments)
-    weights, inputs, outputs = map(group.objects, ("weights", "input_activations", "output_activations"))
+    weights, inputs, outputs = (
+        _arguments(group, key) for key in ("weights", "input_activations", "output_activations")
+    )
     strategy, dynamic = str(weights.get("strategy")), inputs.get("dynamic")
     plain = weights.get("symmetric") and not weights.get("dynamic") and not outputs
     alike = _number(inputs) == _number(weights)
@@ -89,6 +102,17 @@ def _made(section: Section, name: str, arguments: _Args) -> tuple[str, tuple[int
         if kind is not None and (block is None or inputs.get("group_size") in (None, block[1])):
             return kind, block
     return _spelt(weights, inputs, outputs), None
+
+
+def _arguments(group: Section, key: str) -> _Args:
+    """Raises SourceError where one that is read is of a type that tools do not write."""
+    found = group.objects(key)
+    for name, types in _TYPES.items():
+        value = found.get(name)
+        if value is not None and type(value) not in types:
+            expected = " or ".join(one.__name__ for one in types)
+            raise group.error(f"{key}.{name}", f"is {reprlib.repr(value)}, expected a value of type {expected}")
+    return found
 
 
 def _number(arguments: _Args) -> str:

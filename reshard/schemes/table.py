@@ -25,7 +25,7 @@ class Placement(Enum):
     @property
     def dim(self) -> int | None:
         """The dimension that is cut, if one is."""
-        return {Placement.ROWS: 0, Placement.COLUMNS: 1}.get(self)
+        return 0 if self is Placement.ROWS else 1 if self is Placement.COLUMNS else None
 
 
 class Shape(Enum):

@@ -7,16 +7,13 @@ import abc
 import collections
 import contextlib
 import itertools
-import re
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 
-from reshard import limits
 from reshard.errors import SourceError
 from reshard.safe_text import one_line
+from reshard.source.answers import Head, RangedFiles
 from reshard.source.base import Origin
 from reshard.source.retry import MAY_PASS, Fault
 from reshard.source.watched import watched
@@ -25,14 +22,6 @@ try:
     from huggingface_hub.utils import httpx as httpx  # the one that its client is of: httpx2, or httpx
 except ImportError:  # none, or an older one
     import httpx  # type: ignore[no-redef]
-
-_LINKED_ETAG = "X-Linked-Etag"  # of the file, at a hub's redirect; the store behind it has ETags of its own
-_STATES = ("ETag", "Last-Modified")
-# Who says how long to wait, the first that does: the hub's own, with r requests left and t seconds to the next ones.
-_WAITS = (
-    ("RateLimit", re.compile(r'"\w+"\s*;\s*r\s*=\s*0\s*;\s*t\s*=\s*([0-9]+)')),
-    ("Retry-After", re.compile(r"([0-9]+)\s*$")),
-)
 
 
 class Unreachable(Fault):
@@ -91,7 +80,7 @@ def read_small(request: Request, check: Callable[[httpx.Response], None], most: 
     def chunks() -> Iterator[bytes]:
         with asked(request) as response:
             check(response)
-            if wrong := _encoded(response):
+            if wrong := head(response).encoding():
                 raise SourceError(f"{where}: {wrong}")
             yield from response.iter_raw()
 
@@ -107,15 +96,12 @@ def _where(request: Request) -> str:
     return request.url.partition("?")[0]
 
 
-class HttpFiles(abc.ABC):
+class HttpFiles(RangedFiles, abc.ABC):
     """A listing of files at a server: reshard.source.range_cache.Remote."""
 
-    origin: Origin
-    sizes: Mapping[str, int]
-
-    def __init__(self, patience: float) -> None:
+    def __init__(self, origin: Origin, sizes: Mapping[str, int], patience: float) -> None:
+        super().__init__(origin, sizes)
         self.patience = patience
-        self._states: dict[str, str] = {}
 
     @abc.abstractmethod
     def request(self, file: str) -> Request:
@@ -124,14 +110,6 @@ class HttpFiles(abc.ABC):
     @abc.abstractmethod
     def refusal(self, response: httpx.Response, file: str) -> Fault | SourceError:
         """What an answer means that is no file."""
-
-    def check(self, response: httpx.Response, file: str) -> None:
-        """Raises SourceError where an answer is not of this file as it was when it was first asked for."""
-        if (first := self._states.setdefault(file, now := _state(response))) != now:
-            raise SourceError(
-                f"{self.origin.name}: {file}: has changed since it was first read (it had {first}, it has {now}); "
-                "start again"
-            )
 
     def seconds(self, size: int) -> float:
         """See Remote: what comes is seen as it comes."""
@@ -142,65 +120,21 @@ class HttpFiles(abc.ABC):
         with asked(self.request(file), start, stop) as response:
             if response.status_code not in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT):
                 raise self.refusal(response, file)
-            if wrong := _not_the_range(response, start, stop, self.sizes[file]):
-                raise Fault(wrong, tries=limits.WRONG_TRIES)
-            self.check(response, file)
-            if response.status_code == HTTPStatus.PARTIAL_CONTENT:
-                yield from response.iter_raw()
-                return
-            for chunk in response.iter_raw():  # the whole file, whose beginning was asked for
-                yield chunk[: stop - start]
-                start += len(chunk)
-                if start >= stop:
-                    return
+            yield from self.taken(file, head(response), response.iter_raw(), start, stop)
 
 
-def _state(response: httpx.Response) -> str:
-    """What is another when the file is."""
-    linked = (("ETag", step.headers.get(_LINKED_ETAG)) for step in response.history)
-    own = ((name, response.headers.get(name)) for name in _STATES)
-    return next((f"{name} {value.removeprefix('W/')}" for name, value in (*linked, *own) if value), "no ETag")
-
-
-def _not_the_range(response: httpx.Response, start: int, stop: int, size: int) -> str | None:
-    """What is wrong with an answer, by its head."""
-    if wrong := _encoded(response):
-        return wrong
-    expected, got = f"bytes {start}-{stop - 1}/{size}", response.headers.get("Content-Range")
-    if response.status_code == HTTPStatus.OK:
-        if start > 0:
-            return f"the server answers the range {start} to {stop} with the whole file"
-        stop = size
-    if response.status_code == HTTPStatus.PARTIAL_CONTENT and got != expected:
-        return f"the server answers with {got or 'no Content-Range'}, expected {expected}"
-    if (length := response.headers.get("Content-Length")) not in (None, str(stop - start)):
-        return f"the answer has {length} bytes, expected {stop - start}"
-    return None
-
-
-def _encoded(response: httpx.Response) -> str | None:
-    encoding = response.headers.get("Content-Encoding", "identity")
-    return f"the answer is encoded as {encoding}, identity was asked for" if encoding != "identity" else None
+def head(response: httpx.Response) -> Head:
+    """Of the last answer, after redirects."""
+    return Head(response.status_code, response.headers, [step.headers for step in response.history])
 
 
 def busy(response: httpx.Response) -> Fault | None:
     """For an answer after which it is worth asking again."""
     if response.status_code not in MAY_PASS:
         return None
-    return Fault(f"HTTP {response.status_code} {response.reason_phrase}".rstrip(), _retry_after(response.headers))
+    return Fault(f"HTTP {response.status_code} {response.reason_phrase}".rstrip(), head(response).retry_after())
 
 
 def said(error: Exception) -> str:
     """What a library says went wrong, in one line; some say nothing."""
     return one_line(error) or type(error).__name__
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that a busy server asks for, as a number or a date; None where it says neither."""
-    for name, pattern in _WAITS:
-        if match := pattern.match(headers.get(name, "")):
-            return float(match[1][:12])  # years are too long, however many
-    try:
-        return max(0.0, parsedate_to_datetime(headers.get("Retry-After", "")).timestamp() - time.time())
-    except (ValueError, TypeError, IndexError, OverflowError):
-        return None

@@ -22,13 +22,14 @@ from huggingface_hub.utils import get_session, httpx, validate_repo_id
 from reshard import __version__, limits
 from reshard.errors import SourceError
 from reshard.safe_text import one_line
+from reshard.source.answers import Head
 from reshard.source.base import Origin
 from reshard.source.http import HttpFiles, Request, Unreachable, busy, read_small, said
 from reshard.source.listing import listed
 from reshard.source.retry import Fault
 from reshard.strict_json import parse_object
 
-_COMMIT = "X-Repo-Commit"
+_COMMIT = "x-repo-commit"
 _IS_COMMIT = re.compile("[0-9a-f]{40}([0-9a-f]{24})?")  # by SHA-1 or SHA-256
 _NO_HUB = "is HF_ENDPOINT a hub?"
 
@@ -37,9 +38,8 @@ class HubFiles(HttpFiles):
     """The files at the top of a model repository, of one commit."""
 
     def __init__(self, repo: str, endpoint: str, commit: str, sizes: Mapping[str, int]) -> None:
-        super().__init__(constants.HF_HUB_DOWNLOAD_TIMEOUT)
-        self.repo, self.endpoint, self.commit, self.sizes = repo, endpoint, commit, sizes
-        self.origin = Origin("hub", repo, commit)
+        super().__init__(Origin("hub", repo, commit), sizes, constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        self.repo, self.endpoint, self.commit = repo, endpoint, commit
 
     def request(self, file: str) -> Request:
         return _request(hf_hub_url(self.repo, file, revision=self.commit, endpoint=self.endpoint))
@@ -47,15 +47,15 @@ class HubFiles(HttpFiles):
     def refusal(self, response: httpx.Response, file: str) -> Fault | SourceError:
         return _refusal(response, self.repo, self.endpoint, self.commit, file)
 
-    def check(self, response: httpx.Response, file: str) -> None:
+    def check(self, file: str, head: Head) -> None:
         """The commit pins a file at the hub; a mirror may serve what it likes, and then its ETag tells."""
-        for commit in filter(None, (step.headers.get(_COMMIT) for step in (*response.history, response))):
+        for commit in filter(None, (headers.get(_COMMIT) for headers in (*head.redirects, head.headers))):
             if commit != self.commit:
                 raise SourceError(
                     f"{self.repo}: {file}: the answer is of commit {commit}, {self.commit} was asked for; nothing of "
                     "it is taken: check HF_ENDPOINT"
                 )
-        super().check(response, file)
+        super().check(file, head)
 
 
 def find_repository(repo: str, revision: str | None, endpoint: str | None = None) -> HubFiles:

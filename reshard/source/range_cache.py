@@ -54,7 +54,7 @@ class Remote(Protocol):
         """
 
     def seconds(self, size: int) -> float:
-        """How long a fetch of so many bytes may show less than limits.PROGRESS_BYTES of them."""
+        """How long a fetch of so many bytes may show less than limits.PROGRESS_BYTES of them, again and again."""
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,17 @@
 
 import posixpath
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import fsspec
+from fsspec.asyn import sync
 
 from reshard import limits
 from reshard.errors import SourceError, UsageError
 from reshard.safe_text import one_line
 from reshard.source.address import WEB, last_part
+from reshard.source.answers import Head, RangedFiles
 from reshard.source.base import Origin
 from reshard.source.filesystems import missing_package
 from reshard.source.listing import listed
@@ -24,44 +25,67 @@ _STAYS = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryEr
 _NOT_STATE = frozenset({"time", "accessTime", "last_access_time", "last_accessed_on"})
 
 
-@dataclass(frozen=True)
-class RemoteFiles:
-    """The files directly in a folder."""
+class RemoteFiles(RangedFiles):
+    """The files directly in a folder of any file system, whose driver shows a range when all of it is there."""
 
-    fs: Any  # fsspec.AbstractFileSystem, which has no types
-    path: str
-    origin: Origin
-    sizes: Mapping[str, int]
-    _states: dict[str, str] = field(default_factory=dict)
+    def __init__(self, fs: Any, path: str, origin: Origin, sizes: Mapping[str, int]) -> None:
+        super().__init__(origin, sizes)
+        self.fs, self.path = fs, path  # fsspec.AbstractFileSystem, which has no types
 
     def seconds(self, size: int) -> float:
-        """See Remote: a range is shown when all of it is there."""
-        return limits.SILENCE_SECONDS + size / limits.WHOLE_PIECE_SPEED
+        """See Remote."""
+        return limits.DRIVER_SECONDS + size / limits.WHOLE_PIECE_SPEED
 
     def fetch(self, file: str, start: int, stop: int) -> Iterator[bytes]:
-        """Bytes [start, stop) in one piece, of the file as it was when it was first asked for."""
-        path = posixpath.join(self.path, file)
+        """Bytes [start, stop), of the file as it was when it was first asked for."""
         try:
-            first = self._states.get(file) or self._states.setdefault(file, self._state(path))
-            data = bytes(self.fs.cat_file(path, start=start, end=stop))
-            state = self._state(path)
+            yield from self._read(file, posixpath.join(self.path, file), start, stop)
+        except (Fault, SourceError):
+            raise
         except Exception as error:  # whatever the file system's package raises: a connection that broke, mostly
             if _may_pass(error):
                 raise Fault(_said(error)) from None
             raise SourceError(f"{self.origin.name}: {file}: cannot be read: {_said(error)}") from None
-        if state != first:
-            raise SourceError(f"{self.origin.name}: {file}: has changed since it was first read; start again")
+
+    def _read(self, file: str, path: str, start: int, stop: int) -> Iterator[bytes]:
+        first = self._states.get(file) or self._states.setdefault(file, self._state(file, path))
+        data = bytes(self.fs.cat_file(path, start=start, end=stop))
+        if self._state(file, path) != first:
+            raise self._changed(file)
         if len(data) > stop - start:
             raise Fault(f"the server answers the range {start} to {stop} with {len(data)} bytes")
         yield data
 
-    def _state(self, path: str) -> str:
-        """What the file system says of a file, its size with it, which is another when the file has changed.
+    def _state(self, file: str, path: str) -> str:
+        """What the file system says of a file, which is another when the file has changed.
 
         `ukey` is to be that, and is the address alone in some.
         """
         info = self.fs.info(path)
+        if info.get("size") not in (None, self.sizes[file]):
+            raise self._changed(file)
         return repr(sorted((key, str(value)) for key, value in info.items() if key not in _NOT_STATE))
+
+    def _changed(self, file: str) -> SourceError:
+        return SourceError(f"{self.origin.name}: {file}: has changed since it was first read; start again")
+
+
+class S3Files(RemoteFiles):
+    """Of an S3 store: by the same client, whose answers say what they are, and come piece by piece."""
+
+    def seconds(self, size: int) -> float:
+        """See Remote."""
+        return limits.DRIVER_SECONDS
+
+    def _read(self, file: str, path: str, start: int, stop: int) -> Iterator[bytes]:
+        bucket, key, _ = self.fs.split_path(path)
+        answer = self.fs.call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}")
+        said, body = answer["ResponseMetadata"], answer["Body"]
+        try:
+            pieces = iter(lambda: bytes(sync(self.fs.loop, body.read, limits.PROGRESS_BYTES)), b"")
+            yield from self.taken(file, Head(said["HTTPStatusCode"], said["HTTPHeaders"]), pieces, start, stop)
+        finally:
+            body.close()
 
 
 def find_folder(address: str) -> RemoteFiles:
@@ -74,10 +98,13 @@ def find_folder(address: str) -> RemoteFiles:
         raise UsageError(f"{place}: an archive on a plain HTTP server is not read from there; download it")
     try:
         # Listings that are kept would hide that an object changed; an instance that is kept would be shared.
-        fs, path = fsspec.url_to_fs(address, use_listings_cache=False, skip_instance_cache=True)
+        open_fs = partial(fsspec.url_to_fs, address, use_listings_cache=False, skip_instance_cache=True)
+        fs, path = within(limits.LISTING_SECONDS, open_fs)
     except ImportError as error:
         raise missing_package(address, error) from None
-    except (ValueError, TypeError, OSError) as error:
+    except Fault:
+        raise
+    except Exception as error:  # of an address, or of what is no archive
         raise UsageError(f"{place}: {one_line(error)}") from None
     try:
         sizes = within(limits.LISTING_SECONDS, partial(_sizes, fs, path))
@@ -93,7 +120,8 @@ def find_folder(address: str) -> RemoteFiles:
         ) from None
     if not sizes:
         raise SourceError(f"{place}: no files at that address; give the folder that holds the checkpoint's")
-    return RemoteFiles(fs, path, Origin("remote", last_part(address)), listed(sizes, place))
+    kind = S3Files if hasattr(fs, "call_s3") else RemoteFiles
+    return kind(fs, path, Origin("remote", last_part(address)), listed(sizes, place))
 
 
 def _sizes(fs: Any, path: str) -> list[tuple[str, object]]:

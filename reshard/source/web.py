@@ -14,7 +14,7 @@ from reshard.safe_text import one_line
 from reshard.source.address import last_part
 from reshard.source.base import Origin
 from reshard.source.fetchers import Fetchers, result_of
-from reshard.source.http import HttpFiles, Request, asked, busy, httpx, read_small
+from reshard.source.http import HttpFiles, Request, asked, busy, head, httpx, read_small
 from reshard.source.listing import listed
 from reshard.source.retry import Fault
 from reshard.source.watched import within
@@ -32,13 +32,12 @@ class WebFiles(HttpFiles):
     """
 
     def __init__(self, address: str) -> None:
-        super().__init__(limits.SILENCE_SECONDS)
+        super().__init__(Origin("remote", last_part(address)), {}, limits.SILENCE_SECONDS)
         self._place = address
         self._client = httpx.Client(follow_redirects=True)
         weakref.finalize(self, self._client.close).atexit = False
         self._folder = _split(address)
         self._whole_only: set[str] = set()  # files of which the server gives no ranges
-        self.origin = Origin("remote", last_part(address))
         self.sizes = listed(self._files(), self._place)
 
     def request(self, file: str) -> Request:
@@ -95,7 +94,7 @@ class WebFiles(HttpFiles):
                 length = _PLACE_OF.fullmatch(headers.get("Content-Range", ""))
             else:
                 raise self.refusal(response, file)
-            self.check(response, file)
+            self.check(file, head(response))
             return int(length[1]) if length else None
 
 

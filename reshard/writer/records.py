@@ -4,11 +4,12 @@ import contextlib
 from collections.abc import Sequence
 
 from reshard.errors import ManifestError, OutputError
-from reshard.manifest import UNSEALED, Manifest, Record, Shard, parse_manifest, parse_record
+from reshard.manifest import Manifest, Record, Shard, parse_manifest, parse_record
 from reshard.model.naming import MANIFEST, shard_file
 from reshard.plan.manifest_builder import fingerprint, make_manifest
 from reshard.plan.pipeline import Prepared
 from reshard.plan.plan import Plan
+from reshard.sealed import UNSEALED
 from reshard.writer.stream import first_difference
 from reshard.writer.target import Target, Tick, record_file
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import fsspec
 from blake3 import blake3
 
+from reshard import limits
 from reshard.errors import OutputError, UsageError
 from reshard.manifest import Shard
 from reshard.safe_text import one_line
@@ -96,7 +97,8 @@ class RemoteTarget:
         local.unlink()
 
     def read(self, name: str) -> bytes:
-        return self._attempt("read", name, lambda path: bytes(self._fs.cat_file(path)))
+        most = limits.MANIFEST_BYTES + 1  # what is longer is refused where it is parsed
+        return self._attempt("read", name, lambda path: bytes(self._fs.cat_file(path, start=0, end=most)))
 
     def holds(self, shard: Shard, tick: Tick) -> bool:
         """Whether the shard has the digest: it is fetched, block by block."""

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from reshard.checkpoint.config_only import config_checkpoint, read_config
 from reshard.errors import ReshardError
 from reshard.plan.pipeline import Cut, prepare
 from reshard.source.open import open_source
 from reshard.writer.split import SplitOptions, write_shards
+from tests.support import field
 from tests.support.builders import RECIPES, Spec, build
 from tests.support.manifests import MANIFEST, edit_manifest, sealed
 
 ODD: list[Any] = [None, True, False, 0, 1, -1, 2, 129, 1_000_000, 0.5, -0.0, "", "x", "FLOAT", "fp8", "../x", "\ud800"]
+ODD += [10**250, -(2**63), 1e308, "9" * 300, "x" * 10_000, "re:(a+)+$", "(.*)*!", [[[]]], {"a": [[]]}, [None], [{}]]
 ODD += ["a\nb", "re:(", "re:.*", [], {}, [1], ["dense"], [[]], {"a": 1}, [1, 1], ["re:.*"], {"group_0": {}}]
 KEYS = ["", "x", "a\nb", "__metadata__", "weight_block_size", "mlp_layer_types", "moe_layer_freq", "num_experts"]
+FIELD = ["a06-llama4-maverick", "c03-modelopt-fp8-tensor", "c20-ct-transform-r4", "c28-auto-round", "d01-ernie45-moe"]
 USED = ["bf16", "modelslim_static", "mindie", "fp8_block", "int8_block", "ct_static_asymmetric", "ct_fp8_block"]
 
 
@@ -73,7 +77,12 @@ def read(folder: Path) -> None:
         prepare(source, Cut(2))
 
 
-def check(folder: Path, data: st.DataObject) -> None:
+def read_alone(folder: Path) -> None:
+    """config.json without the weights."""
+    config_checkpoint(read_config(folder / "config.json"), "config.json")
+
+
+def check(folder: Path, data: st.DataObject, reader: Callable[[Path], None] = read) -> None:
     """Change one JSON file of a folder, cut, and put the file back."""
     path = folder / data.draw(st.sampled_from(sorted(path.name for path in folder.glob("*.json"))))
     raw = path.read_bytes()
@@ -84,7 +93,7 @@ def check(folder: Path, data: st.DataObject) -> None:
         path.write_text(json.dumps(value))
     message = ""
     try:
-        read(folder)
+        reader(folder)
     except ReshardError as error:
         message = str(error)
     finally:
@@ -99,6 +108,20 @@ quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCh
 @given(st.data())
 def test_checkpoints(checkpoint: Path, data: st.DataObject) -> None:
     check(checkpoint, data)
+
+
+@pytest.fixture(scope="module", params=FIELD)
+def field_case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint as it was found."""
+    folder: Path = tmp_path_factory.mktemp("field")
+    return field.build(request.param, folder / "model")
+
+
+@pytest.mark.parametrize("reader", [read, read_alone])
+@quick
+@given(st.data())
+def test_checkpoints_as_they_are_found(field_case: Path, reader: Callable[[Path], None], data: st.DataObject) -> None:
+    check(field_case, data, reader)
 
 
 @quick

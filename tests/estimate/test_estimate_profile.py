@@ -62,7 +62,11 @@ def test_the_wheel_has_them_where_they_are_looked_for() -> None:
         ("int8_tops", "int8_topps", "compute.int8_tops: missing"),
         ("int8_tops = 752", "int8_tops = 752\nfp4_tops = 3", "compute.fp4_tops: no key of a device profile"),
         ("[static]", "[statics]", "static: missing"),
-        ("int8_tops = 752", "int8_tops = 0", "compute.int8_tops: Input should be greater than 0 (got '0')"),
+        (
+            "int8_tops = 752",
+            "int8_tops = 0",
+            "compute.int8_tops: Input should be greater than or equal to 0.000000001 (got '0')",
+        ),
         ("int8_tops = 752", 'int8_tops = "752"', "compute.int8_tops: Input should be a valid number (got '752')"),
         ("int8_tops = 752", "int8_tops = nan", "compute.int8_tops: Input should be "),
         ("compute = 0.7", "compute = 1.5", "efficiency.compute: Input should be less than or equal to 1"),
@@ -72,6 +76,11 @@ def test_the_wheel_has_them_where_they_are_looked_for() -> None:
         ("[16, 32]", "[16]", "alignment.int8_tile: List should have at least 2 items"),
         ('alignment = "', 'align = "', "source: expected one line each for alignment, compute, efficiency"),
         ("int8_tops = 752", "int8_tops =", "not valid TOML: Invalid value (at line 8"),
+        ("int8_tops = 752", "int8_tops = 1e308", "compute.int8_tops: Input should be less than or equal to 1000000000"),
+        ("int8_tops = 752", "int8_tops = []", "compute.int8_tops: Input should be a valid number (got '[]')"),
+        ("int8_tops = 752", f"int8_tops = {'9' * 5000}", "not valid TOML: Exceeds the limit (4300 digits)"),
+        ("int8_tops = 752", f"int8_tops = {'[' * 5000}", "not valid TOML: maximum recursion depth exceeded"),
+        ("int8_tops = 752", f"int8_tops = 752\n{'a.' * 20_000}a = 1", "has 4"),
     ],
 )
 def test_what_makes_no_sense_is_refused(tmp_path: Path, text: str, old: str, new: str, message: str) -> None:
@@ -79,7 +88,7 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path, text: str, old: str, new
     (tmp_path / "mine.toml").write_text(text.replace(old, new, 1))
     with (
         pytest.raises(ProfileError, match="^mine.toml: .*" + re.escape(message))
-        if "TOML" not in message
+        if "TOML" not in message and "has" not in message
         else (pytest.raises(ProfileError, match=re.escape(message)))
     ):
         load_profile(str(tmp_path / "mine.toml"))
@@ -140,7 +149,10 @@ def test_an_override_of_nothing_is_wrong_usage(override: str) -> None:
         load_profile("atlas-a2-376t", [override])
 
 
-@pytest.mark.parametrize("override", ["compute.int8_tops=fast", "compute.int8_tops=-1", "efficiency.compute=2"])
+@pytest.mark.parametrize(
+    "override",
+    ["compute.int8_tops=fast", "compute.int8_tops=-1", "efficiency.compute=2", f"compute.int8_tops={'[' * 5000}"],
+)
 def test_an_override_that_makes_no_sense_is_refused(override: str) -> None:
     with pytest.raises(ProfileError, match=f"^--set: {override.split('=')[0]}: "):
         load_profile("atlas-a2-376t", [override])

@@ -62,12 +62,17 @@ class Case:
     around: AbstractContextManager[str | None] = field(default_factory=nullcontext)
 
 
-def make_case(seed: int, number: int, made: Callable[[str], Made], folder: Path) -> Case:
-    """The case of a number. made: gives a subject, on the disk; folder: empty, the case's own."""
+def make_case(seed: int, number: int, made: Callable[[str], Made], folder: Path, most: int | None = None) -> Case:
+    """The case of a number. made: gives a subject, on the disk; folder: empty, the case's own.
+
+    most: of the commands only so many, by chance.
+    """
     rng = random.Random(f"{seed}:{number}")
     name = rng.choices(sorted(_KINDS), [_KINDS[kind][0] for kind in sorted(_KINDS)])[0]
     subject = made(rng.choice(SUBJECTS).name)
     case = _KINDS[name][1](rng, subject, folder)
+    if most is not None and most < len(case.runs):
+        case.runs = [case.runs[index] for index in sorted(rng.sample(range(len(case.runs)), most))]
     case.said = f"{name} of {subject.subject.name}: {case.said}"
     return case
 

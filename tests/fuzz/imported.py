@@ -1,9 +1,14 @@
-"""What the server that forks the workers imports once."""
+"""What the server that forks the workers imports once, with less patience for servers: only time is saved by it."""
 
-import reshard.api
-import reshard.cli.main
-import reshard.source.hub
-import reshard_runtime
-import tests.fuzz.worker  # noqa: F401
+import importlib
 
-__all__ = ["reshard", "reshard_runtime"]
+from huggingface_hub import constants
+
+from reshard import limits
+
+constants.HF_HUB_DOWNLOAD_TIMEOUT = limits.SILENCE_SECONDS = 0.5  # type: ignore[assignment]
+
+for name in ("cli.main", "api", "source.hub", "source.open", "source.retry", "source.web", "writer.merge"):
+    importlib.import_module(f"reshard.{name}")
+for name in ("reshard_runtime", "rich.table", "tests.fuzz.worker", "tests.fuzz.answers"):
+    importlib.import_module(name)

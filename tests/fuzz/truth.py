@@ -15,7 +15,7 @@ from blake3 import blake3
 
 from tests.support import cut_by_hand
 from tests.support.builders import Raw, read_safetensors
-from tests.support.cut_by_hand import ITEMSIZE, Array, expected_rank, to_array
+from tests.support.cut_by_hand import BLOCK, ITEMSIZE, Array, expected_rank, to_array
 
 _DENSE = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate|up|down)_proj\.\w+", re.ASCII)
 MANIFEST = "manifest.json"
@@ -47,6 +47,13 @@ def _layers(folder: Path) -> int | None:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return int(json.loads((folder / "config.json").read_bytes())["num_hidden_layers"])
     return None
+
+
+def blocks_of(folder: Path) -> list[int]:
+    """The rows and columns that a scale stands for, where a config says it in the way of fp8."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return list(json.loads((folder / "config.json").read_bytes())["quantization_config"]["weight_block_size"])
+    return [BLOCK, BLOCK]
 
 
 def share_of(dense: dict[str, Raw], tp: int, multiple: int = 1) -> int:
@@ -143,5 +150,6 @@ def check_meaning(out: Path, right: Path) -> None:
             shard["tensors"].sort(key=lambda tensor: str(tensor["name"]))
             for tensor in shard["tensors"]:
                 del tensor["slices"]  # compared with the bytes, piece by piece
+                tensor.update({"same_as": [], "conversion": None} | tensor)  # what may be left out
     for key in sorted(wanted.keys() | found.keys()):
         assert found.get(key) == wanted.get(key), f"{MANIFEST}: {key} is not what was written"

@@ -69,13 +69,10 @@ def serve(pipe: Connection, make_case: Maker, seed: int, base: Path, kept: bool 
 
 def _prepare(base: Path) -> None:
     """Import what is used, so that no case pays for it; waits and fsync cost time and change nothing that is judged."""
-    import reshard.api
     import reshard.cli.main
     import reshard.source.open
-    import reshard.source.range_cache
     import reshard.source.retry
-    import reshard_runtime  # noqa: F401
-    from tests.fuzz import answers  # noqa: F401
+    import tests.fuzz.imported  # noqa: F401
 
     os.environ.update(HF_HOME=str(base / "home"), HF_HUB_DISABLE_TELEMETRY="1", NO_COLOR="1", COLUMNS="1000")
     patient = functools.partial(reshard.source.retry.RetryPolicy, sleep=lambda seconds: None)

@@ -31,6 +31,7 @@ VOCABULARY = (
     "schemes.table",
     "tensors.tiles",
     "regular",
+    "sealed",
     "source.recognise",
     "source.weights",
     "tensors.dtypes",

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -287,6 +288,23 @@ def test_float8_whose_activations_are_computed_otherwise(
     weights: dict[str, Any], activations: dict[str, Any], spelt: str
 ) -> None:
     assert spelt in declared(of_float8(weights, activations))[0]
+
+
+@pytest.mark.parametrize(
+    ("weights", "says"),
+    [
+        ({"group_size": [[]]}, "weights.group_size is [[]], expected a value of type int"),
+        ({"num_bits": "8"}, "weights.num_bits is '8', expected a value of type int"),
+        ({"symmetric": "false"}, "weights.symmetric is 'false', expected a value of type bool"),
+        ({"dynamic": 1}, "weights.dynamic is 1, expected a value of type bool or str"),
+        ({"strategy": {}}, "weights.strategy is {}, expected a value of type str"),
+    ],
+)
+def test_arguments_of_another_type(weights: dict[str, Any], says: str) -> None:
+    with pytest.raises(
+        SourceError, match=r"^config\.json: quantization_config\.config_groups\.\w+\." + re.escape(says)
+    ):
+        declared(of_float8(CHANNEL | weights, TOKEN))
 
 
 # Whole checkpoints.

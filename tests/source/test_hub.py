@@ -128,6 +128,12 @@ def test_a_server_that_fails_is_asked_again(hub: Hub, tmp_path: Path, status: in
         ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, 1.0),
         ({"Retry-After": "0"}, 1.0),
         ({"Retry-After": "soon"}, 1.0),
+        ({"Retry-After": "\xb2"}, 1.0),
+        ({"Retry-After": "-5"}, 1.0),
+        ({"Retry-After": "5 apples"}, 1.0),
+        ({"Retry-After": "Fri, 99 Foo 99999 99:99:99 GMT"}, 1.0),
+        ({"Retry-After": "Mon, 01 Jan 0001 00:00:00 +2359"}, 1.0),
+        ({"RateLimit": '"api";r=0;t=-9', "Retry-After": "3"}, 3.0),
         ({}, 1.0),
     ],
 )
@@ -149,11 +155,19 @@ def test_a_date_to_wait_for_is_honoured(hub: Hub, tmp_path: Path) -> None:
     assert 300 < min(waits) <= max(waits) <= 500
 
 
-def test_a_wait_that_is_too_long_is_told_and_not_waited(hub: Hub) -> None:
-    hub.fault = times(1, lambda handler, asked: handler.answer(429, headers={"Retry-After": "86400"}), is_data)
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"Retry-After": "86400"}, 86400),
+        ({"Retry-After": "9" * 5000}, 999_999_999_999),
+        ({"RateLimit": f'"api";r=0;t={"9" * 5000}'}, 999_999_999_999),
+    ],
+)
+def test_a_wait_that_is_too_long_is_told_and_not_waited(hub: Hub, headers: dict[str, str], seconds: int) -> None:
+    hub.fault = times(1, lambda handler, asked: handler.answer(429, headers=headers), is_data)
     waits = Waits()
     with (
-        pytest.raises(SourceError, match=r"HTTP 429 .*asks to wait 86400 s"),
+        pytest.raises(SourceError, match=rf"HTTP 429 .*asks to wait {seconds} s: try again then"),
         opened(hub, waits=waits) as source,
     ):
         describe(source)

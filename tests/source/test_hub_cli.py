@@ -244,6 +244,15 @@ def test_an_endpoint_that_is_no_address(endpoint: str, monkeypatch: pytest.Monke
     assert done.err == f"error: HF_ENDPOINT={endpoint}: is no hub's address; write it as https://HOST, or unset it\n"
 
 
+def test_an_endpoint_with_a_query(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths are put behind it, so it would be none; what it holds may be a secret."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://host/?token=a-secret")
+    done = reshard("inspect", REPO)
+    assert done.code == 1
+    assert "is no hub's address; write it as https://HOST, or unset it" in done.err
+    assert "a-secret" not in done.err
+
+
 def _wants_a_client(installed: str, before: str = "", **environment: str) -> None:
     done = reshard_process("inspect", REPO, before=before, **environment)
     assert done.code == 1

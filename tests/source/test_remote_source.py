@@ -1,6 +1,7 @@
 """Folders on other file systems, by fsspec: memory, and a real S3 server."""
 
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from reshard import limits
 from reshard.errors import SourceError, SpaceError, UsageError
 from reshard.plan.pipeline import Cut, prepare
 from reshard.safe_text import redacted
@@ -147,6 +149,62 @@ def test_a_file_that_changes_is_not_mixed(memory: Path) -> None:
         with pytest.raises(SourceError, match="has changed since it was first read; start again"):
             write_shards(prepared, memory / "out", SplitOptions())
     assert not (memory / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "said"),
+    [
+        ("..", 1, r"lists '\.\.', which is no file's name"),
+        ("a\nb", 1, "which is no file's name"),
+        ("a\\b", 1, "which is no file's name"),
+        ("x\ud800", 1, "which is no file's name"),
+        ("x" * 1_000_000, 1, "lists 'xxxxxxxxxxxx...xxxxxxxxxxxxx', which is no file's name"),
+        ("x", -1, "x: its size is said to be -1, expected bytes"),
+        ("x", "12", "x: its size is said to be '12', expected bytes"),
+        ("x", True, "x: its size is said to be True, expected bytes"),
+        ("x", 10**30, "x: its size is said to be 10+, expected bytes"),
+        ("below/config.json", 1, r"lists config\.json twice"),
+    ],
+)
+def test_a_listing_is_checked_where_it_comes_in(
+    memory: Path, monkeypatch: pytest.MonkeyPatch, name: str, size: object, said: str
+) -> None:
+    real = MemoryFileSystem.ls
+    entry = {"name": f"/store/model/{name}", "size": size, "type": "file"}
+    monkeypatch.setattr(MemoryFileSystem, "ls", lambda self, path, **how: [*real(self, path, **how), entry])
+    done = reshard("inspect", "memory://store/model")
+    assert done.code == 1
+    assert re.fullmatch(f"error: memory://store/model: .*{said}.*\n", done.err)
+
+
+@pytest.mark.parametrize("silent", ["ls", "cat_file"])
+def test_a_driver_that_is_silent_is_left_behind(memory: Path, monkeypatch: pytest.MonkeyPatch, silent: str) -> None:
+    over = threading.Event()
+    monkeypatch.setattr(MemoryFileSystem, silent, lambda *arguments, **how: over.wait())
+    for name, seconds in (("LISTING_SECONDS", 0.1), ("DRIVER_SECONDS", 0.1), ("WHOLE_PIECE_SPEED", 1 << 40)):
+        monkeypatch.setattr(limits, name, seconds)
+    policy = RetryPolicy(sleep=lambda seconds: None)
+    with pytest.raises(SourceError, match=r"0 bytes in 0\.1 s: too slow; given up after 3 tries"):
+        describe(open_source("memory://store/model", policy=policy))
+    over.set()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("inspect", "zip://::memory://store/model/config.json"), "error: zip://.*: File is not a zip file"),
+        (
+            ("inspect", "zip://::http://127.0.0.1:9/model.zip"),
+            "error: zip://.*: an archive on a plain HTTP server is not",
+        ),
+        (("split", "memory://store/model", "https://host/out", "--tp", 2), "a plain HTTP server is read, not written"),
+    ],
+)
+def test_addresses_that_are_not_read_or_written(memory: Path, arguments: tuple[object, ...], said: str) -> None:
+    done = reshard(*arguments)
+    assert done.code == 2
+    assert re.search(said, done.err)
+    assert done.err.count("\n") == 1
 
 
 def test_what_is_not_there(memory: Path) -> None:

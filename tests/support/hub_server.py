@@ -5,6 +5,7 @@
                                          and, as for files that Xet stores, X-Xet-Hash
 /blobs/{commit}/{file}                   the bytes; ranges; no token is needed here, as at the hub's store
 /blobs/{commit}/                         a page with a link to each file: the store is a plain server, too
+/blobs?prefix={commit}                   and S3's, of the bucket `blobs`: its list of the files
 """
 
 import contextlib
@@ -126,6 +127,11 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 self.answer(404)
             return
+        if asked.path == "/blobs":
+            (prefix,) = parse_qs(asked.query)["prefix"]
+            files = sorted(hub.commits[prefix.rstrip("/")].iterdir())
+            self.answer(200, bucket_list({f"{prefix}{p.name}": p.stat().st_size for p in files}))
+            return
         if match := re.fullmatch("/blobs/([^/]+)/", asked.path):
             names = sorted(path.name for path in hub.commits[match[1]].iterdir())
             self.answer(200, "".join(f'<a href="{name}">{name}</a>' for name in names).encode())
@@ -222,6 +228,12 @@ class _Server(ThreadingHTTPServer):
         """A client may hang up."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
+
+
+def bucket_list(sizes: dict[str, int]) -> bytes:
+    """S3's ListObjectsV2 of keys."""
+    each = (f"<Contents><Key>{key}</Key><Size>{size}</Size></Contents>" for key, size in sizes.items())
+    return f"<ListBucketResult><KeyCount>{len(sizes)}</KeyCount>{''.join(each)}</ListBucketResult>".encode()
 
 
 @contextmanager

@@ -11,6 +11,19 @@ KEY, SECRET = "AKIAOFTHETEST", "wJalrSecretOfTheTest"
 TIMEOUT = 60.0
 
 
+def environment(url: str) -> dict[str, str]:
+    """What a client of the store at an address needs."""
+    return {
+        "AWS_ENDPOINT_URL": url,
+        "AWS_ACCESS_KEY_ID": KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": "/dev/null",
+        "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
+    }
+
+
 class Server:
     """A server that has started. `environment` is what a client needs."""
 
@@ -29,15 +42,7 @@ class Server:
         # Its log is read on, so that it never waits for a reader.
         self._drain = threading.Thread(target=self._process.stderr.read)
         self._drain.start()
-        self.environment = {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-            "AWS_ACCESS_KEY_ID": KEY,
-            "AWS_SECRET_ACCESS_KEY": SECRET,
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-            "AWS_CONFIG_FILE": "/dev/null",
-            "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
-        }
+        self.environment = environment(f"http://127.0.0.1:{port}")
         request = urllib.request.Request(f"http://127.0.0.1:{port}/{self.bucket}", method="PUT")
         urllib.request.urlopen(request, timeout=TIMEOUT).close()
 

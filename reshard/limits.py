@@ -72,3 +72,7 @@ WRONG_TRIES = 3
 """As many in a row that were too slow, or answered with another range than was asked for, and it is over."""
 WAIT_SECONDS = 600.0
 """The longest wait that a busy server may ask for."""
+
+# what is said
+LINE_CHARACTERS = 4000
+"""Of a message, a cell of a table: of a longer one the middle is left out. Paths may have as many."""

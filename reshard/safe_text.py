@@ -10,8 +10,7 @@ import re
 from functools import lru_cache
 from urllib.parse import quote
 
-MAX_LINE = 4000
-"""Characters of a line; of a longer one the middle is left out."""
+from reshard.limits import LINE_CHARACTERS
 
 _TAIL = 1000  # of them at its end, where messages say the way out
 _HIDDEN = "***"
@@ -37,12 +36,16 @@ def safe_line(text: object) -> str:
     """A text as one line that may be shown."""
     whole = str(text)
     # Cut before the work, which is much for a name of 10 MB, and so wide that no half of a secret is left.
-    near = whole if len(whole) <= 4 * MAX_LINE else f"{whole[: 2 * MAX_LINE]} … {whole[-2 * MAX_LINE :]}"
+    near = (
+        whole
+        if len(whole) <= 4 * LINE_CHARACTERS
+        else f"{whole[: 2 * LINE_CHARACTERS]} … {whole[-2 * LINE_CHARACTERS :]}"
+    )
     line = redacted(printable(near))
-    if len(line) <= MAX_LINE:
+    if len(line) <= LINE_CHARACTERS:
         return line
     told = f" … ({len(whole):,} characters) … "
-    return line[: MAX_LINE - _TAIL - len(told)] + told + line[-_TAIL:]
+    return line[: LINE_CHARACTERS - _TAIL - len(told)] + told + line[-_TAIL:]
 
 
 def printable(text: str) -> str:

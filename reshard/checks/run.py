@@ -32,16 +32,14 @@ def check_source(address: str, request: Request, notify: Notify = lambda line: N
     with open_source(address, request.revision, index=request.index, notify=notify) as source:
         if any(parse_shard_file(name) for name in source.files()):
             if request.scheme is not None and request.against is None:
-                raise UsageError(
-                    f"--scheme goes with a checkpoint: {shown(address)} is a shard set, and its manifest says"
-                )
+                raise UsageError(f"--scheme goes with a checkpoint: {address} is a shard set, and its manifest says")
             if request.index is not None and request.against is None:
-                raise UsageError(f"--index goes with a checkpoint; {shown(address)} is a shard set")
+                raise UsageError(f"--index goes with a checkpoint; {address} is a shard set")
             set_findings = _set(source, request, address, notify)
             source.check_unchanged()
             return Report(shown(address), "shard set", tuple(set_findings))
         if request.against is not None:
-            raise UsageError(f"--against goes with a shard set, which {shown(address)} is not")
+            raise UsageError(f"--against goes with a shard set, which {address} is not")
         findings, checkpoint = check_layers(lambda: converted(read_checkpoint(source, request.scheme), request.weights))
         source.check_unchanged()
     return Report(shown(address), "checkpoint", (*findings, *_cuts(checkpoint, request)))
@@ -98,7 +96,7 @@ def _cut(checkpoint: Checkpoint, tp_size: int, request: Request) -> list[Finding
 
 def _set(source: Source, request: Request, address: str, notify: Notify) -> list[Finding]:
     if request.weights != "keep" or request.pad:
-        raise UsageError(f"--weights and --pad go with a checkpoint; {shown(address)} is cut already")
+        raise UsageError(f"--weights and --pad go with a checkpoint; {address} is cut already")
     findings, manifest, checkpoint = check_set(source)
     if manifest is None:
         wanted = {"size": request.tp_sizes, "source": request.against, "option": request.serving}

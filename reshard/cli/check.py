@@ -1,6 +1,6 @@
 """`reshard check`."""
 
-from pathlib import Path
+import os
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -71,7 +71,7 @@ def check(
 
 def _is_config(path: str) -> bool:
     """A file that is missing is one too: `models/r1.json` would be a hub repository's name else."""
-    return path.endswith(".json") and "://" not in path and not Path(path).is_dir()
+    return path.endswith(".json") and "://" not in path and not os.path.isdir(path)
 
 
 def _report(output: Output, target: str, is_config: bool, request: "Request") -> "Report":
@@ -87,11 +87,11 @@ def _report(output: Output, target: str, is_config: bool, request: "Request") ->
     except UsageError:
         raise
     except Exception as error:
-        message = output.error(as_reshard_error(error), of=shown(target))
+        message = output.error(as_reshard_error(error), of=target)
         return Report(shown(target), None, (Finding("input", "", message),), target if is_config else None)
     for finding in report.findings:
         if finding.check == "input":
-            output.error(SourceError(finding.line), of=shown(target))
+            output.error(SourceError(finding.line), of=target)
     return report
 
 

@@ -31,7 +31,6 @@ def verify(
     output = Output(form, quiet=quiet, debug=debug)
     with output.errors():
         from reshard import api
-        from reshard.source.address import shown
 
         done = api.verify(
             shards,
@@ -55,7 +54,7 @@ def verify(
             "notes": done.notes,
         }
         tensors = sum(len(shard.tensors) for shard in held)
-        output.document(document, lambda: _lines(document, tensors, source and shown(source)))
+        output.document(document, lambda: _lines(document, tensors, source))
         if not done.ok:
             raise typer.Exit(_MISMATCH)
 

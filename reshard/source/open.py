@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from reshard.checkpoint.description import Checkpoint
 from reshard.errors import MissingDependencyError, SourceError, UsageError
 from reshard.model.naming import MANIFEST, parse_shard_file
-from reshard.source.address import FOLDER, HUBS, WEB, Hub, parse_address, shown
+from reshard.source.address import FOLDER, HUBS, WEB, Hub, parse_address
 from reshard.source.base import Source
 from reshard.source.files import read_checkpoint
 from reshard.source.folder import FolderSource
@@ -49,7 +49,7 @@ def open_source(
     else:
         is_web = found.place.partition("://")[0].lower() in WEB
         find = partial(import_module(f"reshard.source.{'web' if is_web else 'remote'}").find_folder, found.place)
-    return StagedSource(shown(found.place), find, policy or RetryPolicy(), notify, index)
+    return StagedSource(found.place, find, policy or RetryPolicy(), notify, index)
 
 
 def _finder(hub: Hub, repo: str) -> "Callable[[str, str | None], Remote]":

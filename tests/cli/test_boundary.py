@@ -103,6 +103,14 @@ def test_check_goes_on_with_the_others(tmp_path: Path, monkeypatch: pytest.Monke
     assert f"{tmp_path / 'model'}: checkpoint" in done.out
 
 
+def test_check_goes_on_where_a_name_is_too_long(tmp_path: Path) -> None:
+    build(tmp_path / "model", Spec())
+    done = reshard("check", f"{'x' * 5000}.json", tmp_path / "model", "--tp", 2)
+    assert done.code == 1
+    assert "File name too long" in done.err
+    assert f"{tmp_path / 'model'}: checkpoint" in done.out
+
+
 def test_typer_s_own_refusals_stay_and_are_safe() -> None:
     for arguments in (("split", "--a\x1bb"), ("s\x1b]0;x",), ("split", "a", "b", "--tp", "\x1b\n::error::x")):
         done = reshard_process(*arguments)

@@ -3,7 +3,8 @@
 import pytest
 
 from reshard.errors import ReshardError, SourceError
-from reshard.safe_text import MAX_LINE, keep_secret, printable, redacted, safe_line
+from reshard.limits import LINE_CHARACTERS
+from reshard.safe_text import keep_secret, printable, redacted, safe_line
 from reshard.source.base import Origin
 
 
@@ -62,7 +63,7 @@ def test_what_a_terminal_or_a_ci_log_would_obey_is_spelt_out(text: str, shown: s
 
 def test_a_long_text_keeps_both_ends() -> None:
     line = safe_line("model.layers." + "9" * 9_900_000 + ": no such layer; check the config")
-    assert len(line) == MAX_LINE
+    assert len(line) == LINE_CHARACTERS
     assert line.startswith("model.layers.999")
     assert line.endswith("9: no such layer; check the config")
     assert "(9,900,047 characters)" in safe_line("x" * 9_900_047)

@@ -66,9 +66,9 @@ class Timed:
         return self._timed(value, step)
 
     def _timed(self, function: Callable[..., Any], step: str) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
+        def call(*args: Any, **named: Any) -> Any:
             start = time.perf_counter()
-            result = function(*args)
+            result = function(*args, **named)
             self._seconds[step] += time.perf_counter() - start
             return result
 

@@ -18,6 +18,7 @@ _PIECE = 1 << 26  # read at once; a signal is answered between two
 _READ_BYTES = 1 << 20
 _KINDS = {
     stat.S_IFDIR: "a folder",
+    stat.S_IFLNK: "a link",
     stat.S_IFIFO: "a FIFO",
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
@@ -107,6 +108,17 @@ class Opened:
         self.close()
 
 
+def is_there(path: Path) -> bool:
+    """Whether a name is taken, be it by a broken link. Of what may not be looked at it is said when it is opened."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def read_whole(path: Path, most: int) -> bytes:
     """All bytes of a file. Raises OSError, as NotAFileError where there are more than `most`."""
     with Opened(path) as opened:
@@ -121,7 +133,7 @@ def unreadable(path: Path, error: OSError, way: str = "") -> str:
     """Why a file could not be opened or read: a line that begins with its path. way: out, where a file is there."""
     if isinstance(error, NotAFileError):
         return f"{path} {error.strerror}"
-    if path.is_symlink():
+    if os.path.islink(path) and not os.path.exists(path):
         return f"{path} is {unfollowed(path, error)}"
     if error.errno == errno.EMFILE:
         return f"{path}: cannot be read: too many files are open; allow more with `ulimit -n`"
@@ -130,7 +142,7 @@ def unreadable(path: Path, error: OSError, way: str = "") -> str:
 
 def unfollowed(path: Path, error: OSError) -> str:
     """What a name is that leads to no file."""
-    if not path.is_symlink():
+    if not os.path.islink(path):
         return f"not readable ({error.strerror})"
     link, place = os.readlink(path), os.path.realpath(path)
     if error.errno == errno.ELOOP:

@@ -1,5 +1,6 @@
 """Device profiles: `configs/hardware/*.toml`, or a file of the user's own. Every key is known, or it is an error."""
 
+import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
@@ -136,7 +137,7 @@ def load_profile(device: str, overrides: Sequence[str] = ()) -> Profile:
     Raises ProfileError (no such profile, a key that is unknown or missing, a value that makes no sense), UsageError
     (an override of no key).
     """
-    path = next((found for folder in _FOLDERS if (found := folder / f"{device}.toml").is_file()), None)
+    path = next((found for folder in _FOLDERS if os.path.isfile(found := folder / f"{device}.toml")), None)
     if path is None and device == LOCAL:
         raise ProfileError(
             f"device {LOCAL} is this machine, which is to be measured first: reshard estimate --measure > local.toml, "

@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from reshard.errors import UsageError
+from reshard.regular import is_there
 from reshard.safe_text import keep_secret, redacted
 
 
@@ -72,7 +73,7 @@ def parse_address(text: str, revision: str | None = None) -> Address:
         if own and revision is not None and own != revision:
             raise UsageError(f"--revision {revision}: the address names {own}; give one of them")
         return Address(scheme, named[1], own or revision)
-    if not match and not Path(text).exists() and _REPOSITORY.fullmatch(text):
+    if not match and not is_there(Path(text)) and _REPOSITORY.fullmatch(text):
         return Address("hf", text, revision)
     if revision is not None:
         raise UsageError(f"--revision {revision}: that is for a hub repository, and a folder has no revisions")

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import stat
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
@@ -24,9 +25,13 @@ class FolderSource(Source):
     """
 
     def __init__(self, path: Path, index: str | None = None) -> None:
-        if not path.exists():
-            raise SourceError(f"{path}: no such folder; give the one that holds the checkpoint")
-        if not path.is_dir():
+        try:
+            is_folder = stat.S_ISDIR(path.stat().st_mode)
+        except OSError as error:
+            if error.errno == errno.ENOENT and not os.path.islink(path):
+                raise SourceError(f"{path}: no such folder; give the one that holds the checkpoint") from error
+            raise SourceError(unreadable(path, error, "check its owner, permissions and disk")) from error
+        if not is_folder:
             raise SourceError(f"{path}: not a folder; give the folder that holds the checkpoint's files")
         self.path = path
         self.index = index

@@ -30,7 +30,7 @@ def write_checkpoint(plan: SynthPlan, out: Path, tick: Tick = lambda n: None) ->
     """
     with new_folder(out) as folder:
         data = sum(len(file.header) if plan.options.sparse else file.size for file in plan.files)
-        folder.check_space(data + sum(map(len, plan.side_files.values())))
+        folder.check_room(plan.side_files, data + sum(map(len, plan.side_files.values())))
         try:
             temporaries = [folder.temporary(file.name) for file in plan.files]
             for temporary, file in zip(temporaries, plan.files, strict=True):

@@ -9,7 +9,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 
 from reshard.errors import OutputError, SpaceError
+from reshard.limits import MANIFEST_BYTES
 from reshard.manifest import Shard
+from reshard.regular import read_whole, unfollowed, unreadable, what_stands_there
 from reshard.source.folder import FolderSource
 from reshard.tensors.digests import file_digest
 from reshard.writer.file import DirectFile, sync
@@ -37,13 +39,15 @@ class OutputFolder:
             # What another run removes meanwhile is left out.
             for name in os.listdir(self.path):
                 with contextlib.suppress(FileNotFoundError):
-                    path = self.path / name
-                    found[name] = (path.stat() if path.exists() else path.lstat()).st_size
+                    found[name] = (self.path / name).lstat()
         except FileNotFoundError:
             pass
         except OSError as error:
             raise OutputError(f"{self.path}: {error.strerror}; give a folder that can be written") from error
-        return found
+        for name, entry in sorted(found.items()):
+            if what := what_stands_there(entry.st_mode):  # links too: nobody but us writes through them
+                raise OutputError(f"{self.path}: holds {name}, which is {what}; choose an empty folder, or remove it")
+        return {name: entry.st_size for name, entry in found.items()}
 
     @contextlib.contextmanager
     def writing(self, ranks: Sequence[int] | None) -> Iterator[Callable[[], bool]]:
@@ -68,7 +72,14 @@ class OutputFolder:
         if there:
             raise OutputError(f"{self.path}: holds {there[0]}; give a new or empty folder")
 
-    def check_space(self, wanted: int) -> None:
+    def check_room(self, names: Iterable[str], wanted: int) -> None:
+        longest = os.pathconf(self.path, "PC_NAME_MAX")
+        for name in names:
+            if (size := len(os.fsencode(_temporary(name)))) > longest:
+                raise OutputError(
+                    f"{self.path}: {name}: its name has {size} bytes with the ending that it has while it is written, "
+                    f"the file system takes {longest}; give the source's file a shorter one"
+                )
         # What they replace stays until they are written.
         check_space(self.path, wanted, "make room or choose another disk")
 
@@ -80,12 +91,16 @@ class OutputFolder:
 
     def temporary(self, name: str) -> Path:
         """A path of its own for a file that will be called `name`."""
-        path = self.path / f".{name}.{secrets.token_hex(8)}.tmp"
+        path = self.path / _temporary(name)
         self._temporaries.append(path)
         return path
 
     def read(self, name: str) -> bytes:
-        return (self.path / name).read_bytes()
+        path = self.path / name
+        try:
+            return read_whole(path, MANIFEST_BYTES)
+        except OSError as error:
+            raise OutputError(unreadable(path, error)) from error
 
     def holds(self, shard: Shard, tick: Tick) -> bool:
         with FolderSource(self.path) as there:
@@ -103,9 +118,8 @@ class OutputFolder:
                 (self.path / match[0]).unlink(missing_ok=True)
 
     def put(self, name: str, data: bytes) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            if (self.path / name).read_bytes() == data:
-                return  # it is left alone
+        if os.path.lexists(self.path / name) and self.read(name) == data:
+            return  # it is left alone
         temporary = self.temporary(name)
         with temporary.open("xb") as stream:
             stream.write(data)
@@ -129,12 +143,18 @@ class OutputFolder:
         for path in reversed(missing):
             try:
                 path.mkdir()
-            except FileExistsError:
+            except FileExistsError as error:
+                if not path.is_dir():
+                    raise OutputError(f"{path} is {unfollowed(path, error)}; give another folder") from error
                 continue
             except OSError as error:
                 raise OutputError(f"{path}: cannot be made: {error.strerror}") from error
             self._created.append(path)
             sync(path.parent)
+
+
+def _temporary(name: str) -> str:
+    return f".{name}.{secrets.token_hex(8)}.tmp"
 
 
 @contextlib.contextmanager

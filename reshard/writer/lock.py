@@ -2,20 +2,21 @@
 
 The kernel's locks belong to the open file, so a killed run holds none, and runs of different ranks do not disturb each
 other. Lock files are made, tried and removed under the folder's own lock, which is held for a moment, and while a set
-is completed.
+is completed. A link in a lock's place is not followed: what it leads to is another's.
 """
 
 import contextlib
-import warnings
+import fcntl
+import os
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from reshard.errors import BusyError, OutputError
 
 _WAIT_SECONDS = 600.0
 _RELEASE_SECONDS = 5.0  # who completes the set meanwhile removes the files
+_ASK_SECONDS = 0.05
 
 
 class WriteLease:
@@ -24,8 +25,7 @@ class WriteLease:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._path = folder / ".reshard.lock"
-        self._own = FileLock(self._path)
-        self._held: dict[Path, FileLock] = {}
+        self._held: dict[Path, int] = {}  # descriptors
 
     def acquire(self, ranks: Sequence[int] | None) -> None:
         """Take the ranks' locks, the set's if `ranks` is None. Raises BusyError if another run holds one."""
@@ -44,25 +44,25 @@ class WriteLease:
 
         Of several runs that end together the last one gets the right, since each has let go of its ranks before.
         """
-        with self._locked():
+        with self._locked() as own:
             if self._is_alone():
-                self._own.acquire()  # once more: it is held until `release`
+                self._held[self._path] = os.dup(own)  # until `release`
                 return True
             self._let_go()
             return False
 
     def release(self) -> None:
         """Let go; the last one out removes the files."""
-        try:
-            with contextlib.suppress(OSError, OutputError), self._locked(_RELEASE_SECONDS):
+        with contextlib.ExitStack() as ended:
+            ended.callback(self._let_go)
+            with contextlib.suppress(OSError, OutputError):
+                if self._path not in self._held:
+                    ended.enter_context(self._locked(_RELEASE_SECONDS))
                 for path in self._files():
                     if path in self._held or self._is_free(path):
                         path.unlink()
                 if not self._files():
                     self._path.unlink()
-        finally:
-            self._let_go()
-            self._own.release(force=True)
 
     def _files(self) -> list[Path]:
         return list(self._folder.glob(".reshard-*.lock"))
@@ -71,62 +71,67 @@ class WriteLease:
         return all(self._is_free(path) for path in self._files() if path not in self._held)
 
     def _is_free(self, path: Path) -> bool:
-        if not path.exists():
+        if not os.path.lexists(path):
             return True
-        try:
-            with FileLock(path, timeout=0):
-                return True
-        except Timeout:
-            return False
+        if taken := self._take(path):
+            os.close(self._held.pop(path))
+        return taken
 
     def _take(self, path: Path) -> bool:
-        lock = FileLock(path, timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            return False
-        self._held[path] = lock
-        return True
+        descriptor = _open(path)
+        if taken := _lock(descriptor, path):
+            self._held[path] = descriptor
+        else:
+            os.close(descriptor)
+        return taken
 
     def _let_go(self) -> None:
         while self._held:
-            self._held.popitem()[1].release()
+            os.close(self._held.popitem()[1])
 
     def _busy(self, what: str) -> BusyError:
         return BusyError(f"{self._folder}: another run is writing {what}; wait for it, or choose another folder")
 
     @contextlib.contextmanager
-    def _locked(self, seconds: float = _WAIT_SECONDS) -> Iterator[None]:
-        """Hold the folder's own lock."""
-        try:
-            while True:
-                self._path.touch()
-                before = _inode(self._path)
-                with warnings.catch_warnings():
-                    warnings.simplefilter("error", UserWarning)  # a file in a lock's place outlives a killed run
-                    self._own.acquire(timeout=seconds)
-                if before is not None and _inode(self._path) == before:
-                    break
-                self._own.release()  # a run that ended removed the file between our opening and our locking
-        except Timeout as error:
-            raise BusyError(
-                f"{self._folder}: another run has been completing the set for {seconds:.0f} s; wait for it"
-            ) from error
-        except (OSError, NotImplementedError, UserWarning) as error:
-            if getattr(error, "filename", None):
-                raise
-            raise OutputError(
-                f"{self._path}: cannot be locked: {error}; choose a folder on another file system"
-            ) from error
-        try:
-            yield
-        finally:
-            self._own.release()
+    def _locked(self, seconds: float = _WAIT_SECONDS) -> Iterator[int]:
+        """Hold the folder's own lock, an open file's."""
+        deadline = time.monotonic() + seconds
+        while True:
+            descriptor = _open(self._path)
+            try:
+                while not (taken := _lock(descriptor, self._path)) and time.monotonic() < deadline:
+                    time.sleep(_ASK_SECONDS)
+                if not taken:
+                    raise BusyError(
+                        f"{self._folder}: another run has been completing the set for {seconds:.0f} s; wait for it"
+                    )
+                # Else a run that ended removed the file between our opening and our locking.
+                if _is_open(self._path, descriptor):
+                    yield descriptor
+                    return
+            finally:
+                os.close(descriptor)
 
 
-def _inode(path: Path) -> tuple[int, int] | None:
+def _open(path: Path) -> int:
+    """A lock file. Raises OSError, also for a link; nothing waits for a FIFO's other end."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+
+
+def _lock(descriptor: int, path: Path) -> bool:
+    """Whether nobody else has the lock, which then is ours until the descriptor is closed."""
     try:
-        found = path.stat()
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be locked: {error}; choose a folder on another file system") from error
+    return True
+
+
+def _is_open(path: Path, descriptor: int) -> bool:
+    """Whether a name is still an open file's."""
+    try:
+        return os.path.samestat(path.lstat(), os.fstat(descriptor))
     except FileNotFoundError:
-        return None
-    return found.st_dev, found.st_ino
+        return False

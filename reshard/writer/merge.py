@@ -38,7 +38,7 @@ def merge(
     Raises OutputError where the folder holds anything.
     """
     with new_folder(out) as folder:
-        folder.check_space(checkpoint.nbytes)
+        folder.check_room(checkpoint.side_files, checkpoint.nbytes)
         readers = {tensor.name: StoredReader(source, tensor) for tensor in checkpoint.stored()}
         groups = _groups(checkpoint.layers)
         files: list[MergedFile] = []

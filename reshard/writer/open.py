@@ -1,5 +1,6 @@
 """From an address to a target."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -27,7 +28,9 @@ def _same_place(one: Address, other: Address) -> bool:
     if one.kind != other.kind:
         return False
     if one.kind == FOLDER:
-        return Path(one.place).exists() and Path(other.place).exists() and Path(one.place).samefile(other.place)
+        with contextlib.suppress(OSError):  # one of them is not there, or hidden: who opens it says so
+            return Path(one.place).samefile(other.place)
+        return False
     from reshard.source.filesystems import same_place  # fsspec takes longer to import than a folder to open
 
     return same_place(one.place, other.place)

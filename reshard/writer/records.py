@@ -36,6 +36,14 @@ class Records:
         """Whether the set has its manifest."""
         return MANIFEST in self._target.files()
 
+    def check_repair(self, shard: Shard) -> None:
+        """Raises OutputError where a finished set's manifest, which stands meanwhile, promises another shard."""
+        if self.finished() and shard not in parse_manifest(self._target.read(MANIFEST)).shards:
+            raise OutputError(
+                f"{self._target.address}: holds a finished set of another source: {shard.file} is not what this source "
+                "gives; choose another folder, or --overwrite it"
+            )
+
     def is_kept(self, shard: Shard, tick: Tick) -> bool:
         """Whether a shard that an earlier run finished is whole, and what the source gives now.
 

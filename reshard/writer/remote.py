@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import fsspec
 from blake3 import blake3
 
+from reshard import limits
 from reshard.errors import OutputError, UsageError
 from reshard.manifest import Shard
 from reshard.safe_text import one_line
@@ -66,7 +67,7 @@ class RemoteTarget:
             with self._here.writing(ranks):
                 yield lambda: True
 
-    def check_space(self, wanted: int) -> None:
+    def check_room(self, names: Iterable[str], wanted: int) -> None:
         way_out = "the shards are made here before they are put: name a folder on a larger disk with TMPDIR"
         check_space(self._here.path, wanted, way_out)
 
@@ -96,7 +97,8 @@ class RemoteTarget:
         local.unlink()
 
     def read(self, name: str) -> bytes:
-        return self._attempt("read", name, lambda path: bytes(self._fs.cat_file(path)))
+        most = limits.MANIFEST_BYTES + 1  # what is longer is refused where it is parsed
+        return self._attempt("read", name, lambda path: bytes(self._fs.cat_file(path, start=0, end=most)))
 
     def holds(self, shard: Shard, tick: Tick) -> bool:
         """Whether the shard has the digest: it is fetched, block by block."""

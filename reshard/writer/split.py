@@ -20,7 +20,7 @@ from reshard.writer.file import DirectFile
 from reshard.writer.open import open_target
 from reshard.writer.records import Records, other_size
 from reshard.writer.stream import ShardStream
-from reshard.writer.target import Target, Tick, contents, stale, take_manifest_away
+from reshard.writer.target import Target, Tick, contents, record_file, stale, take_manifest_away
 from reshard.writer.team import Place, Team, share
 from reshard.writer.workers import Workers
 
@@ -131,13 +131,15 @@ class _Run:
         """Write shards. A finished set that they replace stays whole until the new shards of all are durable."""
         replacing = self._options.overwrite and contents(self._target).finished
         asked = self._team.gather((sum(shard.size for shard in todo), replacing))
-        self._target.check_space(sum(size for size, _ in asked))
+        names = (*self._prepared.checkpoint.side_files, *(record_file(shard.file) for shard in todo))
+        self._target.check_room(names, sum(size for size, _ in asked))
         self._prepared.source.prefetch(wanted(self._prepared, todo))
         waiting: list[tuple[DirectFile, Shard]] = []
         written: list[Shard] = []
 
         def publish(made: tuple[DirectFile, Shard]) -> None:
             file, shard = made
+            self._records.check_repair(shard)
             self._target.publish(file, shard, self._workers.tick)
             self._records.put(shard)
             written.append(shard)

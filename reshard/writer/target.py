@@ -39,8 +39,8 @@ class Target(Protocol):
         it. Raises BusyError if another run is known to write these ranks.
         """
 
-    def check_space(self, wanted: int) -> None:
-        """Raises SpaceError if `wanted` bytes are known not to fit."""
+    def check_room(self, names: Iterable[str], wanted: int) -> None:
+        """Raises SpaceError if `wanted` bytes are known not to fit, OutputError if one of the files' names does not."""
 
     def create(self, name: str) -> DirectFile:
         """Begin a file that will be called `name`. Only while `writing`."""

@@ -1,7 +1,8 @@
 """Weights that a device has no kernel for, as BF16.
 
 value = stored * scale of its channel or block, in float32, rounded once to BF16 (DeepSeek-V3 `inference/kernel.py`,
-weight_dequant; compressed-tensors `dequantize`). Shapes: [N, K] a weight, b x k its scale block.
+weight_dequant; compressed-tensors `dequantize`). Tokens are not quantized, nor is a static `input_scale` applied, which
+says how an engine's FP8 kernel would round them. Shapes: [N, K] a weight, b x k its scale block.
 """
 
 import logging

@@ -15,7 +15,7 @@ import pytest
 
 from reshard.errors import OutputError, SourceError, SpaceError, UsageError
 from reshard.plan.pipeline import Cut, prepare
-from reshard.source.base import Cancelled
+from reshard.source.base import Bytes, Cancelled
 from reshard.source.filesystems import same_place
 from reshard.source.folder import FolderSource
 from reshard.source.open import open_source
@@ -191,12 +191,12 @@ def test_a_put_that_is_told_to_end(source: Path, memory: str, monkeypatch: pytes
 
 
 def test_a_source_that_fails_midway(source: Path, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(self: FolderSource, file: str, start: int, stop: int) -> Any:
+    def failing(self: FolderSource, out: Bytes, file: str, start: int, stride: int) -> None:
         raise SourceError(f"{file}: the disk is failing")
 
     with open_source(str(source)) as opened:
         prepared = prepare(opened, Cut(4))
-        monkeypatch.setattr(FolderSource, "view", failing)
+        monkeypatch.setattr(FolderSource, "read_rows", failing)
         with pytest.raises(SourceError, match="the disk is failing"):
             write_shards(prepared, memory, SplitOptions())
     assert objects(memory) == {}

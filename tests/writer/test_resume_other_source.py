@@ -91,6 +91,19 @@ def test_a_finished_set_is_of_another_source(
     assert snapshot(out) == before
 
 
+def test_a_finished_set_is_repaired_with_its_own_shards_alone(tmp_path: Path, source: Path, other: Path) -> None:
+    """Its manifest stands meanwhile, and a loader relies on it."""
+    out = tmp_path / "out"
+    split(source, out, Cut(4))
+    before = snapshot(out)
+    (out / shard(0)).write_bytes(b"cut short")
+    with pytest.raises(OutputError, match=rf"finished set of another source: {shard(0)} is not what this source gives"):
+        split(other, out, Cut(4), options(resume=True, ranks=(0,)))
+    assert (out / shard(0)).read_bytes() == b"cut short"
+    assert split(source, out, Cut(4), options(resume=True)).complete
+    assert snapshot(out) == before
+
+
 def test_the_same_bytes_are_kept_and_counted(tmp_path: Path, source: Path) -> None:
     out = tmp_path / "out"
     split(source, out, Cut(4), options(ranks=(0, 1, 2)))

@@ -48,7 +48,7 @@ PATTERN_PARTS = 2_000
 """Characters, classes, groups of one, with all that counted repeats stand for."""
 PATTERN_DEPTH = 50
 """Groups within groups; Python's parser and the matcher recurse."""
-MATCHING_SECONDS = 10
+MATCHING_SECONDS = 3
 """Of a processor, for all names and patterns that one section lists. The longest published lists take 0.5 s."""
 
 # What comes over a network

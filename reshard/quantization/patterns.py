@@ -58,7 +58,7 @@ _Step = Callable[[_Text, int, bool], int]
 before it where it ends at these."""
 
 
-@lru_cache(5_000)  # each is asked for each linear
+@lru_cache(1_000)  # each is asked for each linear
 def compiled(source: str) -> Callable[[str], bool]:
     """Whether a text begins with the regular expression, as Python's `re.match` has it. Raises PatternError."""
     try:

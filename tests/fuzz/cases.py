@@ -249,8 +249,14 @@ def _record(rng: random.Random, made: Made, folder: Path) -> Case:
 def _server(kinds: Mapping[str, int], address: str, rng: random.Random, made: Made, folder: Path) -> Case:
     """A hub, or a plain server, whose answers are wrong."""
     fault, said = answers.fault(rng, kinds)
-    around = answers.serving_files(made.source, fault)
-    return Case(said, runs.of_address(address, rng, made, folder), around)
+    of_set = rng.random() < 0.3
+    served = made.whole if of_set else made.source
+    commands = (
+        runs.of_set(rng, made, served, folder, address=address)
+        if of_set
+        else runs.of_address(address, rng, made, folder)
+    )
+    return Case(f"{said}, {served.name}", commands, answers.serving_files(served, fault))
 
 
 _Maker = Callable[[random.Random, Made, Path], Case]

@@ -1,13 +1,14 @@
 """What is run over a damaged subject, and what must be true if it ends with 0."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tests.fuzz import loading, truth
 from tests.fuzz.subjects import TP, Made, copy
+from tests.support.builders import Raw
 from tests.support.cut_by_hand import BLOCK
 
 HERE = "http://here/"
@@ -53,9 +54,31 @@ def _form(rng: random.Random, *forms: str) -> tuple[str, ...]:
     return () if form == "human" else ("--format", form)
 
 
-def of_set(rng: random.Random, made: Made, out: Path, folder: Path, weights_changed: bool = False) -> list[Run]:
-    """Every reader of a set. weights_changed: its bytes, which only digests tell."""
-    subject = made.subject
+def _cut(place: Path, made: Made, dense: Mapping[str, Raw] | None = None, tp: int = TP) -> Proof:
+    """That a set for `tp` ranks is of the subject's weights, or of others, in the subject's layout."""
+
+    def proof() -> bool:
+        weights = made.dense if dense is None else dict(dense)
+        share = truth.share_of(weights, tp, made.subject.multiple)
+        truth.check_cut(place, weights, tp, share, made.subject.layout)
+        return True
+
+    return proof
+
+
+def of_set(
+    rng: random.Random,
+    made: Made,
+    out: Path,
+    folder: Path,
+    weights_changed: bool = False,
+    address: str | None = None,
+) -> list[Run]:
+    """Every reader of a set. weights_changed: its bytes, which only digests tell.
+
+    address: where it is served, and not on this host.
+    """
+    subject, place = made.subject, address or out
     tp = rng.choice([1, 4] if subject.multiple == 1 else [1, 3])
 
     def is_right() -> bool:
@@ -73,25 +96,20 @@ def of_set(rng: random.Random, made: Made, out: Path, folder: Path, weights_chan
         truth.check_cut(folder / "recut", made.dense, tp, truth.share_of(made.dense, tp), "fused")
         return True
 
-    again = folder / "again"
-
-    def gone_on() -> bool:
-        truth.check_cut(again, made.dense, TP, made.share, subject.layout)
-        return True
-
     found = [
-        _command("inspect", out, *_form(rng)),
-        _command("check", out, "--against", made.source, *_form(rng, "junit", "github")),
-        _command("verify", out, "--quiet", *_form(rng), proof=is_right),
-        _command("verify", out, "--source", made.source, "--quiet", *_form(rng), proof=is_right),
-        _command("merge", out, folder / "merged", "--quiet", proof=merged),
-        _command("split", out, folder / "recut", "--tp", tp, "--quiet", proof=recut),
-        *(loading.loads(rng, made, out, weights_changed)),
+        _command("inspect", place, *_form(rng)),
+        _command("check", place, "--against", made.source, *_form(rng, "junit", "github")),
+        _command("verify", place, "--quiet", *_form(rng), proof=is_right),
+        _command("verify", place, "--source", made.source, "--quiet", *_form(rng), proof=is_right),
+        _command("merge", place, folder / "merged", "--quiet", proof=merged),
+        _command("split", place, folder / "recut", "--tp", tp, "--quiet", proof=recut),
     ]
-    copied = _copied(out, again)
-    if copied:
-        way = rng.choice(["--resume", "--overwrite"])
-        found.append(_command("split", made.source, again, "--tp", TP, way, "--quiet", *subject.options, proof=gone_on))
+    if address is None:
+        found += loading.loads(rng, made, out, weights_changed)
+        if _copied(out, again := folder / "again"):
+            way = rng.choice(["--resume", "--overwrite"])
+            command = ("split", made.source, again, "--tp", TP, way, "--quiet", *subject.options)
+            found.append(_command(*command, proof=_cut(again, made)))
     return found
 
 
@@ -110,14 +128,13 @@ def of_source(rng: random.Random, made: Made, source: Path, folder: Path) -> lis
     options = subject.options
     out, again = folder / "out", copy(made.unfinished, folder / "again")
 
-    def cut_into(place: Path, size: int) -> Proof:
+    def cut_into(place: Path, size: int, converted: bool = False) -> Proof:
         def cut() -> bool:
             if truth.blocks_of(source) != [BLOCK, BLOCK]:
                 return False  # the truth is another, and not one that is computed here
             dense = truth.dense_of(source)
-            share = truth.share_of(dense, size, subject.multiple)
-            truth.check_cut(place, dense, size, share, subject.layout)
-            return True
+            weights = truth.as_bf16(dense) if converted else dense
+            return weights is not None and _cut(place, made, weights, size)()
 
         return cut
 
@@ -133,9 +150,12 @@ def of_source(rng: random.Random, made: Made, source: Path, folder: Path) -> lis
         _command("verify", made.whole, "--source", source, "--quiet", *_form(rng), proof=same),
         _command("check", made.whole, "--against", source),
     ]
+    if subject.name == "fp8":
+        command = ("split", source, folder / "bf16", "--tp", TP, "--quiet", "--weights", "bf16")
+        found.append(_command(*command, proof=cut_into(folder / "bf16", TP, converted=True)))
     if (source / "config.json").is_file():
         found += [
-            _command("check", source / "config.json", "--tp", "2,4,8", *subject.pad, *_form(rng, "junit", "github")),
+            _command("check", source / "config.json", "--tp", f"{TP},4", *subject.pad, *_form(rng, "junit", "github")),
             _command("estimate", "--config", source / "config.json", "--tp", "1,2", *subject.pad, *_form(rng)),
         ]
     return found
@@ -143,36 +163,24 @@ def of_source(rng: random.Random, made: Made, source: Path, folder: Path) -> lis
 
 def of_unfinished(rng: random.Random, made: Made, out: Path, folder: Path) -> list[Run]:
     """Readers of an unfinished set, and the command that goes on with it."""
-
-    def gone_on() -> bool:
-        truth.check_cut(out, made.dense, TP, made.share, made.subject.layout)
-        return True
-
+    command = ("split", made.source, out, "--tp", TP, "--quiet", "--resume", *made.subject.options)
     return [
         _command("inspect", out),
         _command("check", out, *_form(rng, "junit", "github")),
         _command("verify", out, "--quiet"),
         *loading.loads(rng, made, out, weights_changed=True),
-        _command("split", made.source, out, "--tp", TP, "--quiet", "--resume", *made.subject.options, proof=gone_on),
+        _command(*command, proof=_cut(out, made)),
     ]
 
 
 def of_address(address: str, rng: random.Random, made: Made, folder: Path) -> list[Run]:
-    """Readers of what is not on this host."""
+    """Readers of a checkpoint that is not on this host."""
     options = made.subject.options
     out, again = folder / "out", copy(made.unfinished, folder / "again")
-
-    def cut_into(place: Path) -> Proof:
-        def cut() -> bool:
-            truth.check_cut(place, made.dense, TP, made.share, made.subject.layout)
-            return True
-
-        return cut
-
     return [
         _command("inspect", address, *_form(rng)),
         _command("check", address, "--tp", TP, *made.subject.pad, *_form(rng, "junit", "github")),
-        _command("split", address, out, "--tp", TP, "--quiet", *options, proof=cut_into(out)),
-        _command("split", address, again, "--tp", TP, "--quiet", "--resume", *options, proof=cut_into(again)),
+        _command("split", address, out, "--tp", TP, "--quiet", *options, proof=_cut(out, made)),
+        _command("split", address, again, "--tp", TP, "--quiet", "--resume", *options, proof=_cut(again, made)),
         _command("verify", made.whole, "--source", address, "--quiet", *_form(rng), proof=lambda: True),
     ]

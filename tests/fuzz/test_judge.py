@@ -17,7 +17,7 @@ from tests.fuzz.subjects import SUBJECTS, TP, Made, copy, make
 from tests.fuzz.worker import judged, wrong_output
 from tests.support import mutate
 from tests.support.builders import read_safetensors, write_safetensors
-from tests.support.hub_server import REPO
+from tests.support.hub_server import REPO, Asked, Fault, Handler
 from tests.support.mutate_tree import Members, Token, encode, parse
 from tests.support.running import reshard
 from tests.support.seal import reseal
@@ -133,7 +133,7 @@ def test_what_a_command_must_not_do(made: Made, monkeypatch: pytest.MonkeyPatch)
     assert (verdicts[4].code, verdicts[4].faults, verdicts[4].proven) == (0, [], True)
 
 
-@pytest.mark.parametrize("name", ["static", "fp8-padded"])
+@pytest.mark.parametrize("name", ["static", "fp8", "fp8-padded"])
 def test_what_is_whole_is_accepted_and_proved(name: str, tmp_path: Path) -> None:
     subject = make(tmp_path / "made", next(subject for subject in SUBJECTS if subject.name == name))
     rng, as_it_is = random.Random(0), answers.serving_files(subject.source, lambda handler, asked: False)
@@ -142,21 +142,31 @@ def test_what_is_whole_is_accepted_and_proved(name: str, tmp_path: Path) -> None
         Case("", runs.of_set(rng, subject, copies["whole"], tmp_path / "1")),
         Case("", runs.of_source(rng, subject, copies["source"], tmp_path / "2")),
         Case("", runs.of_address(REPO, rng, subject, tmp_path / "3"), as_it_is),
+        Case(
+            "",
+            runs.of_set(rng, subject, subject.whole, tmp_path / "5", address=runs.HERE),
+            answers.serving_files(subject.whole, answers.as_web),
+        ),
         Case("", runs.of_unfinished(rng, subject, copies["unfinished"], tmp_path / "4")),
     ]
     verdicts = [verdict for case in cases for verdict in judged(case, lambda run: None)]
     refused = [verdict.line for verdict in verdicts if verdict.code]
-    assert all(str(copies["unfinished"]) in line and not line.startswith("split") for line in refused)
+    assert [line for line in refused if str(copies["unfinished"]) not in line or line.startswith("split")] == []
     assert [(verdict.line, verdict.faults) for verdict in verdicts if verdict.faults] == []
     proven = {verdict.line.split()[0].partition("(")[0] for verdict in verdicts if verdict.proven}
     assert proven == {"split", "verify", "merge", "load_shard"}
 
 
+def gone(handler: Handler, asked: Asked) -> bool:
+    handler.answer(404)
+    return True
+
+
 @pytest.mark.parametrize("address", [REPO, runs.HERE])
 def test_a_server_s_other_answers_are_given(address: str, made: Made, tmp_path: Path) -> None:
     """Spoilt answers reach the client; without them the same commands go through."""
-    spoils = {"as it is": lambda handler, asked: answers.as_web(handler, asked)}
-    spoils["gone"] = lambda handler, asked: handler.answer(404) or True
+    spoils: dict[str, Fault] = {"as it is": answers.as_web}
+    spoils["gone"] = gone
     codes = {}
     for said, spoil in spoils.items():
         around = answers.serving_files(made.source, spoil)

@@ -139,6 +139,17 @@ def dequantized(weight: Raw, scale: Raw, block: int) -> bytes:
         return (values * spread).astype(ml_dtypes.bfloat16).tobytes()
 
 
+def as_bf16(dense: dict[str, Raw]) -> dict[str, Raw] | None:
+    """What FP8 weights are in BF16; None where one is no number, which has many bits."""
+    found: dict[str, Raw] = {}
+    for name, raw in dense.items():
+        if name.endswith(".weight"):
+            if any(code & 127 == 127 for code in raw[2]):
+                return None
+            found[name] = ("BF16", raw[1], dequantized(raw, dense[f"{name}_scale_inv"], BLOCK))
+    return found
+
+
 def check_meaning(out: Path, right: Path) -> None:
     """That a manifest promises what the right one does, wherever it says that the weights are from."""
     found, wanted = (json.loads((folder / MANIFEST).read_bytes()) for folder in (out, right))

@@ -188,7 +188,9 @@ class Handler(BaseHTTPRequestHandler):
         match = re.fullmatch(r"bytes=(\d+)-(\d+)", wanted)
         assert match, wanted
         start, stop = int(match[1]), int(match[2]) + 1
-        assert start < stop <= len(data), wanted
+        if not start < stop <= len(data):
+            self.answer(416)
+            return
         self.answer(206, data[start:stop], state | {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"})
 
     def answer(

@@ -31,6 +31,8 @@ SIZE = 2**31 - 1
 """Of a dimension, or a count."""
 LAYERS = 1_000
 """Of a model. Published ones have up to 126; each is a line in reports and an entry in manifests."""
+EXPERTS = 10_000
+"""Of a layer. Published models have up to 512; a synthetic one has three tensors for each."""
 CONFIG_KEYS = 1_000
 """Of what speaks of one model, each looked at for what it may decide. Published configs have up to 100."""
 WORD_CHARACTERS = 200

@@ -60,14 +60,19 @@ def choose(source: Source) -> Choice:
             f"{source.origin.name}: {named(ranks[0])}: already cut per rank, by {ranks[1]}; give the original "
             "checkpoint, from which they were made"
         )
-    for name in choice.files:
-        if "\\" in name or name != name.encode("utf-8", "replace").decode():
-            raise SourceError(f"{name}: no manifest can hold this name, of a backslash or no UTF-8; rename the file")
+    check_names(choice.files)
     # An index says that what it does not name is left aside; of an adapter that is worth a word all the same.
     worth = {_ADAPTER} if choice.index else {_ADAPTER, _NATIVE}
     others = sorted(name for name in source.files() if name.endswith(WEIGHTS_ENDING) and name not in choice.files)
     beside = tuple(f"{name} is {_what(name)}" for name in others if _what(name) in worth)
     return replace(choice, warnings=(*choice.warnings, *beside))
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Of files that a manifest names. Raises SourceError."""
+    for name in names:
+        if "\\" in name or name != name.encode("utf-8", "replace").decode():
+            raise SourceError(f"{name}: no manifest can hold this name, of a backslash or no UTF-8; rename the file")
 
 
 def _told(source: Source, index: str) -> Choice:

@@ -11,7 +11,7 @@ from reshard.model.config import read_model_config
 from reshard.model.naming import CONFIG, parse_dense
 from reshard.quantization import DESCRIPTION, MODELOPT, is_description, read_accounts
 from reshard.source.base import Source, read_file, try_headers
-from reshard.source.choice import choose
+from reshard.source.choice import check_names, choose
 from reshard.source.compare import compare
 from reshard.source.partial import describe_what_is_there
 from reshard.tensors.header import Header
@@ -80,6 +80,7 @@ def _side_files(source: Source) -> tuple[dict[str, bytes], list[str]]:
             "weights to another folder"
         )
     names = [name for name in (CONFIG, MODELOPT, *descriptions) if name in there]
+    check_names(names)
     for name in names:
         if name not in source.files():
             raise SourceError(f"{name} is {source.absent(name)}")

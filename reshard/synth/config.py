@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from fractions import Fraction
-from math import floor
+from math import floor, isqrt
 from typing import Any
 
 from reshard.errors import UsageError
@@ -96,4 +96,5 @@ def _scaled(value: int, scale: Fraction, multiple: int = 1) -> int:
 
 def _divisor(number: int, most: int) -> int:
     """The largest divisor up to `most`."""
-    return next(divisor for divisor in range(min(number, most), 0, -1) if number % divisor == 0)
+    small = [divisor for divisor in range(1, isqrt(number) + 1) if number % divisor == 0]
+    return max(divisor for one in small for divisor in (one, number // one) if divisor <= most)

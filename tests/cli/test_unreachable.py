@@ -100,3 +100,17 @@ def test_other_targets_of_check_are_checked_all_the_same(there: Path) -> None:
         done = reshard("check", there / "locked" / "place", there / "model", "--tp", 2)
     assert done.code == 1
     assert f"{there}/model" in done.out
+
+
+@pytest.mark.parametrize("byte", [b"\xff", b"\\"])
+@pytest.mark.parametrize("file", ["*.safetensors", "*description*.json"])
+def test_names_that_no_manifest_can_hold(file: str, byte: bytes, tmp_path: Path) -> None:
+    build(tmp_path / "model", Spec("modelslim_dynamic", files=1, index=False))
+    (path,) = (tmp_path / "model").glob(file)
+    path.rename(path.with_name(path.stem + os.fsdecode(byte) + path.suffix))
+    for line in (("split", tmp_path / "model", tmp_path / "out", "--tp", 2), ("check", tmp_path / "model")):
+        done = reshard(*line)
+        assert done.code == 1, done
+        assert "no manifest can hold this name" in done.err
+        assert len(done.err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()

@@ -13,6 +13,7 @@ from reshard.errors import OutputError, ReshardError, SchemeError, SourceError, 
 from reshard.model.config import language_config, read_model_config
 from reshard.schemes.table import VARIANTS, Operand
 from reshard.source.open import describe, open_source
+from reshard.synth.config import _divisor
 from reshard.synth.plan import SynthOptions, plan_checkpoint
 from reshard.synth.schemes import RECIPES
 from reshard.synth.write import SynthResult, Tick, write_checkpoint
@@ -492,3 +493,8 @@ def test_refused_configs(changes: dict[str, Any], says: str, scale: Fraction) ->
 def test_dense_only_of_a_model_without_dense_layers() -> None:
     with pytest.raises(SourceError, match="first_k_dense_replace = 0"):
         plan_checkpoint(config_of("deepseek-r1", first_k_dense_replace=0), SynthOptions(dense_only=True))
+
+
+@pytest.mark.parametrize(("number", "most", "wanted"), [(2**31 - 1, 2**30, 1), (12, 5, 4), (12, 12, 12), (16, 1, 1)])
+def test_the_largest_divisor(number: int, most: int, wanted: int) -> None:
+    assert _divisor(number, most) == wanted

@@ -139,7 +139,8 @@ EXPERT_COUNTS = {
 
 def expert_counts(language: Mapping[str, Any]) -> dict[str, int]:
     """What a language model's config has of them, null and 0 too: of a list the most."""
-    return {key: max(numbers(language, key), default=0) for key in EXPERT_COUNTS if key in language}
+    counts = {key: numbers(language, key, most=limits.EXPERTS) for key in EXPERT_COUNTS if key in language}
+    return {key: max(found, default=0) for key, found in counts.items()}
 
 
 def experts_key(language: Mapping[str, Any], *, named: bool = False) -> str | None:

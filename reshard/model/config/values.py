@@ -29,14 +29,14 @@ def number(
     return value
 
 
-def numbers(config: Mapping[str, Any], key: str, least: int = 0) -> list[int]:
+def numbers(config: Mapping[str, Any], key: str, least: int = 0, most: int = limits.SIZE) -> list[int]:
     """A number, or a list of numbers; none where the key is absent."""
     value = config.get(key)
     if value is None:
         return []
     values: list[Any] = value if isinstance(value, list) else [value]
-    if not values or not all(type(item) is int and least <= item <= limits.SIZE for item in values):
-        raise wrong(key, value, f"a whole number from {least} to {limits.SIZE}, or a list of such")
+    if not values or not all(type(item) is int and least <= item <= most for item in values):
+        raise wrong(key, value, f"a whole number from {least} to {most}, or a list of such")
     return values
 
 

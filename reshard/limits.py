@@ -44,7 +44,7 @@ TOML_BYTES = 1 << 15
 """Of a device profile: they have 2 KB. Dotted keys take the square of it."""
 
 # Regular expressions in configs
-PATTERN_CHARACTERS = 1_000
+PATTERN_CHARACTERS = 500
 """Of one. Published ones have up to 100."""
 PATTERN_PARTS = 2_000
 """Characters, classes, groups of one, with all that counted repeats stand for."""

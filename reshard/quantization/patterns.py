@@ -58,7 +58,7 @@ _Step = Callable[[_Text, int, bool], int]
 before it where it ends at these."""
 
 
-@lru_cache(1_000)  # each is asked for each linear
+@lru_cache(128)  # each is asked for each linear
 def compiled(source: str) -> Callable[[str], bool]:
     """Whether a text begins with the regular expression, as Python's `re.match` has it. Raises PatternError."""
     try:
@@ -134,7 +134,6 @@ def _before(code: Any, value: Any, flags: int) -> Callable[[_Text], int]:
     tests = [_test(code, value) for code, value in items if code is not op.NEGATE]
     ignore_case = bool(flags & re.IGNORECASE)
 
-    @lru_cache(512)
     def fits(character: str) -> bool:
         cases = {character, character.lower()[:1], character.upper()[:1]} if ignore_case else {character}
         return any(test(case) for test in tests for case in cases) == wanted
@@ -188,13 +187,14 @@ def _any_of(steps: Sequence[_Step]) -> _Step:
 
 def _loop(inner: _Step) -> _Step:
     """As often as one likes, or never. Where it has been before, it has gone on from."""
+    own = object()  # a step that named itself would be freed by the garbage collector alone
 
     def step(text: _Text, places: int, forward: bool) -> int:
-        reached, before = 0, text.reached.get(step, 0)
+        reached, before = 0, text.reached.get(own, 0)
         while places := places & ~(before | reached):
             reached |= places
             places = inner(text, places, forward)
-        text.reached[step] = before | reached
+        text.reached[own] = before | reached
         return reached
 
     return step
@@ -215,11 +215,12 @@ def _run(before: Callable[[_Text], int]) -> _Step:
 
 def _condition(inner: _Step, ahead: bool, wanted: bool) -> _Step:
     """What must, or must not, follow or precede."""
+    own = object()
 
     def step(text: _Text, places: int, forward: bool) -> int:
-        if step not in text.holds:
-            text.holds[step] = inner(text, text.everywhere, not ahead)
-        return places & (text.holds[step] if wanted else ~text.holds[step])
+        if own not in text.holds:
+            text.holds[own] = inner(text, text.everywhere, not ahead)
+        return places & (text.holds[own] if wanted else ~text.holds[own])
 
     return step
 

@@ -124,7 +124,7 @@ class DenseFFN(PartialFFN):
             y_TH = self._collectives.reduce_scatter(layout.restore_padding(partial))
         if problem is not None:
             raise problem
-        return self.gate_up_proj.keep_not_finite(y_TH[:own].to(self.dtype), x_TH).reshape(shape)
+        return self.keep_not_finite(y_TH[:own].to(self.dtype), x_TH).reshape(shape)
 
     def _counts(self, tokens_per_rank: Sequence[int] | None) -> tuple[TokensError | None, tuple[int, ...] | None]:
         """The counts that this rank was given; what is wrong with them where it can take part all the same."""

@@ -48,6 +48,10 @@ class PartialFFN(nn.Module):
         """The partial sums [T, H] in `dtype` of tokens that are here."""
         return self._partial_sums(self.gate_up_proj.quantize(x_TH), dtype)
 
+    def keep_not_finite(self, y_TH: torch.Tensor, x_TH: torch.Tensor) -> torch.Tensor:
+        """What was made of this rank's tokens x_TH: NaN, maybe in place, where quantizing them hid NaN or infinity."""
+        return self.gate_up_proj.keep_not_finite(y_TH, x_TH)
+
     def _partial_sums(self, tokens: Tokens, dtype: torch.dtype) -> torch.Tensor:
         gate_up, down = self.gate_up_proj, self.down_proj
         if self._gated_int8 is not None:

@@ -430,7 +430,7 @@ def test_of_sizes_alike_the_one_that_holds_less() -> None:
         "atlas-a2-376t",
         [
             "compute.bf16_tflops=1e9",
-            "memory.bandwidth_gib_s=1e12",
+            "memory.bandwidth_gib_s=1e9",
             "static.collective_us=0",
             "efficiency.communication=1",
         ],

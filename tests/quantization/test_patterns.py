@@ -93,10 +93,12 @@ def test_what_is_refused(pattern: str, says: str) -> None:
         compiled(pattern)
 
 
-@pytest.mark.parametrize("entry", ["a" * 1001, "re:" + "a" * 1001, "*" * 1001])
+@pytest.mark.parametrize("entry", ["a" * 501, "re:" + "a" * 501, "*" * 501])
 def test_long_entries_are_refused(entry: str) -> None:
     section = Section("config.json", "quantization_config", {})
-    with pytest.raises(SourceError, match=r"^config\.json: quantization_config: .* is not a pattern: 100. characters"):
+    with pytest.raises(
+        SourceError, match=r"^config\.json: quantization_config: .* is not a pattern: 50. characters, up to 500"
+    ):
         mentions(wildcard, [entry], NAME, section)
 
 

@@ -90,7 +90,7 @@ def fit_rank(header: Header, shard: Shard, tp_size: int, file: str = "") -> Iter
 
 
 def fit_tensors(header: Header, shard: Shard, file: str = "") -> Iterator[Misfit]:
-    """The names, types and shapes of a shard's tensors."""
+    """The names, types and shapes of a shard's tensors; then their places, which follow one another."""
     expected = {tensor.name: (tensor.dtype, tensor.shape) for tensor in shard.tensors}
     for name in sorted(expected.keys() | header.tensors.keys()):
         info = header.tensors.get(name)
@@ -104,6 +104,13 @@ def fit_tensors(header: Header, shard: Shard, file: str = "") -> Iterator[Misfit
         else:
             continue
         yield Misfit("header", file or shard.file, f"{name}: {line}; copy the shard again")
+    if expected.keys() == header.tensors.keys():
+        places = sorted(expected, key=lambda name: header.tensors[name].start)
+        for name, other in zip(places, expected, strict=True):
+            if name != other:
+                line = f"{name} lies where {MANIFEST} has {other}; copy the shard again"
+                yield Misfit("header", file or shard.file, line)
+                return
 
 
 def share_of(manifest: Manifest) -> int:

@@ -21,6 +21,7 @@ from reshard_runtime import Shard, load_shard
 from tests.support.builders import RECIPES, Raw, Spec, build, read_safetensors, write_safetensors
 from tests.support.manifests import edit_manifest
 from tests.support.running import split
+from tests.support.verifying import exchange_places
 
 HIDDEN, INTERMEDIATE = 256, 512
 FOR_THE_CPU = {"bf16", "w8a8_dynamic", "w8a8_static", "w8a8_mix"}
@@ -226,6 +227,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "shape": (
         lambda s: _edit(s, lambda t: t.update({W: ("I8", (128, 512), t[W][2])})), {},
         r"down_proj.weight: is I8 \[128, 512\], manifest.json says I8 \[256, 256\]",
+    ),
+    "places": (
+        lambda s: exchange_places(s / shard_file(1, 2), W, W.replace("layers.0", "layers.1")), {},
+        r"layers.1.mlp.down_proj.weight lies where manifest.json has model.layers.0.mlp.down_proj.weight; copy the",
     ),
 }  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Deals numbers to worker processes, kills one whose command does not end, and counts."""
 
 import multiprocessing
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -13,6 +14,7 @@ from tests.fuzz.worker import Maker, Verdict, serve
 
 MAX_SECONDS = 10.0
 _START_SECONDS = 120.0
+_PATIENCE = 4  # times as long at most, on a busy host
 
 
 @dataclass
@@ -75,8 +77,24 @@ class _Worker:
         self.process.start()
         theirs.close()
         self.number: int | None = None
-        self.said = self.line = ""
-        self.until = time.monotonic() + _START_SECONDS
+        self.said = ""
+        self.begin("", _START_SECONDS)
+
+    def begin(self, line: str, seconds: float) -> None:
+        """It has so many seconds for this."""
+        self.line, self.until = line, time.monotonic() + seconds
+        self._last = self.until + _PATIENCE * seconds
+        self._began = self._seen = self._processor_seconds()
+
+    def is_starved(self, seconds: float) -> bool:
+        """Whether it is the host that is busy: it has had less than its seconds of a processor, and gets some."""
+        used, before = self._processor_seconds(), self._seen
+        self._seen, self.until = used, self.until + seconds / 5
+        return before < used < self._began + seconds and self.until < self._last
+
+    def _processor_seconds(self) -> float:
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def stop(self) -> None:
         self.process.kill()
@@ -104,7 +122,7 @@ def run(
             for worker in list(pool):
                 if worker.pipe in ready:
                     _hear(worker, summary, tell, kept, max_seconds)
-                elif time.monotonic() > worker.until:
+                elif time.monotonic() > worker.until and not worker.is_starved(max_seconds):
                     _fault(worker, summary, tell, f"it has not ended after {max_seconds:g} s")
                     worker.stop()
                     worker.start()
@@ -114,7 +132,7 @@ def run(
                         worker.stop()
                         pool.remove(worker)
                     else:
-                        worker.line, worker.until = "making the case", time.monotonic() + _START_SECONDS
+                        worker.begin("making the case", _START_SECONDS)
                         worker.pipe.send(worker.number)
     finally:
         for worker in pool:
@@ -134,19 +152,19 @@ def _hear(worker: _Worker, summary: Summary, tell: Callable[[str], None], kept: 
         return
     if what in ("ready", "end"):
         summary.cases += what == "end"
-        worker.number, worker.line = None, "idle"
-        worker.until = time.monotonic() + 1e9
+        worker.number = None
+        worker.begin("idle", float("inf"))
     elif what == "case":
         worker.said = value
         if kept:
             tell(value)
     elif what == "run":
-        worker.line, worker.until = value, time.monotonic() + max_seconds
+        worker.begin(value, max_seconds)
     else:
         _count(worker, value, summary, tell)
         if kept:
             tell(f"  exit {value.code} in {value.seconds:.2f} s: {value.line}\n{_indented(value.said)}")
-        worker.until = time.monotonic() + _START_SECONDS
+        worker.begin(worker.line, _START_SECONDS)
 
 
 def _indented(text: str) -> str:

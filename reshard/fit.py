@@ -77,7 +77,7 @@ def fit_digest(file: str, digest: str, expected: str) -> Iterator[Misfit]:
 
 
 def fit_header(header: Header, shard: Shard, tp_size: int, file: str = "") -> Iterator[Misfit]:
-    """A shard's header: its rank, its tensors' names, types, shapes and places. file: what to call it, else by its name."""
+    """A shard's header: its rank; its tensors' names, types, shapes and places. file: what to call it if not so."""
     yield from fit_rank(header, shard, tp_size, file)
     yield from fit_tensors(header, shard, file)
 

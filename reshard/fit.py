@@ -10,6 +10,7 @@ from reshard.manifest import Manifest, Shard, SideFile, SourceFile
 from reshard.model.naming import MANIFEST, parse_shard_file, shard_metadata
 from reshard.model.parts import DENSE_FFN
 from reshard.regular import MISSING
+from reshard.tensors.dtypes import nbytes
 from reshard.tensors.header import Header
 
 
@@ -76,7 +77,7 @@ def fit_digest(file: str, digest: str, expected: str) -> Iterator[Misfit]:
 
 
 def fit_header(header: Header, shard: Shard, tp_size: int, file: str = "") -> Iterator[Misfit]:
-    """A shard's header: its rank, its tensors' names, types and shapes. file: what to call it, else by its name."""
+    """A shard's header: its rank; its tensors' names, types, shapes and places. file: what to call it if not so."""
     yield from fit_rank(header, shard, tp_size, file)
     yield from fit_tensors(header, shard, file)
 
@@ -90,27 +91,26 @@ def fit_rank(header: Header, shard: Shard, tp_size: int, file: str = "") -> Iter
 
 
 def fit_tensors(header: Header, shard: Shard, file: str = "") -> Iterator[Misfit]:
-    """The names, types and shapes of a shard's tensors; then their places, which follow one another."""
+    """The names, types and shapes of a shard's tensors; then their places: they lie in the manifest's order."""
     expected = {tensor.name: (tensor.dtype, tensor.shape) for tensor in shard.tensors}
+    lines = []
     for name in sorted(expected.keys() | header.tensors.keys()):
         info = header.tensors.get(name)
         if info is None:
-            line = f"{MANIFEST} names it, the file lacks it"
+            lines.append(f"{name}: {MANIFEST} names it, the file lacks it")
         elif name not in expected:
-            line = f"the file has it, {MANIFEST} does not name it"
+            lines.append(f"{name}: the file has it, {MANIFEST} does not name it")
         elif (info.dtype, info.shape) != expected[name]:
             dtype, shape = expected[name]
-            line = f"is {info.dtype} {list(info.shape)}, {MANIFEST} says {dtype} {list(shape)}"
-        else:
-            continue
-        yield Misfit("header", file or shard.file, f"{name}: {line}; copy the shard again")
-    if expected.keys() == header.tensors.keys():
-        places = sorted(expected, key=lambda name: header.tensors[name].start)
-        for name, other in zip(places, expected, strict=True):
-            if name != other:
-                line = f"{name} lies where {MANIFEST} has {other}; copy the shard again"
-                yield Misfit("header", file or shard.file, line)
-                return
+            lines.append(f"{name}: is {info.dtype} {list(info.shape)}, {MANIFEST} says {dtype} {list(shape)}")
+    if not lines:
+        start = header.data_start
+        for name, each in expected.items():
+            if (found := header.tensors[name].start) != start:
+                lines.append(f"{name}: begins at byte {found}, expected {start}")
+            start += nbytes(*each)
+    for line in lines:
+        yield Misfit("header", file or shard.file, f"{line}; copy the shard again")
 
 
 def share_of(manifest: Manifest) -> int:

@@ -20,7 +20,6 @@ from tests.support.checking import failed, findings, of, setup, usage
 from tests.support.corrupt import edited_manifest
 from tests.support.manifests import tensor
 from tests.support.running import reshard, split
-from tests.support.verifying import exchange_places
 
 RANK_1 = shard_file(1, 2)
 Change = Callable[[dict[str, Any]], object]
@@ -155,17 +154,6 @@ def test_ranks_that_were_exchanged(shards: Path) -> None:
         ("headers", f"{shard_file(0, 2)}: its header says tp_rank '1', manifest.json says '0'; copy it again"),
         ("headers", f"{RANK_1}: its header says tp_rank '0', manifest.json says '1'; copy it again"),
     ]
-
-
-def test_places_that_were_exchanged(shards: Path) -> None:
-    """In the header: names, types and shapes are all there."""
-    one, other = (f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1))
-    exchange_places(shards / RANK_1, one, other)
-    line = f"{RANK_1}: {other} lies where manifest.json has {one}; copy the shard again"
-    assert failed(shards) == [("headers", line)]
-    for command in (("inspect", shards), ("merge", shards, shards.parent / "merged")):
-        done = reshard(*command)
-        assert (done.code, done.err) == (1, f"error: {line}\n")
 
 
 @pytest.mark.parametrize("name", ["shared_experts", "experts.7"])

@@ -1,4 +1,4 @@
-"""What the server that forks the workers imports once, with less patience for servers: only time is saved by it."""
+"""What a worker imports before its first case, with less patience for servers: only time is saved by it."""
 
 import importlib
 

@@ -1,6 +1,5 @@
 """Deals numbers to worker processes, kills one whose command does not end, and counts."""
 
-import multiprocessing
 import os
 import time
 from collections import Counter
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from tests.fuzz.cases import make_case
 from tests.fuzz.worker import Maker, Verdict, serve
+from tests.support import forks
 
 MAX_SECONDS = 10.0
 _START_SECONDS = 120.0
@@ -71,7 +71,7 @@ class _Worker:
         self._starts += 1
         folder = base / f"{name}-{self._starts}"
         folder.mkdir()
-        context = multiprocessing.get_context("forkserver")
+        context = forks.context()
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, make, seed, folder, kept), daemon=True)
         self.process.start()
@@ -114,7 +114,6 @@ def run(
 ) -> Summary:
     """Run cases. base: a folder for what is made; tell: takes each fault, and each command where kept."""
     summary, waiting, start = Summary(seed), iter(numbers), time.monotonic()
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.fuzz.imported"])
     pool = [_Worker(make, seed, base, f"worker-{i}", kept) for i in range(workers)]
     try:
         while pool:

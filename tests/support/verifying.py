@@ -1,6 +1,5 @@
 """Shard sets, made and damaged, and what verify finds in them."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,16 +82,6 @@ def rewrite(shards: Path, tp_rank: int, tp_size: int, change: Callable[[dict[str
     tensors = read_safetensors(path)
     change(tensors)
     write_safetensors(path, tensors, {"format": "pt"})
-
-
-def exchange_places(path: Path, one: str, other: str) -> None:
-    """A file whose header says of two tensors that each lies where the other one does."""
-    raw = path.read_bytes()
-    stop = 8 + int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8:stop])
-    places = header[one]["data_offsets"], header[other]["data_offsets"]
-    header[other]["data_offsets"], header[one]["data_offsets"] = places
-    path.write_bytes(raw[:8] + json.dumps(header, separators=(",", ":")).encode().ljust(stop - 8) + raw[stop:])
 
 
 def exchange(shards: Path) -> None:

@@ -32,8 +32,13 @@ def listed(entries: Iterable[tuple[object, object]], place: str) -> dict[str, in
             raise SourceError(f"{place}: {name}: its size is said to be {reprlib.repr(size)}, expected bytes")
         found[name] = size
         if len(found) > limits.LISTING_FILES:
-            raise SourceError(f"{place}: lists more than {limits.LISTING_FILES} files; give a checkpoint's own folder")
+            raise too_many(place)
     return found
+
+
+def too_many(place: str) -> SourceError:
+    """More files than a checkpoint has, or links that may be such."""
+    return SourceError(f"{place}: lists more than {limits.LISTING_FILES} files; give a checkpoint's own folder")
 
 
 def _is_name(part: str) -> bool:

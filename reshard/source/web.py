@@ -3,7 +3,7 @@
 import html
 import re
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from http import HTTPStatus
 from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit, urlunsplit
@@ -15,7 +15,7 @@ from reshard.source.address import last_part
 from reshard.source.base import Origin
 from reshard.source.fetchers import Fetchers, result_of
 from reshard.source.http import HttpFiles, Request, asked, busy, head, httpx, read_small
-from reshard.source.listing import listed
+from reshard.source.listing import listed, too_many
 from reshard.source.retry import Fault
 from reshard.source.watched import within
 
@@ -62,7 +62,10 @@ class WebFiles(HttpFiles):
 
     def _files(self) -> Iterator[tuple[str, int | None]]:
         page = read_small(self._request(self._folder.path), self._check_page, limits.LISTING_BYTES)
-        names = _linked(page.decode(errors="replace"), self._folder)
+        links = dict.fromkeys(link for found in _LINK.findall(page.decode(errors="replace")) for link in found)
+        if len(links) > limits.LISTING_FILES:
+            raise too_many(self._place)
+        names = _linked(links, self._folder)
         if not names:
             raise SourceError(f"{self._place}: no files at that address; give the folder that holds the checkpoint's")
         listed(((name, 0) for name in names), self._place)  # before a request for each
@@ -110,13 +113,13 @@ def _split(address: str) -> SplitResult:
     return parts
 
 
-def _linked(page: str, folder: SplitResult) -> list[str]:
-    """The names that a page links to directly below its folder, each once."""
+def _linked(links: Iterable[str], folder: SplitResult) -> list[str]:
+    """The names directly below a folder that its page's links lead to, each once."""
     base = urlunsplit(folder._replace(query=""))
     found: dict[str, None] = {}
-    for match in _LINK.finditer(page):
+    for each in links:
         try:
-            link = urlsplit(urljoin(base, html.unescape(match[1] or match[2] or match[3] or "")))
+            link = urlsplit(urljoin(base, html.unescape(each)))
         except ValueError:
             continue
         rest = link.path.removeprefix(folder.path)

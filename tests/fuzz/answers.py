@@ -75,11 +75,14 @@ def _listed(rng: random.Random, answer: Answer) -> Answer:
     return _of_length(replace(answer, body=encode(tree)))
 
 
+_PAGE_BYTES = 20_000_000
+
+
 def _page(rng: random.Random, answer: Answer) -> Answer:
     """Links to what is not there, or is elsewhere; so many that nobody reads them all."""
     links = ["a/b", "../x", "//host/x", "javascript:x", "", "%00", "%2e%2e%2fx", "\x1b[2J", "a" * 5000, "x.safetensors"]
     link = f'<a href="{rng.choice(links)}">x</a>'.encode()
-    return _of_length(replace(answer, body=answer.body + link * rng.choice([1, 3, 1_000_000])))
+    return _of_length(replace(answer, body=answer.body + link * rng.choice([1, 3, _PAGE_BYTES // len(link)])))
 
 
 def _of_length(answer: Answer) -> Answer:

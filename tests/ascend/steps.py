@@ -1,5 +1,6 @@
 """What the option's tests run in each process of vllm-ascend. Each function takes the group first."""
 
+import functools
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -40,6 +41,7 @@ def _sent() -> Iterator[list[tuple[int, int]]]:
     sent: list[tuple[int, int]] = []
     gather = PairwiseCollectives.gather
 
+    @functools.wraps(gather)
     def watch(self: PairwiseCollectives, rows: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
         sent.append((len(rows), rows.nbytes))
         return gather(self, rows, *more, **named)
@@ -56,9 +58,9 @@ def _met() -> Iterator[list[tuple[Any, ...]]]:
     met: list[tuple[Any, ...]] = []
     meet = Group.meet
 
-    def watch(group: Any, collective: Any, *tensors: torch.Tensor) -> torch.Tensor:
-        met.append((collective.__name__, *tensors))
-        return meet(group, collective, *tensors)
+    def watch(group: Any, collective: Any, *given: Any) -> torch.Tensor:
+        met.append((collective.__name__, *(each for each in given if isinstance(each, torch.Tensor))))
+        return meet(group, collective, *given)
 
     with mock.patch.object(Group, "meet", watch):
         yield met

@@ -17,5 +17,5 @@ def test_everyone_has_what_they_want() -> None:
 def test_the_engines_client_reads_from_the_hub_or_is_told_to_be_too_old() -> None:
     """vLLM 0.18 wants transformers below 5, which wants huggingface_hub below 1.0."""
     installed = version("huggingface_hub")
-    said = "HF_HUB_OFFLINE forbids to ask" if Version(installed) >= Version("1.31") else f"installed is {installed} ("
+    said = "HF_HUB_OFFLINE forbids to ask" if Version(installed) >= Version("1.31") else f"installed is {installed}; "
     assert said in beside.from_the_hub()

@@ -89,7 +89,7 @@ class _Worker:
     def is_starved(self, seconds: float) -> bool:
         """Whether it is the host that is busy: it has had less than its seconds of a processor, and gets some."""
         used, before = self._processor_seconds(), self._seen
-        self._seen, self.until = used, self.until + seconds / 5
+        self._seen, self.until = used, self.until + seconds / 2
         return before < used < self._began + seconds and self.until < self._last
 
     def _processor_seconds(self) -> float:

@@ -15,7 +15,7 @@ from reshard.model.naming import MANIFEST, MAX_TP_SIZE, shard_file
 from reshard.model.parts import DENSE_FFN
 from reshard.quantization import SIDE_FILES, is_description, is_side_file
 from reshard.schemes.table import SCHEMES, unknown_scheme
-from reshard.sealed import Digest, OwnDigest, Sealed, Strict, parse_object, validate
+from reshard.sealed import Digest, OwnDigest, Sealed, Strict, parse_sealed, validate
 from reshard.tensors.dtypes import BITS
 
 SCHEMA = "denseffn-shards/2"
@@ -250,7 +250,7 @@ def parse_manifest(raw: bytes, file: str = MANIFEST) -> Manifest:
 
     Raises ManifestError for an unknown version, an unknown field, a wrong value, a digest that is not the file's.
     """
-    value = parse_object(raw, file)
+    value = parse_sealed(raw, file)
     version = value.get("schema")
     if version in _OLDER:
         raise ManifestError(
@@ -266,7 +266,7 @@ def parse_manifest(raw: bytes, file: str = MANIFEST) -> Manifest:
 
 def parse_record(raw: bytes, file: str) -> Record:
     """One rank's record, as an unfinished set keeps it beside the shard. Raises as `parse_manifest` does."""
-    return validate(Record, parse_object(raw, file), raw, file)
+    return validate(Record, parse_sealed(raw, file), raw, file)
 
 
 def json_schema() -> str:

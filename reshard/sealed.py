@@ -41,7 +41,7 @@ class Sealed(Strict):
 _S = TypeVar("_S", bound=Sealed)
 
 
-def parse_object(raw: bytes, file: str) -> Mapping[str, Any]:
+def parse_sealed(raw: bytes, file: str) -> Mapping[str, Any]:
     """A file's content, whatever its fields. Raises ManifestError."""
     value = parse_json(raw, file, ManifestError, most=MANIFEST_BYTES)
     if not isinstance(value, dict):

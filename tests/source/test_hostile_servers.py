@@ -378,6 +378,14 @@ def test_too_many_files_are_told(hub: Hub, monkeypatch: pytest.MonkeyPatch, sour
     assert hub.data_requests() == []
 
 
+def test_links_that_lead_nowhere_are_counted_too(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taking a million of them apart is the work, not what is asked for afterwards."""
+    monkeypatch.setattr(limits, "LISTING_FILES", 50)
+    others = "".join(f'<a href="javascript:{number}">x</a>' for number in range(60)).encode()
+    hub.fault = hostile(lambda handler, asked: handler.answer(200, others), is_listing)
+    refused(reshard("inspect", hub.page), "lists more than 50 files; give a checkpoint's own folder")
+
+
 def is_listing(asked: Asked) -> bool:
     return asked.path.startswith("/api/") or asked.path.endswith(f"/{COMMIT}/")
 

@@ -7,9 +7,6 @@ Names of sizes (`hidden_size`) are those of config.json and of the manifest's `m
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal
-
-Layout = Literal["fused", "separate"]
 
 
 class Parallel(Enum):

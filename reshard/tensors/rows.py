@@ -19,7 +19,6 @@ from reshard.errors import SourceError
 from reshard.source.base import Bytes
 
 _AT_ONCE = 1024  # IOV_MAX
-_WORD = ctypes.sizeof(ctypes.c_void_p)
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.process_vm_writev.restype = ctypes.c_ssize_t
 _LIBC.process_vm_writev.argtypes = [ctypes.c_int, *(ctypes.c_void_p, ctypes.c_ulong) * 2, ctypes.c_ulong]

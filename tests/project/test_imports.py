@@ -131,12 +131,14 @@ def test_the_runtime_takes_only_the_vocabulary() -> None:
     """How files are opened, named and recognised among it.
 
     And the engine's hook the option's rules, which the command line's checks say in the same words; the demo all that
-    cuts and verifies.
+    cuts and verifies, and programs the command line's boundary.
     """
     for path in (PACKAGE.parent / "runtime").rglob("*.py"):
         if path.name == "demo.py":
             continue
         allowed = {f"reshard.{name}" for name in VOCABULARY}
+        if path.name in ("measure.py", "processes.py"):
+            allowed |= {"reshard.cli.options", "reshard.cli.output"}
         if "vllm" in path.parts:
             allowed |= {"reshard.checks.serving_option"}
         assert {name for name in _imports(path) if name.split(".")[0] == "reshard"} <= allowed, path

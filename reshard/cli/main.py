@@ -1,9 +1,7 @@
 """The `reshard` program."""
 
 import gc
-import signal
 import sys
-from types import FrameType
 from typing import Annotated
 
 import typer
@@ -14,6 +12,7 @@ from reshard.cli.estimate import estimate
 from reshard.cli.inspect import inspect
 from reshard.cli.merge import merge
 from reshard.cli.schema import schema
+from reshard.cli.signals import end_tidily
 from reshard.cli.split import split
 from reshard.cli.streams import open_streams, say, show_traceback
 from reshard.cli.synth import synth
@@ -52,17 +51,10 @@ def _root(
     """
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    """A polite kill unwinds, so that temporary files are removed."""
-    sys.exit(128 + number)
-
-
 def main() -> None:
     """The console script."""
     open_streams()
-    signal.signal(signal.SIGTERM, _terminate)
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which nohup wants
-        signal.signal(signal.SIGHUP, _terminate)
+    end_tidily()
     # The 91,000 entries of R1's headers hold no cycles; looking for some takes a sixth of `inspect`.
     gc.disable()
     try:

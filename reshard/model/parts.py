@@ -1,12 +1,14 @@
-"""The parts of a model that are split, as data: modules, roles, how each is cut. The DenseFFN is the only one.
+"""The parts of a model that are split, as data: modules, roles, how each is cut, what engines pad.
 
 Plan, manifest, merge, check and verify's comparison go through a part's modules and roles and name none of them.
-Names of sizes (`hidden_size`) are those of config.json and of the manifest's `model`.
+Names of sizes (`hidden_size`) are those of the manifest's `model`; all but `attention_size` are config.json's, too.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+
+from reshard.errors import UsageError
 
 
 class Parallel(Enum):
@@ -44,20 +46,42 @@ class Module:
         return " and ".join(role.name for role in self.roles)
 
 
+class Place(Enum):
+    """Where a model has a part."""
+
+    DENSE_LAYERS = "every dense layer"
+    LAYERS = "every layer"
+    MODEL = "once, beside the layers"  # {prefix}embed_tokens, where layers are {prefix}layers.{i}
+    HEAD = "once, beside the layers or what holds them"  # lm_head, where layers are model.layers.{i}
+
+    @property
+    def in_layers(self) -> bool:
+        """Whether layers have it, and not the model once."""
+        return self in (Place.DENSE_LAYERS, Place.LAYERS)
+
+
 @dataclass(frozen=True)
 class Part:
     """Linears that are split over one group.
 
-    path: what follows a decoder layer's name. modules: those of the fused layout, which is also how checkpoints stack
-    their linears, if they do. size: the size that is shared out, each rank an equal share of it. option: the engine
-    option that gives the group's size.
+    key: its name on the command line, in manifests and files. place, path: where it stands, and what holds its linears
+    below a decoder layer's name. modules: those of the fused layout, which is also how checkpoints stack their linears,
+    if they do. size: the size that is shared out, each rank an equal share of it. option: the engine option that gives
+    the group's size. padded_to: what engines pad that size to a multiple of, whatever the group. may_pad: whether zeros
+    may be added to make the shares equal, as the layer computes the same with them. quantized: whether tools quantize
+    it; where they do not, a float weight is what it is, whatever is said of the model's linears.
     """
 
+    key: str
     name: str
+    place: Place
     path: str
     modules: tuple[Module, ...]
     size: str
     option: str
+    padded_to: int = 1
+    may_pad: bool = False
+    quantized: bool = True
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -112,14 +136,16 @@ class Part:
         return out * len(module.roles), in_
 
 
-_H, _I = "hidden_size", "intermediate_size"
+_H, _I, _V, _A = "hidden_size", "intermediate_size", "vocab_size", "attention_size"
 
 GATE, UP, DOWN, GATE_UP = "gate_proj", "up_proj", "down_proj", "gate_up_proj"
 
 _NO_GATE = "an MLP without a gate (Nemotron-4, Arcee), or with the gate in up_proj"
 
 DENSE_FFN = Part(
+    key="denseffn",
     name="DenseFFN",
+    place=Place.DENSE_LAYERS,
     path="mlp",
     modules=(
         Module(GATE_UP, (Role(GATE, _I, _H, Parallel.COLUMN, _NO_GATE), Role(UP, _I, _H, Parallel.COLUMN))),
@@ -127,5 +153,63 @@ DENSE_FFN = Part(
     ),
     size=_I,
     option="denseffn_tensor_parallel_size",
+    may_pad=True,
 )
 """Of each dense layer: gate and up, stacked and cut along out, then down, cut along in, whose results are added."""
+
+O_PROJ = Part(
+    key="o_proj",
+    name="o_proj",
+    place=Place.LAYERS,
+    path="self_attn",
+    modules=(Module("o_proj", (Role("o_proj", _H, _A, Parallel.ROW),)),),
+    size=_A,
+    option="oproj_tensor_parallel_size",
+)
+"""Of every layer, MoE layers too: attention's last linear, cut along in (all heads' values); the results are added."""
+
+VOCABULARY_MULTIPLE = 64
+"""DEFAULT_VOCAB_PADDING_SIZE of vLLM (model_executor/layers/vocab_parallel_embedding.py); vllm-ascend takes it over."""
+
+LM_HEAD = Part(
+    key="lm_head",
+    name="LM head",
+    place=Place.HEAD,
+    path="",
+    modules=(Module("lm_head", (Role("lm_head", _V, _H, Parallel.COLUMN),)),),
+    size=_V,
+    option="lmhead_tensor_parallel_size",
+    padded_to=VOCABULARY_MULTIPLE,
+    quantized=False,
+)
+"""The logits' matrix, cut by rows of the vocabulary."""
+
+EMBEDDING = Part(
+    key="embedding",
+    name="embedding",
+    place=Place.MODEL,
+    path="",
+    modules=(Module("embed_tokens", (Role("embed_tokens", _V, _H, Parallel.COLUMN),)),),
+    size=_V,
+    option="embedding_tensor_parallel_size",
+    padded_to=VOCABULARY_MULTIPLE,
+    quantized=False,
+)
+"""The tokens' vectors, cut by rows of the vocabulary; a rank has zeros for others' tokens, and the ranks' are added."""
+
+PARTS = {part.key: part for part in (DENSE_FFN, LM_HEAD, EMBEDDING, O_PROJ)}
+
+SIZES = (_H, *dict.fromkeys(part.size for part in PARTS.values()))
+"""Every size that a part's weights have."""
+
+
+def part_named(key: str) -> Part:
+    """Raises UsageError for a name that is no part's."""
+    if key not in PARTS:
+        raise UsageError(f"--part {key}: unknown part; known are {', '.join(PARTS)}")
+    return PARTS[key]
+
+
+def part_of_linear(name: str) -> Part | None:
+    """The part that has a linear, or a stack of linears, of that name."""
+    return next((part for part in PARTS.values() if name in part.names()), None)

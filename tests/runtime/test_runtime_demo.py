@@ -12,8 +12,7 @@ from typing import NoReturn
 import pytest
 import torch
 import typer
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from reshard.plan.pipeline import Cut
 from reshard_runtime import demo

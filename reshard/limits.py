@@ -43,6 +43,12 @@ MAX_BYTES = 2**63 - 1
 TOML_BYTES = 1 << 15
 """Of a device profile: they have 2 KB. Dotted keys take the square of it."""
 
+# a synthetic checkpoint
+SYNTH_TENSORS = 500_000
+"""Kimi K2 as w8a8_mix, with the most tensors of each linear, has 0.49 million; planning takes 550 MB."""
+SYNTH_BYTES = 1 << 46
+"""Kimi K2 in FP32 has 4 TB."""
+
 # Regular expressions in configs
 PATTERN_CHARACTERS = 500
 """Of one. Published ones have up to 100."""

@@ -24,12 +24,8 @@ from reshard.tensors.header import Header, TensorInfo
 from reshard.verification.expect import expect, misfits, read_headers
 from reshard.verification.gate import F64
 from reshard.verification.layer import Run, Sum, Tick, partial_sum, unsplit
-from reshard.verification.reference import (
-    Grid,
-    LinearGrids,
-    Reference,
-    stored_grid,
-)
+from reshard.verification.reference import WORKERS, Grid, LinearGrids, Reference, stored_grid
+from reshard.workers import Workers
 
 _OTHER_ROUNDINGS = 16
 
@@ -66,7 +62,7 @@ def compare_computation(
     has_config = CONFIG in checkpoint.side_files
     left_out: dict[str, list[int]] = {}
     x_HT = np.random.default_rng(seed).standard_normal((checkpoint.model.hidden_size, tokens))
-    reference = Reference(source, manifest)
+    reference, workers = Reference(source, manifest), Workers(WORKERS, shards, source)
     headers, unreadable = read_headers(shards, manifest)
     if unreadable:
         return unreadable, []
@@ -81,10 +77,10 @@ def compare_computation(
         except MismatchError as error:
             findings.append(Finding("computation", module, f"not computed: {error}"))
             continue
-        sums = unsplit(whole, activation, x_HT, Run(tick))
+        sums = unsplit(whole, activation, x_HT, Run(workers, tick))
         split_HT = np.zeros_like(sums.value)
         for tp_rank in headers:
-            split_HT += partial_sum(ranks[tp_rank], activation, x_HT, Run(tick, terms=False))
+            split_HT += partial_sum(ranks[tp_rank], activation, x_HT, Run(workers, tick, terms=False))
         # Either side's error is at most the roundings that a result goes through, one after the other (those of the two
         # sums, of the ranks' sum, a few for the activation and scales), times 2^-53 of its terms; eps is twice that.
         additions = len(x_HT) + layer.part.shared_size(checkpoint.model) + manifest.tp_size + _OTHER_ROUNDINGS

@@ -16,8 +16,8 @@ from reshard.tensors.dtypes import RANKS_IN_OWN_TYPE
 
 _Bytes = npt.NDArray[np.uint8]
 
-# What a rank sends to all others with its counts (of 2 ranks 219 BF16 tokens of 7168, of 4 ranks 73, of 8 ranks 31). More
-# follows in messages of its own: each of those costs, and so does the copy that gloo wants for each other rank.
+# What a rank sends to all others with its counts (73 BF16 tokens of 7168 of 4 ranks, 31 of 8). More follows
+# in messages of its own: each of those costs, and so does the copy that gloo wants for each other rank.
 _AT_ONCE = 3 << 20
 _ROWS_TAG = 0x7265
 """Of those messages: nobody else's on the group."""
@@ -134,7 +134,7 @@ class PairwiseCollectives(Collectives):
         return received
 
     def _exchange_rows(self, own: torch.Tensor, out: torch.Tensor) -> None:
-        """Every rank's rows, by rank, from and into the tensors' own memory: what gloo's all_gather copies twice more."""
+        """Every rank's rows, by rank, from and into the tensors' own memory: gloo's all_gather copies them twice."""
         rank, by_rank = self._group.rank(), out.chunk(self._group.size())
         others = [*range(rank + 1, len(by_rank)), *range(rank)]  # not all to the same one first
         awaited = [dist.irecv(by_rank[r], group=self._group, tag=_ROWS_TAG, group_src=r) for r in others]

@@ -142,7 +142,8 @@ def _s3_sizes(fs: Any, path: str) -> list[tuple[str, object]]:
     bucket, key, _ = fs.split_path(path)
     prefix = f"{key.rstrip('/')}/" if key else ""
     found: list[tuple[str, object]] = []
-    seen, more = 0, {}
+    more: dict[str, str] = {}
+    seen = 0
     while seen <= limits.LISTING_FILES:
         page = fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, Delimiter="/", **more)
         entries = page.get("Contents", [])

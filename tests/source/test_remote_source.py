@@ -181,7 +181,7 @@ def test_a_driver_whose_list_fills_the_memory_is_left_behind(memory: Path, monke
     over = threading.Event()
 
     def endless(*arguments: object, **how: object) -> list[object]:
-        held = []
+        held: list[bytes] = []
         while not over.wait(0.001) and len(held) < 1000:
             held.append(b"x" * (1 << 20))
         return []

@@ -55,12 +55,12 @@ def _shard_set(source: "Source") -> dict[str, Any]:
 
 
 def _document(checkpoint: "Checkpoint") -> dict[str, Any]:
-    from reshard.model.naming import ROLES
     from reshard.plan.manifest_builder import scheme_name
 
     model, identity = checkpoint.model, checkpoint.identity
     return {
         "source": {"kind": identity.kind, "name": identity.name, "commit": identity.commit},
+        "part": checkpoint.part.key,
         "model": model.model_dump(),
         "scheme": scheme_name(checkpoint.layers),
         "dense_bytes": checkpoint.nbytes,
@@ -76,7 +76,7 @@ def _document(checkpoint: "Checkpoint") -> dict[str, Any]:
                         "block": linear.block,
                         "tensors": [_tensor(linear.tensors[rule.suffix]) for rule in linear.variant.tensors],
                     }
-                    for role, linear in ((role, layer.linears[role]) for role in ROLES)
+                    for role, linear in layer.linears.items()
                 },
             }
             for layer in checkpoint.layers

@@ -205,6 +205,7 @@ def check(
     data_parallel_size: int | None = None,
     tensor_parallel_size: int | None = None,
     pipeline_parallel_size: int | None = None,
+    part: str | None = None,
     revision: str | None = None,
     index: str | None = None,
     warn: Warn = _log.warning,
@@ -225,6 +226,7 @@ def check(
         serving=serving(additional_config, *sizes),
         revision=revision,
         index=index,
+        part=None if part is None else part_named(part),
     )
     if path is not None and config is None:
         return check_source(os.fspath(path), request, _safely(warn))

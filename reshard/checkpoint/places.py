@@ -51,10 +51,8 @@ def find(
 
     Raises LayersError where the part is not there, or not where config.json says.
     """
-    if config is not None and config.tied and part is LM_HEAD:
-        raise LayersError(
-            f"{CONFIG}: tie_word_embeddings is set: the LM head is the embedding, which --part embedding cuts"
-        )
+    if config is not None and part is LM_HEAD:
+        check_untied(config)
     prefix = (language_prefix if part.place.in_layers else _prefix_of_one)(part, tensors, other_names, config)
     found: dict[int | None, Linears] = {}
     for name, tensor in tensors.items():
@@ -74,6 +72,14 @@ def find(
     else:
         by_names = _every_layer(part, indexes, prefix, other_names, config) if whole else ()
     return Found(prefix, found, (*by_names, *_of_prefix(prefix, bool(by_names)), *_left_alone(part, mtp)))
+
+
+def check_untied(config: ModelConfig) -> None:
+    """Raises LayersError where a model has no LM head of its own."""
+    if config.tied:
+        raise LayersError(
+            f"{CONFIG}: tie_word_embeddings is set: the LM head is the embedding, which --part embedding cuts"
+        )
 
 
 def _prefix_of_one(part: Part, tensors: Iterable[str], other_names: Collection[str], config: ModelConfig | None) -> str:

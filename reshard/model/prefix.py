@@ -41,6 +41,17 @@ def published_prefix(config: Mapping[str, Any]) -> str:
     return _PUBLISHED.get(word(config, "model_type") or "", unknown)
 
 
+def head_prefix(config: Mapping[str, Any]) -> str:
+    """What precedes lm_head where the layers have the published prefix: what precedes `model.` in that.
+
+    Of `language_model.model.` that is `language_model.`; where `model.` comes first, the head is at the top.
+    """
+    prefix = published_prefix(config)
+    modules = prefix.removesuffix(".").split(".")
+    above = modules[: modules.index("model")] if "model" in modules else modules
+    return "".join(f"{module}." for module in above)
+
+
 def is_known_wrapper(config: Mapping[str, Any]) -> bool:
     """Whether it is known what precedes the layers' names; it is of a config that is no wrapper's."""
     return language_config(config)[0] is None or word(config, "model_type") in _PUBLISHED

@@ -200,8 +200,8 @@ def _padding_of_engines(part: Part, size: int, multiple: int, tp_size: int) -> P
     if padded % (tp_size * multiple):
         sizes = working_sizes(padded, multiple)
         raise AlignmentError(
-            f"{part.size} {size}, which engines pad to {padded}, is not divisible by tp {tp_size}"
-            f"{f' in blocks of {multiple}' if multiple > 1 else ''}; use a tp of {_shown(sizes)}"
+            f"{part.size} {size}{f', which engines pad to {padded},' if padded != size else ''} is not divisible by "
+            f"tp {tp_size}{f' in blocks of {multiple}' if multiple > 1 else ''}; use a tp of {_shown(sizes)}"
         )
     return Padding(padded=padded, multiple=part.padded_to) if padded != size else None
 

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 
 from reshard.checks.finding import Finding
-from reshard.checks.report import Serving
-from reshard.checks.serving_option import OPTION, RULES, Setup, broken_rules, option_of
+from reshard.checks.report import KV_CONSUMERS, Serving
+from reshard.checks.serving_option import OPTION, RULES, broken_rules, option_of
+from reshard.checks.setup import Setup
 
 
 def option_size(serving: Serving | None) -> int | None:
@@ -23,10 +24,19 @@ def check_serving(
 
     can_be_cut: whether the layers can be cut for a size, where there are layers to cut; no other size is advised.
     """
-    setup = Setup(serving.data_parallel_size, serving.tensor_parallel_size, moe, serving.pipeline_parallel_size)
+    setup = Setup(
+        serving.data_parallel_size,
+        serving.tensor_parallel_size,
+        moe,
+        serving.pipeline_parallel_size,
+        serving.enforce_eager,
+        serving.kv_role in KV_CONSUMERS,
+    )
     broken = broken_rules(serving.additional_config, setup, shards_tp_size, can_be_cut)
     if broken:
-        return [Finding(f"option-{rule.rule}", "", rule.message) for rule in broken]
+        return [
+            Finding(f"option-{rule.rule}", "", rule.message, "warning" if rule.warning else "error") for rule in broken
+        ]
     size = serving.additional_config.get(OPTION)
     set_for = f", shard set cut for {shards_tp_size}" if shards_tp_size is not None else ""
     stages = f", pipeline-parallel size {setup.pipeline_parallel_size}" if setup.pipeline_parallel_size > 1 else ""

@@ -92,7 +92,8 @@ def estimate(
         from reshard.estimate.sizes import Options
         from reshard.estimate.sizes import estimate as estimate_sizes
 
-        options = Options(batch, _REDUCE_BYTES[reduce_dtype], pad, max_tokens, tensor_parallel_size)
+        as_bf16 = "--weights bf16" if config is None else "--scheme bf16"
+        options = Options(batch, _REDUCE_BYTES[reduce_dtype], pad, max_tokens, tensor_parallel_size, as_bf16)
         picture = None if svg is None else parse_local_target(svg, "--svg")
         sizes = sorted(parse_sizes(tp))
         profile = load_profile(device, override or ())
@@ -123,15 +124,17 @@ def _measure(output: Output) -> None:
 
 
 def _of_config(config: Path, schemes: list[str]) -> "dict[str, Checkpoint]":
-    """The checkpoint that a config.json describes, by scheme."""
+    """The checkpoint that a config.json describes, by scheme; BF16 is that, whatever type of floats the file says."""
     from reshard.checkpoint.config_only import config_checkpoint, read_config
+    from reshard.convert.rules import BF16, converted
     from reshard.model.naming import CONFIG
     from reshard.schemes.table import scheme_by_option
 
     parsed = read_config(config)
     model = config.resolve().parent.name if config.name == CONFIG else config.stem
     names = dict.fromkeys(map(scheme_by_option, schemes))
-    return {name: config_checkpoint(parsed, model, name) for name in names}
+    found = {name: config_checkpoint(parsed, model, name) for name in names}
+    return {name: converted(one, BF16) if name == BF16 else one for name, one in found.items()}
 
 
 def _of_source(

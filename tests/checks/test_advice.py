@@ -14,7 +14,7 @@ from reshard.checkpoint.config_only import config_checkpoint
 from reshard.checks.serving_option import OPTION
 from reshard.errors import AlignmentError
 from reshard.estimate.profile import load_profile
-from reshard.estimate.sizes import Options, estimate
+from reshard.estimate.sizes import Options, Wanted, estimate
 from reshard.plan.pipeline import Cut
 from reshard.schemes.table import SCHEMES
 from tests.support import field
@@ -221,7 +221,7 @@ def test_every_size_that_estimate_advises_is_one_that_it_and_check_take(
     profile, options = load_profile("atlas-a2-376t"), Options(24, tensor_parallel_size=base)
 
     def of(asked: list[int]) -> Any:
-        (one,) = estimate({scheme: checkpoint}, asked, profile, options).schemes
+        (one,) = estimate([Wanted(scheme, checkpoint, asked)], profile, options).schemes
         return one
 
     try:

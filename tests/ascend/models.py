@@ -19,7 +19,7 @@ from tests.support.builders import (
     write_safetensors,
 )
 from tests.support.running import split
-from tests.vllm.models import write_model
+from tests.vllm.models import poisoned, write_model
 
 _PLAIN = ["lm_head", "re:.*self_attn.*", "re:.*mlp[.]gate$", "re:.*experts.*"]
 
@@ -87,21 +87,6 @@ def around(checkpoint: Path, folder: Path) -> Path:
     if "ignore" in ours.get("quantization_config", {}):
         ours["quantization_config"]["ignore"] = _PLAIN
     (folder / "config.json").write_text(json.dumps(ours))
-    return folder
-
-
-def poisoned(model: Path, folder: Path) -> Path:
-    """The same files with other bytes in every dense layer's tensors: whoever reads one of them is found out."""
-    folder.mkdir()
-    for path in model.iterdir():
-        raw = bytearray(path.read_bytes())
-        if path.suffix == ".safetensors":
-            start = 8 + int.from_bytes(raw[:8], "little")
-            header = json.loads(raw[8:start])
-            for entry in dense_only(header).values():
-                first, end = (start + offset for offset in entry["data_offsets"])
-                raw[first:end] = b"\x77" * (end - first)
-        (folder / path.name).write_bytes(raw)
     return folder
 
 

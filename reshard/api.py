@@ -206,6 +206,8 @@ def check(
     tensor_parallel_size: int | None = None,
     pipeline_parallel_size: int | None = None,
     part: str | None = None,
+    enforce_eager: bool = False,
+    kv_role: str | None = None,
     revision: str | None = None,
     index: str | None = None,
     warn: Warn = _log.warning,
@@ -223,7 +225,7 @@ def check(
         pad=pad,
         against=None if against is None else os.fspath(against),
         device=device,
-        serving=serving(additional_config, *sizes),
+        serving=serving(additional_config, *sizes, enforce_eager=enforce_eager, kv_role=kv_role),
         revision=revision,
         index=index,
         part=None if part is None else part_named(part),
@@ -235,10 +237,15 @@ def check(
     raise UsageError("check: give a path, or config=")
 
 
-def serving(additional_config: Mapping[str, Any] | None, *sizes: int | None) -> Serving | None:
+def serving(
+    additional_config: Mapping[str, Any] | None,
+    *sizes: int | None,
+    enforce_eager: bool = False,
+    kv_role: str | None = None,
+) -> Serving | None:
     """The setup of an engine, if anything is said of one. sizes: data-, tensor- and pipeline-parallel."""
-    if additional_config is None and all(size is None for size in sizes):
+    if additional_config is None and enforce_eager is False and all(given is None for given in (*sizes, kv_role)):
         return None
-    return Serving(
-        {} if additional_config is None else additional_config, *(1 if size is None else size for size in sizes)
-    )
+    data, tensor, pipeline = (1 if size is None else size for size in sizes)
+    config = {} if additional_config is None else additional_config
+    return Serving(config, data, tensor, pipeline, enforce_eager, kv_role)

@@ -34,17 +34,24 @@ CHECKS = {
 Kind = Literal["config", "checkpoint", "shard set"]
 Device = Literal["cpu", "npu"]
 
+KV_CONSUMERS = ("kv_consumer", "kv_both")
+_KV_ROLES = ("kv_producer", *KV_CONSUMERS)  # vLLM's (config/kv_transfer.py)
 _MAX_SIZE = 99_999  # of an engine's sizes: larger ones are a slip
 
 
 @dataclass(frozen=True)
 class Serving:
-    """How an engine would be started: its additional config, and its sizes. Raises UsageError for what is none."""
+    """How an engine would be started: its additional config, and its options. Raises UsageError for what is none.
+
+    kv_role: of the engine's kv-transfer-config, None without one.
+    """
 
     additional_config: Mapping[str, Any]
     data_parallel_size: int = 1
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
+    enforce_eager: bool = False
+    kv_role: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.additional_config, Mapping):
@@ -53,6 +60,10 @@ class Serving:
             size = getattr(self, f"{name}_parallel_size")
             if type(size) is not int or not 1 <= size <= _MAX_SIZE:
                 raise UsageError(f"{name}-parallel size: expected a whole number from 1 to {_MAX_SIZE}, got {size!r}")
+        if self.kv_role not in (None, *_KV_ROLES):
+            raise UsageError(f"kv role {self.kv_role!r}: there are {', '.join(_KV_ROLES)}")
+        if type(self.enforce_eager) is not bool:
+            raise UsageError(f"enforce eager: expected true or false, got {self.enforce_eager!r}")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from reshard.checks.device import check_kernels, check_npu
 from reshard.checks.finding import Finding
 from reshard.checks.layers import check_layers, config_of
 from reshard.checks.report import Report, Request, not_checked
-from reshard.checks.serving import check_serving, option_size
+from reshard.checks.serving import check_part, check_serving, option_size
 from reshard.checks.shardset import check_origin, check_set, check_size, plan_of
 from reshard.convert.rules import converted
 from reshard.errors import AlignmentError, ReshardError, UsageError
@@ -122,7 +122,8 @@ def _set(source: Source, request: Request, address: str, notify: Notify) -> list
         except AlignmentError as error:  # a set that keeps gate and up apart may be one that cannot be stacked
             findings.append(Finding("forward", "", f"not checked: {error}", "skipped"))
     if request.serving is not None:
-        findings += check_serving(request.serving, _moe(checkpoint), manifest.tp_size)
+        ours = manifest.tp_size if manifest.what is DENSE_FFN else None
+        findings += [*check_serving(request.serving, _moe(checkpoint), ours), *check_part(request.serving, manifest)]
     return findings
 
 

@@ -8,62 +8,35 @@ all. Each rule gives at most one line, with what was given and what is allowed; 
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, TypeGuard
+from typing import Any
 
+from reshard.checks import ascend_option
+from reshard.checks.ascend_option import FINEGRAINED, KEYS, MLP
+from reshard.checks.setup import Broken, Setup, either, is_integer
 from reshard.model.parts import DENSE_FFN
 
 OPTION = DENSE_FFN.option
-# vllm-ascend's own way to the same end: it cuts the same layers over groups of its own, of data-parallel ranks.
-_FINEGRAINED, _MLP = "finegrained_tp_config", "mlp_tensor_parallel_size"
-_ASCENDS = f"{_FINEGRAINED}.{_MLP}"
-_FAMILY = "denseffn"
+_FAMILY = DENSE_FFN.key
 
 RULES = {
     "name": "no other key of the additional config is nearly the option's",
-    "place": "the option and vllm-ascend's mlp_tensor_parallel_size stand where they are read",
-    "twice": "vllm-ascend's mlp_tensor_parallel_size does not cut the same layers",
-    "ascend": "vllm-ascend's mlp_tensor_parallel_size is a size that it takes",
-    "stages": "vllm-ascend's mlp_tensor_parallel_size stands without pipeline parallelism, whose stages it mixes",
+    "place": "the option and vllm-ascend's sizes of its own stand where they are read",
+    "twice": f"vllm-ascend's {MLP} does not cut the same layers",
+    **ascend_option.RULES,
     "unset": "without the option, the shard set is cut for what the engine itself cuts its dense layers for",
     "lockstep": "the model has MoE layers, so that its data-parallel ranks run in lockstep",
     "size": "the option is the tensor-parallel size times a divisor of the data-parallel size",
     "shards": "the option is the shard set's size",
 }
-"""Every rule, in the order in which they are judged. unset is silent after place, ascend and stages, and stages after
-ascend; from lockstep on, only the first that is broken speaks: the others are about a value that may not stay, or that
-may be left out."""
-
-
-@dataclass(frozen=True)
-class Setup:
-    """A serving setup. `moe`: whether the model has MoE layers, None where it is not known."""
-
-    data_parallel_size: int = 1
-    tensor_parallel_size: int = 1
-    moe: bool | None = None
-    pipeline_parallel_size: int = 1
-
-    @property
-    def sizes(self) -> list[int]:
-        """What the option may be. Without MoE layers no data-parallel ranks share anything."""
-        chunks = [1] if self.moe is False else _divisors(self.data_parallel_size)
-        return [self.tensor_parallel_size * chunk for chunk in chunks]
-
-
-@dataclass(frozen=True)
-class Broken:
-    """A rule that a setup breaks."""
-
-    rule: str
-    message: str
+"""Every rule, in the order in which they are judged. unset is silent after place, ascend and stages; from lockstep on,
+only the first that is broken speaks: the others are about a value that may not stay, or that may be left out."""
 
 
 def option_of(additional_config: Mapping[str, Any]) -> int | None:
     """The option's value if it is an integer; what else it may be, `broken_rules` says."""
     value = additional_config.get(OPTION)
-    return value if _is_integer(value) else None
+    return value if is_integer(value) else None
 
 
 def broken_rules(
@@ -78,12 +51,12 @@ def broken_rules(
     size, where that is known; no other size is advised.
     """
     value = additional_config.get(OPTION)
-    ascends = _ascends(additional_config)
+    ascends = ascend_option.size_of(additional_config, MLP)
     found = [
         *_names(additional_config),
         *_places(additional_config),
         *_twice(value, ascends),
-        *_ascend(ascends, setup),
+        *ascend_option.broken_rules(additional_config, setup),
     ]
     if value is not None:
         return (*found, *_value(value, setup, shards_tp_size, can_be_cut))
@@ -97,7 +70,7 @@ def _value(
 ) -> tuple[Broken, ...]:
     """The rules about the option's own value, of which the first that is broken speaks."""
     sizes, tensor_parallel = setup.sizes, setup.tensor_parallel_size
-    if setup.moe is False and _is_integer(value) and value > tensor_parallel:
+    if setup.moe is False and is_integer(value) and value > tensor_parallel:
         way = "use tensor parallelism for it"
         if tensor_parallel > 1:
             way = "leave it out: the model's tensor-parallel ranks share the layers without it"
@@ -106,7 +79,7 @@ def _value(
             f"a rank would wait for others that do not come; {way}"
         )
         return (Broken("lockstep", message),)
-    if not _is_integer(value) or value not in sizes:
+    if not is_integer(value) or value not in sizes:
         return (Broken("size", f"{OPTION} is {value!r}; {_may_be(setup, can_be_cut)}"),)
     if shards_tp_size in (None, value):
         return ()
@@ -127,9 +100,9 @@ def _may_be(setup: Setup, can_be_cut: Callable[[int], bool]) -> str:
     fit = [size for size in setup.sizes if can_be_cut(size)]
     others = [size for size in setup.sizes if size not in fit]
     if not fit:
-        return f"with {' and '.join(given)} it would have to be {_or(others)}, which the layers cannot be cut for"
-    but = f" (not {_or(others)}, which the layers cannot be cut for)" if others else ""
-    return f"with {' and '.join(given)} it may be {_or(fit)}{but}"
+        return f"with {' and '.join(given)} it would have to be {either(others)}, which the layers cannot be cut for"
+    but = f" (not {either(others)}, which the layers cannot be cut for)" if others else ""
+    return f"with {' and '.join(given)} it may be {either(fit)}{but}"
 
 
 def _unset(ascends: Any, setup: Setup, shards_tp_size: int | None) -> tuple[Broken, ...]:
@@ -155,7 +128,7 @@ def _names(additional_config: Mapping[str, Any]) -> list[Broken]:
 
 
 def _places(additional_config: Mapping[str, Any]) -> list[Broken]:
-    """Either key where nothing reads it, vllm-ascend's old place for such keys among them: its top (0.11)."""
+    """A key where nothing reads it, vllm-ascend's old place for such keys among them: its top (0.11)."""
     wrong = []
     for path in _paths(additional_config):
         *above, key = path
@@ -164,12 +137,18 @@ def _places(additional_config: Mapping[str, Any]) -> list[Broken]:
             wrong.append(
                 f"{OPTION} stands in {at}, where nothing reads it; it belongs at the top of the additional config"
             )
-        elif key == _MLP and above != [_FINEGRAINED]:
+        elif key in KEYS and above != [FINEGRAINED] and not any(map(_nearly_finegrained, above)):
             at = f"in {'.'.join(above)}" if above else "at the top of the additional config"
-            wrong.append(f"{_MLP} stands {at}, where nothing reads it; it belongs in {_FINEGRAINED}")
-        elif not above and key != _FINEGRAINED and get_close_matches(key, [_FINEGRAINED], cutoff=0.85):
-            wrong.append(f"{key} is no key of vllm-ascend's; {_FINEGRAINED} is")
+            wrong.append(f"{key} stands {at}, where nothing reads it; it belongs in {FINEGRAINED}")
+        elif above == [FINEGRAINED] and key not in KEYS and (near := get_close_matches(key, KEYS, cutoff=0.92)):
+            wrong.append(f"{key} is no key of {FINEGRAINED}; {near[0]} is")
+        elif not above and _nearly_finegrained(key):
+            wrong.append(f"{key} is no key of vllm-ascend's; {FINEGRAINED} is")
     return [Broken("place", "; ".join(wrong))] if wrong else []
+
+
+def _nearly_finegrained(key: str) -> bool:
+    return key != FINEGRAINED and bool(get_close_matches(key, [FINEGRAINED], cutoff=0.85))
 
 
 def _paths(config: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -184,55 +163,7 @@ def _paths(config: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[t
 def _twice(value: object, ascends: Any) -> tuple[Broken, ...]:
     if value is None or ascends == 0:
         return ()
-    message = f"{OPTION} is {value!r} and {_ASCENDS} {ascends!r}: both cut the same layers; leave one of the two out"
+    message = (
+        f"{OPTION} is {value!r} and {FINEGRAINED}.{MLP} {ascends!r}: both cut the same layers; leave one of the two out"
+    )
     return (Broken("twice", message),)
-
-
-def _ascends(additional_config: Mapping[str, Any]) -> Any:
-    """What vllm-ascend's own option is; 0, and all below it, is its way to say that it is off."""
-    nested = additional_config.get(_FINEGRAINED)
-    value = nested.get(_MLP, 0) if isinstance(nested, Mapping) else 0
-    return 0 if isinstance(value, int | float) and value <= 0 else value
-
-
-def _ascend(ascends: Any, setup: Setup) -> tuple[Broken, ...]:
-    """vllm-ascend's own rules, which it says with an assertion or not at all: the first that is broken.
-
-    They hold for 0.18, 0.23 and its main branch of August 2026 (FinegrainedTPConfig in its ascend_config.py,
-    init_ascend_model_parallel in its distributed/parallel_state.py). Its groups are made as if ranks were laid out by
-    stage, data-parallel and tensor-parallel rank; they are by data-parallel rank, stage and tensor-parallel rank.
-    """
-    if ascends == 0:
-        return ()
-    sizes = _divisors(setup.data_parallel_size)
-    if setup.moe is False:
-        message = (
-            f"{_ASCENDS} is {ascends!r}, and the model has no MoE layers: vllm-ascend takes it for models that have "
-            "some; leave it out"
-        )
-        return (Broken("ascend", message),)
-    if not _is_integer(ascends) or ascends not in sizes:
-        message = (
-            f"{_ASCENDS} is {ascends!r}; with data-parallel size {setup.data_parallel_size} it may be {_or(sizes)}"
-        )
-        return (Broken("ascend", message),)
-    if ascends > 1 and setup.pipeline_parallel_size > 1:
-        message = (
-            f"{_ASCENDS} is {ascends}, pipeline-parallel size {setup.pipeline_parallel_size}: vllm-ascend's groups for "
-            f"it mix ranks of different stages; leave it out ({OPTION} splits within a stage)"
-        )
-        return (Broken("stages", message),)
-    return ()
-
-
-def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
-
-
-def _is_integer(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _or(values: list[int]) -> str:
-    *most, last = map(str, values)
-    return f"{', '.join(most)} or {last}" if most else last

@@ -1,7 +1,7 @@
 """`reshard check`."""
 
 import os
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -10,7 +10,7 @@ from reshard.cli.output import Output
 from reshard.cli.parts import OnePart, parse_part
 
 if TYPE_CHECKING:
-    from reshard.checks.report import Report, Request, Serving
+    from reshard.checks.report import Report, Request
 
 _UNREADABLE, _FAILED = 1, 3
 
@@ -41,6 +41,11 @@ def check(
     tensor_parallel_size: Annotated[int | None, typer.Option(help="The engine's; 1 where it is left out.")] = None,
     pipeline_parallel_size: Annotated[int | None, typer.Option(help="The engine's; 1 where it is left out.")] = None,
     part: OnePart = None,
+    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="The engine's.")] = False,
+    kv_role: Annotated[
+        Literal["kv_producer", "kv_consumer", "kv_both"] | None,
+        typer.Option(help="In the engine's --kv-transfer-config; none where that is left out."),
+    ] = None,
     revision: Revision = None,
     index: Index = None,
     strict: Annotated[bool, typer.Option("--strict", help="Warnings fail, too.")] = False,
@@ -55,6 +60,7 @@ def check(
     """
     output = Output(form, quiet=True, debug=debug)
     with output.errors():
+        from reshard import api
         from reshard.checks.report import Request
         from reshard.errors import UsageError
 
@@ -62,7 +68,8 @@ def check(
         targets = [(one, is_config) for path, is_config in given for one in ([path] if is_config else _sets(path))]
         if not targets:
             raise UsageError("nothing to check: give a PATH, or --config FILE")
-        serving = _serving(additional_config, data_parallel_size, tensor_parallel_size, pipeline_parallel_size)
+        serving_sizes = (data_parallel_size, tensor_parallel_size, pipeline_parallel_size)
+        serving = api.serving(_parsed(additional_config), *serving_sizes, enforce_eager=enforce_eager, kv_role=kv_role)
         sizes, what = parse_sizes(tp), parse_part(part)
         request = Request(sizes, scheme, weights, pad, against, device, serving, revision, index, what)
         reports = [_report(output, target, is_config, request) for target, is_config in targets]
@@ -122,18 +129,13 @@ def _write(output: Output, form: str, reports: "list[Report]", strict: bool) -> 
         output.document(forms.document(reports, strict), lambda: forms.text(reports))
 
 
-def _serving(additional: str | None, *sizes: int | None) -> "Serving | None":
-    """The setup, if anything is said of one. Raises UsageError where the additional config is no JSON object.
-
-    sizes: data-, tensor- and pipeline-parallel.
-    """
-    from reshard import api
+def _parsed(additional: str | None) -> dict[str, Any] | None:
+    """The additional config, if one is given. Raises UsageError where it is no JSON object."""
     from reshard.errors import SourceError, UsageError
     from reshard.strict_json import parse_object
 
     try:
         raw = None if additional is None else (additional or "{}").encode(errors="surrogateescape")
-        config = None if raw is None else parse_object(raw, "--additional-config")
+        return None if raw is None else parse_object(raw, "--additional-config")
     except SourceError as error:
         raise UsageError(str(error).removesuffix("; copy or download it again")) from error
-    return api.serving(config, *sizes)

@@ -1,9 +1,6 @@
 """The `reshard` program."""
 
 import gc
-import signal
-import sys
-from types import FrameType
 from typing import Annotated
 
 import typer
@@ -13,12 +10,12 @@ from reshard.cli.check import check
 from reshard.cli.estimate import estimate
 from reshard.cli.inspect import inspect
 from reshard.cli.merge import merge
+from reshard.cli.output import run
 from reshard.cli.schema import schema
+from reshard.cli.signals import end_tidily
 from reshard.cli.split import split
-from reshard.cli.streams import open_streams, say, show_traceback
 from reshard.cli.synth import synth
 from reshard.cli.verify import verify
-from reshard.errors import as_reshard_error
 
 app = typer.Typer(
     name="reshard",
@@ -52,26 +49,9 @@ def _root(
     """
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    """A polite kill unwinds, so that temporary files are removed."""
-    sys.exit(128 + number)
-
-
 def main() -> None:
     """The console script."""
-    open_streams()
-    signal.signal(signal.SIGTERM, _terminate)
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which nohup wants
-        signal.signal(signal.SIGHUP, _terminate)
+    end_tidily()
     # The 91,000 entries of R1's headers hold no cycles; looking for some takes a sixth of `inspect`.
     gc.disable()
-    try:
-        app()
-    except KeyboardInterrupt:
-        say("interrupted")
-        sys.exit(130)
-    except Exception as error:  # what no command's own boundary has: options, --help
-        if "--debug" in sys.argv:
-            show_traceback(error)
-        say(f"error: {as_reshard_error(error)}")
-        sys.exit(1)
+    run(app)

@@ -13,13 +13,30 @@ import typer
 if TYPE_CHECKING:
     from rich.text import Text
 
-from reshard.cli.streams import SafeLines, say, show_traceback, terminal, written
+from reshard.cli.streams import SafeLines, open_streams, say, show_traceback, terminal, written
 from reshard.errors import OutputError, ReshardError, as_reshard_error
 from reshard.safe_text import redacted, safe_line
 
 _INTERRUPTED = 130
 _WHOLE = 10_000  # columns: no cell is cut to fit, a narrow terminal wraps the line
 _LINE_SECONDS = 5.0  # without a terminal: how often a line of progress is written at most
+
+
+def run(call: Callable[[], object]) -> None:
+    """What a process of a program does: its streams, and the last boundary, for what no command's own has."""
+    open_streams()
+    try:
+        call()
+    except typer.Exit as end:
+        sys.exit(end.exit_code)
+    except KeyboardInterrupt:
+        say("interrupted")
+        sys.exit(_INTERRUPTED)
+    except Exception as error:  # of options, --help
+        if "--debug" in sys.argv:
+            show_traceback(error)
+        say(f"error: {as_reshard_error(error)}")
+        sys.exit(1)
 
 
 @dataclass(frozen=True)

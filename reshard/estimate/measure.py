@@ -102,7 +102,7 @@ def _run() -> list[dict[str, float]]:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
-        raise ProfileError(f"--measure: {last}")
+        raise ProfileError(f"--measure: {last.removeprefix('error: ')}")
     found: list[dict[str, float]] = json.loads(done.stdout)
     return found
 

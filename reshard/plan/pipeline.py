@@ -10,14 +10,16 @@ from reshard.checkpoint.description import Checkpoint, Tensor
 from reshard.convert.rules import KEEP, converted
 from reshard.errors import SourceError
 from reshard.fit import fit_digest, require
+from reshard.manifest import Shard
 from reshard.model.parts import Part
 from reshard.plan.plan import Plan, PlannedShard, make_plan
 from reshard.plan.shared_values import check_shared_values
-from reshard.source.base import Range, Source, threads
+from reshard.source.base import Range, Source
 from reshard.source.open import describe
 from reshard.source.shardset import is_shard_set, read_manifest
 from reshard.tensors.byte_grid import BlockReader, StoredReader
 from reshard.tensors.digests import file_digest
+from reshard.workers import Workers
 
 _SAMPLE_ROWS, _SAMPLE_BYTES = 2, 512
 _SMALL_BYTES = 1 << 16
@@ -82,10 +84,13 @@ def check_set_digests(source: Source, workers: int) -> None:
         return
     shards = read_manifest(source).shards
     source.prefetch((shard.file, 0, shard.size) for shard in shards)
-    with threads(workers, source) as pool:
-        digests = pool.map(lambda shard: file_digest(source, shard.file), shards)
-        for shard, digest in zip(shards, digests, strict=True):
-            require(fit_digest(shard.file, digest, shard.blake3), SourceError)
+    pool = Workers(workers, source)
+
+    def check(shard: Shard) -> None:
+        digest = file_digest(source, shard.file, tick=pool.tick)
+        require(fit_digest(shard.file, digest, shard.blake3), SourceError)
+
+    pool.map(check, shards)
 
 
 def wanted(prepared: Prepared, shards: Sequence[PlannedShard]) -> Iterator[Range]:

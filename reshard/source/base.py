@@ -1,9 +1,7 @@
 """What a source offers. A folder is one; the plan and the writer know nothing of what stands behind it."""
 
 import abc
-import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -18,6 +16,7 @@ from reshard.safe_text import without_secrets
 from reshard.strict_json import check_size
 from reshard.tensors import header
 from reshard.tensors.header import Header
+from reshard.workers import Workers
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -44,10 +43,6 @@ class Origin:
         # It goes into manifests, which others read: a name that is no UTF-8 is spelt out there.
         name = without_secrets(self.name).encode("utf-8", "backslashreplace").decode()
         object.__setattr__(self, "name", name)
-
-
-class Cancelled(Exception):
-    """A call was told to end; what it was to bring is no longer wanted."""
 
 
 class Source(abc.ABC):
@@ -120,19 +115,6 @@ class Source(abc.ABC):
         self.close()
 
 
-@contextlib.contextmanager
-def threads(count: int, *sources: Source) -> Iterator[ThreadPoolExecutor]:
-    """Threads that read from sources. Where the block fails or is interrupted, none of them waits for bytes."""
-    with ThreadPoolExecutor(count) as pool:
-        try:
-            yield pool
-        except BaseException:
-            for source in sources:
-                source.cancel()
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
 def merged(ranges: Iterable[Range]) -> Iterator[Range]:
     """Ranges in their order, those that follow on from the one before joined to it."""
     last: Range | None = None
@@ -174,8 +156,8 @@ def try_headers(source: Source, files: Sequence[str]) -> dict[str, Header | Head
         except HeaderError as error:
             return error
 
-    with threads(max(1, min(_HEADERS_AT_ONCE, len(files))), source) as pool:
-        return dict(zip(files, pool.map(attempt, files), strict=True))
+    workers = Workers(max(1, min(_HEADERS_AT_ONCE, len(files))), source)
+    return dict(zip(files, workers.map(attempt, files), strict=True))
 
 
 def read_file(source: Source, file: str, most: int = JSON_BYTES) -> bytes:

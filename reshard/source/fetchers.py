@@ -12,7 +12,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from reshard.source.base import Cancelled
+from reshard.workers import Cancelled
 
 _T = TypeVar("_T")
 

@@ -70,6 +70,12 @@ def _followed(client: httpx.Client, request: httpx.Request) -> httpx.Response:
         if len(history) == client.max_redirects:
             raise httpx.TooManyRedirects("too many redirects", request=request)
         history.append(response)
+        if request.url.scheme == "https" and response.next_request.url.scheme == "http":
+            there, other = (str(url).partition("?")[0] for url in (request.url, response.next_request.url))
+            raise SourceError(
+                f"{there}: redirects from https to {other}, where anybody on the way could answer; nothing was asked "
+                "for there: mend the redirect, or give an http:// address if that is meant"
+            )
         request = response.next_request
 
 

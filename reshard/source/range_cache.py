@@ -23,12 +23,12 @@ from typing import IO, Protocol, TypeVar
 
 from reshard import limits
 from reshard.errors import SourceError, SpaceError
-from reshard.interruptible import interruptible
 from reshard.source.base import MISSING, Bytes, Origin, Range, Source, merged
 from reshard.source.fetchers import Fetchers, result_of
 from reshard.source.retry import Backoff, Fault, Notify, RetryPolicy
 from reshard.source.watched import watched
 from reshard.tensors.rows import RowReader
+from reshard.workers import interruptible
 
 _CONNECTIONS = 8
 _REQUEST_BYTES = 8 << 20

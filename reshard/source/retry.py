@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from reshard import limits
 from reshard.errors import SourceError
-from reshard.source.base import Cancelled
+from reshard.workers import Cancelled
 
 Notify = Callable[[str], None]
 

@@ -27,7 +27,8 @@ from reshard.verification.expect import expect, misfits, read_headers
 from reshard.verification.gate import F64
 from reshard.verification.layer import Run, Sum, Tick, partial_sum, unsplit
 from reshard.verification.one_linear import random_input, split_linear, unsplit_linear
-from reshard.verification.reference import Grid, LinearGrids, Reference, stored_grid
+from reshard.verification.reference import WORKERS, Grid, LinearGrids, Reference, stored_grid
+from reshard.workers import Workers
 
 _OTHER_ROUNDINGS = 16
 
@@ -65,7 +66,7 @@ def compare_computation(
     has_config = CONFIG in checkpoint.side_files
     left_out: dict[str, list[int]] = {}
     x_HT = np.random.default_rng(seed).standard_normal((checkpoint.model.hidden_size, tokens))
-    reference = Reference(source, manifest)
+    reference, workers = Reference(source, manifest), Workers(WORKERS, shards, source)
     headers, unreadable = read_headers(shards, manifest)
     if unreadable:
         return unreadable, []
@@ -80,7 +81,7 @@ def compare_computation(
         except MismatchError as error:
             findings.append(Finding("computation", layer.module, f"not computed: {error}"))
             continue
-        runs = Run(tick), Run(tick, terms=False)
+        runs = Run(workers, tick), Run(workers, tick, terms=False)
         if activation is not None:
             sums = unsplit(whole, activation, x_HT, runs[0])
             split_HT = np.zeros_like(sums.value)

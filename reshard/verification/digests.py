@@ -10,8 +10,9 @@ from reshard.checks.finding import Finding
 from reshard.errors import HeaderError
 from reshard.fit import Misfit, fit_digest, fit_files, fit_names, fit_rank, fit_side_file, fit_tensors
 from reshard.manifest import Manifest, Shard
-from reshard.source.base import Source, read_file, read_header, threads
+from reshard.source.base import Source, read_file, read_header
 from reshard.tensors.header import Header
+from reshard.workers import Workers
 
 Tick = Callable[[int], None]
 
@@ -21,9 +22,14 @@ def verify_digests(source: Source, manifest: Manifest, workers: int, tick: Tick)
     misfits = list(_misfits(source, manifest))
     wrong = {misfit.file for misfit in misfits}
     shards = [shard for shard in manifest.shards if shard.file not in wrong]
-    with threads(workers, source) as pool:
-        for found in pool.map(lambda shard: list(_check_shard(source, shard, manifest, tick)), shards):
-            misfits += found
+    pool = Workers(workers, source)
+
+    def step(nbytes: int) -> None:
+        pool.tick(nbytes)
+        tick(nbytes)
+
+    for found in pool.map(lambda shard: list(_check_shard(source, shard, manifest, step)), shards):
+        misfits += found
     return [Finding(misfit.rule, misfit.file, misfit.message) for misfit in misfits]
 
 

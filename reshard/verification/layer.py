@@ -8,8 +8,7 @@ Shapes: T tokens, H hidden_size, I intermediate_size, L a rank's share of I; x_H
 # ruff: noqa: N803, N806 - the suffixes are shapes
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from reshard.model.parts import DOWN, GATE, GATE_UP, UP
 from reshard.schemes.table import Arithmetic, Operand
 from reshard.verification.gate import F64, carried, gated
 from reshard.verification.reference import BLOCK_ELEMENTS, WORKERS, Grid, LinearGrids, Values, scaled
+from reshard.workers import Workers
 
 Tick = Callable[[int], None]
 
@@ -40,6 +40,7 @@ class Sum:
 class Run:
     """`exact`: no token is quantized. `terms`: whether those of `Sum` are computed."""
 
+    workers: Workers = field(default_factory=lambda: Workers(WORKERS))
     tick: Tick = lambda n: None
     exact: bool = False
     terms: bool = True
@@ -121,17 +122,16 @@ def _product(weight: Grid, values: Values, x: Sum, run: Run) -> Sum:
     shape = (weight.rows, x.value.shape[1])
     value, terms = np.empty(shape), np.zeros(shape)
 
-    def multiply(top: int, bottom: int) -> int:
+    def multiply(block: tuple[int, int]) -> int:
+        top, bottom = block
         with np.errstate(all="ignore"):  # a thread has its own
-            block = values(top, bottom).astype(np.float64)
-            _matmul(block, x.value, value[top:bottom])
+            found = values(top, bottom).astype(np.float64)
+            _matmul(found, x.value, value[top:bottom])
             if run.terms:
-                _matmul(np.abs(block, out=block), x.terms, terms[top:bottom])
+                _matmul(np.abs(found, out=found), x.terms, terms[top:bottom])
         return (bottom - top) * weight.row_bytes
 
-    with ThreadPoolExecutor(WORKERS) as pool:
-        for nbytes in pool.map(multiply, *zip(*weight.blocks(weight.columns, BLOCK_ELEMENTS), strict=True)):
-            run.tick(nbytes // 2)
+    run.workers.each(multiply, weight.blocks(weight.columns, BLOCK_ELEMENTS), lambda nbytes: run.tick(nbytes // 2))
     return Sum(value, terms)
 
 

@@ -6,7 +6,6 @@ records.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,13 +17,14 @@ from reshard.errors import MismatchError
 from reshard.manifest import Manifest
 from reshard.model.naming import MANIFEST, linear_name
 from reshard.model.parts import Module
-from reshard.source.base import Bytes, Source, threads
+from reshard.source.base import Bytes, Source
 from reshard.tensors.dtypes import itemsize
 from reshard.tensors.header import Header, TensorInfo
 from reshard.tensors.numeric import storage, to_f32
 from reshard.tensors.rows import Memory
 from reshard.verification.expect import Expected, Piece, expect, misfits, read_headers
 from reshard.verification.reference import BLOCK_BYTES, BLOCK_ELEMENTS, WORKERS, Grid, LinearGrids, Reference
+from reshard.workers import Workers
 
 Tick = Callable[[int], None]
 _MEMORY = Memory()
@@ -40,7 +40,7 @@ def compare_with_source(
     findings = [*compare_identity(manifest, checkpoint), *compare_model(manifest, checkpoint)]
     headers, unreadable = read_headers(shards, manifest)
     findings += unreadable
-    reference = Reference(source, manifest)
+    reference, workers = Reference(source, manifest), Workers(WORKERS, shards, source)
     wanted: dict[int, set[str]] = {rank: set() for rank in headers}
     for layer in checkpoint.layers:
         _prefetch(shards, manifest, headers, source, layer)
@@ -56,8 +56,7 @@ def compare_with_source(
                     wanted[rank] |= {tensor for tensor in header.tensors if tensor.rpartition(".")[0] == name}
                 continue
             findings += _check_scheme(manifest, layer.index, module, linears[0])
-            with threads(WORKERS, shards, source) as pool:
-                findings += _compare_group(pool, shards, manifest, headers, linears, expected, tick)
+            findings += _compare_group(workers, shards, manifest, headers, linears, expected, tick)
             for rank, tensors in expected.items():
                 wanted[rank] |= {tensor.name for tensor in tensors}
     for rank, header in headers.items():
@@ -111,7 +110,7 @@ class _Target:
 
 
 def _compare_group(
-    pool: ThreadPoolExecutor,
+    workers: Workers,
     shards: Source,
     manifest: Manifest,
     headers: Mapping[int, Header],
@@ -132,10 +131,15 @@ def _compare_group(
     stored = [grid for linear in linears for grid in linear.tensors.values()]
     zeros = [target.piece.grid for target in targets if target.piece.grid.is_zeros]
     steps = (step for grid in (*stored, *zeros) for step in _steps(grid))
-    for differences, nbytes in pool.map(lambda step: _compare(shards, targets, *step), steps):
+
+    def compare(step: tuple[Grid, int, int]) -> list[Finding]:
+        differences, nbytes = _compare(shards, targets, *step)
+        tick(nbytes)
+        return differences
+
+    for differences in workers.map(compare, steps):
         for difference in differences:  # in the order of the steps: a tensor's first one stays
             found.setdefault(difference.where, difference)
-        tick(nbytes)
     return list(found.values())
 
 

@@ -19,8 +19,8 @@ from reshard import limits
 from reshard.errors import OutputError, UsageError
 from reshard.manifest import Shard
 from reshard.safe_text import one_line
-from reshard.source.base import Cancelled
 from reshard.source.filesystems import missing_package
+from reshard.workers import Cancelled
 from reshard.writer.file import DirectFile
 from reshard.writer.folder import OutputFolder, check_space
 from reshard.writer.target import Tick

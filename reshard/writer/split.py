@@ -16,13 +16,13 @@ from reshard.manifest import Shard
 from reshard.model.naming import MANIFEST
 from reshard.plan.pipeline import Prepared, wanted
 from reshard.plan.plan import Plan, PlannedShard
+from reshard.workers import Workers
 from reshard.writer.file import DirectFile
 from reshard.writer.open import open_target
 from reshard.writer.records import Records, other_set
 from reshard.writer.stream import ShardStream
 from reshard.writer.target import Target, Tick, contents, record_file, stale, take_manifest_away
 from reshard.writer.team import Place, Team, share
-from reshard.writer.workers import Workers
 
 # More than this machine's cores: while one waits for the disk, another cuts and hashes.
 DEFAULT_WORKERS = min(8, 2 * len(os.sched_getaffinity(0)))

@@ -16,8 +16,11 @@ from reshard.tensors.dtypes import RANKS_IN_OWN_TYPE
 
 _Bytes = npt.NDArray[np.uint8]
 
-# What a rank sends in one message with its counts (70 BF16 tokens of 7168); more follows in a collective of its own.
-_AT_ONCE = 1 << 20
+# What a rank sends to all others with its counts (73 BF16 tokens of 7168 of 4 ranks, 31 of 8). More follows
+# in messages of its own: each of those costs, and so does the copy that gloo wants for each other rank.
+_AT_ONCE = 3 << 20
+_ROWS_TAG = 0x7265
+"""Of those messages: nobody else's on the group."""
 # torch 2.13 renamed them, and warns of the names that torch before it has.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -89,12 +92,13 @@ class PairwiseCollectives(Collectives):
         rank, size = self._group.rank(), self._group.size()
         told, own = _bytes_of(counts or [len(rows_PW)] * size), _bytes(rows_PW)
         ahead, stop = len(told), len(told) + len(own)
-        at_once = stop <= _AT_ONCE
+        at_once = stop <= _room(size)
         others = self._exchange(told, own if at_once else own[:0])
-        if not at_once:
-            return super().gather(rows_PW, out)
         if out is None:
             out = rows_PW.new_empty(size * len(rows_PW), rows_PW.shape[1])
+        if not at_once:
+            self._exchange_rows(rows_PW.contiguous(), out)
+            return out
         by_rank = _bytes(out).reshape(size, -1)
         by_rank[:rank], by_rank[rank], by_rank[rank + 1 :] = others[:rank, ahead:stop], own, others[rank:, ahead:stop]
         return out
@@ -112,12 +116,13 @@ class PairwiseCollectives(Collectives):
         return _sum(self.gather(partial_PH, counts=counts), self._group.size())
 
     def _exchange(self, told: _Bytes, own: _Bytes) -> _Bytes:
-        """The others' `told`, which must be this rank's, and `own`: [R - 1, _AT_ONCE], set as far as they sent any."""
+        """The others' `told`, which must be this rank's, and `own`: [R - 1, _room(R)], set as far as they sent any."""
         rank, others = self._group.rank(), self._group.size() - 1
+        room = _room(others + 1)
         message = np.empty((others, len(told) + len(own)), np.uint8)
         message[:, : len(told)], message[:, len(told) :] = told, own
-        received = np.empty((others, _AT_ONCE), np.uint8)
-        awaited, sent = [_AT_ONCE] * others, [message.shape[1]] * others
+        received = np.empty((others, room), np.uint8)
+        awaited, sent = [room] * others, [message.shape[1]] * others
         for sizes in (awaited, sent):
             sizes.insert(rank, 0)
         into, of = (torch.from_numpy(each.reshape(-1)) for each in (received, message))
@@ -127,6 +132,16 @@ class PairwiseCollectives(Collectives):
             by_rank.insert(rank, told.view(np.int64).tolist())
             check_counts(by_rank)
         return received
+
+    def _exchange_rows(self, own: torch.Tensor, out: torch.Tensor) -> None:
+        """Every rank's rows, by rank, from and into the tensors' own memory: gloo's all_gather copies them twice."""
+        rank, by_rank = self._group.rank(), out.chunk(self._group.size())
+        others = [*range(rank + 1, len(by_rank)), *range(rank)]  # not all to the same one first
+        awaited = [dist.irecv(by_rank[r], group=self._group, tag=_ROWS_TAG, group_src=r) for r in others]
+        sent = [dist.isend(own, group=self._group, tag=_ROWS_TAG, group_dst=r) for r in others]
+        by_rank[rank].copy_(own)
+        for message in awaited + sent:
+            message.wait()
 
 
 def check_counts(by_rank: Sequence[Sequence[int]]) -> None:
@@ -146,6 +161,11 @@ def _bytes(rows: torch.Tensor) -> _Bytes:
 
 def _bytes_of(counts: Sequence[int]) -> _Bytes:
     return np.array(counts, np.int64).view(np.uint8)
+
+
+def _room(ranks: int) -> int:
+    """Bytes of the first message that is awaited from each other rank: the counts, and rows if there are few."""
+    return max(len(_bytes_of([0] * ranks)), _AT_ONCE // max(1, ranks - 1))
 
 
 def _shown(counts: Sequence[int]) -> str:

@@ -10,7 +10,6 @@ again in a temporary folder.
 
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,15 +21,20 @@ import torch
 import torch.distributed as dist
 import typer
 
-from reshard.errors import GroupError, ReshardError, ShardError
+from reshard.cli.options import Debug
+from reshard.cli.output import Output, run
+from reshard.errors import GroupError, ShardError
 from reshard.model.activation import not_computed
 from reshard.plan.pipeline import Cut, prepare
 from reshard.source.open import describe, open_source
 from reshard.verification.layer import unsplit_layer
 from reshard.verification.reference import stored_linear
 from reshard.writer.split import SplitOptions, write_shards
+from reshard.writer.team import read_place
 from reshard_runtime.ffn import DenseFFN
+from reshard_runtime.group import agreement
 from reshard_runtime.loader import load_shard, read_manifest
+from reshard_runtime.processes import rank_output, spawn
 
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 _TIMEOUT = timedelta(seconds=300)
@@ -42,24 +46,22 @@ def main(
     shards: Annotated[Path, typer.Argument(help="A shard set.")],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each rank.")] = 8,
     device: Annotated[str, typer.Option(help="cpu, cuda or npu.")] = "cpu",
+    debug: Debug = False,
 ) -> None:
     """Run the split layers of a shard set and compare them with the unsplit ones."""
-    try:
+    with Output("human", quiet=True, debug=debug).errors():
         tp_size = _tp_size(shards)
         if device not in _BACKENDS:
             raise GroupError(f"--device is {device}; it may be {', '.join(_BACKENDS)}")
+        given = (shards, tokens, device, debug)
         if "RANK" in os.environ:
-            started = int(os.environ["WORLD_SIZE"])
-            if started != tp_size:
-                raise GroupError(f"{shards} is cut for {tp_size} ranks, torchrun started {started} processes")
-            _process(int(os.environ["RANK"]), tp_size, "env://", shards, tokens, device)
+            place = read_place()
+            if place.size != tp_size:
+                raise GroupError(f"{shards} is cut for {tp_size} ranks, torchrun started {place.size} processes")
+            _process(place.number, tp_size, "env://", *given)
         else:
             with tempfile.TemporaryDirectory() as folder:
-                place = (tp_size, f"file://{folder}/ranks", shards, tokens, device)
-                torch.multiprocessing.spawn(_process, place, nprocs=tp_size)
-    except ReshardError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        raise typer.Exit(error.exit_code) from None
+                spawn(_process, tp_size, tp_size, f"file://{folder}/ranks", *given)
 
 
 def _tp_size(shards: Path) -> int:
@@ -72,21 +74,23 @@ def _tp_size(shards: Path) -> int:
     return manifest.tp_size
 
 
-def _process(rank: int, tp_size: int, meeting: str, shards: Path, tokens: int, device: str) -> None:
+def _process(rank: int, tp_size: int, meeting: str, shards: Path, tokens: int, device: str, debug: bool) -> None:
     """One of the group."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // tp_size))
-    place = torch.device(device if device == "cpu" else f"{device}:{os.environ.get('LOCAL_RANK', rank)}")
-    dist.init_process_group(_BACKENDS[device], init_method=meeting, rank=rank, world_size=tp_size, timeout=_TIMEOUT)
-    for line in run(dist.group.WORLD, shards, tokens, place):
-        print(line)  # noqa: T201
-    dist.barrier()
-    dist.destroy_process_group()
+    with rank_output(rank, tp_size, debug) as output:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // tp_size))
+        place = torch.device(device if device == "cpu" else f"{device}:{os.environ.get('LOCAL_RANK', rank)}")
+        dist.init_process_group(_BACKENDS[device], init_method=meeting, rank=rank, world_size=tp_size, timeout=_TIMEOUT)
+        for line in compared(dist.group.WORLD, shards, tokens, place):
+            output.text(line)
+        dist.barrier()
+        dist.destroy_process_group()
 
 
-def run(group: dist.ProcessGroup, shards: Path, tokens: int, place: torch.device) -> list[str]:
+def compared(group: dist.ProcessGroup, shards: Path, tokens: int, place: torch.device) -> list[str]:
     """Run every layer with `tokens` tokens of each rank; what is to be said of it, on rank 0."""
     rank, start = group.rank(), time.perf_counter()
-    shard = load_shard(shards, rank, place, tp_size=group.size())
+    with agreement(group):
+        shard = load_shard(shards, rank, place, tp_size=group.size())
     layers = {index: DenseFFN(layer, group) for index, layer in shard.layers.items()}
     loaded = time.perf_counter() - start
     outputs, seconds = {}, {}
@@ -160,4 +164,4 @@ def _error(y_TH: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(lambda: typer.run(main))

@@ -6,19 +6,23 @@ ranks work at the same time, as they do when they serve, so that what they share
 """
 
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
+import typer
 
+from reshard.cli.options import Debug
+from reshard.cli.output import Output, run
 from reshard.model.activation import SILU, Activation
 from reshard_runtime.kernels.cpu import CpuKernels
+from reshard_runtime.processes import rank_output, spawn
 
 # A quarter of DeepSeek-R1's gate_up_proj: 264 MB as float32, 66 MB as int8, more than a share of any cache.
 _ROWS, _COLUMNS = 9216, 7168
@@ -104,21 +108,27 @@ def _shortest(group: dist.ProcessGroup, call: Callable[[], object], calls: int =
     return min(took[1:]) / calls
 
 
-def _rank(rank: int, size: int, threads: int, folder: str) -> None:
+def _rank(rank: int, size: int, threads: int, folder: str, debug: bool) -> None:
     """Meet the others in a folder, measure, and leave the figures there."""
-    torch.set_num_threads(threads)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size, timeout=_TIMEOUT)
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(measure(dist.group.WORLD)))
-    dist.destroy_process_group()
+    with rank_output(rank, size, debug):
+        torch.set_num_threads(threads)
+        meeting = f"file://{folder}/meet"
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size, timeout=_TIMEOUT)
+        (Path(folder) / f"{rank}.json").write_text(json.dumps(measure(dist.group.WORLD)))
+        dist.destroy_process_group()
 
 
-def main() -> None:
+def main(
+    processes: Annotated[int, typer.Argument(min=2)],
+    threads: Annotated[int, typer.Argument(min=1)],
+    debug: Debug = False,
+) -> None:
     """Measure in processes of their own; where one fails, the others are ended."""
-    size, threads = (int(argument) for argument in sys.argv[1:])
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_rank, (size, threads, folder), size)
-        print(json.dumps([json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(size)]))  # noqa: T201
+    output = Output("human", quiet=True, debug=debug)
+    with output.errors(), tempfile.TemporaryDirectory() as folder:
+        spawn(_rank, processes, processes, threads, folder, debug)
+        output.json([json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(processes)])
 
 
 if __name__ == "__main__":
-    main()
+    run(lambda: typer.run(main))

@@ -119,6 +119,10 @@ def test_the_action_hands_every_input_on(action: dict[str, Any], tmp_path: Path)
     ascends["additional_config"] = ascends["additional_config"].replace("1", "2")
     assert code(**ascends, data_parallel_size="2") == 0
     assert code(**ascends, data_parallel_size="2", pipeline_parallel_size="2") == 3
+    ascends["additional_config"] = ascends["additional_config"].replace("mlp", "oproj")
+    assert code(**ascends, data_parallel_size="2", kv_role="kv_consumer") == 0
+    assert code(**ascends, data_parallel_size="2", kv_role="kv_producer") == 3
+    assert code(**ascends, data_parallel_size="2", kv_role="kv_consumer", enforce_eager="true") == 3
     assert code(paths=str(R1), scheme="bf16", tp="32") == 0
     assert code(paths=str(R1), tp="8", device="npu") == 0
     assert code(paths=str(R1), tp="8", device="npu", strict="true") == 3
@@ -270,6 +274,8 @@ def test_the_fixture_passes_fails_and_says_why(pytester: pytest.Pytester) -> Non
         ({"data_parallel_size": 0}, "data-parallel size: expected a whole number from 1 to 99999, got 0"),
         ({"tensor_parallel_size": "2"}, "tensor-parallel size: expected a whole number from 1 to 99999, got '2'"),
         ({"pipeline_parallel_size": True}, "pipeline-parallel size: expected a whole number from 1 to 99999, got True"),
+        ({"kv_role": "consumer"}, "kv role 'consumer': there are kv_producer, kv_consumer, kv_both"),
+        ({"enforce_eager": 1}, "enforce eager: expected true or false, got 1"),
         ({"additional_config": "{}"}, "additional config: expected a mapping of options, got '{}'"),
     ],
 )

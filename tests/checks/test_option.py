@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reshard.checks.serving_option import OPTION, Setup, broken_rules, option_of
+from reshard.checks.serving_option import OPTION, broken_rules, option_of
+from reshard.checks.setup import Setup
 
 
 def _messages(value: object, setup: Setup, shards: int | None = None, **more: object) -> list[str]:

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import socket
 import struct
 import subprocess
 import sys
@@ -422,4 +423,5 @@ def test_the_process_that_fails_first_is_the_error_and_the_others_are_ended(monk
     monkeypatch.setattr("reshard.estimate.measure.MODULE", "tests.support.measure_little")
     monkeypatch.setenv("MEASURE_FAILS", "1")
     done = reshard("estimate", "--measure")
-    assert (done.code, done.out, done.err) == (1, "", "error: --measure: OSError: no such device\n")
+    said = f"error: --measure: process 1 of 2 ({socket.gethostname()}): OSError: no such device; see to it"
+    assert (done.code, done.out, done.err) == (1, "", f"{said} and start again\n")

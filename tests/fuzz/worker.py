@@ -126,9 +126,10 @@ def _judge(run: Run) -> Verdict:
 def _call(run: Run) -> tuple[int | None, str | None]:
     """The exit code, or the exception that got out."""
     from reshard.cli.main import main
+    from reshard.cli.signals import ENDING
     from reshard.errors import ReshardError
 
-    arguments, handlers = sys.argv, {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    arguments, handlers = sys.argv, {number: signal.getsignal(number) for number in ENDING}
     try:
         if run.call is not None:
             try:

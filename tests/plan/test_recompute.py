@@ -267,6 +267,8 @@ OF_NONE: dict[str, Any] = {
     "conversion": {"rule": "cast_to_bf16", "inputs": []},
     "commit": "a" * 40,
     "limit": 2.0,
+    "vocab_size": 4096,
+    "attention_size": 512,
 }
 
 

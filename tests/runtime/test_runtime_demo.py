@@ -1,15 +1,18 @@
 """`python -m reshard_runtime.demo` on whole shard sets."""
 
+import importlib
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
 import typer
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from reshard.plan.pipeline import Cut
 from reshard_runtime import demo
@@ -36,7 +39,7 @@ def _shards(tmp_path: Path, recipe: str, tp_size: int, config: dict[str, str] | 
 def test_says_what_ranks_hold_and_how_far_they_are_off(
     ranks: Callable[[int], Ranks], tmp_path: Path, recipe: str, bound: float
 ) -> None:
-    first, others = ranks(2).run(demo.run, _shards(tmp_path, recipe, 2), 5, torch.device("cpu"))
+    first, others = ranks(2).run(demo.compared, _shards(tmp_path, recipe, 2), 5, torch.device("cpu"))
     assert others == []
     for rank in range(2):
         assert re.match(rf"rank {rank}: denseffn-rank-0000{rank}-of-00002.safetensors, [0-9.]+ MiB in 2 ", first[rank])
@@ -57,6 +60,39 @@ def test_as_a_command(tmp_path: Path, torchrun: bool) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\nlayer ") == 2
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_says_so_in_one_line(tmp_path: Path) -> None:
+    """And the others, whom it was told."""
+    shards = _shards(tmp_path, "bf16", 2)
+    os.truncate(shards / "denseffn-rank-00001-of-00002.safetensors", 100)
+    done = subprocess.run(
+        [sys.executable, "-m", "reshard_runtime.demo", str(shards)],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    lines = done.stderr.splitlines()
+    wrong = rf"{shards}/denseffn-rank-00001-of-00002.safetensors: 100 bytes, manifest.json says \d+"
+    own = [line for line in lines if re.match(rf"error: process 1 of 2 \(.*\): {wrong}", line)]
+    others = [line for line in lines if re.match(rf"error: process 0 of 2 \(.*\): rank 1 of the group .*{wrong}", line)]
+    assert len(own) == 1
+    assert lines == [*own, *others] or lines == [*others, *own]
+
+
+@pytest.mark.parametrize("program", ["demo", "measure"])
+def test_what_nobody_foresaw_is_a_line(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
+    def refuse(*_: object) -> NoReturn:
+        raise KeyError("first\x1b\nsecond")
+
+    module = importlib.import_module(f"reshard_runtime.{program}")
+    monkeypatch.setattr(module, "read_manifest" if program == "demo" else "spawn", refuse)
+    done = _run(module.main, ["nowhere"] if program == "demo" else ["2", "1"])
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert re.fullmatch(r"error: unforeseen: KeyError: '?first.*second'?; run again with --debug, .*\n", done.stderr)
 
 
 @pytest.mark.parametrize(
@@ -82,9 +118,13 @@ def test_an_activation_that_is_not_known_is_one_line_too(tmp_path: Path) -> None
 
 
 def _refused(arguments: list[str], message: str) -> None:
-    app = typer.Typer()
-    app.command()(demo.main)
-    done = CliRunner().invoke(app, arguments)
+    done = _run(demo.main, arguments)
     assert done.exit_code == 1
     assert done.stderr.startswith(f"error: {message}")
     assert done.stderr.count("\n") == 1
+
+
+def _run(main: Callable[..., None], arguments: list[str]) -> Result:
+    app = typer.Typer()
+    app.command()(main)
+    return CliRunner().invoke(app, arguments)

@@ -258,7 +258,7 @@ def _summed(group: dist.ProcessGroup, dtype: torch.dtype, each: int) -> list[tup
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("size", "each"), [(2, 3), (4, 3), (2, 80_000)])  # the last are more than a message
+@pytest.mark.parametrize(("size", "each"), [(1, 3), (2, 3), (4, 3), (4, 30_000)])  # the last are more than a message
 def test_collectives(ranks: Callable[[int], Ranks], size: int, each: int, dtype: torch.dtype) -> None:
     rows = [torch.randn(size * each, 5, generator=torch.Generator().manual_seed(r)).to(dtype) for r in range(size)]
     total = rows[0].float()
@@ -274,6 +274,22 @@ def test_collectives(ranks: Callable[[int], Ranks], size: int, each: int, dtype:
         assert pairwise[1].dtype == pairwise[2].dtype == torch.float32
         assert torch.equal(pairwise[1], total[own])  # by rank, in float32: to the bit
         assert torch.equal(pairwise[2], total)
+
+
+def _many_and_few(group: dist.ProcessGroup) -> tuple[Said, list[bool]]:
+    collectives, rows = PairwiseCollectives(group), torch.arange(400_000.0).reshape(-1, 4) + group.rank()
+    said = _error(lambda: collectives.gather(rows if group.rank() == 1 else rows[:5]))
+    some = (rows, rows[:5], rows[:, :3])
+    wanted = [torch.cat([own - group.rank() + rank for rank in range(4)]) for own in some]
+    return said, [torch.equal(collectives.gather(own), all_of) for own, all_of in zip(some, wanted, strict=True)]
+
+
+def test_rows_that_take_messages_of_their_own(ranks: Callable[[int], Ranks]) -> None:
+    """Also where only one rank has so many, and behind that; rows that are not contiguous."""
+    for said, same in ranks(4).run(_many_and_few):
+        assert said is not None
+        assert "differ: [5, 5, 5, 5] on rank 0 of the group, [100000, 100000, 100000, 100000] on rank 1;" in said[1]
+        assert same == [True] * 3
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=9), st.integers(1, 4))

@@ -18,6 +18,7 @@ from reshard.source import open as open_module
 from reshard.source.hub import find_repository
 from reshard.source.retry import RetryPolicy
 from tests.support.builders import Spec, build
+from tests.support.certificate import make as make_certificate
 from tests.support.hub_server import COMMIT, REPO, Asked, Handler, Hub, serving
 from tests.support.running import Done, reshard, reshard_process, same_but_for_the_origin, split
 from tests.support.s3 import environment as s3_environment
@@ -291,6 +292,26 @@ def test_a_password_does_not_follow_a_redirect_to_another_host(hub: Hub, built: 
     by_turns = [asked.authorization for asked in hub.asked if asked.is_data]
     assert by_turns.count(None) == len(by_turns) / 2
     assert {asked.authorization for asked in hub.asked} == {None, "Basic dXNlcjphLXBhc3N3b3Jk"}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("part", ["listing", "data"])
+def test_https_does_not_lead_to_http(hub: Hub, tmp_path: Path, source: str, part: str) -> None:
+    """A server that is asked by TLS, and sends its client to `hub`, which is not."""
+    certificate = make_certificate(tmp_path / "own.pem")
+
+    def elsewhere(handler: Handler, asked: Asked) -> bool:
+        meant = is_listing(asked) if part == "listing" else asked.is_data or "/resolve/" in asked.path
+        if meant:
+            handler.answer(302, headers={"Location": f"{hub.url}{handler.path}"})
+        return meant
+
+    with serving(Hub(hub.commits, fault=elsewhere), certificate) as safe:
+        place = address(safe, source).replace("https://", "https://user:a-password@")
+        environment = {"SSL_CERT_FILE": str(certificate), "HF_ENDPOINT": safe.url, "HF_HUB_OFFLINE": "0"}
+        done = reshard_process("inspect", place, **environment)
+    refused(done, f"{safe.url}/.*: redirects from https to {hub.url}/.*; nothing was asked for there")
+    assert hub.asked == []
 
 
 # --- listings ---

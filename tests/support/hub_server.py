@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import re
+import ssl
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -239,10 +240,15 @@ def bucket_list(sizes: dict[str, int]) -> bytes:
 
 
 @contextmanager
-def serving(hub: Hub) -> Iterator[Hub]:
-    """The hub, answering at `hub.url` until the block ends."""
+def serving(hub: Hub, certificate: Path | None = None) -> Iterator[Hub]:
+    """The hub, answering at `hub.url` until the block ends. certificate: with its key, then by https."""
     server = _Server(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
-    hub.url = f"http://127.0.0.1:{server.server_address[1]}{hub.prefix}"
+    if certificate is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    scheme = "http" if certificate is None else "https"
+    hub.url = f"{scheme}://127.0.0.1:{server.server_address[1]}{hub.prefix}"
     hub.store = f"http://localhost:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()

@@ -4,6 +4,9 @@ import os
 import signal
 from typing import Any
 
+import typer
+
+from reshard.cli.output import run
 from reshard_runtime import measure
 
 measure._ROUNDS = measure._CALLS = measure._EXCHANGES = 3
@@ -14,10 +17,10 @@ def fail(group: Any) -> dict[str, float]:
     """The last one fails, the other waits for ever."""
     if group.rank() == 0:
         signal.pause()
-    raise OSError("no such device")
+    raise OSError(6, "no such device")
 
 
 if "MEASURE_FAILS" in os.environ:
     measure.measure = fail
 if __name__ == "__main__":
-    measure.main()
+    run(lambda: typer.run(measure.main))

@@ -64,13 +64,14 @@ def interrupted(
     by: signal.Signals = signal.SIGINT,
     line: bool = False,
     environment: Mapping[str, str] | None = None,
+    before: str = "",
 ) -> Done:
     """The command line in a process of its own, which gets a Ctrl-C, or another signal, once the event is set.
 
-    line: and a line was said on stderr.
+    line: and a line was said on stderr. before: Python that runs first in it.
     """
     process = subprocess.Popen(
-        [sys.executable, "-c", "from reshard.cli.main import main; main()", *map(str, arguments)],
+        [sys.executable, "-c", f"{before}\nfrom reshard.cli.main import main\nmain()", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

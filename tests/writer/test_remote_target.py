@@ -15,10 +15,11 @@ import pytest
 
 from reshard.errors import OutputError, SourceError, SpaceError, UsageError
 from reshard.plan.pipeline import Cut, prepare
-from reshard.source.base import Bytes, Cancelled
+from reshard.source.base import Bytes
 from reshard.source.filesystems import same_place
 from reshard.source.folder import FolderSource
 from reshard.source.open import open_source
+from reshard.workers import Cancelled
 from reshard.writer.file import DirectFile
 from reshard.writer.open import open_target
 from reshard.writer.remote import RemoteTarget

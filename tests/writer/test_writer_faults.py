@@ -258,7 +258,7 @@ def signal_at(arguments: list[str], out: Path, moment: str, number: signal.Signa
     [(signal.SIGKILL, -9, moment) for moment in MOMENTS]
     + [
         (number, status, "the first temporary file")
-        for number, status in ((signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130))
+        for number, status in ((signal.SIGTERM, 143), (signal.SIGXCPU, 152), (signal.SIGINT, 130))
     ],
 )
 def test_the_command_is_killed(

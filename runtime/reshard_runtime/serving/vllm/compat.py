@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from reshard.checks.serving_option import OPTION, Setup, broken_rules, option_of
+from reshard.checks.serving_option import OPTION, broken_rules, option_of
+from reshard.checks.setup import Setup
 from reshard.errors import UsageError
 from reshard.model.parts import DENSE_FFN
 

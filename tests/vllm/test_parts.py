@@ -23,7 +23,7 @@ Parameters = list[dict[str, torch.Tensor]]
 
 @pytest.fixture(scope="session")
 def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two dense layers and one with experts; the sets `parts` stand beside it, and `rest`, which lacks what they hold."""
+    """Two dense layers and one with experts. Beside it the sets, `parts`, and `rest`, poisoned in what they hold."""
     folder = tmp_path_factory.mktemp("odd")
     model = write_model(folder / "model", dense=2, vocabulary=VOCABULARY)
     split_parts(model, folder / "parts", **ALL)
@@ -64,8 +64,7 @@ def test_stages_have_what_is_theirs(ranks: Callable[[int], Ranks], odd: Path) ->
     whole = four.run(inside.parameters, Served(odd, tensor=2, pipeline=2))
     ours = four.run(inside.parameters, _rest(odd, odd.parent / "parts", tensor=2, pipeline=2))
     _same(whole, ours)
-    has = [tuple("lm_head" in held or "embed" in held for held in ours[rank]) for rank in (0, 2)]
-    assert ["model.embed_tokens.weight" in held for held in ours] == [True, True, False, False], has
+    assert ["model.embed_tokens.weight" in held for held in ours] == [True, True, False, False]
     assert ["lm_head.weight" in held for held in ours] == [False, False, True, True]
 
 
@@ -77,8 +76,8 @@ def test_what_the_engine_builds_whole_is_its_own_beside_others(two: Ranks, odd: 
     )
     for said in two.run(inside.load, Served(odd, odd.parent / "parts" / "lm_head", data=2)):
         assert (
-            "lm_head: cut for 2, the engine's LM head is for 1; cut it with reshard split --part lm_head --tp 1, or have "
-            "the engine cut it for 2 (lmhead_tensor_parallel_size, or its tensor-parallel size)"
+            "lm_head: cut for 2, the engine's LM head is for 1; cut it with reshard split --part lm_head --tp 1, or "
+            "have the engine cut it for 2 (lmhead_tensor_parallel_size, or its tensor-parallel size)"
         ) in said
     for said in two.run(inside.load, Served(odd, odd.parent / "parts" / "lm_head", data=2, option=2)):
         assert "denseffn_tensor_parallel_size is 2, and no set of the DenseFFN is there; cut one with" in said

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from blake3 import blake3
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.support.manifests import edit_manifest
 
@@ -146,6 +146,21 @@ def poisoned(model: Path, folder: Path, keys: Collection[str] = ("denseffn",)) -
                 first, end = (start + offset for offset in header[name]["data_offsets"])
                 raw[first:end] = b"\xff" * (end - first)
         (folder / path.name).write_bytes(raw)
+    return folder
+
+
+def with_int8_o_proj(model: Path, folder: Path) -> Path:
+    """A copy of a model of llm-compressor's in which o_proj is quantized, too: as down is, which has its shape."""
+    folder.mkdir()
+    tensors = {name: value for path in model.glob("*.safetensors") for name, value in load_file(path).items()}
+    kept = {name: value for name, value in tensors.items() if ".self_attn.o_proj." not in name}
+    down = {name: value for name, value in kept.items() if ".mlp.down_proj." in name}
+    copies = {name.replace(".mlp.down_proj.", ".self_attn.o_proj."): value.flip(0) for name, value in down.items()}
+    save_file(kept | copies, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((model / "config.json").read_text())
+    quantization = settings["quantization_config"]
+    quantization["ignore"] = [name for name in quantization["ignore"] if not name.endswith(".o_proj")]
+    (folder / "config.json").write_text(json.dumps(settings))
     return folder
 
 

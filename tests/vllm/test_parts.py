@@ -14,7 +14,7 @@ from tests.support.distributed import Ranks
 from tests.support.running import split_parts
 from tests.vllm import inside
 from tests.vllm.inside import Served
-from tests.vllm.models import of_parts, poisoned, write_llama, write_model
+from tests.vllm.models import of_parts, poisoned, with_int8_o_proj, write_llama, write_model
 
 ALL = {"denseffn": 2, "lm_head": 2, "embedding": 2, "o_proj": 2}
 VOCABULARY = 500  # of 512 rows, with vLLM's padding
@@ -162,6 +162,17 @@ def test_another_models_layers(pair: Ranks, tmp_path: Path) -> None:
         pair.run(inside.parameters, Served(model, tensor=2)),
         pair.run(inside.parameters, Served(rest, shards, tensor=2)),
     )
+
+
+def test_quantized(pair: Ranks, w8a8: Path, tmp_path: Path) -> None:
+    """o_proj with all that compressed-tensors writes beside an int8 weight."""
+    model = with_int8_o_proj(w8a8, tmp_path / "model")
+    shards = split_parts(model, tmp_path / "parts", o_proj=2, embedding=2)
+    rest = poisoned(model, tmp_path / "rest", ("o_proj", "embedding"))
+    whole = pair.run(inside.parameters, Served(model, tensor=2, dtype="bfloat16"))
+    assert whole[0]["model.layers.0.self_attn.o_proj.weight"].dtype == torch.int8
+    assert any(name.endswith("o_proj.weight_scale") for name in whole[0])
+    _same(whole, pair.run(inside.parameters, Served(rest, shards, tensor=2, dtype="bfloat16")))
 
 
 def test_a_tied_embedding_fills_the_head_too(pair: Ranks, tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def read_layers(
     entry, sizes = _entry(stored, tp_rank, tp_size), manifest.model
     wanted = _wanted_layers(manifest, folder, layers)
     for layer, tensors in read_tensors(stored, tp_rank, device, tp_size=tp_size, layers=wanted, verify=verify):
-        gate_up, down = linears_of(manifest, layer, tensors, entry.file)
+        first, last = linears_of(manifest, layer, tensors, entry.file)
         yield LayerShard(
             layer.number,
             entry.tp_rank,
@@ -153,8 +153,8 @@ def read_layers(
             DENSE_FFN.shared_size(sizes),
             manifest.share,
             digest,
-            gate_up,
-            down,
+            first,
+            last,
             layer.activation,
         )
 

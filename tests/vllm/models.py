@@ -149,6 +149,29 @@ def poisoned(model: Path, folder: Path, keys: Collection[str] = ("denseffn",)) -
     return folder
 
 
+def with_fp8_blocks(model: Path, folder: Path) -> Path:
+    """A copy of a model whose layers are all dense, MLPs and o_proj in FP8 with a scale for each 128 x 128 block."""
+    folder.mkdir()
+    tensors = {name: value for path in model.glob("*.safetensors") for name, value in load_file(path).items()}
+    scales, generator = {}, torch.Generator().manual_seed(2)
+    for name in sorted(of_parts(tensors, ("denseffn", "o_proj"))):
+        rows, columns = tensors[name].shape
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        scales[f"{name}_scale_inv"] = torch.rand(-(-rows // 128), -(-columns // 128), generator=generator)
+    save_file(tensors | scales, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((model / "config.json").read_text())
+    attention = [name.removesuffix(".weight") for name in tensors if "proj" in name and ".self_attn." in name]
+    settings["quantization_config"] = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+        "modules_to_not_convert": [name for name in attention if not name.endswith(".o_proj")],
+    }
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
 def with_int8_o_proj(model: Path, folder: Path) -> Path:
     """A copy of a model of llm-compressor's in which o_proj is quantized, too: as down is, which has its shape."""
     folder.mkdir()

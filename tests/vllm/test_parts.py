@@ -14,7 +14,7 @@ from tests.support.distributed import Ranks
 from tests.support.running import split_parts
 from tests.vllm import inside
 from tests.vllm.inside import Served
-from tests.vllm.models import of_parts, poisoned, with_int8_o_proj, write_llama, write_model
+from tests.vllm.models import of_parts, poisoned, with_fp8_blocks, with_int8_o_proj, write_llama, write_model
 
 ALL = {"denseffn": 2, "lm_head": 2, "embedding": 2, "o_proj": 2}
 VOCABULARY = 500  # of 512 rows, with vLLM's padding
@@ -39,6 +39,8 @@ def _same(whole: Parameters, ours: Parameters) -> None:
     for before, after in zip(whole, ours, strict=True):
         assert before.keys() == after.keys()
         for name, value in before.items():
+            if value.element_size() == 1:  # torch compares no FP8
+                value, after[name] = value.view(torch.uint8), after[name].view(torch.uint8)
             assert torch.equal(value, after[name]), name
 
 
@@ -164,14 +166,27 @@ def test_another_models_layers(pair: Ranks, tmp_path: Path) -> None:
     )
 
 
-def test_quantized(pair: Ranks, w8a8: Path, tmp_path: Path) -> None:
-    """o_proj with all that compressed-tensors writes beside an int8 weight."""
-    model = with_int8_o_proj(w8a8, tmp_path / "model")
-    shards = split_parts(model, tmp_path / "parts", o_proj=2, embedding=2)
-    rest = poisoned(model, tmp_path / "rest", ("o_proj", "embedding"))
+@pytest.mark.parametrize(
+    ("quantized", "kind", "scale"),
+    [(with_int8_o_proj, torch.int8, "weight_scale"), (with_fp8_blocks, torch.float8_e4m3fn, "weight_scale_inv")],
+)
+def test_quantized(
+    pair: Ranks,
+    w8a8: Path,
+    dense: Path,
+    tmp_path: Path,
+    quantized: Callable[[Path, Path], Path],
+    kind: torch.dtype,
+    scale: str,
+) -> None:
+    """o_proj with all that compressed-tensors, or DeepSeek, writes beside the weight."""
+    model = quantized(w8a8 if kind is torch.int8 else dense, tmp_path / "model")
+    keys = ("denseffn", "o_proj", "embedding")
+    shards = split_parts(model, tmp_path / "parts", **dict.fromkeys(keys, 2))
+    rest = poisoned(model, tmp_path / "rest", keys)
     whole = pair.run(inside.parameters, Served(model, tensor=2, dtype="bfloat16"))
-    assert whole[0]["model.layers.0.self_attn.o_proj.weight"].dtype == torch.int8
-    assert any(name.endswith("o_proj.weight_scale") for name in whole[0])
+    assert whole[0]["model.layers.0.self_attn.o_proj.weight"].dtype == kind
+    assert f"model.layers.2.self_attn.o_proj.{scale}" in whole[0]
     _same(whole, pair.run(inside.parameters, Served(rest, shards, tensor=2, dtype="bfloat16")))
 
 

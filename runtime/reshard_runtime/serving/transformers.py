@@ -5,6 +5,8 @@ their full weights. Shapes: H hidden_size, I intermediate_size.
 """
 
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ import torch
 from torch import nn
 
 from reshard.errors import MissingDependencyError, ShardError
+from reshard.limits import JSON_BYTES
 from reshard.manifest import Manifest
 from reshard.model.naming import CONFIG
 from reshard.model.parts import DENSE_FFN
+from reshard.regular import is_there, read_whole, unreadable
 from reshard.source.weights import INDEX_ENDING, SINGLE, TRANSFORMERS_KEY
 from reshard.strict_json import parse_object
 from reshard_runtime.ffn import DenseFFN
@@ -44,16 +48,30 @@ def attach(
     Raises ShardError, on all ranks and with the model as it was, where its dense layers or sizes are not the shards',
     or what its MLPs compute between their matrices: that is asked of their own code, with a few values.
     """
+
+    def load(device: torch.device) -> Shard:
+        if isinstance(shards, Shard):
+            return replace(shards, layers=dict(shards.layers))
+        rank, size = (0, 1) if group is None else (group.rank(), group.size())
+        return load_shard(shards, rank, device, tp_size=size)
+
+    return _attach(model, load, group, options)
+
+
+def _attach(
+    model: nn.Module,
+    load: Callable[[torch.device], Shard],
+    group: torch.distributed.ProcessGroup | None,
+    options: dict[str, Any],
+) -> nn.Module:
+    """`attach`, which takes the layers out of what `load` gives: only one at a time is held twice."""
     with agreement(group):
         decoder = decoder_of(model)
         weight = next(decoder.module.parameters())
-        if not isinstance(shards, Shard):
-            rank, size = (0, 1) if group is None else (group.rank(), group.size())
-            shards = load_shard(shards, rank, weight.device, tp_size=size)
-        _compare(model, decoder, shards)
-    made = {
-        index: DenseFFN(layer, group, **({"dtype": weight.dtype} | options)) for index, layer in shards.layers.items()
-    }
+        shard = load(weight.device)
+        _compare(model, decoder, shard)
+    options = {"dtype": weight.dtype} | options
+    made = {index: DenseFFN(shard.layers.pop(index), group, **options) for index in list(shard.layers)}
     for index, ffn in made.items():
         decoder.layers[index].mlp = ffn
     return model
@@ -79,7 +97,7 @@ def load_model(
     with agreement(group), one_set(Path(shards)) as stored:
         model = _load(path, dtype, stored.manifest).to(device_of(device)).eval()
         shard = load_shard(shards, rank, device, tp_size=size)
-    return attach(model, shard, group, **options)
+    return _attach(model, lambda _: shard, group, options)
 
 
 def _check_taken(folder: Path, manifest: Manifest, told: str | None) -> None:
@@ -89,10 +107,14 @@ def _check_taken(folder: Path, manifest: Manifest, told: str | None) -> None:
     """
     cut_from = {file.name for file in manifest.source.files}
     taken = told or SINGLE
-    if taken in cut_from or not all((folder / name).is_file() for name in (taken, *cut_from)):
+    if taken in cut_from or not all(is_there(folder / name) for name in (taken, *cut_from)):
         return
     if taken.endswith(INDEX_ENDING):
-        weight_map = parse_object((folder / taken).read_bytes(), taken).get("weight_map")
+        try:
+            raw = read_whole(folder / taken, JSON_BYTES)
+        except OSError as error:
+            raise ShardError(unreadable(folder / taken, error)) from error
+        weight_map = parse_object(raw, taken).get("weight_map")
         if isinstance(weight_map, dict) and cut_from <= {file for file in weight_map.values() if isinstance(file, str)}:
             return
     other = f"take {TRANSFORMERS_KEY} out of {CONFIG}" if told else "move that file to another folder"

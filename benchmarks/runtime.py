@@ -1,4 +1,4 @@
-"""`make bench`: the split layers of DeepSeek-R1 (three, in BF16 and W8A8) on two gloo processes of one thread.
+"""`make bench`: the split layers of DeepSeek-R1 (three, in several schemes) on two gloo processes of one thread.
 
 In one run and in turn: pure data parallelism (each process holds the full weights and multiplies its own tokens, no
 collective) with T and with 2T tokens, and the split layers with T tokens each. The bound of the gain is
@@ -30,7 +30,14 @@ from reshard_runtime.kernels.cpu import CpuKernels
 from tests.support.distributed import Ranks
 
 TOKENS = (1, 4, 8, 24, 64)
-SCHEMES = {"bf16": "bf16", "w8a8": "w8a8_dynamic"}
+SCHEMES = {
+    "bf16": "bf16",
+    "w8a8": "w8a8_dynamic",
+    "static": "w8a8_static",
+    "mix": "w8a8_mix",
+    "fp8 as bf16": "fp8_block",
+}
+LOADED = ("bf16", "w8a8")  # whose loading and memory is shown
 TIMEOUT = 1200
 _STEPS = ("quantize", "gather", "matmul", "activation", "scatter")
 _MB = 1e6
@@ -76,31 +83,34 @@ class Timed:
 
 
 def _speed(group: dist.ProcessGroup, whole: Path, halves: Path, tokens: int, rounds: int) -> dict[str, Any]:
-    """Seconds a pass through all layers, median; and the split pass by step."""
-    full = [DenseFFN(layer) for layer in load_shard(whole, 0).layers.values()]
+    """Seconds a pass through all layers, medians, by the clock and (`processor`) of this process; the split one's steps."""
+    whole_layers, half_layers = load_shard(whole, 0).layers, load_shard(halves, group.rank()).layers
+    full = [DenseFFN(whole_layers.pop(index)) for index in list(whole_layers)]
     seconds: dict[str, float] = defaultdict(float)
     kernels: Any = Timed(CpuKernels(), seconds)
-    split = [DenseFFN(layer, group, kernels=kernels) for layer in load_shard(halves, group.rank()).layers.values()]
+    split = [DenseFFN(half_layers.pop(index), group, kernels=kernels) for index in list(half_layers)]
     one, two = (torch.randn(count, full[0].hidden_size).to(full[0].dtype) for count in (tokens, 2 * tokens))
     passes: dict[str, Callable[[], None]] = {
         "t(T)": lambda: _pass(full, one),
         "t(2T)": lambda: _pass(full, two),
         "split": lambda: _pass(split, one),
     }
-    if tokens > 1:
-        passes["overlapped"] = lambda: _overlapped(split, one, group)
-    took: dict[str, list[float]] = {name: [] for name in passes}
+    took: dict[str, list[tuple[float, float]]] = {name: [] for name in passes}
     with torch.inference_mode():
         for number in range(rounds + 1):
             for name, call in passes.items():
                 seconds.clear()
                 dist.barrier(group)
-                start = time.perf_counter()
+                start, used = time.perf_counter(), time.process_time()
                 call()
-                took[name].append(time.perf_counter() - start)
+                took[name].append((time.perf_counter() - start, time.process_time() - used))
                 if name == "split" and number:
                     steps = dict(seconds)
-    return {"steps": steps, **{name: statistics.median(values[1:]) for name, values in took.items()}}
+    clock, processor = (
+        {name: statistics.median(each[which] for each in values[1:]) for name, values in took.items()}
+        for which in (0, 1)
+    )
+    return {"steps": steps, "processor": processor, **clock}
 
 
 def _pass(layers: list[DenseFFN], x_TH: torch.Tensor) -> None:
@@ -108,32 +118,14 @@ def _pass(layers: list[DenseFFN], x_TH: torch.Tensor) -> None:
         layer(x_TH)
 
 
-def _overlapped(layers: list[DenseFFN], x_TH: torch.Tensor, group: dist.ProcessGroup) -> None:
-    """The tokens in two halves: while one half's are on their way, the other's are multiplied."""
-    for layer in layers:
-        waiting = []
-        for half in x_TH.chunk(2):
-            rows = layer.pack(half)
-            gathered = rows.new_empty(2 * len(rows), rows.shape[1])
-            waiting.append((gathered, dist.all_gather_single(gathered, rows, group=group, async_op=True)))
-        scattered = []
-        for gathered, work in waiting:
-            work.wait()
-            partial = layer.forward_packed(gathered, layer.reduce_dtype)
-            received = torch.empty_like(partial)
-            scattered.append((received, dist.all_to_all_single(received, partial, group=group, async_op=True)))
-        for received, work in scattered:
-            work.wait()
-            mine, other = received.chunk(2)
-            (mine.float() + other).to(layer.dtype)
-
-
 def _held(group: dist.ProcessGroup, shards: Path) -> tuple[int, int]:
     """(bytes of its own, bytes of mapped files) of this process with its shard loaded and used."""
     shard = load_shard(shards, group.rank())
     with torch.inference_mode():
-        for layer in shard.layers.values():
-            ffn = DenseFFN(layer, group if group.size() > 1 else None)
+        layers = [
+            DenseFFN(shard.layers.pop(index), group if group.size() > 1 else None) for index in list(shard.layers)
+        ]
+        for ffn in layers:
             ffn(torch.zeros(8, ffn.hidden_size, dtype=ffn.dtype))
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     own, mapped = (int(status[key].split()[0]) * 1024 for key in ("RssAnon", "RssFile"))
@@ -192,6 +184,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path.cwd(), help="a folder on a disk, 12 GB")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
     parser.add_argument("--load", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.load:
@@ -202,20 +195,20 @@ def main() -> None:
         f"torch {torch.__version__}"
     )
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=arguments.folder) as work:
-        for name, scheme in SCHEMES.items():
-            _make(Path(work) / name, scheme)
-        results = {name: _speeds(Path(work) / name, arguments) for name in SCHEMES}
-        _show_speeds(results)
-        for name in SCHEMES:
-            _show_loading(Path(work) / name, name, arguments.runs)
-            _show_memory(Path(work) / name, name)
+        for name in arguments.schemes:
+            _make(Path(work) / name, SCHEMES[name], (1, 2, 4, 8) if name in LOADED else (1, 2))
+        _show_speeds({name: _speeds(Path(work) / name, arguments) for name in arguments.schemes})
+        for name in arguments.schemes:
+            if name in LOADED:
+                _show_loading(Path(work) / name, name, arguments.runs)
+                _show_memory(Path(work) / name, name)
 
 
-def _make(folder: Path, scheme: str) -> None:
+def _make(folder: Path, scheme: str, sizes: tuple[int, ...]) -> None:
     config = Path(__file__).parent.parent / "configs" / "deepseek-r1.json"
     folder.mkdir()
     run([tool("reshard"), "synth", config, folder / "model", "--dense-only", "--scheme", scheme, "--quiet"])
-    for size in (1, 2, 4, 8):
+    for size in sizes:
         run([tool("reshard"), "split", folder / "model", folder / f"tp{size}", "--tp", str(size), "--quiet"])
 
 
@@ -232,19 +225,22 @@ def _speeds(folder: Path, arguments: argparse.Namespace) -> dict[int, dict[str, 
 
 def _show_speeds(results: dict[str, dict[int, dict[str, Any]]]) -> None:
     for name, by_tokens in results.items():
-        print(f"\n{name}, R = 2, milliseconds a pass of three layers")
         print(
-            f"{'T':>4}{'t(T)':>9}{'split':>9}{'gain':>7}{'bound':>7}{'of it':>7}{'overlap':>9}",
-            *(f"{s:>10}" for s in _STEPS),
+            f"\n{name}, R = 2, milliseconds a pass of three layers: by the clock; of a processor; the split one's steps"
         )
+        columns = f"{'t(T)':>9}{'split':>9}{'gain':>7}{'bound':>7}{'of it':>7}"
+        print(f"{'T':>4}{columns}{columns}", *(f"{s:>10}" for s in _STEPS))
         for tokens, r in by_tokens.items():
-            gain, bound = r["t(T)"] / r["split"], 2 * r["t(T)"] / r["t(2T)"]
-            over = f"{r['overlapped'] / r['split']:.2f} x" if "overlapped" in r else ""
-            line = f"{tokens:4}{r['t(T)'] * 1e3:9.1f}{r['split'] * 1e3:9.1f}{gain:7.2f}{bound:7.2f}{gain / bound:7.2f}"
-            print(line + f"{over:>9}", *(f"{r['steps'].get(step, 0) * 1e3:10.1f}" for step in _STEPS))
-    if len(results) == len(SCHEMES):
+            line = f"{tokens:4}{_gain(r)}{_gain(r['processor'])}"
+            print(line, *(f"{r['steps'].get(step, 0) * 1e3:10.1f}" for step in _STEPS))
+    if {"bf16", "w8a8"} <= results.keys():
         ratios = {t: results["bf16"][t]["split"] / results["w8a8"][t]["split"] for t in results["bf16"]}
         print("\nw8a8 is faster than bf16 (both split):", ", ".join(f"{r:.2f} at T = {t}" for t, r in ratios.items()))
+
+
+def _gain(r: dict[str, float]) -> str:
+    gain, bound = r["t(T)"] / r["split"], 2 * r["t(T)"] / r["t(2T)"]
+    return f"{r['t(T)'] * 1e3:9.1f}{r['split'] * 1e3:9.1f}{gain:7.2f}{bound:7.2f}{gain / bound:7.2f}"
 
 
 def _show_loading(folder: Path, name: str, runs: int) -> None:

@@ -1,7 +1,7 @@
 """One target, checked: a checkpoint or a shard set at an address, or a config.json alone."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from reshard.checkpoint.config_only import config_checkpoint, read_config
 from reshard.checkpoint.description import Checkpoint
@@ -10,13 +10,14 @@ from reshard.checks.device import check_kernels, check_npu
 from reshard.checks.finding import Finding
 from reshard.checks.layers import check_layers, config_of
 from reshard.checks.report import Report, Request, not_checked
-from reshard.checks.serving import check_serving, option_size
+from reshard.checks.serving import check_part, check_serving, option_size
 from reshard.checks.shardset import check_origin, check_set, check_size, plan_of
 from reshard.convert.rules import converted
 from reshard.errors import AlignmentError, ReshardError, UsageError
 from reshard.manifest import Manifest
 from reshard.model.config import has_experts
 from reshard.model.naming import parse_shard_file
+from reshard.model.parts import DENSE_FFN
 from reshard.source.address import shown
 from reshard.source.base import Source
 from reshard.source.files import read_checkpoint
@@ -40,7 +41,9 @@ def check_source(address: str, request: Request, notify: Notify = lambda line: N
             return Report(shown(address), "shard set", tuple(set_findings))
         if request.against is not None:
             raise UsageError(f"--against goes with a shard set, which {address} is not")
-        findings, checkpoint = check_layers(lambda: converted(read_checkpoint(source, request.scheme), request.weights))
+        findings, checkpoint = check_layers(
+            lambda: converted(read_checkpoint(source, request.scheme, request.part or DENSE_FFN), request.weights)
+        )
         source.check_unchanged()
     return Report(shown(address), "checkpoint", (*findings, *_cuts(checkpoint, request)))
 
@@ -55,7 +58,7 @@ def check_config(path: str, request: Request) -> Report:
         raise UsageError(f"--index goes with a checkpoint's files, which {path} is not")
     config = read_config(path)
     findings, checkpoint = check_layers(
-        lambda: converted(config_checkpoint(config, path, request.scheme), request.weights)
+        lambda: converted(config_checkpoint(config, path, request.scheme, request.part or DENSE_FFN), request.weights)
     )
     return Report(path, "config", (*findings, *_cuts(checkpoint, request)), file=path)
 
@@ -63,7 +66,7 @@ def check_config(path: str, request: Request) -> Report:
 def _cuts(checkpoint: Checkpoint | None, request: Request) -> list[Finding]:
     """Each size that is asked for, the option's among them, and the setup."""
     found: list[Finding] = []
-    if checkpoint is not None and request.device == "npu":
+    if _on_npu(checkpoint, request):
         found.append(check_kernels(checkpoint))
     setup = _setup(checkpoint, request)
     wrong = [finding.check for finding in setup if finding.severity == "error"]
@@ -91,7 +94,12 @@ def _setup(checkpoint: Checkpoint | None, request: Request) -> list[Finding]:
 
 def _cut(checkpoint: Checkpoint, tp_size: int, request: Request) -> list[Finding]:
     findings, plan = check_cut(checkpoint, tp_size, request.pad)
-    return findings + check_npu(checkpoint, plan) if plan is not None and request.device == "npu" else findings
+    return findings + check_npu(checkpoint, plan) if plan is not None and _on_npu(checkpoint, request) else findings
+
+
+def _on_npu(checkpoint: Checkpoint | None, request: Request) -> TypeGuard[Checkpoint]:
+    """Whether it runs on kernels that are called here: other parts than the DenseFFN run on the engine's."""
+    return checkpoint is not None and checkpoint.part is DENSE_FFN and request.device == "npu"
 
 
 def _set(source: Source, request: Request, address: str, notify: Notify) -> list[Finding]:
@@ -102,17 +110,20 @@ def _set(source: Source, request: Request, address: str, notify: Notify) -> list
         wanted = {"size": request.tp_sizes, "source": request.against, "option": request.serving}
         asked = tuple(check for check, value in wanted.items() if value)
         return [*findings, *not_checked(asked, "see manifest")]
+    if request.part not in (None, manifest.what):
+        raise UsageError(f"--part {request.part.key}: {address} is a set of {manifest.part}")
     findings += check_size(manifest, checkpoint, request.tp_sizes)
     if request.against is not None:
         findings += _origin(manifest, request.against, request, notify)
-    if checkpoint is not None and request.device == "npu":
+    if _on_npu(checkpoint, request):
         findings.append(check_kernels(checkpoint))
         try:
             findings += check_npu(checkpoint, plan_of(manifest, checkpoint, "fused", (0,)))
         except AlignmentError as error:  # a set that keeps gate and up apart may be one that cannot be stacked
             findings.append(Finding("forward", "", f"not checked: {error}", "skipped"))
     if request.serving is not None:
-        findings += check_serving(request.serving, _moe(checkpoint), manifest.tp_size)
+        ours = manifest.tp_size if manifest.what is DENSE_FFN else None
+        findings += [*check_serving(request.serving, _moe(checkpoint), ours), *check_part(request.serving, manifest)]
     return findings
 
 
@@ -120,7 +131,7 @@ def _origin(manifest: Manifest, against: str, request: Request, notify: Notify) 
     """What the set was cut from; where that cannot be read, what was found of the set itself still stands."""
     try:
         with open_source(against, index=request.index, notify=notify) as original:
-            found = check_origin(manifest, describe(original, request.scheme), shown(against))
+            found = check_origin(manifest, describe(original, request.scheme, manifest.what), shown(against))
             original.check_unchanged()
             return found
     except UsageError:

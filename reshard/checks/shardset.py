@@ -130,7 +130,7 @@ def _headers(source: Source, manifest: Manifest) -> Iterator[Finding]:
         if source.files().get(shard.file) != shard.size:
             continue
         try:
-            misfits = list(fit_header(read_header(source, shard.file), shard, manifest.tp_size))
+            misfits = list(fit_header(read_header(source, shard.file), shard, manifest))
         except HeaderError as error:
             yield Finding("headers", "", str(error))  # it begins with the file
             continue

@@ -47,7 +47,7 @@ def estimate(
     return Estimate(
         source=first.identity.name,
         model=first.model,
-        layers=tuple(layer.index for layer in first.layers),
+        layers=tuple(layer.number for layer in first.layers),
         batch=options.tokens,
         max_tokens=options.max_tokens,
         tensor_parallel_size=options.tensor_parallel_size,
@@ -157,7 +157,7 @@ def _held(checkpoint: Checkpoint, plan: Plan) -> int:
     for layer in checkpoint.layers:
         for role, linear in layer.linears.items():
             if runs_as(linear) is Arithmetic.FLOAT:
-                as_bf16 |= {f"{layer.module}.{role}", f"{layer.module}.{layer.part.stack(role) or role}"}
+                as_bf16 |= {layer.name(role), layer.name(layer.part.stack(role) or role)}
     held = 0
     for tensor in plan.shards[0].tensors:
         module, _, suffix = tensor.name.rpartition(".")

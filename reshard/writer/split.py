@@ -20,7 +20,7 @@ from reshard.workers import Workers
 from reshard.writer.file import DirectFile
 from reshard.writer.neighbours import read_together, side_by_side
 from reshard.writer.open import open_target
-from reshard.writer.records import Records, other_size
+from reshard.writer.records import Records, other_set
 from reshard.writer.stream import ShardStream, write_tensors
 from reshard.writer.target import Target, Tick, contents, record_file, stale, take_manifest_away
 from reshard.writer.team import Place, Team, share
@@ -236,8 +236,8 @@ class _Run:
                 raise OutputError(
                     f"{self._target.address}: {self._team.names[process]} has written {file}, and "
                     f"{self._team.names[0]} does not see it there: each host has a folder of its own. Copy the "
-                    "denseffn-rank-* files of all of them into one (.safetensors and .record.json), then run the same "
-                    "command on that host alone with --resume"
+                    f"{self._plan.part}-rank-* files of all of them into one (.safetensors and .record.json), then run "
+                    "the same command on that host alone with --resume"
                 )
             time.sleep(0.5)
 
@@ -261,11 +261,11 @@ def _check_contents(target: Target, plan: Plan, ranks: Collection[int], options:
         return
     if there.finished and not options.resume:
         raise OutputError(f"{target.address}: holds a finished shard set; choose another folder, or --overwrite it")
-    other = sorted(size for _, size in there.shards if size != plan.tp_size)
+    other = sorted(shard for shard in there.shards if (shard.part, shard.tp_size) != (plan.part, plan.tp_size))
     # Of a set that this one replaced: an overwrite was cut off, and is gone on with.
     if other and not (options.resume and (there.replaced or there.finished)):
-        raise other_size(target, other[0], plan)
-    done = sorted(rank for rank, _ in there.shards if rank in ranks)
+        raise other_set(target, other[0].part, other[0].tp_size, plan)
+    done = sorted(shard.tp_rank for shard in there.shards if shard.tp_rank in ranks)
     if done and not options.resume:
         raise OutputError(
             f"{target.address}: holds rank {done[0]}'s shard of an unfinished set; go on with --resume, or start anew "

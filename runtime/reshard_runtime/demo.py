@@ -91,7 +91,8 @@ def compared(group: dist.ProcessGroup, shards: Path, tokens: int, place: torch.d
     rank, start = group.rank(), time.perf_counter()
     with agreement(group):
         shard = load_shard(shards, rank, place, tp_size=group.size())
-    layers = {index: DenseFFN(layer, group) for index, layer in shard.layers.items()}
+    size = shard.nbytes
+    layers = {index: DenseFFN(shard.layers.pop(index), group) for index in list(shard.layers)}
     loaded = time.perf_counter() - start
     outputs, seconds = {}, {}
     with torch.inference_mode():
@@ -100,7 +101,7 @@ def compared(group: dist.ProcessGroup, shards: Path, tokens: int, place: torch.d
             outputs[index] = ffn(x_TH).cpu()
             seconds[index] = _time(ffn, x_TH)
     fact = (
-        f"rank {rank}: {shard.file}, {shard.nbytes / _MIB:.2f} MiB in {len(layers)} layers, loaded in "
+        f"rank {rank}: {shard.file}, {size / _MIB:.2f} MiB in {len(layers)} layers, loaded in "
         f"{loaded * 1e3:.0f} ms; the process holds {_memory()}"
     )
     said: list[Any] = [None] * group.size()
@@ -142,7 +143,7 @@ def _compared(shards: Path, said: list[Any], layers: dict[int, DenseFFN], tokens
         write_shards(prepare(source, Cut(1, pad=True)), Path(folder, "tp1"), SplitOptions())
         whole = load_shard(Path(folder, "tp1"), 0)
         for layer in describe(source).layers:
-            index, ffn = layer.index, layers[layer.index]
+            index, ffn = layer.number, layers[layer.number]
             x_TH = torch.cat([_tokens(rank, index, tokens, ffn).cpu() for rank in range(len(said))])
             split_TH = torch.cat([outputs[index] for _, outputs, _ in said])
             linears = {role: stored_linear(source, linear) for role, linear in layer.linears.items()}

@@ -171,7 +171,7 @@ def test_merge_keeps_nothing_of_it(case: str, model: Path, tmp_path: Path) -> No
         checkpoint = read_shard_set(source)
         change(tmp_path / "tp1" / shard_file(0, 1))
         with pytest.raises(SourceError, match=said):
-            merge(source, checkpoint, tmp_path / "merged")
+            merge([(source, checkpoint)], tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 

@@ -29,7 +29,6 @@ from vllm.model_executor.model_loader.utils import initialize_model
 
 from reshard.checks.serving_option import OPTION, option_of
 from reshard.errors import ShardError, UsageError
-from reshard.fit import share_of
 from reshard.manifest import Manifest
 from reshard_runtime.group import agreement
 from reshard_runtime.loader import StoredSet, one_set, read_layers, read_manifest
@@ -90,7 +89,7 @@ class DenseFFNShardsLoader(DefaultModelLoader):
             own["shard set"] = self._built_from
             refuse(vllm_config, additional, model_config.is_moe, manifest.tp_size)
             compare_model(config, manifest, str(folder))
-            share = share_of(manifest)
+            share = manifest.share
             fixed = fixed_rows(vllm_config, size is not None, self.options.max_tokens)
             own |= {OPTION: option_of(additional), "reduce_dtype": self.options.reduce_dtype, "max_tokens": fixed}
         if size is None:
@@ -138,7 +137,7 @@ class DenseFFNShardsLoader(DefaultModelLoader):
         if not mlps:
             return
         rank, size = _place(mlps, manifest, folder)
-        compare_built(mlps, share_of(manifest), str(folder))
+        compare_built(mlps, manifest.share, str(folder))
         casts: set[str] = set()
         cpu = torch.device("cpu")
         for layer in read_layers(stored, rank, cpu, tp_size=size, layers=mlps, verify=self.options.verify):

@@ -12,8 +12,7 @@ from safetensors import safe_open
 from reshard.errors import ShardError
 from reshard.fit import fit_source_file
 from reshard.manifest import Manifest, SourceFile
-from reshard.model.naming import parse_dense
-from reshard.model.parts import DENSE_FFN
+from reshard.model.naming import parse_tensor
 from reshard.regular import Opened
 from reshard.tensors.header import read_raw_header
 
@@ -56,25 +55,25 @@ def read_others(
                     )
                 if name in held or passed_over(name):
                     continue
-                if _is_dense(name, tensors, manifest):
+                if _is_of_part(name, tensors, manifest):
                     raise ShardError(
-                        f"{file}: {name} is a DenseFFN tensor that the shard set was not cut from (its layers are "
-                        f"{manifest.model.prefix}layers.*); cut the shards from the very model that is served"
+                        f"{file}: {name} is a {manifest.what.name} tensor that the shard set was not cut from (its "
+                        f"prefix is {manifest.model.prefix}); cut the shards from the very model that is served"
                     )
                 yield name, tensors.get_tensor(name)
             if difference := opened.difference():
                 raise ShardError(f"{file}: {difference}; start again when nothing writes there any more")
 
 
-def _is_dense(name: str, tensors: Any, manifest: Manifest) -> bool:
-    """Whether a tensor is of the set's dense layers: by its name, or by its size where the prefix is another.
+def _is_of_part(name: str, tensors: Any, manifest: Manifest) -> bool:
+    """Whether a tensor is of the set's layers: by its name, or by its size where the prefix is another.
 
     A tower's MLP may have such a name too, and is of another size, or the checkpoint could not have been cut.
     """
-    parsed = parse_dense(name)
+    parsed = parse_tensor(name, manifest.what)
     if parsed is None or parsed.layer not in {layer.index for layer in manifest.layers}:
         return False
-    out, in_ = DENSE_FFN.weight_shape(DENSE_FFN.module(parsed.role), manifest.model)
+    out, in_ = manifest.what.weight_shape(manifest.what.module(parsed.role), manifest.model)
     same_size = tensors.get_slice(name).get_shape() == [out, in_]
     return parsed.prefix == manifest.model.prefix or same_size
 

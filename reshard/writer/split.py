@@ -181,10 +181,8 @@ class _Run:
             wholes = [digest for _, digest in (stream.close() for stream in streams)]
             self._prepared.source.check_unchanged()
             unfinished.pop_all()
-        entries = [
-            planned.entry(*found) for planned, *found in zip(group, wholes, zip(*digests, strict=True), strict=True)
-        ]
-        return list(zip(files, entries, strict=True))
+        made = zip(files, group, wholes, zip(*digests, strict=True), strict=True)
+        return [(file, planned.entry(whole, of_tensors)) for file, planned, whole, of_tensors in made]
 
     def _advance(self, nbytes: int) -> None:
         self._workers.tick(nbytes)

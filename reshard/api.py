@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reshard.checkpoint.describe import of_activations
+from reshard.checkpoint.description import Checkpoint
 from reshard.checks.finding import Finding
 from reshard.checks.report import Device, Report, Request, Serving
 from reshard.checks.run import check_config, check_source
@@ -22,17 +23,18 @@ from reshard.convert import Weights
 from reshard.errors import ReshardError, UsageError
 from reshard.manifest import Manifest
 from reshard.model.naming import CONFIG, MANIFEST
+from reshard.model.parts import part_named
 from reshard.plan.pipeline import Cut, check_set_digests, prepare
 from reshard.safe_text import safe_line
 from reshard.source.address import parse_local_target
 from reshard.source.base import Source
-from reshard.source.open import describe, open_source
+from reshard.source.open import describe, open_source, set_addresses
 from reshard.source.shardset import read_manifest_only, read_shard_set, require_shard_set
 from reshard.verification.compute import LayerResult, compare_computation
 from reshard.verification.digests import verify_digests
 from reshard.verification.source import compare_with_source
 from reshard.writer.merge import MergedFile
-from reshard.writer.merge import merge as merge_set
+from reshard.writer.merge import merge as merge_sets
 from reshard.writer.open import open_target
 from reshard.writer.split import DEFAULT_WORKERS, SplitOptions, SplitResult, write_shards
 
@@ -65,18 +67,23 @@ def split(
     resume: bool = False,
     overwrite: bool = False,
     workers: int = DEFAULT_WORKERS,
+    part: str | None = None,
     scheme: str | None = None,
     revision: str | None = None,
     index: str | None = None,
     warn: Warn = _log.warning,
     progress: Progress = _silent,
 ) -> SplitResult:
-    """Cut a checkpoint's dense layers for `tp` ranks. The arguments are the options of `reshard split`."""
+    """Cut a checkpoint's dense layers, or another `part`, for `tp` ranks.
+
+    The arguments are the options of `reshard split`, which cuts several parts into folders of `out`, one after another.
+    """
     warn, source = _safely(warn), os.fspath(source)
+    cut = Cut(tp, layout, pad, weights, quant_format, scheme, None if part is None else part_named(part))
     options = SplitOptions(ranks, resume, overwrite, workers)
     target = open_target(os.fspath(out), source)
     with open_source(source, revision, index=index, notify=warn) as opened:
-        prepared = prepare(opened, Cut(tp, layout, pad, weights, quant_format, scheme))
+        prepared = prepare(opened, cut)
         for line in prepared.checkpoint.warnings:
             warn(line)
         check_set_digests(opened, workers)
@@ -135,7 +142,7 @@ def verify(
         comparable = source is not None and readable
         if source is not None and comparable:
             with open_source(os.fspath(source), revision, index=index, notify=warn) as original:
-                checkpoint = describe(original, scheme)
+                checkpoint = describe(original, scheme, manifest.what)
                 # compare_computation says it, too
                 left_out = {*of_activations(checkpoint.layers, config=CONFIG in checkpoint.side_files)}
                 for line in checkpoint.warnings:
@@ -171,14 +178,17 @@ class MergeResult:
 
 
 def merge(shards: Address, out: Address, *, warn: Warn = _log.warning, progress: Progress = _silent) -> MergeResult:
-    """Put a shard set together again, bit for bit, in a new or empty folder, with an index."""
+    """Put shard sets, of one part or several, together again, bit for bit, in a new or empty folder with an index."""
     folder = parse_local_target(os.fspath(out), "merge")
-    with open_source(os.fspath(shards), notify=_safely(warn)) as source:
-        require_shard_set(source)
-        checkpoint = read_shard_set(source)
-        check_set_digests(source, DEFAULT_WORKERS)
-        with progress("merge", checkpoint.nbytes) as tick:
-            return MergeResult(folder, tuple(merge_set(source, checkpoint, folder, tick)))
+    with contextlib.ExitStack() as held:
+        sets: list[tuple[Source, Checkpoint]] = []
+        for address in set_addresses(os.fspath(shards)):
+            source = held.enter_context(open_source(address, notify=_safely(warn)))
+            require_shard_set(source)
+            sets.append((source, read_shard_set(source)))
+            check_set_digests(source, DEFAULT_WORKERS)
+        with progress("merge", sum(checkpoint.nbytes for _, checkpoint in sets)) as tick:
+            return MergeResult(folder, tuple(merge_sets(sets, folder, tick)))
 
 
 def check(
@@ -195,6 +205,7 @@ def check(
     data_parallel_size: int | None = None,
     tensor_parallel_size: int | None = None,
     pipeline_parallel_size: int | None = None,
+    part: str | None = None,
     enforce_eager: bool = False,
     kv_role: str | None = None,
     revision: str | None = None,
@@ -217,6 +228,7 @@ def check(
         serving=serving(additional_config, *sizes, enforce_eager=enforce_eager, kv_role=kv_role),
         revision=revision,
         index=index,
+        part=None if part is None else part_named(part),
     )
     if path is not None and config is None:
         return check_source(os.fspath(path), request, _safely(warn))

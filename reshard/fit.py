@@ -7,8 +7,7 @@ from blake3 import blake3
 
 from reshard.errors import ReshardError
 from reshard.manifest import Manifest, Shard, SideFile, SourceFile
-from reshard.model.naming import MANIFEST, parse_shard_file, shard_metadata
-from reshard.model.parts import DENSE_FFN
+from reshard.model.naming import MANIFEST, ShardName, parse_shard_file
 from reshard.regular import MISSING
 from reshard.tensors.dtypes import nbytes
 from reshard.tensors.header import Header
@@ -76,15 +75,15 @@ def fit_digest(file: str, digest: str, expected: str) -> Iterator[Misfit]:
         yield Misfit("digest", file, f"BLAKE3 is {digest}, {MANIFEST} says {expected}; copy it again")
 
 
-def fit_header(header: Header, shard: Shard, tp_size: int, file: str = "") -> Iterator[Misfit]:
+def fit_header(header: Header, shard: Shard, manifest: Manifest, file: str = "") -> Iterator[Misfit]:
     """A shard's header: its rank; its tensors' names, types, shapes and places. file: what to call it if not so."""
-    yield from fit_rank(header, shard, tp_size, file)
+    yield from fit_rank(header, shard, manifest, file)
     yield from fit_tensors(header, shard, file)
 
 
-def fit_rank(header: Header, shard: Shard, tp_size: int, file: str = "") -> Iterator[Misfit]:
+def fit_rank(header: Header, shard: Shard, manifest: Manifest, file: str = "") -> Iterator[Misfit]:
     """Whose shard a header says that it is."""
-    for key, value in shard_metadata(shard.tp_rank, tp_size).items():
+    for key, value in ShardName(manifest.part, shard.tp_rank, manifest.tp_size).metadata.items():
         if (found := header.metadata.get(key)) != value:
             line = f"its header says {key} {found!r}, {MANIFEST} says {value!r}; copy it again"
             yield Misfit("header", file or shard.file, line)
@@ -111,9 +110,3 @@ def fit_tensors(header: Header, shard: Shard, file: str = "") -> Iterator[Misfit
             start += nbytes(*each)
     for line in lines:
         yield Misfit("header", file or shard.file, f"{line}; copy the shard again")
-
-
-def share_of(manifest: Manifest) -> int:
-    """A rank's share of the size that is shared out, padding and all."""
-    size = DENSE_FFN.shared_size(manifest.model)
-    return (manifest.padding.padded if manifest.padding else size) // manifest.tp_size

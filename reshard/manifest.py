@@ -5,14 +5,14 @@ plan is made of its entries, and a shard set that is read as a source gives them
 """
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import AfterValidator, Field, model_validator
 
 from reshard.errors import ManifestError
 from reshard.model.activation import Activation
 from reshard.model.naming import MANIFEST, MAX_TP_SIZE, shard_file
-from reshard.model.parts import DENSE_FFN
+from reshard.model.parts import PARTS, SIZES, Part
 from reshard.quantization import SIDE_FILES, is_description, is_side_file
 from reshard.schemes.table import SCHEMES, unknown_scheme
 from reshard.sealed import Digest, OwnDigest, Sealed, Strict, parse_sealed, validate
@@ -49,23 +49,37 @@ class Generator(Strict):
 
 
 class ModelDims(Strict):
-    """The sizes that the cut depends on, unpadded, and what precedes the layers' names (reshard.model.naming).
+    """The sizes that the cut depends on, unpadded, and what precedes the tensors' names (reshard.model.naming).
 
-    `num_hidden_layers` is null without a config.json.
+    Sizes that the part's weights do not have are null; `num_hidden_layers` is, without a config.json.
     """
 
     model_type: str
     hidden_size: Positive
-    intermediate_size: Positive
+    intermediate_size: Positive | None = None
+    vocab_size: Positive | None = None
+    attention_size: Annotated[Positive | None, Field(description="all heads' values: o_proj's in_features")] = None
     num_hidden_layers: Positive | None
     prefix: Annotated[
-        str, Field(pattern=r"^([^.]+\.)*$", description="what precedes layers.{i} in the names of tensors")
+        str,
+        Field(pattern=r"^([^.]+\.)*$", description="what precedes layers.{i}, embed_tokens or lm_head in names"),
     ]
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes that the part's weights have, by name."""
+        return {name: size for name in SIZES if (size := getattr(self, name)) is not None}
+
+    @property
     def shown(self) -> str:
-        """The sizes that weights have, with their names."""
-        return ", ".join(f"{name} {getattr(self, name)}" for name in DENSE_FFN.sizes)
+        """The same in words."""
+        return ", ".join(f"{name} {size}" for name, size in self.sizes.items())
+
+
+def _known_part(key: str) -> str:
+    if key not in PARTS:
+        raise ValueError(f"unknown part {key}; known are {', '.join(PARTS)}")
+    return key
 
 
 def _known(scheme: str) -> str:
@@ -85,25 +99,28 @@ class LinearScheme(Strict):
 
 
 class LayerEntry(Strict):
-    """A dense layer: its activation, its linears as the fused layout has them."""
+    """A layer that has the part: its linears as the fused layout has them, and a dense layer's activation."""
 
-    index: Count
-    activation: Annotated[Activation | None, Field(description="null where the source had no config.json that says it")]
+    index: Annotated[Count | None, Field(description="null for a part that the model has once")]
+    activation: Annotated[
+        Activation | None,
+        Field(description="null where the source had no config.json that says it, and in other parts"),
+    ]
     linears: dict[str, LinearScheme]
 
-    @model_validator(mode="after")
-    def _all(self) -> "LayerEntry":
-        expected = [module.name for module in DENSE_FFN.modules]
-        if sorted(self.linears) != sorted(expected):
-            raise ValueError(f"linears are {', '.join(self.linears)}, expected {', '.join(expected)}")
-        return self
+    @property
+    def number(self) -> int:
+        """The index, in a part that layers have."""
+        return cast("int", self.index)
 
 
 class Padding(Strict):
-    """Zero rows (gate, up) and columns (down) that were added behind intermediate_size."""
+    """Zeros behind the size that is shared out: rows (gate, up) and columns (down), or rows of a vocabulary."""
 
-    padded: Annotated[int, Field(ge=1, alias="padded_intermediate_size")]
-    multiple: Annotated[int, Field(ge=1, description="what intermediate_size / tp_size was padded to a multiple of")]
+    padded: Annotated[int, Field(ge=1, alias="padded_size")]
+    multiple: Annotated[
+        int, Field(ge=1, description="what a rank's share, or the whole vocabulary, was padded to a multiple of")
+    ]
 
 
 class SourceFile(Strict):
@@ -123,7 +140,7 @@ class Source(Strict):
     ]
     name: str
     commit: str | None
-    sample_blake3: Annotated[Digest, Field(description="BLAKE3 of some bytes of every DenseFFN tensor")]
+    sample_blake3: Annotated[Digest, Field(description="BLAKE3 of some bytes of every tensor that is split")]
     files: Annotated[list[SourceFile], _distinct("name")]
 
 
@@ -223,6 +240,7 @@ class Manifest(Sealed):
     schema_: Annotated[Literal["denseffn-shards/2"], Field(alias="schema")]
     blake3: OwnDigest
     generator: Generator
+    part: Annotated[str, AfterValidator(_known_part), Field(description="what of the model it holds")]
     model: ModelDims
     scheme: Annotated[str, Field(description="the quantized linears' scheme; bf16 if none is, mixed if they differ")]
     tp_size: Annotated[int, Field(ge=1, le=MAX_TP_SIZE)]
@@ -233,13 +251,37 @@ class Manifest(Sealed):
     shards: list[Shard]
     files: Annotated[list[SideFile], _distinct("name"), AfterValidator(_one_description)]
 
+    @property
+    def what(self) -> Part:
+        """The part that it holds."""
+        return PARTS[self.part]
+
+    @property
+    def share(self) -> int:
+        """A rank's share of the size that is shared out, padding and all."""
+        return (self.padding.padded if self.padding else self.what.shared_size(self.model)) // self.tp_size
+
+    @model_validator(mode="after")
+    def _of_part(self) -> "Manifest":
+        if sorted(self.model.sizes) != list(self.what.sizes):
+            raise ValueError(
+                f"the model's sizes are {', '.join(self.model.sizes)}, {self.part} has {', '.join(self.what.sizes)}"
+            )
+        expected = [module.name for module in self.what.modules]
+        for layer in self.layers:
+            if sorted(layer.linears) != sorted(expected):
+                raise ValueError(f"linears are {', '.join(layer.linears)}, expected {', '.join(expected)}")
+            if (layer.index is not None) is not self.what.place.in_layers:
+                raise ValueError(f"the index of a layer is {layer.index}, and {self.part} is {self.what.place.value}")
+        return self
+
     @model_validator(mode="after")
     def _complete(self) -> "Manifest":
         ranks = [shard.tp_rank for shard in self.shards]
         if ranks != list(range(self.tp_size)):
             raise ValueError(f"shards are of ranks {ranks}, tp_size {self.tp_size} makes it 0 to {self.tp_size - 1}")
         for shard in self.shards:
-            wanted = shard_file(shard.tp_rank, self.tp_size)
+            wanted = shard_file(shard.tp_rank, self.tp_size, self.part)
             if shard.file != wanted:
                 raise ValueError(f"rank {shard.tp_rank}'s file is {shard.file}, its name must be {wanted}")
         return self

@@ -1,19 +1,20 @@
 """The DenseFFN that a config.json alone promises: layers, tensors, types and shapes, no file behind them."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from reshard.checkpoint.describe import check_stacked, of_activations
 from reshard.checkpoint.description import Checkpoint, Identity, Layer, Linear, Tensor
+from reshard.checkpoint.places import check_untied
 from reshard.errors import LayersError, SchemeError, SourceError
 from reshard.limits import JSON_BYTES
 from reshard.manifest import ModelDims
-from reshard.model.config import known_dense_layers, language_levels, read_model_config
-from reshard.model.naming import CONFIG, PREFIX, WRAPPED, module_name
-from reshard.model.parts import DENSE_FFN
-from reshard.model.prefix import is_known_wrapper, published_prefix
+from reshard.model.config import ModelConfig, known_dense_layers, language_levels, read_model_config
+from reshard.model.naming import CONFIG, PREFIX, WRAPPED, linear_name, module_name
+from reshard.model.parts import DENSE_FFN, LM_HEAD, Part, Place
+from reshard.model.prefix import head_prefix, is_known_wrapper, published_prefix
 from reshard.quantization import Account, Accounts, check_transforms, list_accounts
 from reshard.quantization.formats import as_kind
 from reshard.quantization.refusals import words
@@ -35,7 +36,9 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return parse_object(raw, str(path))
 
 
-def config_checkpoint(config: Mapping[str, Any], name: str, scheme: str | None = None) -> Checkpoint:
+def config_checkpoint(
+    config: Mapping[str, Any], name: str, scheme: str | None = None, part: Part = DENSE_FFN
+) -> Checkpoint:
     """The checkpoint, every tensor without parts.
 
     scheme: one of reshard.schemes; None takes what the config's own quantization_config says (BF16 where it says
@@ -43,31 +46,33 @@ def config_checkpoint(config: Mapping[str, Any], name: str, scheme: str | None =
     dense, SourceError or SchemeError where the config says what is not understood, UsageError for an unknown scheme.
     """
     model = read_model_config(config)
-    dense = known_dense_layers(model)
-    if not dense:
-        raise LayersError(f"no dense layer: {CONFIG} ({model.reason}) gives none")
-    if model.bias is not None:
-        raise SchemeError(f"{CONFIG}: {model.bias} is set: dense layers with a bias are not cut by this version")
+    indexes = _indexes(part, model)
     accounts = list_accounts(Accounts(config))
     told = None if scheme is None else _told(scheme, accounts)
-    prefix = published_prefix(config)
-    check_transforms(Accounts(config), {index: module_name(prefix, index) for index in dense}, ())
+    prefix = head_prefix(config) if part.place is Place.HEAD else published_prefix(config)
+    if part is DENSE_FFN:
+        check_transforms(
+            Accounts(config), {index: module_name(prefix, index) for index in indexes if index is not None}, ()
+        )
     own, doubts = _own_dtype(config)
     layers = []
-    for index in sorted(dense):
+    for index in indexes:
         linears = {}
-        for role in DENSE_FFN.roles:
-            module = f"{module_name(prefix, index)}.{role.name}"
+        for role in part.roles:
+            module = linear_name(prefix, index, role.name, part)
             weight = (getattr(model, role.out), getattr(model, role.in_))
-            linears[role.name] = _linear(module, told or _declared(module, accounts), weight, own)
-        layers.append(Layer(index, linears, prefix, model.activation(index)))
+            spec = told or _declared(module, accounts)
+            if not part.quantized:
+                spec = QuantSpec(FLOAT, None, f"{module}, which tools do not quantize,")
+            linears[role.name] = _linear(module, spec, weight, own)
+        layers.append(Layer(index, linears, prefix, model.activation(index) if part is DENSE_FFN else None, part))
         check_stacked(layers[-1])
     tensors = [tensor for layer in layers for tensor in layer.tensors()]
     return Checkpoint(
         identity=Identity("folder", name, None, ()),
         model=ModelDims(
             model_type=model.model_type,
-            **{size: getattr(model, size) for size in DENSE_FFN.sizes},
+            **{size: getattr(model, size) for size in part.sizes},
             num_hidden_layers=model.num_hidden_layers,
             prefix=prefix,
         ),
@@ -82,6 +87,24 @@ def config_checkpoint(config: Mapping[str, Any], name: str, scheme: str | None =
             *of_activations((layer for layer in layers if layer.activation), config=True),
         ),
     )
+
+
+def _indexes(part: Part, model: ModelConfig) -> Sequence[int | None]:
+    """The layers that have the part. Raises LayersError or SchemeError where the config does not give them."""
+    if unsaid := [size for size in part.sizes if not getattr(model, size) and size != DENSE_FFN.size]:
+        raise LayersError(f"{CONFIG}: does not say {unsaid[0]} ({model.model_type}); give the checkpoint")
+    if part is LM_HEAD:
+        check_untied(model)
+    if not part.place.in_layers:
+        return [None]
+    if part.place is Place.LAYERS:
+        return list(range(model.num_hidden_layers))
+    dense = known_dense_layers(model)
+    if not dense:
+        raise LayersError(f"no dense layer: {CONFIG} ({model.reason}) gives none")
+    if model.bias is not None:
+        raise SchemeError(f"{CONFIG}: {model.bias} is set: dense layers with a bias are not cut by this version")
+    return sorted(dense)
 
 
 def _declared(module: str, accounts: Iterable[Account]) -> QuantSpec:

@@ -1,33 +1,19 @@
-"""From tensor names, config.json and the account of the quantization to the dense layers: no tensor data is read."""
+"""From tensor names, config.json and the account of the quantization to a part's layers: no tensor data is read."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from reshard import limits
 from reshard.checkpoint.description import Layer, Linear, Tensor
+from reshard.checkpoint.places import Found, Linears, find
 from reshard.errors import LayersError, SchemeError, ShapesError
 from reshard.manifest import ModelDims
 from reshard.model.activation import not_computed
-from reshard.model.config import ModelConfig, agree_on_dense, is_mtp_layer, read_model_config
+from reshard.model.config import ModelConfig, read_model_config
 from reshard.model.foreign import what_is
-from reshard.model.naming import (
-    CONFIG,
-    PREFIX,
-    WRAPPED,
-    layer_name,
-    layers_named,
-    module_name,
-    numbers,
-    parse_dense,
-    parse_layer,
-)
-from reshard.model.parts import DENSE_FFN, Module
-from reshard.model.prefix import language_prefix
+from reshard.model.naming import CONFIG, layers_named, linear_name, module_name, parse_layer
+from reshard.model.parts import DENSE_FFN, Module, Part, Place
 from reshard.quantization import Accounts, Schemes, check_transforms
-from reshard.schemes.match import StoredTensor
-from reshard.schemes.table import VARIANTS
-
-_Linears = dict[str, dict[str, Tensor]]
-"""Tensors by the linear's name and suffix."""
+from reshard.schemes.match import QuantSpec, StoredTensor, is_plain, match_variant
+from reshard.schemes.table import FLOAT, VARIANTS, Variant
 
 _BESIDE_A_WEIGHT = frozenset(suffix for variant in VARIANTS for suffix in variant.suffixes) - {"weight"}
 _IN_BLOCKS = frozenset(rule.suffix for variant in VARIANTS for rule in variant.tensors if rule.in_blocks)
@@ -37,108 +23,81 @@ def describe_layers(
     tensors: Mapping[str, Tensor],
     other_names: Iterable[str],
     accounts: Accounts,
+    part: Part = DENSE_FFN,
 ) -> tuple[ModelDims, tuple[Layer, ...], tuple[str, ...]]:
-    """The dense layers that the tensors make, checked against config.json and the accounts of the quantization.
+    """The layers that the tensors of a part make, checked against config.json and the accounts of the quantization.
 
-    tensors: those whose names are a DenseFFN tensor's; other_names: all other names of the source.
+    tensors: those whose names are a part's tensor's; other_names: all other names of the source.
     Returns the model, its layers and warnings. Raises LayersError, ShapesError or SchemeError where the accounts
     disagree.
     """
     other_names = list(other_names)
     model_config = read_model_config(accounts.config) if accounts.config is not None else None
-    prefix = language_prefix(tensors, other_names, model_config)
-    by_layer: dict[int, _Linears] = {}
-    for name, tensor in tensors.items():
-        parsed = parse_dense(name)
-        if parsed is None or parsed.prefix != prefix:
-            continue
-        by_layer.setdefault(parsed.layer, {}).setdefault(parsed.role, {})[parsed.suffix] = tensor
-    if (last := max(by_layer)) >= limits.LAYERS:
-        raise LayersError(f"{layer_name(prefix, last)}: more than {limits.LAYERS} layers, which no model has")
-    mtp = {layer: by_layer.pop(layer) for layer in _mtp_layers(by_layer, prefix, other_names, model_config)}
-    mlps = {index: module_name(prefix, index) for index in by_layer}
-    check_transforms(accounts, mlps, (*tensors, *other_names))
-    by_names = _of_config(by_layer, model_config)
-    warnings = [*by_names, *_of_prefix(prefix, bool(by_names)), *_left_alone(mtp)]
-    _check_known(by_layer, prefix, other_names)
+    found = find(part, tensors, other_names, model_config, whole=accounts.recorded is None)
+    if part is DENSE_FFN:  # what is in front of others' linears is the engine's to apply, to a slice as to the whole
+        mlps = {index: module_name(found.prefix, index) for index in found.indexes}
+        check_transforms(accounts, mlps, (*tensors, *other_names))
+    _check_known(part, found, other_names)
     schemes = Schemes(accounts, (*tensors, *other_names))
     layers = []
-    for index in sorted(by_layer):
-        unstacked = _unstacked(by_layer[index], mlps[index])
-        linears = {}
-        for role in DENSE_FFN.roles:
-            stack = DENSE_FFN.stack(role.name)
-            module = f"{mlps[index]}.{stack if stack in by_layer[index] else role.name}"
-            suffixes = unstacked.get(role.name, {})
-            if "weight" not in suffixes and suffixes.keys() <= _BESIDE_A_WEIGHT:
-                known = model_config is not None and model_config.is_known
-                nowhere = not known and not any({stack, role.name} & held.keys() for held in by_layer.values())
-                raise _missing_weight(module, index, unstacked, role.without if nowhere else "")
-            found = {suffix: StoredTensor(t.dtype, t.shape, t.extents[0].file) for suffix, t in suffixes.items()}
-            variant, block = schemes.decide(module, found)
-            linears[role.name] = Linear(variant, block, suffixes)
-        activation = model_config.activation(index) if model_config else None
-        layers.append(Layer(index, linears, prefix, activation))
-    model = _check_shapes(layers, model_config)
+    for index in sorted(found.linears, key=lambda index: -1 if index is None else index):
+        linears = _linears(part, found, index, schemes, model_config)
+        activation = model_config.activation(index) if model_config and part.place is Place.DENSE_LAYERS else None
+        layers.append(Layer(index, linears, found.prefix, activation, part))
+    model = _check_shapes(part, layers, model_config)
     return (
         model,
         tuple(layers),
-        (*warnings, *schemes.warnings(), *of_activations(layers, config=model_config is not None)),
+        (*found.warnings, *schemes.warnings(), *of_activations(layers, config=model_config is not None)),
     )
 
 
+def _linears(
+    part: Part, found: Found, index: int | None, schemes: Schemes, config: ModelConfig | None
+) -> dict[str, Linear]:
+    """Those of one layer, by role."""
+    held = found.linears[index]
+    unstacked = _unstacked(part, held, module_name(found.prefix, index, part))
+    linears = {}
+    for role in part.roles:
+        stack = part.stack(role.name)
+        module = linear_name(found.prefix, index, stack if stack and stack in held else role.name, part)
+        suffixes = unstacked.get(role.name, {})
+        if "weight" not in suffixes and suffixes.keys() <= _BESIDE_A_WEIGHT:
+            known = config is not None and config.is_known
+            nowhere = not known and not any({stack, role.name} & layer.keys() for layer in found.linears.values())
+            raise _missing_weight(module, index, unstacked, role.without if nowhere else "")
+        stored = {suffix: StoredTensor(t.dtype, t.shape, t.extents[0].file) for suffix, t in suffixes.items()}
+        variant, block = _decided(part, module, stored, schemes)
+        linears[role.name] = Linear(variant, block, suffixes)
+    return linears
+
+
+def _decided(
+    part: Part, module: str, stored: Mapping[str, StoredTensor], schemes: Schemes
+) -> tuple[Variant, tuple[int, int] | None]:
+    """A linear's variant and scale block."""
+    if not part.quantized and is_plain(stored):
+        said_by = f"{module}, which tools do not quantize,"
+        return match_variant(module, QuantSpec(FLOAT, None, said_by), stored), None
+    return schemes.decide(module, stored)
+
+
 def of_activations(layers: Iterable[Layer], *, config: bool) -> Iterator[str]:
-    """Layers that can be cut, and that nothing here computes. config: whether there is a config.json."""
+    """Dense layers that can be cut, and that nothing here computes. config: whether there is a config.json."""
     indexes: dict[str, list[int]] = {}
     for layer in layers:
-        problem = not_computed(layer.activation, config=config)
-        if problem is not None:
+        problem = not_computed(layer.activation, config=config) if layer.part is DENSE_FFN else None
+        if problem is not None and layer.index is not None:
             indexes.setdefault(problem, []).append(layer.index)
     for problem, found in indexes.items():
         yield f"{layers_named(found)} {'is' if len(found) == 1 else 'are'} cut and not computed: {problem}"
 
 
-def _of_config(named: Collection[int], config: ModelConfig | None) -> tuple[str, ...]:
-    """Where the names alone say which layers are dense."""
-    if config is None:
-        return (f"no {CONFIG} beside the files: the dense layers ({numbers(named)}) are taken from names alone",)
-    return agree_on_dense(named, config)
-
-
-def _of_prefix(prefix: str, by_names: bool) -> Iterator[str]:
-    """Where the names alone say which module is the language model."""
-    if prefix not in {"", PREFIX} and (by_names or prefix not in WRAPPED):
-        yield f"the language model is taken to be {prefix}layers.*, by names alone"
-
-
-def _left_alone(mtp: Collection[int]) -> Iterator[str]:
-    if mtp:
-        yield f"the dense MLP of the MTP {layers_named(mtp)} is left alone: it is no part of the DenseFFN"
-
-
-def _mtp_layers(
-    named: Iterable[int], prefix: str, other_names: Iterable[str], config: ModelConfig | None
-) -> tuple[int, ...]:
-    """Those of the layers that are multi-token prediction: by config.json's count, or by what else is in them."""
-    rests: dict[int, list[str]] = {}
-    for name in other_names:
-        parsed = parse_layer(name)
-        if parsed and parsed[0] == prefix:
-            rests.setdefault(parsed[1], []).append(parsed[2])
-    last = config.num_hidden_layers if config else None
-    count = config.mtp_layers if config else 0
-    return tuple(
-        layer
-        for layer in named
-        if (last is not None and 0 <= layer - last < count)
-        or ((last is None or layer >= last) and is_mtp_layer(rests.get(layer, ())))
-    )
-
-
-def _unstacked(linears: _Linears, parent: str) -> _Linears:
+def _unstacked(part: Part, linears: Linears, parent: str) -> Linears:
     """Linears as runs of rows where they are stored stacked (Phi-3, GLM-4-0414)."""
     found = dict(linears)
-    for module in DENSE_FFN.modules:
+    for module in part.modules:
         if len(module.roles) == 1 or module.name not in linears:
             continue
         stacked = found.pop(module.name)
@@ -173,9 +132,9 @@ def _runs(tensor: Tensor, module: Module, suffix: str, stacked: Mapping[str, Ten
     return tuple(tensor.run(at * rows, rows) for at in range(count))
 
 
-def _missing_weight(module: str, index: int, linears: _Linears, without: str) -> LayersError:
+def _missing_weight(module: str, index: int | None, linears: Linears, without: str) -> LayersError:
     having = ", ".join(sorted(f"{r}.{s}" for r, suffixes in linears.items() for s in suffixes))
-    has = f"the checkpoint has of layer {index} only {having}"
+    has = f"the checkpoint has {'' if index is None else f'of layer {index} '}only {having}"
     if without:
         return LayersError(
             f"{module}.weight: missing, as in every layer; {has}: {without}, which this version does not cut"
@@ -183,19 +142,26 @@ def _missing_weight(module: str, index: int, linears: _Linears, without: str) ->
     return LayersError(f"{module}.weight: missing; {has}; download the file that holds it again")
 
 
-def _check_known(dense: Collection[int], prefix: str, other_names: Iterable[str]) -> None:
+def _check_known(part: Part, found: Found, other_names: Iterable[str]) -> None:
+    """Nothing else may be in a dense layer's MLP, nor below another part's linears."""
+    if part.place is Place.DENSE_LAYERS:
+        owned = tuple(f"{module_name(found.prefix, index)}." for index in found.indexes)
+    else:
+        owned = tuple(f"{linear_name(found.prefix, i, role.name, part)}." for i in found.linears for role in part.roles)
     for name in other_names:
         parsed = parse_layer(name)
-        if parsed and parsed[0] == prefix and parsed[1] in dense and parsed[2].startswith(f"{DENSE_FFN.path}."):
+        layer = parsed[1] if parsed and parsed[0] == found.prefix else None
+        if layer in found.linears and name.startswith(owned):
             what = what_is(name)
             said = f" ({what})" if what else ""
-            raise SchemeError(f"{name}: in a dense layer, and not a tensor that the table of schemes knows{said}")
+            where = "in a dense layer" if part.place is Place.DENSE_LAYERS else f"below {part.name}"
+            raise SchemeError(f"{name}: {where}, and not a tensor that the table of schemes knows{said}")
 
 
-def _check_shapes(layers: Sequence[Layer], config: ModelConfig | None) -> ModelDims:
-    sizes, where = _sizes_of_weights(layers[0]), layers[0].linears[DENSE_FFN.roles[0].name].tensors["weight"].name
+def _check_shapes(part: Part, layers: Sequence[Layer], config: ModelConfig | None) -> ModelDims:
+    sizes, where = _sizes_of_weights(layers[0]), layers[0].linears[part.roles[0].name].tensors["weight"].name
     if config is not None:
-        sizes, where = {name: getattr(config, name) for name in sizes}, CONFIG
+        sizes, where = {name: getattr(config, name) or size for name, size in sizes.items()}, CONFIG
     dims = ModelDims(
         model_type=config.model_type if config else "",
         num_hidden_layers=config.num_hidden_layers if config else None,

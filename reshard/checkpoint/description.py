@@ -7,10 +7,11 @@ extent for a Hugging Face file, one per rank for a shard set.
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
+from typing import cast
 
 from reshard.manifest import Conversion, LinearScheme, ModelDims, SourceFile
 from reshard.model.activation import Activation
-from reshard.model.naming import module_name
+from reshard.model.naming import linear_name, module_name
 from reshard.model.parts import DENSE_FFN, Module, Part
 from reshard.schemes.table import Variant
 from reshard.tensors.dtypes import itemsize
@@ -98,18 +99,30 @@ class Linear:
 
 @dataclass(frozen=True)
 class Layer:
-    """A part's linears in one layer, by role. `activation` is None where nothing says what stands between them."""
+    """A part's linears in one layer, by role, or in the model where that has them once: then `index` is None.
 
-    index: int
+    `activation` is None where nothing stands between them, or nothing says what does.
+    """
+
+    index: int | None
     linears: Mapping[str, Linear]
     prefix: str
     activation: Activation | None
     part: Part = DENSE_FFN
 
     @property
+    def number(self) -> int:
+        """The index, in a part that layers have."""
+        return cast("int", self.index)
+
+    @property
     def module(self) -> str:
-        """What holds the linears; the name of one is `{module}.{role}`."""
+        """The name of what holds the linears."""
         return module_name(self.prefix, self.index, self.part)
+
+    def name(self, linear: str) -> str:
+        """The name of a linear, or of what stacks some."""
+        return linear_name(self.prefix, self.index, linear, self.part)
 
     def modules(self, layout: str) -> Iterator[tuple[Module, tuple[Linear, ...]]]:
         """What a shard has of it, each with the linears that are stacked in it."""

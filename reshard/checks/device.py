@@ -54,7 +54,7 @@ def check_npu(checkpoint: Checkpoint, plan: Plan) -> list[Finding]:
     """Findings for rank 0 of a fused plan; every rank's shapes are the same."""
     layers = [
         tuple(
-            _matrix(plan, f"{layer.module}.{module.name}", module, linears[0].variant.scheme)
+            _matrix(plan, layer.name(module.name), module, linears[0].variant.scheme)
             for module, linears in layer.modules("fused")
         )
         for layer in checkpoint.layers
@@ -144,7 +144,7 @@ def _forward(checkpoint: Checkpoint, plan: Plan, layers: _Layers, where: str) ->
     for layer, matrices in zip(checkpoint.layers, layers, strict=True):
         activation = layer.activation
         if activation is None or not activation.is_known:
-            return skipped(f"layer {layer.index}: {not_computed(activation)}")
+            return skipped(f"layer {layer.number}: {not_computed(activation)}")
         linears = [
             Linear(matrix.name, matrix.scheme, {s: (t.dtype, t.shape) for s, t in matrix.tensors.items()})
             for matrix in matrices

@@ -1,4 +1,4 @@
-"""The DenseFFN itself: dense layers, shapes, schemes."""
+"""The part itself: layers, shapes, schemes."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,7 +8,8 @@ from reshard.checks.finding import Finding
 from reshard.checks.report import not_checked
 from reshard.errors import LayersError, ReshardError, SchemeError, ShapesError
 from reshard.model.config import read_model_config
-from reshard.model.naming import CONFIG, layers_named, numbers
+from reshard.model.naming import CONFIG, counted_layers, layers_named, numbers
+from reshard.model.parts import DENSE_FFN
 from reshard.strict_json import parse_object
 
 _CHECKS = ("layers", "shapes", "scheme")
@@ -38,14 +39,16 @@ def config_of(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
 
 
 def _layers(checkpoint: Checkpoint) -> Finding:
-    indexes = numbers(layer.index for layer in checkpoint.layers)
-    what = f"{_counted(len(checkpoint.layers), 'dense layer')} ({indexes})"
+    indexes = [layer.index for layer in checkpoint.layers if layer.index is not None]
+    what = counted_layers(checkpoint.part, len(checkpoint.layers)) + (f" ({numbers(indexes)})" if indexes else "")
     if checkpoint.warnings:
         return Finding("layers", "", f"{what}: {'; '.join(checkpoint.warnings)}", "warning")
     config = config_of(checkpoint)
     if config is None:
         return Finding("layers", "", what, "ok")
     model = read_model_config(config)
+    if checkpoint.part is not DENSE_FFN:
+        return Finding("layers", "", what, "ok")
     return Finding("layers", "", f"{what}, as {CONFIG} says ({model.reason}){untouched(config)}", "ok")
 
 
@@ -75,12 +78,12 @@ def _shapes(checkpoint: Checkpoint) -> str:
 
 def _scheme(checkpoint: Checkpoint) -> Finding:
     """The schemes by layer, one line for all that are alike."""
-    by_text: dict[str, list[int]] = {}
+    by_text: dict[str, list[int | None]] = {}
     for layer in checkpoint.layers:
         by_text.setdefault(_spelt(layer), []).append(layer.index)
     if len(by_text) == 1:
         return Finding("scheme", "", next(iter(by_text)), "ok")
-    texts = [f"{layers_named(indexes)}: {text}" for text, indexes in by_text.items()]
+    texts = [f"{layers_named([i for i in found if i is not None])}: {text}" for text, found in by_text.items()]
     return Finding("scheme", "", "; ".join(texts), "ok")
 
 

@@ -21,7 +21,7 @@ def compare_identity(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Fin
         if name not in there:
             lines = [f"{MANIFEST} says that the set was cut from it; the source has no such weights"]
         elif name not in cut:
-            lines = [f"holds DenseFFN weights of the source; {MANIFEST} does not name it"]
+            lines = [f"holds {manifest.what.name} weights of the source; {MANIFEST} does not name it"]
         else:
             lines = [misfit.message for misfit in fit_source_file(there[name], cut[name])]
         yield from (Finding("identity", name, line, "warning") for line in lines)
@@ -36,7 +36,7 @@ def compare_model(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Findin
     recorded_layers = [layer.index for layer in manifest.layers]
     layers = [layer.index for layer in checkpoint.layers]
     if recorded_layers != layers:
-        yield Finding("model", MANIFEST, f"its dense layers are {recorded_layers}, the source's {layers}")
+        yield Finding("model", MANIFEST, f"its layers are {recorded_layers}, the source's {layers}")
     cut = {layer.index: layer.activation for layer in manifest.layers}
     for layer in checkpoint.layers:
         if layer.index in cut and cut[layer.index] != layer.activation:

@@ -8,7 +8,7 @@ from reshard.checks.finding import Finding, Severity
 from reshard.convert import Weights
 from reshard.errors import UsageError
 from reshard.model.naming import MAX_TP_SIZE
-from reshard.model.parts import DENSE_FFN
+from reshard.model.parts import DENSE_FFN, Part
 
 CHECKS = {
     "input": "what was given can be read",
@@ -85,6 +85,7 @@ class Request:
     serving: Serving | None = None
     revision: str | None = None
     index: str | None = None
+    part: Part | None = None
 
     def __post_init__(self) -> None:
         for size in self.tp_sizes:

@@ -1,7 +1,7 @@
 """One target, checked: a checkpoint or a shard set at an address, or a config.json alone."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Container, Iterable, Mapping
+from typing import Any, TypeGuard
 
 from reshard.checkpoint.config_only import config_checkpoint, read_config
 from reshard.checkpoint.description import Checkpoint
@@ -10,13 +10,15 @@ from reshard.checks.device import check_kernels, check_npu
 from reshard.checks.finding import Finding
 from reshard.checks.layers import check_layers, config_of
 from reshard.checks.report import Report, Request, not_checked
-from reshard.checks.serving import check_serving, option_size
+from reshard.checks.serving import check_part, check_serving, option_size, setup_of
 from reshard.checks.shardset import check_origin, check_set, check_size, plan_of
 from reshard.convert.rules import converted
 from reshard.errors import AlignmentError, ReshardError, UsageError
 from reshard.manifest import Manifest
 from reshard.model.config import has_experts
 from reshard.model.naming import parse_shard_file
+from reshard.model.parts import DENSE_FFN
+from reshard.plan.plan import Ways, make_plan
 from reshard.source.address import shown
 from reshard.source.base import Source
 from reshard.source.files import read_checkpoint
@@ -40,7 +42,9 @@ def check_source(address: str, request: Request, notify: Notify = lambda line: N
             return Report(shown(address), "shard set", tuple(set_findings))
         if request.against is not None:
             raise UsageError(f"--against goes with a shard set, which {address} is not")
-        findings, checkpoint = check_layers(lambda: converted(read_checkpoint(source, request.scheme), request.weights))
+        findings, checkpoint = check_layers(
+            lambda: converted(read_checkpoint(source, request.scheme, request.part or DENSE_FFN), request.weights)
+        )
         source.check_unchanged()
     return Report(shown(address), "checkpoint", (*findings, *_cuts(checkpoint, request)))
 
@@ -55,7 +59,7 @@ def check_config(path: str, request: Request) -> Report:
         raise UsageError(f"--index goes with a checkpoint's files, which {path} is not")
     config = read_config(path)
     findings, checkpoint = check_layers(
-        lambda: converted(config_checkpoint(config, path, request.scheme), request.weights)
+        lambda: converted(config_checkpoint(config, path, request.scheme, request.part or DENSE_FFN), request.weights)
     )
     return Report(path, "config", (*findings, *_cuts(checkpoint, request)), file=path)
 
@@ -63,7 +67,7 @@ def check_config(path: str, request: Request) -> Report:
 def _cuts(checkpoint: Checkpoint | None, request: Request) -> list[Finding]:
     """Each size that is asked for, the option's among them, and the setup."""
     found: list[Finding] = []
-    if checkpoint is not None and request.device == "npu":
+    if _on_npu(checkpoint, request):
         found.append(check_kernels(checkpoint))
     setup = _setup(checkpoint, request)
     wrong = [finding.check for finding in setup if finding.severity == "error"]
@@ -76,7 +80,8 @@ def _cuts(checkpoint: Checkpoint | None, request: Request) -> list[Finding]:
         found += no_cut(f"see {wrong[0]}" if option else "no size to cut for; give --tp")
     else:
         for size in sizes:
-            found += _cut(checkpoint, size, request)
+            among = setup_of(request.serving, _moe(checkpoint)).sizes if request.serving and size == option else None
+            found += _cut(checkpoint, size, request, among)
     return found + setup
 
 
@@ -84,14 +89,24 @@ def _setup(checkpoint: Checkpoint | None, request: Request) -> list[Finding]:
     """The setup, where one is given; what is advised for it can be cut."""
 
     def can_be_cut(size: int) -> bool:
-        return checkpoint is None or not any(f.severity == "error" for f in _cut(checkpoint, size, request))
+        return checkpoint is None or _passes(_cut(checkpoint, size, request))
 
     return check_serving(request.serving, _moe(checkpoint), None, can_be_cut) if request.serving is not None else []
 
 
-def _cut(checkpoint: Checkpoint, tp_size: int, request: Request) -> list[Finding]:
-    findings, plan = check_cut(checkpoint, tp_size, request.pad)
-    return findings + check_npu(checkpoint, plan) if plan is not None and request.device == "npu" else findings
+def _cut(checkpoint: Checkpoint, tp_size: int, request: Request, among: Container[int] | None = None) -> list[Finding]:
+    """among: the sizes that may be advised, where not every one that can be cut."""
+
+    def takes(size: int) -> bool:
+        return (among is None or size in among) and _passes(_cut(checkpoint, size, request))
+
+    findings, plan = check_cut(checkpoint, tp_size, request.pad, Ways(takes))
+    return findings + check_npu(checkpoint, plan) if plan is not None and _on_npu(checkpoint, request) else findings
+
+
+def _on_npu(checkpoint: Checkpoint | None, request: Request) -> TypeGuard[Checkpoint]:
+    """Whether it runs on kernels that are called here: other parts than the DenseFFN run on the engine's."""
+    return checkpoint is not None and checkpoint.part is DENSE_FFN and request.device == "npu"
 
 
 def _set(source: Source, request: Request, address: str, notify: Notify) -> list[Finding]:
@@ -102,25 +117,49 @@ def _set(source: Source, request: Request, address: str, notify: Notify) -> list
         wanted = {"size": request.tp_sizes, "source": request.against, "option": request.serving}
         asked = tuple(check for check, value in wanted.items() if value)
         return [*findings, *not_checked(asked, "see manifest")]
-    findings += check_size(manifest, checkpoint, request.tp_sizes)
+    if request.part not in (None, manifest.what):
+        raise UsageError(f"--part {request.part.key}: {address} is a set of {manifest.part}")
+
+    def takes(size: int) -> bool:
+        return checkpoint is None or _can_be_re_sharded(manifest, checkpoint, size, request)
+
+    findings += check_size(manifest, checkpoint, request.tp_sizes, takes)
     if request.against is not None:
         findings += _origin(manifest, request.against, request, notify)
-    if checkpoint is not None and request.device == "npu":
+    if _on_npu(checkpoint, request):
         findings.append(check_kernels(checkpoint))
         try:
             findings += check_npu(checkpoint, plan_of(manifest, checkpoint, "fused", (0,)))
         except AlignmentError as error:  # a set that keeps gate and up apart may be one that cannot be stacked
             findings.append(Finding("forward", "", f"not checked: {error}", "skipped"))
     if request.serving is not None:
-        findings += check_serving(request.serving, _moe(checkpoint), manifest.tp_size)
+        ours = manifest.tp_size if manifest.what is DENSE_FFN else None
+        findings += check_serving(request.serving, _moe(checkpoint), ours, takes)
+        findings += check_part(request.serving, manifest)
     return findings
+
+
+def _can_be_re_sharded(manifest: Manifest, checkpoint: Checkpoint, tp_size: int, request: Request) -> bool:
+    """Whether the set can be cut again, in its layout, for a size that its device takes."""
+    try:
+        make_plan(checkpoint, tp_size, manifest.layout, tp_ranks=())
+        if not _on_npu(checkpoint, request):
+            return True
+        fused = make_plan(checkpoint, tp_size, tp_ranks=(0,))
+    except AlignmentError:
+        return False
+    return _passes(check_npu(checkpoint, fused))
+
+
+def _passes(findings: Iterable[Finding]) -> bool:
+    return not any(finding.severity == "error" for finding in findings)
 
 
 def _origin(manifest: Manifest, against: str, request: Request, notify: Notify) -> list[Finding]:
     """What the set was cut from; where that cannot be read, what was found of the set itself still stands."""
     try:
         with open_source(against, index=request.index, notify=notify) as original:
-            found = check_origin(manifest, describe(original, request.scheme), shown(against))
+            found = check_origin(manifest, describe(original, request.scheme, manifest.what), shown(against))
             original.check_unchanged()
             return found
     except UsageError:

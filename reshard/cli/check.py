@@ -7,6 +7,7 @@ import typer
 
 from reshard.cli.options import Debug, Index, Pad, Revision, Scheme, Weights, parse_sizes
 from reshard.cli.output import Output
+from reshard.cli.parts import OnePart, parse_part
 
 if TYPE_CHECKING:
     from reshard.checks.report import Report, Request
@@ -39,6 +40,7 @@ def check(
     data_parallel_size: Annotated[int | None, typer.Option(help="The engine's; 1 where it is left out.")] = None,
     tensor_parallel_size: Annotated[int | None, typer.Option(help="The engine's; 1 where it is left out.")] = None,
     pipeline_parallel_size: Annotated[int | None, typer.Option(help="The engine's; 1 where it is left out.")] = None,
+    part: OnePart = None,
     enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="The engine's.")] = False,
     kv_role: Annotated[
         Literal["kv_producer", "kv_consumer", "kv_both"] | None,
@@ -62,18 +64,31 @@ def check(
         from reshard.checks.report import Request
         from reshard.errors import UsageError
 
-        targets = [*((path, _is_config(path)) for path in paths or ()), *((file, True) for file in config or ())]
+        given = [*((path, _is_config(path)) for path in paths or ()), *((file, True) for file in config or ())]
+        targets = [(one, is_config) for path, is_config in given for one in ([path] if is_config else _sets(path))]
         if not targets:
             raise UsageError("nothing to check: give a PATH, or --config FILE")
-        sizes = (data_parallel_size, tensor_parallel_size, pipeline_parallel_size)
-        serving = api.serving(_parsed(additional_config), *sizes, enforce_eager=enforce_eager, kv_role=kv_role)
-        request = Request(parse_sizes(tp), scheme, weights, pad, against, device, serving, revision, index)
+        serving_sizes = (data_parallel_size, tensor_parallel_size, pipeline_parallel_size)
+        serving = api.serving(_parsed(additional_config), *serving_sizes, enforce_eager=enforce_eager, kv_role=kv_role)
+        sizes, what = parse_sizes(tp), parse_part(part)
+        request = Request(sizes, scheme, weights, pad, against, device, serving, revision, index, what)
         reports = [_report(output, target, is_config, request) for target, is_config in targets]
         _write(output, form, reports, strict)
     if any(report.unreadable for report in reports):
         raise typer.Exit(_UNREADABLE)
     if any(report.failed(strict) for report in reports):
         raise typer.Exit(_FAILED)
+
+
+def _sets(path: str) -> list[str]:
+    """The sets of several parts within; what cannot be read is said where it is checked."""
+    from reshard.errors import ReshardError
+    from reshard.source.open import set_addresses
+
+    try:
+        return set_addresses(path)
+    except ReshardError:
+        return [path]
 
 
 def _is_config(path: str) -> bool:

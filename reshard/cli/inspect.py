@@ -7,7 +7,7 @@ import typer
 
 from reshard.cli.options import ADDRESS, Debug, Format, Index, Revision, Scheme
 from reshard.cli.output import Output, Table, size_text
-from reshard.model.parts import DENSE_FFN
+from reshard.cli.parts import OnePart, parse_part
 
 if TYPE_CHECKING:
     from reshard.checkpoint.description import Checkpoint, Tensor
@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
 def inspect(
     path: Annotated[str, typer.Argument(metavar="PATH", help=f"A checkpoint or a shard set. {ADDRESS}")],
+    part: OnePart = None,
     scheme: Scheme = None,
     revision: Revision = None,
     index: Index = None,
     form: Format = "human",
     debug: Debug = False,
 ) -> None:
-    """Show the dense layers of a checkpoint or a shard set.
+    """Show the dense layers of a checkpoint or a shard set, or another part.
 
     Schemes, shapes and bytes of their tensors, and where each one lies.
     """
@@ -32,7 +33,7 @@ def inspect(
         from reshard.source.shardset import is_shard_set
 
         with open_source(path, revision, index=index, notify=output.warn) as source:
-            checkpoint = describe(source, scheme)
+            checkpoint = describe(source, scheme, parse_part(part))
             for line in checkpoint.warnings:
                 output.warn(line)
             shard_set = _shard_set(source) if is_shard_set(source) else None
@@ -55,12 +56,12 @@ def _shard_set(source: "Source") -> dict[str, Any]:
 
 
 def _document(checkpoint: "Checkpoint") -> dict[str, Any]:
-    from reshard.model.naming import ROLES
     from reshard.plan.manifest_builder import scheme_name
 
     model, identity = checkpoint.model, checkpoint.identity
     return {
         "source": {"kind": identity.kind, "name": identity.name, "commit": identity.commit},
+        "part": checkpoint.part.key,
         "model": model.model_dump(),
         "scheme": scheme_name(checkpoint.layers),
         "dense_bytes": checkpoint.nbytes,
@@ -76,7 +77,7 @@ def _document(checkpoint: "Checkpoint") -> dict[str, Any]:
                         "block": linear.block,
                         "tensors": [_tensor(linear.tensors[rule.suffix]) for rule in linear.variant.tensors],
                     }
-                    for role, linear in ((role, layer.linears[role]) for role in ROLES)
+                    for role, linear in layer.linears.items()
                 },
             }
             for layer in checkpoint.layers
@@ -106,16 +107,19 @@ def _lines(document: dict[str, Any]) -> Iterator[str | Table]:
     yield Table(("tensor", "scheme", "dtype", "shape", ">size", "where"), rows)
     yield ""
     model, shard_set = document["model"], document.get("shard_set")
-    sizes = ", ".join(f"{name} {model[name]}" for name in DENSE_FFN.sizes)
+    from reshard.model.parts import DENSE_FFN, PARTS
+
+    part = PARTS[document["part"]]
+    sizes = ", ".join(f"{name} {model[name]}" for name in part.sizes)
     layers = ", ".join(str(layer["index"]) for layer in document["layers"])
-    activations = ", ".join(dict.fromkeys(str(layer["activation"] or "not known") for layer in document["layers"]))
-    yield (
-        f"{document['source']['name']}: {model['model_type'] or 'model'}, {sizes}, "
-        f"dense layers {layers}, activation {activations}"
-    )
+    where = f"layers {layers}" if part.place.in_layers else part.name
+    if part is DENSE_FFN:
+        activations = ", ".join(dict.fromkeys(str(layer["activation"] or "not known") for layer in document["layers"]))
+        where = f"dense layers {layers}, activation {activations}"
+    yield f"{document['source']['name']}: {model['model_type'] or 'model'}, {sizes}, {where}"
     dense = f"{size_text(document['dense_bytes'])} of {document['scheme']}"
     if shard_set:
         yield f"shard set: tp_size {shard_set['tp_size']}, {shard_set['layout']} layout, {dense}"
     else:
         whole = f"{document['total_tensors']:,} tensors, {size_text(document['total_bytes'])}"
-        yield f"DenseFFN: {dense}; the whole checkpoint: {whole}"
+        yield f"{part.name}: {dense}; the whole checkpoint: {whole}"

@@ -1,19 +1,22 @@
 """`reshard split`."""
 
+import contextlib
 import os
 import re
 import socket
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
 from reshard.cli.options import ADDRESS, Debug, Format, Index, Pad, Quiet, Revision, Scheme, Weights
 from reshard.cli.output import Output, Table, size_text
+from reshard.cli.parts import Parts, parse_parts
 
 if TYPE_CHECKING:
     from reshard.plan.pipeline import Cut, Prepared
     from reshard.writer.split import SplitOptions, SplitResult
+    from reshard.writer.target import Target
 
 _SHOWN_DIGEST = 16
 
@@ -21,7 +24,8 @@ _SHOWN_DIGEST = 16
 def split(
     source: Annotated[str, typer.Argument(metavar="SRC", help=f"{ADDRESS} A shard set is re-sharded.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="The shard set's folder, or s3://…: new or empty.")],
-    tp: Annotated[int, typer.Option("--tp", help="Size of the DenseFFN group: how many shards.")],
+    tp: Annotated[int | None, typer.Option("--tp", help="Size of the group: how many shards.")] = None,
+    part: Parts = None,
     weights: Weights = "keep",
     quant_format: Annotated[
         Literal["modelslim", "compressed-tensors"], typer.Option(help="How --weights w8a8 names its tensors.")
@@ -40,13 +44,13 @@ def split(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Cut SRC's DenseFFN weights into one shard per rank."""
+    """Cut SRC's DenseFFN, or other parts, into one shard per rank."""
     output = Output(form, quiet=quiet, debug=debug)
     with output.errors():
         from reshard.plan.pipeline import Cut, check_set_digests, prepare
-        from reshard.source.open import open_source
+        from reshard.source.open import open_source, part_address, part_of_sets
         from reshard.writer.open import open_target
-        from reshard.writer.split import DEFAULT_WORKERS, SplitOptions, own_ranks, write_shards
+        from reshard.writer.split import DEFAULT_WORKERS, SplitOptions, check_target, own_ranks, write_shards
         from reshard.writer.team import agree, open_team, read_place
 
         place = read_place()
@@ -56,22 +60,44 @@ def split(
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
         with open_team(place) as team:
             threads = workers or max(1, DEFAULT_WORKERS // place.on_this_host)
-            options = SplitOptions(_parse_ranks(ranks, tp), resume, overwrite, threads)
-            target = open_target(out, source)
-            cut = Cut(tp, layout, pad, weights, quant_format, scheme)
-            with open_source(source, revision, index=index, notify=output.warn) as opened:
-                prepared = prepare(opened, cut)
-                agree(team, _account(prepared, cut, target.address, options, dry_run))
-                for line in prepared.checkpoint.warnings:
-                    output.warn(line)
-                if dry_run:
-                    _report(output, prepared, target.address, None)
-                    return
-                check_set_digests(opened, options.workers)
-                own = own_ranks(prepared.plan, options, place)
-                with output.progress("split", sum(prepared.plan.shards[rank].size for rank in own)) as tick:
-                    result = write_shards(prepared, target, options, tick, team)
-                _report(output, prepared, target.address, result)
+            wanted = parse_parts(part, tp)
+            with contextlib.ExitStack() as held:
+                jobs: list[_Job] = []
+                for one, size in wanted:  # all of them before anything is written
+                    options = SplitOptions(_parse_ranks(ranks, size), resume, overwrite, threads)
+                    if one and len(wanted) > 1:
+                        target = open_target(part_address(out, one), source, in_out=True)
+                    else:
+                        target = open_target(out, source)
+                    cut = Cut(size, layout, pad, weights, quant_format, scheme, one)
+                    address = part_of_sets(source, one)
+                    opened = held.enter_context(open_source(address, revision, index=index, notify=output.warn))
+                    prepared = prepare(opened, cut)
+                    agree(team, _account(prepared, cut, target.address, options, dry_run))
+                    if not dry_run:
+                        check_target(prepared, target, options, place)
+                    for line in prepared.checkpoint.warnings:
+                        output.warn(line)
+                    jobs.append(_Job(prepared, target, options))
+                done: list[tuple[_Job, SplitResult | None]] = []
+                for job in jobs:
+                    result = None
+                    if not dry_run:
+                        plan = job.prepared.plan
+                        check_set_digests(job.prepared.source, threads)
+                        own = own_ranks(plan, job.options, place)
+                        with output.progress("split", sum(plan.shards[rank].size for rank in own)) as tick:
+                            result = write_shards(job.prepared, job.target, job.options, tick, team)
+                    done.append((job, result))
+                _report(output, done)
+
+
+class _Job(NamedTuple):
+    """A part that is to be cut."""
+
+    prepared: "Prepared"
+    target: "Target"
+    options: "SplitOptions"
 
 
 def _account(prepared: "Prepared", cut: "Cut", out: str, options: "SplitOptions", dry_run: bool) -> dict[str, str]:
@@ -112,25 +138,34 @@ def _parse_ranks(text: str | None, tp: int) -> tuple[int, ...] | None:
     return tuple(sorted(found))
 
 
-def _report(output: Output, prepared: "Prepared", out: str, result: "SplitResult | None") -> None:
-    """The closing table, or the document; without a result, what would be written."""
+def _report(output: Output, done: "list[tuple[_Job, SplitResult | None]]") -> None:
+    """The closing tables, or the document; without results, what would be written."""
+    documents = [_document(job, result) for job, result in done]
+    document = documents[0] if len(documents) == 1 else {"parts": documents}
+    output.document(document, lambda: [line for one in documents for line in _lines(one)])
+
+
+def _document(job: _Job, result: "SplitResult | None") -> dict[str, Any]:
     from reshard.plan.manifest_builder import scheme_name
 
+    prepared = job.prepared
     plan = prepared.plan
     entries = {shard.tp_rank: shard for shard in (*result.written, *result.kept)} if result else {}
     kept = {shard.tp_rank for shard in result.kept} if result else set()
     shown = [shard for shard in plan.shards if not result or shard.tp_rank in entries]
     whole = prepared.checkpoint.nbytes
     largest = max(shard.size for shard in plan.shards)
-    document: dict[str, Any] = {
-        "out": out,
+    return {
+        "out": job.target.address,
         "dry_run": result is None,
         "complete": bool(result and result.complete),
         "missing_ranks": list(result.missing) if result else [],
+        "part": plan.part,
         "scheme": scheme_name(prepared.checkpoint.layers),
         "tp_size": plan.tp_size,
         "layout": plan.layout,
-        f"padded_{prepared.checkpoint.part.size}": plan.padding.padded if plan.padding else None,
+        "size": {prepared.checkpoint.part.size: prepared.checkpoint.shared_size},
+        "padded_size": plan.padding.padded if plan.padding else None,
         "layers": [layer.index for layer in prepared.checkpoint.layers],
         "unsplit_bytes": whole,
         "saved_bytes_per_device": whole - largest,
@@ -145,11 +180,11 @@ def _report(output: Output, prepared: "Prepared", out: str, result: "SplitResult
             for shard in shown
         ],
     }
-    output.document(document, lambda: _lines(document, prepared))
 
 
-def _lines(document: dict[str, Any], prepared: "Prepared") -> Iterator[str | Table]:
-    from reshard.model.naming import MANIFEST
+def _lines(document: dict[str, Any]) -> Iterator[str | Table]:
+    from reshard.model.naming import MANIFEST, counted_layers
+    from reshard.model.parts import PARTS
 
     yield Table(
         (">rank", "file", ">size", "blake3"),
@@ -164,15 +199,15 @@ def _lines(document: dict[str, Any], prepared: "Prepared") -> Iterator[str | Tab
         ],
     )
     yield ""
-    layers, whole = len(document["layers"]), document["unsplit_bytes"]
-    saved = document["saved_bytes_per_device"]
+    whole, saved = document["unsplit_bytes"], document["saved_bytes_per_device"]
+    layers = counted_layers(PARTS[document["part"]], len(document["layers"]))
     yield (
-        f"{document['scheme']}, {layers} dense {'layer' if layers == 1 else 'layers'}: {size_text(whole)} unsplit; "
+        f"{document['scheme']}, {layers}: {size_text(whole)} unsplit; "
         f"each device holds {size_text(whole - saved)} and saves {size_text(max(0, saved))}"
     )
-    if prepared.plan.padding:
-        name, size = prepared.checkpoint.part.size, prepared.checkpoint.shared_size
-        yield f"padded: {name} {size} to {prepared.plan.padding.padded}"
+    if document["padded_size"]:
+        ((name, size),) = document["size"].items()
+        yield f"padded: {name} {size} to {document['padded_size']}"
     if document["dry_run"]:
         yield "dry run: nothing was written"
     elif document["complete"]:

@@ -31,35 +31,43 @@ def verify(
     output = Output(form, quiet=quiet, debug=debug)
     with output.errors():
         from reshard import api
+        from reshard.source.open import set_addresses
 
-        done = api.verify(
-            shards,
-            source,
-            scheme=scheme,
-            revision=revision,
-            index=index,
-            warn=output.warn,
-            progress=output.progress,
-        )
-        for note in done.notes:
-            output.warn(f"{note.where}: {note.message}")
-        held = done.manifest.shards
-        document = {
-            "ok": done.ok,
-            "shards": len(held),
-            "bytes": sum(shard.size for shard in held),
-            "against_source": done.against_source,
-            "layers": done.layers,
-            "findings": done.findings,
-            "notes": done.notes,
-        }
-        tensors = sum(len(shard.tensors) for shard in held)
-        output.document(document, lambda: _lines(document, tensors, source))
-        if not done.ok:
+        found: list[tuple[dict[str, Any], int]] = []
+        for address in set_addresses(shards):
+            done = api.verify(
+                address,
+                source,
+                scheme=scheme,
+                revision=revision,
+                index=index,
+                warn=output.warn,
+                progress=output.progress,
+            )
+            for note in done.notes:
+                output.warn(f"{note.where}: {note.message}")
+            held = done.manifest.shards
+            document = {
+                "ok": done.ok,
+                "part": done.manifest.part,
+                "shards": len(held),
+                "bytes": sum(shard.size for shard in held),
+                "against_source": done.against_source,
+                "layers": done.layers,
+                "findings": done.findings,
+                "notes": done.notes,
+            }
+            found.append((document, sum(len(shard.tensors) for shard in held)))
+        ok = all(document["ok"] for document, _ in found)
+        whole = found[0][0] if len(found) == 1 else {"ok": ok, "parts": [document for document, _ in found]}
+        output.document(whole, lambda: [line for each in found for line in _lines(*each, source, len(found) > 1)])
+        if not ok:
             raise typer.Exit(_MISMATCH)
 
 
-def _lines(document: dict[str, Any], tensors: int, source: str | None) -> Iterator[str]:
+def _lines(document: dict[str, Any], tensors: int, source: str | None, named: bool) -> Iterator[str]:
+    if named:
+        yield f"{document['part']}:"
     if not document["ok"]:
         for finding in document["findings"]:
             yield f"{finding.check}: {finding.where}: {finding.message}"
@@ -69,9 +77,10 @@ def _lines(document: dict[str, Any], tensors: int, source: str | None) -> Iterat
     if source is not None:
         yield f"source: every byte matches {source}"
         layers = document["layers"]
+        counted = f"{len(layers)} layer{'' if len(layers) == 1 else 's'}"
         worst = max(layers, key=lambda layer: layer.difference, default=None)
         yield "computation: " + (
-            f"{len(layers)} layers on random tokens, split against unsplit: max relative error {worst.difference:.1e}, "
+            f"{counted} on random tokens, split against unsplit: max relative error {worst.difference:.1e}, "
             f"tolerance {worst.bound:.1e}"
             if worst
             else "not made"

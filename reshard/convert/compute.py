@@ -11,7 +11,6 @@ import numpy as np
 
 from reshard.checkpoint.description import Checkpoint, Linear, Tensor
 from reshard.errors import MissingDependencyError, SchemeError
-from reshard.model.naming import ROLES
 from reshard.schemes.table import Operand
 from reshard.source.base import Bytes, Range, Source
 from reshard.tensors.byte_grid import BlockReader, StoredReader
@@ -31,8 +30,7 @@ def computed_readers(source: Source, stored: Checkpoint, checkpoint: Checkpoint)
     """A reader for each of the checkpoint's tensors that has no bytes of its own."""
     readers: dict[str, BlockReader] = {}
     for before, after in zip(stored.layers, checkpoint.layers, strict=True):
-        for role in ROLES:
-            made = after.linears[role]
+        for role, made in after.linears.items():
             if made.tensors["weight"].extents:
                 continue
             values = _Values(source, before.linears[role])

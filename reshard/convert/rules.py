@@ -17,7 +17,7 @@ from typing import Any
 from reshard.checkpoint.description import Checkpoint, Layer, Linear, Tensor
 from reshard.errors import SchemeError
 from reshard.manifest import Conversion
-from reshard.model.naming import CONFIG, ROLES
+from reshard.model.naming import CONFIG
 from reshard.quantization import DESCRIPTION, without_quantization
 from reshard.schemes.declare import COMPRESSED_TENSORS, description_type, quantization_config
 from reshard.schemes.table import SCHEMES, VARIANTS, Variant, scheme_by_option
@@ -31,13 +31,16 @@ DEQUANTIZE, CAST, QUANTIZE = "dequantise_to_bf16", "cast_to_bf16", "quantise_to_
 
 
 def converted(checkpoint: Checkpoint, weights: str, quant_format: str = MODELSLIM) -> Checkpoint:
-    """The checkpoint with other weights. Raises SchemeError where a linear cannot become what is asked for."""
-    if weights == KEEP:
+    """The checkpoint with other weights; what tools do not quantize is not quantized.
+
+    Raises SchemeError where a linear cannot become what is asked for.
+    """
+    variant = target(weights, quant_format) if weights != KEEP else None
+    if variant is None or not (checkpoint.part.quantized or SCHEMES[variant.scheme].is_float):
         return checkpoint
-    variant = target(weights, quant_format)
     layers = tuple(
         replace(
-            layer, linears={role: _linear(layer.linears[role], f"{layer.module}.{role}", variant) for role in ROLES}
+            layer, linears={role: _linear(linear, layer.name(role), variant) for role, linear in layer.linears.items()}
         )
         for layer in checkpoint.layers
     )
@@ -113,8 +116,7 @@ def _side_files(checkpoint: Checkpoint, layers: tuple[Layer, ...], target: Varia
     Every linear is of the target's kind now, or the conversion was refused.
     """
     files: dict[str, bytes] = {}
-    modules = "|".join(re.escape(layer.module) for layer in layers)
-    section = quantization_config(target, [rf"re:({modules})\.(gate|up|down)_proj$"], [])
+    section = quantization_config(target, [_pattern(layers)], [])
     raw = checkpoint.side_files.get(CONFIG)
     if raw is not None:
         config = without_quantization(parse_object(raw, CONFIG))
@@ -131,6 +133,13 @@ def _side_files(checkpoint: Checkpoint, layers: tuple[Layer, ...], target: Varia
         names = [tensor.name for layer in layers for tensor in layer.tensors()]
         files[DESCRIPTION] = _json({"version": "1.0.0", "model_quant_type": kind} | dict.fromkeys(names, kind))
     return files
+
+
+def _pattern(layers: tuple[Layer, ...]) -> str:
+    """compressed-tensors' target that means these layers' linears and no others."""
+    modules, part = "|".join(re.escape(layer.module) for layer in layers), layers[0].part
+    roles = "|".join(re.escape(role.name) for role in part.roles)
+    return rf"re:({modules})\.({roles})$" if part.place.in_layers else f"re:({modules})$"
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

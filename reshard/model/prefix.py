@@ -10,11 +10,10 @@ from reshard.errors import LayersError
 from reshard.model.config import ModelConfig, language_config
 from reshard.model.config.values import word
 from reshard.model.foreign import what_is_there
-from reshard.model.naming import CONFIG, PREFIX, WRAPPED, layer_name, parse_dense, parse_layer, stands_beside
-from reshard.model.parts import DENSE_FFN
+from reshard.model.naming import CONFIG, PREFIX, WRAPPED, layer_name, parse_layer, parse_tensor, stands_beside
+from reshard.model.parts import DENSE_FFN, Part, Place
 from reshard.tensors.dtypes import FLOATS
 
-_SHAPED = DENSE_FFN.modules[-1]  # the linear whose shape is looked at
 _PUBLISHED = {
     model_type: prefix
     for prefix, model_types in {
@@ -42,6 +41,17 @@ def published_prefix(config: Mapping[str, Any]) -> str:
     return _PUBLISHED.get(word(config, "model_type") or "", unknown)
 
 
+def head_prefix(config: Mapping[str, Any]) -> str:
+    """What precedes lm_head where the layers have the published prefix: what precedes `model.` in that.
+
+    Of `language_model.model.` that is `language_model.`; where `model.` comes first, the head is at the top.
+    """
+    prefix = published_prefix(config)
+    modules = prefix.removesuffix(".").split(".")
+    above = modules[: modules.index("model")] if "model" in modules else modules
+    return "".join(f"{module}." for module in above)
+
+
 def is_known_wrapper(config: Mapping[str, Any]) -> bool:
     """Whether it is known what precedes the layers' names; it is of a config that is no wrapper's."""
     return language_config(config)[0] is None or word(config, "model_type") in _PUBLISHED
@@ -49,13 +59,14 @@ def is_known_wrapper(config: Mapping[str, Any]) -> bool:
 
 @dataclass
 class _Module:
-    """What names say of a module that has layers. dense: its layers that have DenseFFN tensors.
+    """What names say of a module that has layers. having: its layers that have tensors of the part.
 
-    mixes: whether a layer has more than an MLP and norms: attention, by whatever name.
+    shapes: of the weights of the part's last linear. mixes: whether a layer has more than an MLP and norms: attention,
+    by whatever name.
     """
 
     layers: set[int] = field(default_factory=set)
-    dense: set[int] = field(default_factory=set)
+    having: set[int] = field(default_factory=set)
     mixes: bool = False
     has_experts: bool = False
     shapes: set[tuple[int, ...]] = field(default_factory=set)
@@ -66,27 +77,31 @@ class _Module:
         self.has_experts = self.has_experts or _EXPERTS.match(rest) is not None
 
 
-def language_prefix(tensors: Mapping[str, Tensor], other_names: Collection[str], config: ModelConfig | None) -> str:
-    """The prefix of the language model's layers, among all modules that have layers.
+def language_prefix(
+    part: Part, tensors: Mapping[str, Tensor], other_names: Collection[str], config: ModelConfig | None
+) -> str:
+    """The prefix of the language model's layers, among all modules that have layers. part: one that layers have.
 
-    Its weights that are not packed have config.json's sizes, it has the dense layers that config.json names, attention
-    and, where any has them, experts, and reaches the last layer. Raises LayersError where no module or more than one
-    has whatever some have of these, and where the language model has no DenseFFN.
+    Its weights that are not packed have config.json's sizes, it has the layers with the part that config.json names,
+    attention and, where any has them, experts, and reaches the last layer. Raises LayersError where no module or more
+    than one has whatever some have of these, and where the language model has nothing of the part.
     """
-    modules = _modules(tensors, other_names)
-    dense = sorted(prefix for prefix, module in modules.items() if module.dense)
-    if not dense:
-        because = f" ({CONFIG}: {config.reason})" if config else ""
-        beside = next((name for name in sorted(other_names) if _stands_beside(name)), None)
+    modules = _modules(part, tensors, other_names)
+    having = sorted(prefix for prefix, module in modules.items() if module.having)
+    none = "no dense layer" if part.place is Place.DENSE_LAYERS else f"no {part.name}"
+    if not having:
+        because = f" ({CONFIG}: {config.reason})" if config and part.place is Place.DENSE_LAYERS else ""
+        beside = next((name for name in sorted(other_names) if _stands_beside(name, part)), None)
         there = f"; {beside} is another module's, by its name" if beside else what_is_there(other_names)
+        roles = ",".join(role.name.removesuffix("_proj") for role in part.roles)
+        wanted = f"{{{roles}}}_proj" if len(part.roles) > 1 else part.roles[0].name
         raise LayersError(
-            "no dense layer: no tensor of a language model is named …layers.{i}.mlp.{gate,up,down}_proj.weight"
-            f"{because}{there}"
+            f"{none}: no tensor of a language model is named …layers.{{i}}.{part.path}.{wanted}.weight{because}{there}"
         )
-    left = _fitting(modules, config)
-    having = [prefix for prefix in left if modules[prefix].dense]
-    if len(left) > 1 and len(having) == 1:
-        left = having
+    left = _fitting(part, modules, config)
+    fitting = [prefix for prefix in left if modules[prefix].having]
+    if len(left) > 1 and len(fitting) == 1:
+        left = fitting
     if len(left) > 1:
         layers = " and ".join(f"{layer_name(prefix, min(modules[prefix].layers))}.*" for prefix in left)
         why = f"there is no {CONFIG}" if config is None else f"each has all that {CONFIG} says"
@@ -94,22 +109,29 @@ def language_prefix(tensors: Mapping[str, Tensor], other_names: Collection[str],
             f"{len(left)} modules have layers, {layers}, and {why}: which is the language model cannot be told; give a "
             "checkpoint that holds one of them"
         )
-    if not having:
+    if not fitting:
         there = what_is_there(name for name in other_names if name.startswith(left[0]))
         raise LayersError(
-            f"no dense layer: the language model's layers are {left[0]}layers.*, and those of {', '.join(dense)} are "
+            f"{none}: the language model's layers are {left[0]}layers.*, and those of {', '.join(having)} are "
             f"another module's{there}"
         )
     return left[0]
 
 
-def _stands_beside(name: str) -> bool:
-    """Whether a name would be a DenseFFN tensor's, if its module were the language model."""
+def language_modules(names: Collection[str], config: ModelConfig | None) -> list[str]:
+    """The prefixes of the modules that may be the language model, by the names of their layers alone."""
+    return _fitting(DENSE_FFN, _modules(DENSE_FFN, {}, names), config)
+
+
+def _stands_beside(name: str, part: Part) -> bool:
+    """Whether a name would be one of the part's, if its module were the language model."""
     parsed = parse_layer(name)
-    return parsed is not None and stands_beside(parsed[0]) and parse_dense(name.removeprefix(parsed[0])) is not None
+    if parsed is None or not stands_beside(parsed[0]):
+        return False
+    return parse_tensor(name.removeprefix(parsed[0]), part) is not None
 
 
-def _modules(tensors: Mapping[str, Tensor], other_names: Iterable[str]) -> dict[str, _Module]:
+def _modules(part: Part, tensors: Mapping[str, Tensor], other_names: Iterable[str]) -> dict[str, _Module]:
     """By prefix, without those whose names say that they are none."""
     found: dict[str, _Module] = {}
     for name in (*tensors, *other_names):
@@ -117,26 +139,27 @@ def _modules(tensors: Mapping[str, Tensor], other_names: Iterable[str]) -> dict[
         if parsed is not None:
             found.setdefault(parsed[0], _Module()).add(parsed[1], parsed[2])
     for name, tensor in tensors.items():
-        dense = parse_dense(name)
-        if dense is not None:
-            found[dense.prefix].dense.add(dense.layer)
-            if dense.role == _SHAPED.name and dense.suffix == "weight" and tensor.dtype in _UNPACKED:
-                found[dense.prefix].shapes.add(tensor.shape)
+        own = parse_tensor(name, part)
+        if own is not None and own.layer is not None:
+            found[own.prefix].having.add(own.layer)
+            if own.role == part.modules[-1].name and own.suffix == "weight" and tensor.dtype in _UNPACKED:
+                found[own.prefix].shapes.add(tensor.shape)
     return {prefix: module for prefix, module in found.items() if not stands_beside(prefix)}
 
 
-def _fitting(modules: Mapping[str, _Module], config: ModelConfig | None) -> list[str]:
+def _fitting(part: Part, modules: Mapping[str, _Module], config: ModelConfig | None) -> list[str]:
     """The modules that are left when those go that lack what another has of what config.json says of a language model.
 
     In that order: of a download in parts only the dense layers may be there, beside a tower that is whole.
     """
     signs: list[Callable[[_Module], bool]] = [lambda module: module.mixes, lambda module: module.has_experts]
     if config is not None:
-        sizes, dense = {DENSE_FFN.weight_shape(_SHAPED, config)}, config.dense_layers or frozenset()
+        sizes = {part.weight_shape(part.modules[-1], config)}
+        named = (config.dense_layers if part.place is Place.DENSE_LAYERS else None) or frozenset()
         last = config.num_hidden_layers - 1
         signs = [
             lambda module: module.shapes <= sizes,
-            lambda module: module.dense >= dense,
+            lambda module: module.having >= named,
             *signs,
             lambda module: max(module.layers) >= last,
         ]

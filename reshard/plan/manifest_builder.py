@@ -48,6 +48,7 @@ def _frame(checkpoint: Checkpoint, plan: Plan, sample: str) -> dict[str, Any]:
         "schema_": SCHEMA,
         "blake3": UNSEALED,
         "generator": Generator(name="reshard", version=__version__),
+        "part": checkpoint.part.key,
         "model": checkpoint.model,
         "scheme": scheme_name(checkpoint.layers),
         "tp_size": plan.tp_size,

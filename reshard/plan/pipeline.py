@@ -11,6 +11,7 @@ from reshard.convert.rules import KEEP, converted
 from reshard.errors import SourceError
 from reshard.fit import fit_digest, require
 from reshard.manifest import Shard
+from reshard.model.parts import Part
 from reshard.plan.plan import Plan, PlannedShard, make_plan
 from reshard.plan.shared_values import check_shared_values
 from reshard.source.base import Range, Source
@@ -26,7 +27,10 @@ _SMALL_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class Cut:
-    """What to make of a source. `weights` and `quant_format`: see reshard.convert.rules; `scheme`: see describe."""
+    """What to make of a source.
+
+    `weights` and `quant_format`: see reshard.convert.rules; `scheme` and `part`: see describe.
+    """
 
     tp_size: int
     layout: str = "fused"
@@ -34,6 +38,7 @@ class Cut:
     weights: str = KEEP
     quant_format: str = "modelslim"
     scheme: str | None = None
+    part: Part | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Prepared:
 
 def prepare(source: Source, cut: Cut) -> Prepared:
     """Describe, convert, plan and check. Raises a ReshardError for whatever does not fit."""
-    stored = describe(source, cut.scheme)
+    stored = describe(source, cut.scheme, cut.part)
     checkpoint = converted(stored, cut.weights, cut.quant_format)
     plan = make_plan(checkpoint, cut.tp_size, cut.layout, cut.pad)
     source.prefetch(_looked_at(source, stored))

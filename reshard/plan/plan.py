@@ -5,16 +5,17 @@ padding). A column-parallel linear is cut along dim 0 (rows r·L..(r+1)·L), a r
 for blocks is cut in blocks. Stacked linears are each cut first.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from math import lcm
 
 from reshard.checkpoint.description import Checkpoint, Layer, Linear, Tensor
 from reshard.errors import AlignmentError
 from reshard.manifest import Conversion, Padding, Shard, ShardTensor, Slice
-from reshard.model.naming import MAX_TP_SIZE, shard_file, shard_metadata
-from reshard.model.parts import Module, Parallel
+from reshard.model.naming import MAX_TP_SIZE, ShardName
+from reshard.model.parts import Module, Parallel, Part
 from reshard.schemes.table import Placement
 from reshard.tensors.dtypes import itemsize, nbytes
 from reshard.tensors.header import encode_header
@@ -64,20 +65,24 @@ class PlannedTensor:
 class PlannedShard:
     """One rank's file: its tensors in file order."""
 
-    tp_rank: int
-    tp_size: int
+    name: ShardName
     tensors: tuple[PlannedTensor, ...]
+
+    @property
+    def tp_rank(self) -> int:
+        """The rank that it is of."""
+        return self.name.tp_rank
 
     @property
     def file(self) -> str:
         """Its name."""
-        return shard_file(self.tp_rank, self.tp_size)
+        return self.name.file
 
     @cached_property
     def header(self) -> bytes:
         """What stands before the tensors."""
         entries = {tensor.name: (tensor.dtype, tensor.shape) for tensor in self.tensors}
-        return encode_header(entries, shard_metadata(self.tp_rank, self.tp_size), ALIGNMENT)
+        return encode_header(entries, self.name.metadata, ALIGNMENT)
 
     @property
     def size(self) -> int:
@@ -92,8 +97,9 @@ class PlannedShard:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a split writes."""
+    """What a split writes. part: its key."""
 
+    part: str
     tp_size: int
     layout: str
     padding: Padding | None
@@ -105,18 +111,35 @@ class Plan:
         return sum(shard.size for shard in self.shards)
 
 
+@dataclass(frozen=True)
+class Ways:
+    """What a command has to offer where the sizes do not allow a cut.
+
+    takes: whether its other checks take a size; no other is advised. pad, bf16: its options.
+    """
+
+    takes: Callable[[int], bool] = lambda tp_size: True
+    pad: str = "--pad"
+    bf16: str = "--weights bf16"
+
+
+RE_SHARDED = Ways(pad="reshard split --pad", bf16="reshard split --weights bf16")
+"""Of a set, which is cut again by another command than the one that speaks."""
+
+
 def make_plan(
     checkpoint: Checkpoint,
     tp_size: int,
     layout: str = "fused",
     pad: bool = False,
     tp_ranks: Iterable[int] | None = None,
+    ways: Ways = Ways(),
 ) -> Plan:
     """Cut a checkpoint for `tp_size` ranks, or plan some of these only: every rank's shapes are the same.
 
-    Raises AlignmentError, with the sizes that work, where it cannot be.
+    Raises AlignmentError, with the sizes that work and the other ways out, where it cannot be.
     """
-    padding = _padding(checkpoint, tp_size, layout, pad)
+    padding = _padding(checkpoint, tp_size, layout, pad, ways)
     share = (padding.padded if padding else checkpoint.shared_size) // tp_size
     shards = [
         _shard(
@@ -124,14 +147,13 @@ def make_plan(
                 tensor
                 for layer in checkpoint.layers
                 for module, linears in layer.modules(layout)
-                for tensor in _tensors(f"{layer.module}.{module.name}", module, linears, share, tp_rank)
+                for tensor in _tensors(layer.name(module.name), module, linears, share, tp_rank)
             ],
-            tp_rank,
-            tp_size,
+            ShardName(checkpoint.part.key, tp_rank, tp_size),
         )
         for tp_rank in (range(tp_size) if tp_ranks is None else tp_ranks)
     ]
-    return Plan(tp_size, layout, padding, tuple(shards))
+    return Plan(checkpoint.part.key, tp_size, layout, padding, tuple(shards))
 
 
 def required_multiple(layers: Iterable[Layer]) -> int:
@@ -152,16 +174,18 @@ def working_sizes(size: int, multiple: int) -> list[int]:
     return [tp_size for tp_size in range(1, min(shares, MAX_TP_SIZE) + 1) if shares % tp_size == 0]
 
 
-def _padding(checkpoint: Checkpoint, tp_size: int, layout: str, pad: bool) -> Padding | None:
+def _padding(checkpoint: Checkpoint, tp_size: int, layout: str, pad: bool, ways: Ways) -> Padding | None:
     """What it takes to give each rank an equal share of whole blocks."""
     part, size, multiple = checkpoint.part, checkpoint.shared_size, required_multiple(checkpoint.layers)
     if tp_size < 1:
         raise AlignmentError(f"tp {tp_size}: the {part.name} group has at least one rank; use a tp from 1")
     if tp_size > min(size, MAX_TP_SIZE):
         raise AlignmentError(f"tp {tp_size} is greater than {part.size} {size}; use at most {min(size, MAX_TP_SIZE)}")
+    if part.padded_to > 1:
+        return _padding_of_engines(part, size, multiple, tp_size, ways)
     if size % (tp_size * multiple) == 0 or (tp_size == 1 and layout == "separate"):
         return None
-    if pad:
+    if pad and part.may_pad:
         share = -(-size // (tp_size * multiple)) * multiple
         return Padding(padded=share * tp_size, multiple=multiple)
     layer, role = next(
@@ -173,18 +197,38 @@ def _padding(checkpoint: Checkpoint, tp_size: int, layout: str, pad: bool) -> Pa
         ),
         (checkpoint.layers[0], part.roles[0]),
     )
-    name, dim = f"{layer.module}.{role.name}.weight", role.parallel.value
-    sizes = working_sizes(size, multiple)
-    shown = ", ".join(map(str, sizes[:_SHOWN_SIZES])) + (", …" if len(sizes) > _SHOWN_SIZES else "")
-    use = f"use a tp of {shown}; or --pad" if sizes else "use --pad"
-    if multiple == 1:
-        raise AlignmentError(f"{name}: dim {dim} = {size} is not divisible by tp {tp_size}; {use} to add zero rows")
-    unscaled = ", or --weights bf16" if size % tp_size == 0 else ""
+    name, dim = f"{layer.name(role.name)}.weight", role.parallel.value
+    sizes = _shown(size, multiple, ways)
     unit = ("row", "column")[dim]
+    use = sizes or "no size cuts it"
+    if part.may_pad:
+        use = f"{f'{sizes}; or' if sizes else 'use'} {ways.pad} to add zero {unit}s"
+    if multiple == 1:
+        raise AlignmentError(f"{name}: dim {dim} = {size} is not divisible by tp {tp_size}; {use}")
+    unscaled = f", or {ways.bf16}" if size % tp_size == 0 else ""
     raise AlignmentError(
         f"{name}: dim {dim} = {size} over tp {tp_size} gives {size / tp_size:g} {unit}s, not a multiple of the "
-        f"{multiple}-{unit} scale block; {use} to add zero {unit}s{unscaled}"
+        f"{multiple}-{unit} scale block; {use}{unscaled}"
     )
+
+
+def _padding_of_engines(part: Part, size: int, multiple: int, tp_size: int, ways: Ways) -> Padding | None:
+    """As vLLM does (vocab_parallel_embedding.py): the whole vocabulary is padded, then divided; for one rank, too."""
+    padded = -(-size // part.padded_to) * part.padded_to
+    if padded % (tp_size * multiple):
+        use = _shown(padded, multiple, ways) or "no size cuts it"
+        raise AlignmentError(
+            f"{part.size} {size}{f', which engines pad to {padded},' if padded != size else ''} is not divisible by "
+            f"tp {tp_size}{f' in blocks of {multiple}' if multiple > 1 else ''}; {use}"
+        )
+    return Padding(padded=padded, multiple=part.padded_to) if padded != size else None
+
+
+def _shown(size: int, multiple: int, ways: Ways) -> str:
+    """The first sizes that work, and that the command's other checks take."""
+    first = list(islice(filter(ways.takes, working_sizes(size, multiple)), _SHOWN_SIZES + 1))
+    more = ", …" if len(first) > _SHOWN_SIZES else ""
+    return f"use a tp of {', '.join(map(str, first[:_SHOWN_SIZES]))}{more}" if first else ""
 
 
 def _tensors(name: str, module: Module, linears: Sequence[Linear], share: int, tp_rank: int) -> Iterator[PlannedTensor]:
@@ -226,7 +270,7 @@ def _stacked_conversion(tensors: Sequence[Tensor]) -> Conversion | None:
     )
 
 
-def _shard(tensors: Sequence[PlannedTensor], tp_rank: int, tp_size: int) -> PlannedShard:
+def _shard(tensors: Sequence[PlannedTensor], name: ShardName) -> PlannedShard:
     """Order a rank's tensors.
 
     First what is a whole number of pages, the biggest first, so that each begins on one; then the rest by element
@@ -236,4 +280,4 @@ def _shard(tensors: Sequence[PlannedTensor], tp_rank: int, tp_size: int) -> Plan
         tensors,
         key=lambda t: (0, 0, -t.nbytes) if t.nbytes % ALIGNMENT == 0 else (1, -itemsize(t.dtype), -t.nbytes),
     )
-    return PlannedShard(tp_rank, tp_size, tuple(ordered))
+    return PlannedShard(name, tuple(ordered))

@@ -14,10 +14,9 @@ from reshard.convert.rules import check_conversion
 from reshard.errors import AlignmentError, ManifestError, SchemeError
 from reshard.fit import Misfit
 from reshard.manifest import Conversion, LayerEntry, Manifest, ShardTensor, Slice
-from reshard.model.naming import CONFIG, MANIFEST, module_name, parse_dense
-from reshard.model.parts import DENSE_FFN
+from reshard.model.naming import CONFIG, MANIFEST, linear_name, parse_tensor
 from reshard.plan.manifest_builder import layer_entries, scheme_name
-from reshard.plan.plan import PlannedTensor, make_plan
+from reshard.plan.plan import RE_SHARDED, PlannedTensor, make_plan
 from reshard.quantization import is_description, read_accounts
 from reshard.schemes.table import told_by_tensors
 from reshard.tensors.dtypes import itemsize
@@ -52,7 +51,8 @@ def needed(manifest: Manifest) -> Iterator[str]:
 def put_together(manifest: Manifest, side_files: Mapping[str, bytes], start: Start) -> Checkpoint:
     """The checkpoint that the slices make, whatever else the manifest says."""
     tensors = _assemble(manifest, start)
-    model, layers, _ = describe_layers(tensors, (), replace(read_accounts(side_files), recorded=_schemes(manifest)))
+    accounts = replace(read_accounts(side_files), recorded=_schemes(manifest))
+    model, layers, _ = describe_layers(tensors, (), accounts, manifest.what)
     source = manifest.source
     return Checkpoint(
         identity=Identity(source.kind, source.name, source.commit, tuple(source.files), source.sample_blake3),
@@ -69,7 +69,7 @@ def contradictions(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Misfi
     for name, real in checkpoint.model.model_dump().items():
         if (said := getattr(manifest.model, name)) != real:
             yield Misfit(
-                "shapes" if name in DENSE_FFN.sizes else "layers",
+                "shapes" if name in manifest.what.sizes else "layers",
                 MANIFEST,
                 f"{name} is {said!r}, its tensors and {CONFIG} make it {real!r}",
             )
@@ -84,10 +84,10 @@ def _schemes(manifest: Manifest) -> dict[str, str]:
     """What the set was cut as, by the linears' names: its files may have been told, or found, to be that."""
     schemes = {}
     for layer in manifest.layers:
-        parent = module_name(manifest.model.prefix, layer.index)
-        for module in DENSE_FFN.modules:
+        for module in manifest.what.modules:
             for name in (module.name, *(role.name for role in module.roles)):
-                schemes[f"{parent}.{name}"] = layer.linears[module.name].scheme
+                full = linear_name(manifest.model.prefix, layer.index, name, manifest.what)
+                schemes[full] = layer.linears[module.name].scheme
     return schemes
 
 
@@ -110,7 +110,7 @@ def _conversions(checkpoint: Checkpoint) -> Iterator[Misfit]:
     for layer in checkpoint.layers:
         for role, linear in layer.linears.items():
             try:
-                check_conversion(linear, f"{layer.module}.{role}")
+                check_conversion(linear, layer.name(role))
             except SchemeError as error:
                 yield Misfit("scheme", MANIFEST, str(error))
 
@@ -118,11 +118,12 @@ def _conversions(checkpoint: Checkpoint) -> Iterator[Misfit]:
 def _cut(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Misfit]:
     """The shards' tensors and slices, rank by rank."""
     for name in sorted({piece.tensor for s in manifest.shards for t in s.tensors for piece in t.slices}):
-        if parse_dense(name) is None:
-            yield Misfit("cut", MANIFEST, f"{name} is sliced, and is no DenseFFN tensor: it must not be in a set")
+        if parse_tensor(name, manifest.what) is None:
+            line = f"{name} is sliced, and is no {manifest.what.name} tensor: it must not be in a set"
+            yield Misfit("cut", MANIFEST, line)
     cut = (manifest.tp_size, manifest.layout, manifest.padding is not None)
     try:
-        padding = make_plan(checkpoint, *cut, tp_ranks=()).padding
+        padding = make_plan(checkpoint, *cut, tp_ranks=(), ways=RE_SHARDED).padding
     except AlignmentError as error:
         yield Misfit("cut", MANIFEST, str(error))
         return

@@ -8,7 +8,8 @@ from reshard.checkpoint.description import Checkpoint, Extent, Identity, Tensor
 from reshard.errors import SourceError
 from reshard.manifest import SourceFile
 from reshard.model.config import read_model_config
-from reshard.model.naming import CONFIG, parse_dense
+from reshard.model.naming import CONFIG, parse_tensor
+from reshard.model.parts import DENSE_FFN, Part
 from reshard.quantization import DESCRIPTION, MODELOPT, is_description, read_accounts
 from reshard.source.base import Source, read_file, try_headers
 from reshard.source.choice import check_names, choose
@@ -17,10 +18,10 @@ from reshard.source.partial import describe_what_is_there
 from reshard.tensors.header import Header
 
 
-def read_checkpoint(source: Source, scheme: str | None = None) -> Checkpoint:
+def read_checkpoint(source: Source, scheme: str | None = None, part: Part = DENSE_FFN) -> Checkpoint:
     """Describe a source of Hugging Face files. Reads the index, the headers and what says how they are quantized.
 
-    Of files that hold no DenseFFN tensor none is needed: what is wrong with them is a warning.
+    Of files that hold no tensor of the part none is needed: what is wrong with them is a warning.
 
     scheme: what the quantized linears are, where their own accounts do not say it or are wrong (reshard.schemes).
     """
@@ -29,13 +30,15 @@ def read_checkpoint(source: Source, scheme: str | None = None) -> Checkpoint:
     accounts = replace(read_accounts(side_files), scheme=scheme)
     headers = try_headers(source, [file for file in choice.files if file in source.files()])
     for file, header in headers.items():
-        if not isinstance(header, Header) or not any(map(parse_dense, header.tensors)):
+        if not isinstance(header, Header) or not any(parse_tensor(name, part) for name in header.tensors):
             source.release(file)
-    contents = compare(source, choice, headers, _concerns(accounts.config))
+    contents = compare(source, choice, headers, _concerns(accounts.config, part))
     owners = contents.owners
-    tensors = {name: _tensor(name, file, contents.headers[file]) for name, file in owners.items() if parse_dense(name)}
+    tensors = {
+        name: _tensor(name, file, contents.headers[file]) for name, file in owners.items() if parse_tensor(name, part)
+    }
     others = [*(name for name in owners if name not in tensors), *contents.unread]
-    model, layers, warnings = describe_what_is_there(source, contents.missing, tensors, others, accounts)
+    model, layers, warnings = describe_what_is_there(source, contents.missing, tensors, others, accounts, part)
     used = {part.file for layer in layers for tensor in layer.tensors() for part in tensor.extents}
     return Checkpoint(
         identity=Identity(
@@ -57,13 +60,13 @@ def read_checkpoint(source: Source, scheme: str | None = None) -> Checkpoint:
     )
 
 
-def _concerns(config: Mapping[str, Any] | None) -> Callable[[str], bool]:
-    """Whether a name is a DenseFFN tensor's. An MTP layer's, behind the last layer, is not."""
+def _concerns(config: Mapping[str, Any] | None, part: Part) -> Callable[[str], bool]:
+    """Whether a name is that of the part's tensor. An MTP layer's, behind the last layer, is not."""
     layers = read_model_config(config).num_hidden_layers if config is not None else None
 
     def concerns(name: str) -> bool:
-        parsed = parse_dense(name)
-        return parsed is not None and (layers is None or parsed.layer < layers)
+        parsed = parse_tensor(name, part)
+        return parsed is not None and (layers is None or parsed.layer is None or parsed.layer < layers)
 
     return concerns
 

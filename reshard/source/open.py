@@ -11,12 +11,14 @@ from urllib.parse import urlsplit
 from reshard.checkpoint.description import Checkpoint
 from reshard.errors import MissingDependencyError, SourceError, UsageError
 from reshard.model.naming import MANIFEST, parse_shard_file
+from reshard.model.parts import DENSE_FFN, PARTS, Part
 from reshard.source.address import FOLDER, HUBS, WEB, Hub, parse_address
 from reshard.source.base import Source
 from reshard.source.files import read_checkpoint
 from reshard.source.folder import FolderSource
 from reshard.source.retry import Notify, RetryPolicy
 from reshard.source.shardset import read_shard_set, require_shard_set
+from reshard.source.weights import sets_within
 
 if TYPE_CHECKING:
     from reshard.source.range_cache import Remote
@@ -84,15 +86,41 @@ def _installed(package: str) -> str:
         return "none"
 
 
-def describe(source: Source, scheme: str | None = None) -> Checkpoint:
-    """The DenseFFN of a checkpoint or of a shard set. scheme: see read_checkpoint; a set's manifest says its own.
+def describe(source: Source, scheme: str | None = None, part: Part | None = None) -> Checkpoint:
+    """A part of a checkpoint, by default the DenseFFN, or what a shard set holds.
 
-    Raises UsageError for a scheme beside a set.
+    scheme: see read_checkpoint; a set's manifest says its own. Raises UsageError for a scheme beside a set, and where
+    a set is of another part.
     """
     if any(parse_shard_file(name) for name in source.files()):
         require_shard_set(source)
         for option, value in (("--scheme", scheme), ("--index", source.index)):
             if value is not None:
                 raise UsageError(f"{option} {value}: {source.origin.name} is a shard set, whose {MANIFEST} says it")
-        return read_shard_set(source)
-    return read_checkpoint(source, scheme)
+        checkpoint = read_shard_set(source)
+        if part not in (None, checkpoint.part):
+            raise UsageError(f"--part {part.key}: {source.origin.name} is a set of {checkpoint.part.key}")
+        return checkpoint
+    return read_checkpoint(source, scheme, part or DENSE_FFN)
+
+
+def set_addresses(address: str) -> list[str]:
+    """The shard sets at an address: that one, or in a folder without weights those within, one for each part."""
+    found = parse_address(address)
+    if found.kind == FOLDER:
+        with FolderSource(Path(found.place)) as source:
+            within = sets_within(source.files(), source.folders())
+            return [part_address(address, PARTS[key]) for key in within] or [address]
+    return [address]
+
+
+def part_of_sets(address: str, part: Part | None) -> str:
+    """The set of a part, by default the DenseFFN, where sets of several lie at an address; else that address."""
+    within = set_addresses(address)
+    wanted = part_address(address, part or DENSE_FFN)
+    return wanted if wanted in within else address
+
+
+def part_address(address: str, part: Part) -> str:
+    """Where a part's set is, of several that are cut to, or lie at, one address."""
+    return f"{address.rstrip('/')}/{part.key}"

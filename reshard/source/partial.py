@@ -7,16 +7,14 @@ from reshard.checkpoint.description import Layer, Tensor
 from reshard.errors import ReshardError, SourceError
 from reshard.manifest import ModelDims
 from reshard.model.config import ModelConfig, read_model_config
-from reshard.model.naming import CONFIG, numbers, parse_dense
-from reshard.model.parts import DENSE_FFN
+from reshard.model.naming import CONFIG, numbers, parse_tensor
+from reshard.model.parts import Part, Place
 from reshard.quantization import Accounts
 from reshard.schemes.table import VARIANTS, Variant
 from reshard.source.base import MISSING, Source
 from reshard.source.choice import named
 from reshard.source.recognise import unfinished
 from reshard.source.weights import INDEX_ENDING
-
-_WHOLE = ({role.name for role in DENSE_FFN.roles}, {module.name for module in DENSE_FFN.modules})
 
 
 def describe_what_is_there(
@@ -25,28 +23,29 @@ def describe_what_is_there(
     tensors: Mapping[str, Tensor],
     other_names: Iterable[str],
     accounts: Accounts,
+    part: Part,
 ) -> tuple[ModelDims, tuple[Layer, ...], tuple[str, ...]]:
-    """describe_layers, with a warning where files are missing that hold nothing of the DenseFFN.
+    """describe_layers, with a warning where files are missing that hold nothing of the part.
 
     missing: files of the weights that are not there. Raises SourceError where one of them may hold a tensor of a dense
     layer: where config.json, of a family that is known, does not name the layers that are there.
     """
     if not missing:
-        return describe_layers(tensors, other_names, accounts)
+        return describe_layers(tensors, other_names, accounts, part)
     lost, way = _lost(source, missing)
     model = read_model_config(accounts.config) if accounts.config is not None else None
-    if doubt := _doubt(tensors, model):
+    if doubt := _doubt(part, tensors, model):
         raise SourceError(f"{lost}: {doubt}; {way}")
     try:
-        described = describe_layers(tensors, other_names, accounts)
+        described = describe_layers(tensors, other_names, accounts, part)
     except ReshardError as error:
         raise type(error)(f"{lost}; {error}") from error
     told = accounts.description is not None
     for layer in described[1]:
         for role, linear in layer.linears.items():
             if more := _may_have(linear.variant, told):
-                raise SourceError(f"{lost}: {layer.module}.{role} may have {', '.join(sorted(more))} there; {way}")
-    return *described[:2], (*described[2], f"{lost}; every dense layer that {CONFIG} names is in the others")
+                raise SourceError(f"{lost}: {layer.name(role)} may have {', '.join(sorted(more))} there; {way}")
+    return *described[:2], (*described[2], f"{lost}; {_all_of(part)} is in the others")
 
 
 def _lost(source: Source, missing: Sequence[str]) -> tuple[str, str]:
@@ -61,17 +60,29 @@ def _lost(source: Source, missing: Sequence[str]) -> tuple[str, str]:
     return f"{gone}, and no index says what is in {them}", way
 
 
-def _doubt(tensors: Mapping[str, Tensor], model: ModelConfig | None) -> str | None:
-    """Why the files that are there may not hold every dense layer."""
+def _all_of(part: Part) -> str:
+    if not part.place.in_layers:
+        return f"the {part.name}"
+    return f"every {'dense layer' if part.place is Place.DENSE_LAYERS else part.name} that {CONFIG} names"
+
+
+def _doubt(part: Part, tensors: Mapping[str, Tensor], model: ModelConfig | None) -> str | None:
+    """Why the files that are there may not hold all of the part."""
+    if not part.place.in_layers:
+        return None
+    if part.place is Place.LAYERS:
+        return None if model is not None else f"no {CONFIG} says how many layers there are"
     if model is None:
         return f"no {CONFIG} says which layers are dense"
     if model.dense_layers is None or not model.is_stated or model.doubts:
         return next(iter(model.doubts), f"{CONFIG} does not say which layers are dense ({model.reason})")
     roles: dict[str, dict[int, set[str]]] = {}
-    for parsed in filter(None, map(parse_dense, tensors)):
-        if parsed.layer < model.num_hidden_layers:
+    whole = ({role.name for role in part.roles}, {module.name for module in part.modules})
+    for name in tensors:
+        parsed = parse_tensor(name, part)
+        if parsed is not None and parsed.layer is not None and parsed.layer < model.num_hidden_layers:
             roles.setdefault(parsed.prefix, {}).setdefault(parsed.layer, set()).add(parsed.role)
-    there = [{layer for layer, held in layers.items() if held in _WHOLE} for layers in roles.values()]
+    there = [{layer for layer, held in layers.items() if held in whole} for layers in roles.values()]
     if model.dense_layers in there:
         return None
     most = max(there, key=len, default=set())

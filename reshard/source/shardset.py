@@ -26,7 +26,7 @@ def require_shard_set(source: Source) -> None:
             f"{source.origin.name}: holds shards and no {MANIFEST}: the set is incomplete; "
             "finish it with the same `reshard split … --resume`"
         )
-    raise ManifestError(f"{source.origin.name}: is no shard set: it holds no denseffn-rank-….safetensors")
+    raise ManifestError(f"{source.origin.name}: is no shard set: it holds no …-rank-…-of-….safetensors")
 
 
 def read_manifest_only(source: Source) -> Manifest:
@@ -56,7 +56,7 @@ def _parts(source: Source) -> tuple[Manifest, dict[str, bytes], Start]:
     manifest = read_manifest(source)
     headers = read_headers(source, [shard.file for shard in manifest.shards])
     for shard in manifest.shards:
-        require(fit_header(headers[shard.file], shard, manifest.tp_size), SourceError)
+        require(fit_header(headers[shard.file], shard, manifest), SourceError)
     side_files = {file.name: _side_file(source, file) for file in manifest.files}
     return manifest, side_files, lambda file, name: headers[file].tensors[name].start
 

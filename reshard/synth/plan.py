@@ -9,7 +9,7 @@ from typing import Any
 from reshard import limits
 from reshard.errors import SourceError, UsageError
 from reshard.model.config import known_dense_layers, language_config, read_model_config
-from reshard.model.naming import CONFIG, parse_dense
+from reshard.model.naming import CONFIG, parse_tensor
 from reshard.model.prefix import published_prefix
 from reshard.quantization import DESCRIPTION
 from reshard.synth.config import shrink
@@ -111,7 +111,7 @@ def _bounded(everything: Iterable[Parameter], recipe: Recipe) -> list[Parameter]
 def _dense(everything: Sequence[Parameter], config: Mapping[str, Any]) -> list[Parameter]:
     model = read_model_config(config)
     dense = known_dense_layers(model)
-    kept = [p for p in everything if (parsed := parse_dense(p.name)) and parsed.layer in dense]
+    kept = [p for p in everything if (parsed := parse_tensor(p.name)) and parsed.layer in dense]
     if not kept:
         raise SourceError(f"{CONFIG}: no layer of the model is dense ({model.reason})")
     return kept

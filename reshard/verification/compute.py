@@ -1,8 +1,9 @@
-"""The split layer against the unsplit one, on random tokens.
+"""The split part against the unsplit one, on random tokens.
 
-Unsplit: y = down(act(gate x) * up x) with the source's tensors and the activation of its config.json. Split: every rank
-computes the same with what its own shard holds, and the ranks' results are added. A byte that is right in itself and in
-the wrong place shows here. Shapes: see reshard.verification.layer.
+Unsplit: y = down(act(gate x) * up x) with the source's tensors and the activation of its config.json, or what another
+part's one linear makes of x. Split: every rank computes the same with what its own shard holds, and the ranks' results
+are added, or stand one below the other. A byte that is right in itself and in the wrong place shows here. Shapes: see
+reshard.verification.layer.
 """
 
 # ruff: noqa: N803, N806 - the suffixes are shapes
@@ -19,11 +20,13 @@ from reshard.errors import MismatchError
 from reshard.manifest import Manifest
 from reshard.model.activation import not_computed
 from reshard.model.naming import CONFIG, layers_named
+from reshard.model.parts import DENSE_FFN
 from reshard.source.base import Source
 from reshard.tensors.header import Header, TensorInfo
 from reshard.verification.expect import expect, misfits, read_headers
 from reshard.verification.gate import F64
 from reshard.verification.layer import Run, Sum, Tick, partial_sum, unsplit
+from reshard.verification.one_linear import random_input, split_linear, unsplit_linear
 from reshard.verification.reference import WORKERS, Grid, LinearGrids, Reference, stored_grid
 from reshard.workers import Workers
 
@@ -34,10 +37,11 @@ _OTHER_ROUNDINGS = 16
 class LayerResult:
     """A layer, computed split and unsplit: the largest difference of an output, and what it may be.
 
-    Both are relative to the magnitude of the terms that are added up to that output (see `Sum`).
+    Both are relative to the magnitude of the terms that are added up to that output (see `Sum`). layer: None of a part
+    that the model has once.
     """
 
-    layer: int
+    layer: int | None
     difference: float
     bound: float
 
@@ -67,29 +71,37 @@ def compare_computation(
     if unreadable:
         return unreadable, []
     for layer in checkpoint.layers:
-        module, activation = layer.module, layer.activation
-        if activation is None or not activation.is_known:
-            left_out.setdefault(not_computed(activation, config=has_config) or "", []).append(layer.index)
+        activation = layer.activation
+        if layer.part is DENSE_FFN and (activation is None or not activation.is_known):
+            left_out.setdefault(not_computed(activation, config=has_config) or "", []).append(layer.number)
             continue
         try:
             whole = {r: reference.linear(linear, _module(layer, r, manifest)) for r, linear in layer.linears.items()}
             ranks = _rank_linears(shards, manifest, headers, layer, whole)
         except MismatchError as error:
-            findings.append(Finding("computation", module, f"not computed: {error}"))
+            findings.append(Finding("computation", layer.module, f"not computed: {error}"))
             continue
-        sums = unsplit(whole, activation, x_HT, Run(workers, tick))
-        split_HT = np.zeros_like(sums.value)
-        for tp_rank in headers:
-            split_HT += partial_sum(ranks[tp_rank], activation, x_HT, Run(workers, tick, terms=False))
+        runs = Run(workers, tick), Run(workers, tick, terms=False)
+        if activation is not None:
+            sums = unsplit(whole, activation, x_HT, runs[0])
+            split_HT = np.zeros_like(sums.value)
+            for tp_rank in headers:
+                split_HT += partial_sum(ranks[tp_rank], activation, x_HT, runs[1])
+        else:
+            (role,) = whole.values()
+            x = random_input(layer.part, role, manifest.tp_size, tokens, seed)
+            sums = unsplit_linear(layer.part, role, x, runs[0])
+            slices = [linear for tp_rank in headers for linear in ranks[tp_rank].values()]
+            split_HT = split_linear(layer.part, slices, x, runs[1])[: len(sums.value)]
         # Either side's error is at most the roundings that a result goes through, one after the other (those of the two
         # sums, of the ranks' sum, a few for the activation and scales), times 2^-53 of its terms; eps is twice that.
-        additions = len(x_HT) + layer.part.shared_size(checkpoint.model) + manifest.tp_size + _OTHER_ROUNDINGS
+        additions = sum(checkpoint.model.sizes.values()) + manifest.tp_size + _OTHER_ROUNDINGS
         bound = additions * float(np.finfo(np.float64).eps)
         difference, wrong = _judge(sums, split_HT, bound)
         if math.isfinite(difference):
             results.append(LayerResult(layer.index, difference, bound))
         if wrong:
-            findings.append(Finding("computation", module, wrong))
+            findings.append(Finding("computation", layer.module, wrong))
     for why, indexes in left_out.items():
         findings.append(Finding("computation", layers_named(indexes), f"not computed: {why}", "warning"))
     return findings, results
@@ -114,7 +126,7 @@ def _judge(unsplit_HT: Sum, split_HT: F64, bound: float) -> tuple[float, str | N
 
 def _module(layer: Layer, role: str, manifest: Manifest) -> str:
     stack = layer.part.stack(role) if manifest.layout == "fused" else None
-    return f"{layer.module}.{stack or role}"
+    return layer.name(stack or role)
 
 
 def _rank_linears(
@@ -127,7 +139,7 @@ def _rank_linears(
     """Each rank's own linears by shard module. Raises MismatchError where a tensor is missing or of another shape."""
     ranks: list[dict[str, LinearGrids]] = [{} for _ in headers]
     for module in layer.part.laid_out(manifest.layout):
-        name, linears = f"{layer.module}.{module.name}", [whole[role.name] for role in module.roles]
+        name, linears = layer.name(module.name), [whole[role.name] for role in module.roles]
         expected = {rank: expect(module, name, linears, manifest, rank) for rank in headers}
         for unfit in misfits(manifest, headers, expected):
             raise MismatchError(f"{unfit.where}: {unfit.message}")

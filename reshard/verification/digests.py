@@ -28,7 +28,7 @@ def verify_digests(source: Source, manifest: Manifest, workers: int, tick: Tick)
         pool.tick(nbytes)
         tick(nbytes)
 
-    for found in pool.map(lambda shard: list(_check_shard(source, shard, manifest.tp_size, step)), shards):
+    for found in pool.map(lambda shard: list(_check_shard(source, shard, manifest, step)), shards):
         misfits += found
     return [Finding(misfit.rule, misfit.file, misfit.message) for misfit in misfits]
 
@@ -42,7 +42,7 @@ def _misfits(source: Source, manifest: Manifest) -> Iterator[Misfit]:
             yield from fit_side_file(file, read_file(source, file.name))
 
 
-def _check_shard(source: Source, shard: Shard, tp_size: int, tick: Tick) -> Iterator[Misfit]:
+def _check_shard(source: Source, shard: Shard, manifest: Manifest, tick: Tick) -> Iterator[Misfit]:
     source.prefetch([(shard.file, 0, shard.size)])
     try:
         header = read_header(source, shard.file)
@@ -53,7 +53,7 @@ def _check_shard(source: Source, shard: Shard, tp_size: int, tick: Tick) -> Iter
         misfits = [Misfit("header", shard.file, str(error).removeprefix(f"{shard.file}: "))]
     yield from misfits
     if not misfits:
-        yield from fit_rank(header, shard, tp_size)
+        yield from fit_rank(header, shard, manifest)
         yield from _check_digests(source, header, shard, tick)
 
 

@@ -15,7 +15,7 @@ from reshard.checks.finding import Finding
 from reshard.errors import HeaderError, MismatchError
 from reshard.manifest import Manifest
 from reshard.model.naming import MANIFEST
-from reshard.model.parts import DENSE_FFN, Module, Parallel
+from reshard.model.parts import Module, Parallel
 from reshard.schemes.table import Operand, Shape, TensorRule
 from reshard.source.base import Source, read_header
 from reshard.tensors.header import Header
@@ -72,10 +72,13 @@ def _share(manifest: Manifest, linear: LinearGrids, dim: int) -> int:
     """L, of the weight's dim that is cut."""
     size, tp_size = linear.tensors["weight"].shape[dim], manifest.tp_size
     padded = manifest.padding.padded if manifest.padding else size
+    multiple = manifest.what.padded_to
+    if (multiple > 1 and not size <= padded < size + multiple) or padded % multiple:
+        raise MismatchError(f"{MANIFEST}: {size} is padded to {padded}, engines pad it to a multiple of {multiple}")
     share, left = divmod(padded, tp_size)
     if left or padded < size:
         raise MismatchError(
-            f"{MANIFEST}: {DENSE_FFN.size} {size} (padded: {padded}) has no equal shares for tp {tp_size}"
+            f"{MANIFEST}: {manifest.what.size} {size} (padded: {padded}) has no equal shares for tp {tp_size}"
         )
     if linear.block is not None and (tp_size > 1 or manifest.layout == "fused"):
         multiple = linear.block[dim]

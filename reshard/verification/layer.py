@@ -54,24 +54,24 @@ def unsplit_layer(linears: Mapping[str, LinearGrids], activation: Activation, x_
 def unsplit(linears: Mapping[str, LinearGrids], activation: Activation, x_HT: F64, run: Run) -> Sum:
     """The same with what rounding is relative to."""
     x = Sum(x_HT, np.abs(x_HT))
-    gate, up = (_apply(linears[role], x, run) for role in (GATE, UP))
+    gate, up = (applied(linears[role], x, run) for role in (GATE, UP))
     h = Sum(gated(activation, gate.value, up.value), carried(activation, gate.value, up.value, gate.terms, up.terms))
-    return _apply(linears[DOWN], h, run, is_down=True)
+    return applied(linears[DOWN], h, run, is_slice=True)
 
 
 def partial_sum(linears: Mapping[str, LinearGrids], activation: Activation, x_HT: F64, run: Run) -> F64:
     """One rank's partial sum, [H, T]."""
     x = Sum(x_HT, np.zeros_like(x_HT))
     if GATE_UP in linears:
-        gate_LT, up_LT = np.split(_apply(linears[GATE_UP], x, run).value, 2)
+        gate_LT, up_LT = np.split(applied(linears[GATE_UP], x, run).value, 2)
     else:
-        gate_LT, up_LT = (_apply(linears[role], x, run).value for role in (GATE, UP))
+        gate_LT, up_LT = (applied(linears[role], x, run).value for role in (GATE, UP))
     h_LT = gated(activation, gate_LT, up_LT)
-    return _apply(linears[DOWN], Sum(h_LT, np.zeros_like(h_LT)), run, is_down=True).value
+    return applied(linears[DOWN], Sum(h_LT, np.zeros_like(h_LT)), run, is_slice=True).value
 
 
-def _apply(linear: LinearGrids, x: Sum, run: Run, is_down: bool = False) -> Sum:
-    """W x for x [in, T], as the linear's scheme computes it."""
+def applied(linear: LinearGrids, x: Sum, run: Run, is_slice: bool = False) -> Sum:
+    """W x for x [in, T], as the linear's scheme computes it. is_slice: whether ranks have other features of x."""
     arithmetic, of = linear.scheme.arithmetics[0], linear.operands
     weight = of[Operand.WEIGHT]
     if arithmetic not in (Arithmetic.DYNAMIC, Arithmetic.STATIC):
@@ -82,9 +82,9 @@ def _apply(linear: LinearGrids, x: Sum, run: Run, is_down: bool = False) -> Sum:
         levels, step = _static_levels(of, x.value, run)
         total = _product(weight, weight.values, Sum(levels, np.abs(levels)), run)
     else:
-        # Not down's x: the scale of a slice is the slice's own maximum, not that of the whole, so that split and
-        # unsplit would be two different roundings and no comparison of the cut.
-        levels, step = (x.value, 1.0) if is_down or run.exact else _dynamic_levels(x.value)
+        # Not a slice (down's x): its scale would be its own maximum, not that of the whole, so that split and unsplit
+        # would be two different roundings and no comparison of the cut.
+        levels, step = (x.value, 1.0) if is_slice or run.exact else _dynamic_levels(x.value)
         terms = x.terms if levels is x.value else np.abs(levels)
         total = _product(weight, _levels(weight, of.get(Operand.OFFSET)), Sum(levels, terms), run)
     # The scales after the weight: where that is computed, they are known by then.

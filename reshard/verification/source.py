@@ -15,8 +15,8 @@ from reshard.checks.finding import Finding
 from reshard.checks.provenance import compare_identity, compare_model
 from reshard.errors import MismatchError
 from reshard.manifest import Manifest
-from reshard.model.naming import MANIFEST, module_name
-from reshard.model.parts import DENSE_FFN, Module
+from reshard.model.naming import MANIFEST, linear_name
+from reshard.model.parts import Module
 from reshard.source.base import Bytes, Source
 from reshard.tensors.dtypes import itemsize
 from reshard.tensors.header import Header, TensorInfo
@@ -45,7 +45,7 @@ def compare_with_source(
     for layer in checkpoint.layers:
         _prefetch(shards, manifest, headers, source, layer)
         for module in layer.part.laid_out(manifest.layout):
-            name = f"{layer.module}.{module.name}"
+            name = layer.name(module.name)
             try:
                 linears = [reference.linear(layer.linears[role.name], name) for role in module.roles]
                 expected = {rank: expect(module, name, linears, manifest, rank) for rank in headers}
@@ -198,10 +198,10 @@ def _shown(block: Bytes, row: int, column: int, dtype: str) -> str:
     return f"{value} (0x{pattern:0{2 * bits.itemsize}x})"
 
 
-def _check_scheme(manifest: Manifest, index: int, module: Module, linear: LinearGrids) -> Iterator[Finding]:
-    where = f"{module_name(manifest.model.prefix, index)}.{module.name}"
+def _check_scheme(manifest: Manifest, index: int | None, module: Module, linear: LinearGrids) -> Iterator[Finding]:
+    where = linear_name(manifest.model.prefix, index, module.name, manifest.what)
     for layer in manifest.layers:
-        recorded = layer.linears.get(DENSE_FFN.stack(module.name) or module.name)
+        recorded = layer.linears.get(manifest.what.stack(module.name) or module.name)
         if layer.index != index or recorded is None:
             continue
         if recorded.scheme != linear.scheme.name:

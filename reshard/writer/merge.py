@@ -1,4 +1,4 @@
-"""A shard set back to Hugging Face files: names, shapes, types and bytes as in what was cut."""
+"""Shard sets back to Hugging Face files: names, shapes, types and bytes as in what was cut."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reshard.checkpoint.description import Checkpoint, Layer, Tensor
+from reshard.errors import SourceError
 from reshard.manifest import Slice
 from reshard.plan.plan import PlannedTensor
 from reshard.source.base import Source
@@ -30,46 +31,77 @@ class MergedFile:
     tensors: int
 
 
-def merge(
-    source: Source, checkpoint: Checkpoint, out: Path, tick: Callable[[int], None] = lambda n: None
-) -> list[MergedFile]:
-    """Write a shard set's tensors into a new or empty folder, with index, config.json and description.
+@dataclass(frozen=True)
+class _Held:
+    """A layer of a set, or what a model has once, and where its tensors are read."""
 
-    Raises OutputError where the folder holds anything.
+    layer: Layer
+    readers: Mapping[str, BlockReader]
+
+
+def merge(
+    sets: Sequence[tuple[Source, Checkpoint]], out: Path, tick: Callable[[int], None] = lambda n: None
+) -> list[MergedFile]:
+    """Write the tensors of shard sets, each of another part, into a new or empty folder, with index and side files.
+
+    Raises OutputError where the folder holds anything, SourceError where the sets are of two checkpoints.
     """
+    side_files = _common(sets)
+    held = [
+        _Held(layer, {tensor.name: StoredReader(source, tensor) for tensor in layer.stored()})
+        for source, checkpoint in sets
+        for layer in checkpoint.layers
+    ]
+    total = sum(checkpoint.nbytes for _, checkpoint in sets)
     with new_folder(out) as folder:
-        folder.check_room(checkpoint.side_files, checkpoint.nbytes)
-        readers = {tensor.name: StoredReader(source, tensor) for tensor in checkpoint.stored()}
-        groups = _groups(checkpoint.layers)
+        folder.check_room(side_files, total)
+        groups = _groups(held)
         files: list[MergedFile] = []
         weight_map: dict[str, str] = {}
         sinks: list[DirectFile] = []
         for number, layers in enumerate(groups, 1):
             name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-            tensors = [tensor for layer in layers for tensor in layer.stored()]
+            tensors = [tensor for one in layers for tensor in one.layer.stored()]
+            readers = {name: reader for one in layers for name, reader in one.readers.items()}
             sinks.append(folder.create(name))
             files.append(_write(sinks[-1], tensors, readers, tick))
             weight_map |= {tensor.name: name for tensor in tensors}
-        source.check_unchanged()
+        for source, _ in sets:
+            source.check_unchanged()
         for sink in sinks:
             sink.commit()
-        for name, data in checkpoint.side_files.items():
+        for name, data in side_files.items():
             folder.put(name, data)
-        index = {"metadata": {"total_size": checkpoint.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         folder.put(INDEX, (json.dumps(index, indent=2) + "\n").encode())
     return files
 
 
-def _groups(layers: Sequence[Layer]) -> list[list[Layer]]:
+def _common(sets: Sequence[tuple[Source, Checkpoint]]) -> Mapping[str, bytes]:
+    """The side files that the sets have alike. Raises SourceError where they have not."""
+    (first, one), *others = sets
+    for source, other in others:
+        if other.part is one.part:
+            raise SourceError(f"{first.origin.name} and {source.origin.name} are both sets of {one.part.key}")
+        for name in sorted(one.side_files.keys() | other.side_files.keys()):
+            if one.side_files.get(name) != other.side_files.get(name):
+                raise SourceError(
+                    f"{name} of {first.origin.name} and of {source.origin.name} differ: the sets are of two "
+                    "checkpoints, or one was converted; merge each by itself"
+                )
+    return one.side_files
+
+
+def _groups(layers: Sequence[_Held]) -> list[list[_Held]]:
     """Whole layers, file by file."""
-    groups: list[list[Layer]] = []
+    groups: list[list[_Held]] = []
     size = 0
-    for layer in layers:
-        nbytes = sum(tensor.nbytes for tensor in layer.stored())
+    for one in layers:
+        nbytes = sum(tensor.nbytes for tensor in one.layer.stored())
         if not groups or size + nbytes > _FILE_BYTES:
             groups.append([])
             size = 0
-        groups[-1].append(layer)
+        groups[-1].append(one)
         size += nbytes
     return groups
 

@@ -68,15 +68,15 @@ class Records:
         if MANIFEST in sizes:
             manifest = parse_manifest(self._target.read(MANIFEST))
             found = {shard.tp_rank: shard for shard in manifest.shards}
-            if manifest.tp_size != self._plan.tp_size:
-                raise other_size(self._target, manifest.tp_size, self._plan)
+            if (manifest.part, manifest.tp_size) != (self._plan.part, self._plan.tp_size):
+                raise other_set(self._target, manifest.part, manifest.tp_size, self._plan)
             if manifest != self.manifest(manifest.shards) or not all(map(self._is_planned, manifest.shards)):
                 raise OutputError(
                     f"{self._target.address}: holds a finished set of another source or of other options; choose "
                     "another folder, or --overwrite it"
                 )
         for rank in range(self._plan.tp_size):
-            name = record_file(shard_file(rank, self._plan.tp_size))
+            name = record_file(shard_file(rank, self._plan.tp_size, self._plan.part))
             if rank not in found and name in sizes:
                 with contextlib.suppress(ManifestError):  # a damaged record: its shard is written again
                     record = parse_record(self._target.read(name), name)
@@ -92,9 +92,12 @@ class Records:
         return planned.entry(shard.blake3, [tensor.blake3 for tensor in shard.tensors]) == shard
 
 
-def other_size(target: Target, tp_size: int, plan: Plan) -> OutputError:
-    """That a target holds shards for another group."""
+def other_set(target: Target, part: str, tp_size: int, plan: Plan) -> OutputError:
+    """That a target holds shards of another part, or for another group."""
+    theirs, ours = f"tp {tp_size}", f"tp {plan.tp_size}"
+    if part != plan.part:
+        theirs, ours = f"{part}, {theirs}", f"{plan.part}, {ours}"
     return OutputError(
-        f"{target.address}: holds shards of tp {tp_size}, this split is for tp {plan.tp_size}; choose another folder, "
-        "or --overwrite it"
+        f"{target.address}: holds shards of {theirs}, this split is for {ours}; choose another folder, or "
+        "--overwrite it"
     )

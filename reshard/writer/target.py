@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from reshard.manifest import Shard
-from reshard.model.naming import MANIFEST, parse_shard_file
+from reshard.model.naming import MANIFEST, ShardName, parse_shard_file
 from reshard.quantization import is_side_file
 from reshard.writer.file import DirectFile
 
@@ -68,12 +68,12 @@ class Target(Protocol):
 class Contents:
     """What is in a target.
 
-    finished: the manifest is there; replaced: an overwrite was cut off between two sets; shards: (rank, size).
+    finished: the manifest is there; replaced: an overwrite was cut off between two sets.
     """
 
     finished: bool
     replaced: bool
-    shards: frozenset[tuple[int, int]]
+    shards: frozenset[ShardName]
     foreign: tuple[str, ...]
 
 
@@ -112,7 +112,7 @@ def rank_of(name: str) -> int | None:
     """The rank that a shard or a record is of."""
     shard = name.removesuffix(_RECORD_ENDING) + ".safetensors" if name.endswith(_RECORD_ENDING) else name
     parsed = parse_shard_file(shard)
-    return parsed[0] if parsed else None
+    return parsed.tp_rank if parsed else None
 
 
 def _is_ours(name: str) -> bool:

@@ -10,7 +10,7 @@ serving engine.
 """
 
 from reshard_runtime.ffn import DenseFFN
-from reshard_runtime.loader import load_shard
+from reshard_runtime.loader import load_shard, load_tensors
 from reshard_runtime.shard import LayerShard, Shard
 
-__all__ = ["DenseFFN", "LayerShard", "Shard", "load_shard"]
+__all__ = ["DenseFFN", "LayerShard", "Shard", "load_shard", "load_tensors"]

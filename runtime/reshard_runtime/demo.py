@@ -143,7 +143,7 @@ def _compared(shards: Path, said: list[Any], layers: dict[int, DenseFFN], tokens
         write_shards(prepare(source, Cut(1, pad=True)), Path(folder, "tp1"), SplitOptions())
         whole = load_shard(Path(folder, "tp1"), 0)
         for layer in describe(source).layers:
-            index, ffn = layer.index, layers[layer.index]
+            index, ffn = layer.number, layers[layer.number]
             x_TH = torch.cat([_tokens(rank, index, tokens, ffn).cpu() for rank in range(len(said))])
             split_TH = torch.cat([outputs[index] for _, outputs, _ in said])
             linears = {role: stored_linear(source, linear) for role, linear in layer.linears.items()}

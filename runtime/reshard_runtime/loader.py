@@ -6,7 +6,7 @@ becomes of the file later changes nothing.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -14,11 +14,11 @@ import torch
 from blake3 import blake3
 
 from reshard.errors import HeaderError, ManifestError, ReshardError, ShardError
-from reshard.fit import fit_digest, fit_header, fit_side_file, fit_size, require, share_of
+from reshard.fit import fit_digest, fit_header, fit_side_file, fit_size, require
 from reshard.limits import JSON_BYTES, MANIFEST_BYTES
-from reshard.manifest import Manifest, parse_manifest
+from reshard.manifest import LayerEntry, Manifest, parse_manifest
 from reshard.manifest import Shard as ShardEntry
-from reshard.model.naming import MANIFEST, module_name, parse_dense
+from reshard.model.naming import MANIFEST, parse_tensor
 from reshard.model.parts import DENSE_FFN
 from reshard.plan.recompute import describe_set, needed
 from reshard.regular import Opened, is_there, read_whole, unreadable
@@ -78,6 +78,25 @@ def load_shard(
     )
 
 
+def load_tensors(
+    folder: str | Path,
+    tp_rank: int,
+    device: str | torch.device = "cpu",
+    *,
+    tp_size: int | None = None,
+    verify: Verify = "header",
+) -> dict[str, torch.Tensor]:
+    """A rank's tensors by name, of whatever part the set holds, as they are stored: for layers of an engine's own.
+
+    The arguments are those of `load_shard`, and it raises as that does.
+    """
+    found: dict[str, torch.Tensor] = {}
+    with one_set(Path(folder)) as stored:
+        for _, tensors in read_tensors(stored, tp_rank, device_of(device), tp_size=tp_size, verify=verify):
+            found |= tensors
+    return found
+
+
 class StoredSet(NamedTuple):
     """A shard set's folder, its manifest, and the digest that tells the set."""
 
@@ -119,24 +138,59 @@ def read_layers(
     verify: Verify = "header",
 ) -> Iterator[LayerShard]:
     """The layers that `load_shard` is asked for, as they are stored, read one at a time. Within `one_set`."""
+    folder, manifest, digest = stored
+    if manifest.what is not DENSE_FFN:
+        raise ShardError(f"{folder}: holds the model's {manifest.part}, not its DenseFFN; load_tensors loads it")
+    entry, sizes = _entry(stored, tp_rank, tp_size), manifest.model
+    wanted = _wanted_layers(manifest, folder, layers)
+    for layer, tensors in read_tensors(stored, tp_rank, device, tp_size=tp_size, layers=wanted, verify=verify):
+        first, last = linears_of(manifest, layer, tensors, entry.file)
+        yield LayerShard(
+            layer.number,
+            entry.tp_rank,
+            manifest.tp_size,
+            sizes.hidden_size,
+            DENSE_FFN.shared_size(sizes),
+            manifest.share,
+            digest,
+            first,
+            last,
+            layer.activation,
+        )
+
+
+def read_tensors(
+    stored: StoredSet,
+    tp_rank: int,
+    device: torch.device,
+    *,
+    tp_size: int | None = None,
+    layers: Container[int | None] | None = None,
+    verify: Verify = "header",
+    wanted: Callable[[str], bool] = lambda name: True,
+) -> Iterator[tuple[LayerEntry, dict[str, torch.Tensor]]]:
+    """Layer by layer what a rank's file holds of it, by name, as it is stored. Within `one_set`.
+
+    wanted: by name, which of its tensors are read.
+    """
     if verify not in ("header", "digest"):
         raise ShardError(f"verify is {verify!r}; it may be 'header' or 'digest'")
-    folder, manifest, digest = stored
-    entry, wanted = _entry(stored, tp_rank, tp_size), _wanted_layers(manifest, folder, layers)
-    path, sizes, share = folder / entry.file, manifest.model, share_of(manifest)
+    folder, manifest, _ = stored
+    entry = _entry(stored, tp_rank, tp_size)
+    path = folder / entry.file
     file = str(path)
     try:
         with Opened(path) as opened:
             require(fit_size(file, opened.size, entry.size), ShardError)
             header = read_header(opened.read, file, opened.size)
-            require(fit_header(header, entry, manifest.tp_size, file), ShardError)
-            of_layer: dict[int, dict[str, str]] = {index: {} for index in wanted}
+            require(fit_header(header, entry, manifest, file), ShardError)
+            of_layer: dict[int | None, dict[str, str]] = {layer.index: {} for layer in manifest.layers}
             for tensor in entry.tensors:
-                parsed = parse_dense(tensor.name)
-                if parsed is not None and parsed.layer in wanted:
+                parsed = parse_tensor(tensor.name, manifest.what)
+                if parsed is not None and wanted(tensor.name):
                     of_layer[parsed.layer][tensor.name] = tensor.blake3
             for layer in manifest.layers:
-                if layer.index not in wanted:
+                if layers is not None and layer.index not in layers:
                     continue
                 tensors = {}
                 for name, expected in of_layer[layer.index].items():
@@ -145,17 +199,7 @@ def read_layers(
                         found = blake3(value.view(-1).view(torch.uint8).numpy()).hexdigest()
                         require(fit_digest(f"{path}: {name}", found, expected), ShardError)
                     tensors[name] = value.to(device)
-                yield LayerShard(
-                    layer.index,
-                    entry.tp_rank,
-                    manifest.tp_size,
-                    sizes.hidden_size,
-                    DENSE_FFN.shared_size(sizes),
-                    share,
-                    digest,
-                    *linears_of(module_name(sizes.prefix, layer.index), layer, tensors, entry.file),
-                    layer.activation,
-                )
+                yield layer, tensors
             if difference := opened.difference():
                 raise ShardError(f"{path}: {difference}; load it again when nothing writes there any more")
     except HeaderError as error:
@@ -212,7 +256,7 @@ def _entry(stored: StoredSet, tp_rank: int, tp_size: int | None) -> ShardEntry:
 
 
 def _wanted_layers(manifest: Manifest, folder: Path, layers: Iterable[int] | None) -> frozenset[int]:
-    held = [layer.index for layer in manifest.layers]
+    held = [layer.number for layer in manifest.layers]
     wanted = frozenset(held if layers is None else layers)
     if not wanted <= set(held):
         missing = ", ".join(map(str, sorted(wanted - set(held))))

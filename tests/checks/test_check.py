@@ -9,7 +9,7 @@ import pytest
 from reshard.checkpoint.config_only import config_checkpoint
 from reshard.checks.report import CHECKS
 from reshard.checks.serving_option import OPTION
-from reshard.model.naming import parse_dense
+from reshard.model.naming import parse_tensor
 from reshard.plan.plan import make_plan
 from reshard.safe_text import safe_line
 from reshard.schemes.table import SCHEMES
@@ -70,7 +70,7 @@ def test_a_config_alone_promises_the_dense_ffn_and_no_more(model: str, scheme: s
     assert [layer.index for layer in checkpoint.layers] == DENSE_LAYERS[model]
     plan = make_plan(checkpoint, 2, pad=True)
     sliced = {piece.tensor for shard in plan.shards for tensor in shard.tensors for piece in tensor.slices}
-    assert all(parse_dense(name) for name in sliced)
+    assert all(parse_tensor(name) for name in sliced)
 
 
 def test_moe_layers_and_the_mtp_layer_are_left_alone() -> None:

@@ -128,7 +128,7 @@ def changed(shards: Path, change: Change) -> list[tuple[str, str]]:
         (lambda m: m["layers"].pop(), "layers", "its layers lack that of model.layers.1.mlp.gate_proj"),
         (lambda m: m["layers"].append(dict(m["layers"][0], index=2)), "layers", "its layers are [0, 1, 2]"),
         (lambda m: m.update(layout="separate"), "cut", "gate_proj.weight: missing; a cut has it: I8 [256, 256]"),
-        (lambda m: m.update(padding={"padded_intermediate_size": 1024, "multiple": 1}), "cut", "padding is"),
+        (lambda m: m.update(padding={"padded_size": 1024, "multiple": 1}), "cut", "padding is"),
         (lambda m: tensor(m, 0, "down_proj.weight").update(dtype="I32"), "headers", "is I8 [256, 256], manifest.json"),
         (lambda m: tensor(m, 1, "down_proj.weight").update(shape=[512, 128]), "headers", "says I8 [512, 128]"),
         (
@@ -206,7 +206,7 @@ def test_another_source(shards: Path, tmp_path: Path) -> None:
     wrong = failed(shards, "--against", tmp_path / "other")
     assert {check for check, _ in wrong} == {"source"}
     text = "\n".join(message for _, message in wrong)
-    assert "its dense layers are [0, 1], the source's [0]" in text
+    assert "its layers are [0, 1], the source's [0]" in text
     assert "reshard verify --source compares the bytes" in text
 
 

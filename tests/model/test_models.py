@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from reshard.model.naming import parse_dense
+from reshard.model.naming import parse_tensor
 from reshard.source.open import describe, open_source
 from reshard.synth.plan import SynthOptions, plan_checkpoint
 from reshard.synth.write import write_checkpoint
@@ -76,7 +76,7 @@ def test_frozen_names_are_the_dense_ffn_alone(model: str, scheme: str) -> None:
     assert len(set(names)) == len(names) == len(DENSE_LAYERS[model]) * TENSORS_PER_LAYER[scheme]
     for name in names:
         assert "experts" not in name
-        assert parse_dense(name) is not None, name
+        assert parse_tensor(name) is not None, name
     prefix = PREFIXES.get(model, "model.")
     assert all(name.startswith(f"{prefix}layers.") for name in names)
     assert sorted({int(name.removeprefix(prefix).split(".")[1]) for name in names}) == DENSE_LAYERS[model]

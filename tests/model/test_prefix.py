@@ -10,10 +10,13 @@ import pytest
 
 from reshard.errors import LayersError, SchemeError
 from reshard.model.foreign import what_is_there
-from reshard.model.naming import ROLES, parse_dense
+from reshard.model.naming import parse_tensor
+from reshard.model.parts import DENSE_FFN
 from reshard.source.open import describe, open_source
 from tests.support.builders import Raw, Spec, config_of, random_raw, read_folder, tensors_of, write_safetensors
 from tests.support.running import Done, reshard
+
+ROLES = [role.name for role in DENSE_FFN.roles]
 
 SPEC = Spec("bf16", hidden=64, intermediate=256)
 PREFIXES = [
@@ -79,7 +82,7 @@ def test_names_keep_their_prefix_from_checkpoint_to_shards_and_back(tmp_path: Pa
     run("check", shards, "--tp", 2, "--against", source)
     run("merge", shards, merged)
     back = read_folder(merged)
-    assert back == {name: value for name, value in tensors.items() if parse_dense(name)}
+    assert back == {name: value for name, value in tensors.items() if parse_tensor(name)}
     assert len(back) == 6
     run("split", shards, tmp_path / "again", "--tp", 4)
     run("verify", tmp_path / "again", "--source", source)

@@ -150,7 +150,7 @@ CHANGES: dict[str, tuple[str, Callable[[Manifest], object], str]] = {
     "a tensor left out": ("bf16", half, r"num_hidden_layers is|layers|the file has it, manifest.json does not name it"),
     "another order": ("bf16", more_in_order, "its tensors are in the order"),
     "padding that nothing needs": (
-        "bf16", lambda m: m.update(padding={"padded_intermediate_size": 512, "multiple": 1}), "padding is .* it None"
+        "bf16", lambda m: m.update(padding={"padded_size": 512, "multiple": 1}), "padding is .* it None"
     ),
     "padding left out": ("padded", lambda m: m.update(padding=None), "250 is not divisible by tp 4"),
     "padding to more": ("padded", lambda m: m["padding"].update(multiple=3), "padding is .*multiple=3"),
@@ -263,10 +263,12 @@ def some_leaves(manifest: Manifest) -> Iterator[tuple[str, tuple[Any, ...]]]:
 
 OF_NONE: dict[str, Any] = {
     "block": [128, 128],
-    "padding": {"padded_intermediate_size": 1024, "multiple": 1},
+    "padding": {"padded_size": 1024, "multiple": 1},
     "conversion": {"rule": "cast_to_bf16", "inputs": []},
     "commit": "a" * 40,
     "limit": 2.0,
+    "vocab_size": 4096,
+    "attention_size": 512,
 }
 
 

@@ -11,12 +11,13 @@ import pytest
 
 from reshard.checkpoint.description import Checkpoint
 from reshard.errors import SchemeError, SourceError
-from reshard.model.naming import ROLES
-from reshard.model.parts import DOWN, GATE, UP
+from reshard.model.parts import DENSE_FFN, DOWN, GATE, UP
 from reshard.plan.manifest_builder import scheme_name
 from reshard.quantization import Accounts, list_accounts
 from reshard.source.open import describe, open_source
 from tests.support.builders import CHECKPOINTS, REAL, RECIPES, Spec, build, dense_only
+
+ROLES = [role.name for role in DENSE_FFN.roles]
 
 DESCRIPTION = "quant_model_description.json"
 MODULE = "model.layers.0.mlp.gate_proj"

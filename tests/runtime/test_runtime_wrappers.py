@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 
 from reshard.errors import ShardError
-from reshard.model.naming import parse_dense
+from reshard.model.naming import parse_tensor
 from reshard.plan.pipeline import Cut
 from reshard_runtime.serving.transformers import attach, load_model
 from tests.support.builders import read_safetensors, write_safetensors
@@ -44,7 +44,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             for path in case.write(folder / "poisoned").glob("*.safetensors"):
                 tensors = read_safetensors(path)
                 for key, (kind, shape, data) in tensors.items():
-                    parsed = parse_dense(key)
+                    parsed = parse_tensor(key)
                     if parsed is not None and parsed.prefix == case.prefix:
                         tensors[key] = (kind, shape, b"\xff" * len(data))
                 write_safetensors(path, tensors, {"format": "pt"})

@@ -53,7 +53,7 @@ def verify(shards: Path, source: Path) -> Verdict:
                 read_header(cut, s.file).file_size - read_header(cut, s.file).data_start for s in manifest.shards
             )
             assert stored <= sum(ticks) < stored + 100 * len(manifest.shards)
-    return Verdict(findings, computed, layers, [layer.index for layer in checkpoint.layers])
+    return Verdict(findings, computed, layers, [layer.number for layer in checkpoint.layers])
 
 
 def made(tmp_path: Path, spec: Spec, cut: Cut) -> tuple[Path, Path]:

@@ -263,7 +263,7 @@ def test_a_conversion_that_is_not_recorded(tmp_path: Path) -> None:
 
 def test_a_share_of_half_a_block(tmp_path: Path) -> None:
     source, shards = made(tmp_path, Spec("fp8_block", dense=1, intermediate=512), Cut(4))
-    edit_manifest(shards, lambda m: m.update(padding={"padded_intermediate_size": 576, "multiple": 1}))
+    edit_manifest(shards, lambda m: m.update(padding={"padded_size": 576, "multiple": 1}))
     verdict = verify(shards, source)
     assert "144 is not a multiple of the 128-wide scale block" in verdict.findings[0].message
 

@@ -75,7 +75,7 @@ def test_a_padded_set_is_padded_no_more(tmp_path: Path) -> None:
     tensors = build(tmp_path / "model", Spec("fp8_block", 256, 640))
     split(tmp_path / "model", tmp_path / "shards", Cut(4, pad=True))
     manifest = json.loads((tmp_path / "shards" / "manifest.json").read_text())
-    assert manifest["padding"] == {"padded_intermediate_size": 1024, "multiple": 128}
+    assert manifest["padding"] == {"padded_size": 1024, "multiple": 128}
     assert manifest["model"]["intermediate_size"] == 640
     assert merged(tmp_path / "shards", tmp_path / "merged") == dense_only(tensors)
 

@@ -29,15 +29,20 @@ class ModelConfig:
     dense_layers: None where no key that is known says them, and the tensors' names decide. reason: the keys that make
     the layers dense, or why none does. is_stated: whether a key that is known says it; where it follows from the
     absence of keys that are known, names that say otherwise are believed. other_accounts: what other keys say.
-    wrapper: the key under which the language model's config is nested. activations: of each layer; None where
-    config.json does not say it and the family's default is not known. doubts: what only tensors can settle, a line
-    each, for whoever has a config alone. bias: the key that gives the dense layers' matrices a bias, where one does.
+    vocab_size, attention_size (all heads' values: o_proj's in_features): 0 where config.json does not say them, or the
+    family's code is not known. tied: whether the LM head is the embedding. wrapper: the key under which the language
+    model's config is nested. activations: of each layer; None where config.json does not say it and the family's
+    default is not known. doubts: what only tensors can settle, a line each, for whoever has a config alone. bias: the
+    key that gives the dense layers' matrices a bias, where one does.
     """
 
     model_type: str
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
+    vocab_size: int
+    attention_size: int
+    tied: bool
     mtp_layers: int
     dense_layers: frozenset[int] | None
     reason: str
@@ -53,9 +58,9 @@ class ModelConfig:
         """Whether the family's code was read."""
         return self.model_type in FAMILIES
 
-    def activation(self, layer: int) -> Activation | None:
+    def activation(self, layer: int | None) -> Activation | None:
         """What stands between a dense layer's matrices; None where that is not known."""
-        return self.activations[layer] if layer < len(self.activations) else None
+        return self.activations[layer] if layer is not None and layer < len(self.activations) else None
 
 
 def read_model_config(config: Mapping[str, Any]) -> ModelConfig:
@@ -76,6 +81,9 @@ def read_model_config(config: Mapping[str, Any]) -> ModelConfig:
         hidden_size=number(language, "hidden_size"),
         intermediate_size=_intermediate_size(language, needed=account.layers != frozenset()),
         num_hidden_layers=layers,
+        vocab_size=number(language, "vocab_size", default=0),
+        attention_size=_attention_size(language),
+        tied=is_set(language if "tie_word_embeddings" in language else config, "tie_word_embeddings"),
         mtp_layers=count_mtp_layers(language),
         dense_layers=account.layers,
         reason=account.reason,
@@ -124,6 +132,16 @@ def _intermediate_size(language: Mapping[str, Any], *, needed: bool) -> int:
     if sizes is None and needed:
         _explain_width(language)
     return number(language, "intermediate_size", default=None if needed else 0)
+
+
+def _attention_size(language: Mapping[str, Any]) -> int:
+    """Heads times the size of one's values: of latent attention (DeepSeek's MLA) that has a key of its own."""
+    heads = number(language, "num_attention_heads", default=0)
+    if family_of(language) is None or not heads:
+        return 0
+    if language.get("kv_lora_rank") is not None:
+        return heads * number(language, "v_head_dim", default=0)
+    return heads * number(language, "head_dim", default=number(language, "hidden_size") // heads)
 
 
 def _explain_width(language: Mapping[str, Any]) -> None:

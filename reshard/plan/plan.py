@@ -157,16 +157,16 @@ def working_sizes(size: int, multiple: int) -> list[int]:
 
 
 def _padding(checkpoint: Checkpoint, tp_size: int, layout: str, pad: bool) -> Padding | None:
-    """What it takes to give each rank an equal share of whole blocks."""
+    """What it takes to give each rank an equal share of whole blocks, of a size that engines may pad first."""
     part, size, multiple = checkpoint.part, checkpoint.shared_size, required_multiple(checkpoint.layers)
+    padded = part.padded(size)
+    by_engines = f", which engines pad to {padded}" if padded != size else ""
     if tp_size < 1:
         raise AlignmentError(f"tp {tp_size}: the {part.name} group has at least one rank; use a tp from 1")
-    if tp_size > min(size, MAX_TP_SIZE):
-        raise AlignmentError(f"tp {tp_size} is greater than {part.size} {size}; use at most {min(size, MAX_TP_SIZE)}")
-    if part.padded_to > 1:
-        return _padding_of_engines(part, size, multiple, tp_size)
-    if size % (tp_size * multiple) == 0 or (tp_size == 1 and layout == "separate"):
-        return None
+    if tp_size > (most := min(padded, MAX_TP_SIZE)):
+        raise AlignmentError(f"tp {tp_size} is greater than {part.size} {size}{by_engines}; use at most {most}")
+    if padded % (tp_size * multiple) == 0 or (tp_size == 1 and not part.stacks(layout)):
+        return Padding(padded=padded, multiple=part.padded_to) if by_engines else None
     if pad and part.may_pad:
         share = -(-size // (tp_size * multiple)) * multiple
         return Padding(padded=share * tp_size, multiple=multiple)
@@ -175,35 +175,27 @@ def _padding(checkpoint: Checkpoint, tp_size: int, layout: str, pad: bool) -> Pa
             (layer, role)
             for layer in checkpoint.layers
             for role in part.roles
-            if (block := layer.linears[role.name].scale_block) and size % (tp_size * block[role.parallel.value])
+            if (block := layer.linears[role.name].scale_block) and padded % (tp_size * block[role.parallel.value])
         ),
         (checkpoint.layers[0], part.roles[0]),
     )
-    name, dim = f"{layer.name(role.name)}.weight", role.parallel.value
-    sizes = working_sizes(size, multiple)
+    dim = role.parallel.value
+    what = f"{layer.name(role.name)}.weight: dim {dim} = {size}{by_engines}{',' if by_engines else ''}"
     unit = ("row", "column")[dim]
-    ways = [f"use a tp of {_shown(sizes)}"] if sizes else []
-    ways += [f"{'' if sizes else 'use '}--pad to add zero {unit}s"] if part.may_pad else []
-    use = "; or ".join(ways)
+    sizes = working_sizes(padded, multiple)
+    ways = [f"a tp of {_shown(sizes)}"] if sizes else []
+    ways += [f"--pad to add zero {unit}s"] if part.may_pad else []
     if multiple == 1:
-        raise AlignmentError(f"{name}: dim {dim} = {size} is not divisible by tp {tp_size}; {use}")
-    unscaled = ", or --weights bf16" if size % tp_size == 0 else ""
+        raise AlignmentError(f"{what} is not divisible by tp {tp_size}; use {'; or '.join(ways)}")
+    use = "; or ".join(ways)
+    if padded % tp_size == 0:
+        use += f"{', or ' if use else ''}--weights bf16"
+    elif not use:
+        use = f"--weights bf16, and a tp of {_shown(working_sizes(padded, 1))}"
     raise AlignmentError(
-        f"{name}: dim {dim} = {size} over tp {tp_size} gives {size / tp_size:g} {unit}s, not a multiple of the "
-        f"{multiple}-{unit} scale block; {use}{unscaled}"
+        f"{what} over tp {tp_size} gives {padded / tp_size:g} {unit}s, not a multiple of the {multiple}-{unit} scale "
+        f"block; use {use}"
     )
-
-
-def _padding_of_engines(part: Part, size: int, multiple: int, tp_size: int) -> Padding | None:
-    """As vLLM does (vocab_parallel_embedding.py): the whole vocabulary is padded, then divided; for one rank, too."""
-    padded = -(-size // part.padded_to) * part.padded_to
-    if padded % (tp_size * multiple):
-        sizes = working_sizes(padded, multiple)
-        raise AlignmentError(
-            f"{part.size} {size}{f', which engines pad to {padded},' if padded != size else ''} is not divisible by "
-            f"tp {tp_size}{f' in blocks of {multiple}' if multiple > 1 else ''}; use a tp of {_shown(sizes)}"
-        )
-    return Padding(padded=padded, multiple=part.padded_to) if padded != size else None
 
 
 def _shown(sizes: Sequence[int]) -> str:

@@ -78,6 +78,11 @@ def find(
 
 def check_untied(config: ModelConfig) -> None:
     """Raises LayersError where a model has no LM head of its own."""
+    if config.tied is None:
+        raise LayersError(
+            f"{CONFIG} contradicts itself: tie_word_embeddings is set in one place and not in another, so that whether "
+            "the LM head is the embedding cannot be told; make both say it"
+        )
     if config.tied:
         raise LayersError(
             f"{CONFIG}: tie_word_embeddings is set: the LM head is the embedding, which --part embedding cuts"

@@ -93,6 +93,11 @@ class Part:
         """The names of the sizes that its weights have."""
         return tuple(sorted({size for role in self.roles for size in (role.out, role.in_)}))
 
+    @property
+    def unit(self) -> str:
+        """What one of it is called."""
+        return "dense layer" if self.place is Place.DENSE_LAYERS else self.name
+
     def laid_out(self, layout: str) -> tuple[Module, ...]:
         """The modules that a shard has."""
         return self.modules if layout == "fused" else tuple(Module(role.name, (role,)) for role in self.roles)

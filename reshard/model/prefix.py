@@ -88,7 +88,7 @@ def language_prefix(
     """
     modules = _modules(part, tensors, other_names)
     having = sorted(prefix for prefix, module in modules.items() if module.having)
-    none = "no dense layer" if part.place is Place.DENSE_LAYERS else f"no {part.name}"
+    none = f"no {part.unit}"
     if not having:
         because = f" ({CONFIG}: {config.reason})" if config and part.place is Place.DENSE_LAYERS else ""
         beside = next((name for name in sorted(other_names) if _stands_beside(name, part)), None)

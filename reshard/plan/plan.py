@@ -14,7 +14,7 @@ from reshard.checkpoint.description import Checkpoint, Layer, Linear, Tensor
 from reshard.errors import AlignmentError
 from reshard.manifest import Conversion, Padding, Shard, ShardTensor, Slice
 from reshard.model.naming import MAX_TP_SIZE, ShardName
-from reshard.model.parts import Module, Parallel, Part
+from reshard.model.parts import Module, Parallel
 from reshard.schemes.table import Placement
 from reshard.tensors.dtypes import itemsize, nbytes
 from reshard.tensors.header import encode_header

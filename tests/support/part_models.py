@@ -12,7 +12,7 @@ import numpy as np
 
 from tests.support.builders import RECIPES, Raw, linear, random_raw, write_safetensors
 
-HEAD_SIZE = 32
+HEAD_SIZE, INTERMEDIATE = 32, 256
 KEYS = ("denseffn", "lm_head", "embedding", "o_proj")
 
 WRAPPERS = {
@@ -25,7 +25,7 @@ WRAPPERS = {
 
 @dataclass(frozen=True)
 class Model:
-    """A dense layer, a MoE layer, an MTP layer. Recipes (see RECIPES) are those of o_proj and of each table.
+    """A dense layer, a MoE layer, an MTP layer. Recipes (see RECIPES) are those of its o_proj and DenseFFN, and of each table.
 
     attention: all heads' values. latent: whether attention is DeepSeek's MLA, else grouped as GLM-4.5's. prefix: of the
     layers' names. tied: what config.json says, if anything.
@@ -52,9 +52,11 @@ class Model:
 
     @property
     def recipes(self) -> dict[str, str]:
-        """By the names of modules that are not plain: those of the two layers, and the tables."""
-        named = {f"{self.prefix}layers.{layer}.self_attn.o_proj": self.recipe for layer in (0, 1, 2)}
-        return {**named, self.lm_head: self.head, f"{self.prefix}embed_tokens": self.embedding}
+        """By the names of modules that may be quantized."""
+        named = [f"layers.{layer}.self_attn.o_proj" for layer in (0, 1, 2)]
+        named += [f"layers.0.mlp.{role}_proj" for role in ("gate", "up", "down")]
+        quantized = {f"{self.prefix}{name}": self.recipe for name in named}
+        return {**quantized, self.lm_head: self.head, f"{self.prefix}embed_tokens": self.embedding}
 
     def names(self, key: str) -> str:
         """A pattern of the names of a part's tensors, by hand."""
@@ -91,8 +93,11 @@ def tensors_of(model: Model) -> dict[str, Raw]:
         made(f"{prefix}.self_attn.o_proj", model.recipe, model.hidden, model.attention)
         if layer == 0:
             for role in ("gate_proj", "up_proj"):
-                plain(f"{prefix}.mlp.{role}", 64, model.hidden)
-            plain(f"{prefix}.mlp.down_proj", model.hidden, 64)
+                made(f"{prefix}.mlp.{role}", model.recipe, INTERMEDIATE, model.hidden)
+            for suffix, (_, rule) in RECIPES[model.recipe].tensors.items():
+                if rule == "1":  # what the fused layout holds once
+                    found[f"{prefix}.mlp.up_proj.{suffix}"] = found[f"{prefix}.mlp.gate_proj.{suffix}"]
+            made(f"{prefix}.mlp.down_proj", model.recipe, model.hidden, INTERMEDIATE)
         else:
             for role in ("gate_proj", "up_proj", "down_proj"):
                 plain(f"{prefix}.mlp.experts.0.{role}", 8, 8)
@@ -112,7 +117,7 @@ def config_of(model: Model) -> dict[str, Any]:
     language: dict[str, Any] = {
         "model_type": "deepseek_v3" if model.latent else "glm4_moe",
         "hidden_size": model.hidden,
-        "intermediate_size": 64,
+        "intermediate_size": INTERMEDIATE,
         "vocab_size": model.vocabulary,
         "num_hidden_layers": 2,
         "num_attention_heads": heads,

@@ -25,7 +25,7 @@ WRAPPERS = {
 
 @dataclass(frozen=True)
 class Model:
-    """A dense layer, a MoE layer, an MTP layer. Recipes (see RECIPES) are those of its o_proj and DenseFFN, and of each table.
+    """A dense layer, a MoE layer, an MTP layer. Recipes (see RECIPES): of o_proj and DenseFFN, and of each table.
 
     attention: all heads' values. latent: whether attention is DeepSeek's MLA, else grouped as GLM-4.5's. prefix: of the
     layers' names. tied: what config.json says, if anything.

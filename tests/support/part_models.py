@@ -28,7 +28,7 @@ class Model:
     """A dense layer, a MoE layer, an MTP layer. Recipes (see RECIPES): of o_proj and DenseFFN, and of each table.
 
     attention: all heads' values. latent: whether attention is DeepSeek's MLA, else grouped as GLM-4.5's. prefix: of the
-    layers' names. tied: what config.json says, if anything.
+    layers' names. tied: what config.json says, if anything. computable: see builders.Spec.
     """
 
     recipe: str = "bf16"
@@ -43,6 +43,7 @@ class Model:
     files: int = 2
     index: bool = True
     seed: int = 0
+    computable: bool = False
     config: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -82,7 +83,7 @@ def tensors_of(model: Model) -> dict[str, Raw]:
         found[f"{name}.weight"] = random_raw(rng, "BF16", shape)
 
     def made(module: str, recipe: str, out: int, in_: int) -> None:
-        found.update(linear(rng, RECIPES[recipe], module, out, in_))
+        found.update(linear(rng, RECIPES[recipe], module, out, in_, model.computable))
 
     made(f"{model.prefix}embed_tokens", model.embedding, model.vocabulary, model.hidden)
     for layer in (0, 1, 2):  # dense, MoE, MTP

@@ -36,7 +36,7 @@ WORKERS ?= auto
 # torch_npu wants CANN's libraries; empty ones in their names let it be imported (tests/npu/stubs.py).
 WITHOUT_CANN = LD_LIBRARY_PATH="$(CURDIR)/$(1)/stubs" TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(1)/bin/python
 
-.PHONY: help setup setup-vllm setup-ascend demo demo-vllm test test-lowest test-npu test-vllm test-ascend fuzz lint format bench release-check clean
+.PHONY: help setup setup-vllm setup-ascend demo demo-vllm test test-lowest test-npu test-vllm test-ascend test-cuda fuzz lint format bench release-check clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -105,6 +105,9 @@ $(ASCEND_READY): pyproject.toml Makefile tests/npu/stubs.py $(ASCEND_LOCK)
 
 test-ascend: $(ASCEND_READY) ## the plugin in the real vllm-ascend, on the CPU, in an environment of its own; ASCEND=0.18.0
 	@$(call WITHOUT_CANN,$(ASCEND_VENV)) -m pytest tests/ascend $(ARGS)
+
+test-cuda: ## the CUDA backend on such a device, numbers, graphs and speed; PYTHON=… has torch for it, blake3, pydantic
+	@PYTHONPATH="$(CURDIR):$(CURDIR)/runtime:$$PYTHONPATH" $(PYTHON) -m tests.cuda $(ARGS)
 
 demo-vllm: $(VLLM_READY) ## a real vLLM server, with and without the plugin: what its ranks hold and what it answers
 	@$(VLLM_VENV)/bin/python -m tests.vllm.demo

@@ -43,6 +43,12 @@ MAX_BYTES = 2**63 - 1
 TOML_BYTES = 1 << 15
 """Of a device profile: they have 2 KB. Dotted keys take the square of it."""
 
+# a synthetic checkpoint
+SYNTH_TENSORS = 500_000
+"""Kimi K2 as w8a8_mix, with the most tensors of each linear, has 0.49 million; planning takes 550 MB."""
+SYNTH_BYTES = 1 << 46
+"""Kimi K2 in FP32 has 4 TB."""
+
 # Regular expressions in configs
 PATTERN_CHARACTERS = 500
 """Of one. Published ones have up to 100."""
@@ -60,6 +66,8 @@ LISTING_FILES = 10_000
 """Of a folder that is not on this host; DeepSeek-R1 has 180. A plain server is asked for the size of each."""
 LISTING_SECONDS = 60.0
 """For a file system to list a folder; its driver shows nothing of it before all is there."""
+LISTING_MEMORY = 256 * MIB
+"""That the process may take meanwhile: s3fs holds some 1.5 KB of each object, however many there are."""
 NAME_BYTES = 255
 """Of a file's name: Linux' own limit."""
 PROGRESS_BYTES = 1 << 16
@@ -70,6 +78,9 @@ DRIVER_SECONDS = 30.0
 """As SILENCE_SECONDS, of a driver that tries again by itself before it says that it failed."""
 WHOLE_PIECE_SPEED = 1 << 16
 """Bytes a second that must come on top of that from a driver that shows a range only when all of it is there."""
+PUT_SPEED = 1 << 18
+"""Bytes a second that a put into a store must reach over all, beyond DRIVER_SECONDS: drivers send parts of 50 MiB, ten
+at a time, before they say that any has arrived."""
 WRONG_TRIES = 3
 """As many in a row that were too slow, or answered with another range than was asked for, and it is over."""
 WAIT_SECONDS = 600.0

@@ -44,7 +44,7 @@ def split(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Cut SRC's DenseFFN weights, or other parts, into one shard per rank."""
+    """Cut SRC's DenseFFN, or other parts, into one shard per rank."""
     output = Output(form, quiet=quiet, debug=debug)
     with output.errors():
         from reshard.plan.pipeline import Cut, check_set_digests, prepare

@@ -1,8 +1,10 @@
 """A folder on any file system that fsspec knows: object stores, archives, memory."""
 
 import posixpath
-from collections.abc import Iterator, Mapping
+import resource
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -15,7 +17,7 @@ from reshard.source.address import WEB, last_part
 from reshard.source.answers import Head, RangedFiles
 from reshard.source.base import Origin
 from reshard.source.filesystems import missing_package
-from reshard.source.listing import listed
+from reshard.source.listing import listed, too_many
 from reshard.source.retry import MAY_PASS, Fault
 from reshard.source.watched import within
 
@@ -107,8 +109,9 @@ def find_folder(address: str) -> RemoteFiles:
     except Exception as error:  # of an address, or of what is no archive
         raise UsageError(f"{place}: {one_line(error)}") from None
     try:
-        sizes = within(limits.LISTING_SECONDS, partial(_sizes, fs, path))
-    except Fault:
+        is_s3 = hasattr(fs, "call_s3")
+        sizes = within(limits.LISTING_SECONDS, partial(_s3_sizes if is_s3 else _sizes, fs, path), _memory_bound(place))
+    except (Fault, SourceError):
         raise
     except Exception as error:  # whatever the file system's package raises
         if isinstance(error, OSError) and _may_pass(error):
@@ -120,7 +123,7 @@ def find_folder(address: str) -> RemoteFiles:
         ) from None
     if not sizes:
         raise SourceError(f"{place}: no files at that address; give the folder that holds the checkpoint's")
-    kind = S3Files if hasattr(fs, "call_s3") else RemoteFiles
+    kind = S3Files if is_s3 else RemoteFiles
     return kind(fs, path, Origin("remote", last_part(address)), listed(sizes, place))
 
 
@@ -132,6 +135,46 @@ def _sizes(fs: Any, path: str) -> list[tuple[str, object]]:
     unknown = [name for name, size in sizes.items() if size is None]  # not every listing has sizes
     sizes |= dict(zip(unknown, fs.sizes(unknown), strict=True)) if unknown else {}
     return [(posixpath.basename(name), size) for name, size in sizes.items()]
+
+
+def _s3_sizes(fs: Any, path: str) -> list[tuple[str, object]]:
+    """As `_sizes`, page by page: no more of them than a checkpoint has, nor of folders, are asked for."""
+    bucket, key, _ = fs.split_path(path)
+    prefix = f"{key.rstrip('/')}/" if key else ""
+    found: list[tuple[str, object]] = []
+    more: dict[str, str] = {}
+    seen = 0
+    while seen <= limits.LISTING_FILES:
+        page = fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, Delimiter="/", **more)
+        entries = page.get("Contents", [])
+        found += [(entry["Key"].removeprefix(prefix), entry["Size"]) for entry in entries if entry["Key"][-1:] != "/"]
+        seen += max(1, len(entries) + len(page.get("CommonPrefixes", [])))
+        if not page.get("IsTruncated"):
+            if seen == 1 and not entries and "CommonPrefixes" not in page:
+                raise FileNotFoundError(path)
+            return found
+        more = {"ContinuationToken": page["NextContinuationToken"]}
+    raise too_many(f"s3://{path}")
+
+
+def _memory_bound(place: str) -> Callable[[], None]:
+    """A call that raises SourceError once this process holds so much more than now; while a folder is listed it does
+    nothing else.
+    """
+
+    def held() -> int:
+        _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
+        return (resident - shared) * resource.getpagesize()
+
+    before = held()
+
+    def check() -> None:
+        if held() - before > limits.LISTING_MEMORY:
+            raise SourceError(
+                f"{place}: its list takes more than {limits.LISTING_MEMORY >> 20} MiB; give a checkpoint's own folder"
+            )
+
+    return check
 
 
 def _may_pass(error: BaseException) -> bool:

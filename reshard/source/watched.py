@@ -15,13 +15,17 @@ from reshard import limits
 from reshard.source.retry import Fault
 
 _AHEAD = 16  # pieces that are held
+_LOOK_SECONDS = 0.2
 
 _P = TypeVar("_P", bound=Sized)
 _T = TypeVar("_T")
 
 
-def watched(pieces: Callable[[], Iterable[_P]], seconds: float) -> Iterator[_P]:
-    """The pieces. Raises what they raise, and Fault where `seconds` bring less than limits.PROGRESS_BYTES."""
+def watched(pieces: Callable[[], Iterable[_P]], seconds: float, ask: Callable[[], None] = lambda: None) -> Iterator[_P]:
+    """The pieces. ask: called again and again while nothing comes; what it raises ends the waiting.
+
+    Raises what they raise, and Fault where `seconds` bring less than limits.PROGRESS_BYTES.
+    """
     queue: Queue[_P | BaseException | None] = Queue(_AHEAD)
     left = threading.Event()
 
@@ -40,8 +44,11 @@ def watched(pieces: Callable[[], Iterable[_P]], seconds: float) -> Iterator[_P]:
     try:
         while True:
             try:
-                piece = queue.get(timeout=max(0.0, until - time.monotonic()))
+                piece = queue.get(timeout=max(0.0, min(_LOOK_SECONDS, until - time.monotonic())))
             except Empty:
+                ask()
+                if time.monotonic() < until:
+                    continue
                 raise Fault(f"{got} bytes in {seconds:g} s: too slow", tries=limits.WRONG_TRIES) from None
             if piece is None:
                 return
@@ -57,7 +64,7 @@ def watched(pieces: Callable[[], Iterable[_P]], seconds: float) -> Iterator[_P]:
             queue.get()
 
 
-def within(seconds: float, call: Callable[[], _T]) -> _T:
-    """What a call gives. Raises Fault where it takes longer."""
-    ((result,),) = watched(lambda: [(call(),)], seconds)
+def within(seconds: float, call: Callable[[], _T], ask: Callable[[], None] = lambda: None) -> _T:
+    """What a call gives. ask: as above. Raises Fault where it takes longer."""
+    ((result,),) = watched(lambda: [(call(),)], seconds, ask)
     return result

@@ -1,11 +1,12 @@
 """Which tensor goes into which file, and every byte that is not a tensor's: headers, index, config, description."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from reshard import limits
 from reshard.errors import SourceError, UsageError
 from reshard.model.config import known_dense_layers, language_config, read_model_config
 from reshard.model.naming import CONFIG, parse_tensor
@@ -13,7 +14,7 @@ from reshard.model.prefix import published_prefix
 from reshard.quantization import DESCRIPTION
 from reshard.synth.config import shrink
 from reshard.synth.model import Parameter, parameters
-from reshard.synth.schemes import TensorSpec, declare_in_config, description, recipe_for, tensors_of
+from reshard.synth.schemes import Recipe, TensorSpec, declare_in_config, description, recipe_for, tensors_of
 from reshard.tensors.header import encode_header
 
 _ALIGNMENT = 8
@@ -69,7 +70,7 @@ def plan_checkpoint(config: Mapping[str, Any], options: SynthOptions) -> SynthPl
     recipe = recipe_for(options.scheme)
     wrapper, language = language_config(config)
     shrunk = shrink(language, options.scale, options.layers)
-    everything = list(parameters(shrunk, published_prefix(config)))
+    everything = _bounded(parameters(shrunk, published_prefix(config)), recipe)
     declare_in_config(shrunk, recipe, everything)
     kept = _dense(everything, shrunk) if options.dense_only else everything
     tensors = [tensor for parameter in kept for tensor in tensors_of(parameter, recipe)]
@@ -89,6 +90,22 @@ def plan_checkpoint(config: Mapping[str, Any], options: SynthOptions) -> SynthPl
     side_files[f"{stem}.safetensors.index.json"] = _json(index)
     files = tuple(_file(name, group, metadata) for name, group in zip(names, groups, strict=True))
     return SynthPlan(options, files, side_files)
+
+
+def _bounded(everything: Iterable[Parameter], recipe: Recipe) -> list[Parameter]:
+    """The parameters. Raises SourceError, before more are named, where their tensors are too many or too large."""
+    found, tensors, size = [], 0, 0
+    for parameter in everything:
+        for tensor in tensors_of(parameter, recipe):
+            tensors, size = tensors + 1, size + tensor.nbytes
+        if tensors > limits.SYNTH_TENSORS or size > limits.SYNTH_BYTES:
+            raise SourceError(
+                f"{CONFIG}: a model of more than {limits.SYNTH_TENSORS:,} tensors or {limits.SYNTH_BYTES >> 40} TiB is "
+                f"not made (up to {parameter.name}: {tensors:,}, {size:,} bytes); make it smaller with --scale or "
+                "--layers"
+            )
+        found.append(parameter)
+    return found
 
 
 def _dense(everything: Sequence[Parameter], config: Mapping[str, Any]) -> list[Parameter]:

@@ -121,14 +121,16 @@ def _product(weight: Grid, values: Values, x: Sum, run: Run) -> Sum:
     """W x, [out, T], a few rows at a time: a whole matrix in float64 is 1 GB."""
     shape = (weight.rows, x.value.shape[1])
     value, terms = np.empty(shape), np.zeros(shape)
+    # A token's features lie together: BLAS takes 0.6 of the time for so few tokens.
+    x_KT, terms_KT = np.asfortranarray(x.value), np.asfortranarray(x.terms)
 
     def multiply(block: tuple[int, int]) -> int:
         top, bottom = block
         with np.errstate(all="ignore"):  # a thread has its own
             found = values(top, bottom).astype(np.float64)
-            _matmul(found, x.value, value[top:bottom])
+            _matmul(found, x_KT, value[top:bottom])
             if run.terms:
-                _matmul(np.abs(found, out=found), x.terms, terms[top:bottom])
+                _matmul(np.abs(found, out=found), terms_KT, terms[top:bottom])
         return (bottom - top) * weight.row_bytes
 
     run.workers.each(multiply, weight.blocks(weight.columns, BLOCK_ELEMENTS), lambda nbytes: run.tick(nbytes // 2))

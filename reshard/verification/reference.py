@@ -27,7 +27,7 @@ from reshard.tensors.numeric import F32, Array, f32_to_bf16, storage, to_f32
 from reshard.tensors.rows import Memory
 
 BLOCK_BYTES = 1 << 20
-BLOCK_ELEMENTS = 1 << 18  # of computed values: their float32 and float64 copies fit into a core's cache
+BLOCK_ELEMENTS = 1 << 17  # of computed values: their float32 and float64 copies fit into a core's cache
 WORKERS = min(8, len(os.sched_getaffinity(0)))  # each at its own block: memory stays at WORKERS times a few MB
 
 _MEMORY = Memory()

@@ -20,6 +20,7 @@ from reshard.errors import OutputError, UsageError
 from reshard.manifest import Shard
 from reshard.safe_text import one_line
 from reshard.source.filesystems import missing_package
+from reshard.source.watched import within
 from reshard.workers import Cancelled
 from reshard.writer.file import DirectFile
 from reshard.writer.folder import OutputFolder, check_space
@@ -46,7 +47,8 @@ class RemoteTarget:
         if "::" in protocol:
             raise UsageError(f"{self.address}: is a chain of file systems; give the address of the last one")
         try:
-            self._fs, root = fsspec.url_to_fs(self.address, use_listings_cache=False)
+            open_fs = partial(fsspec.url_to_fs, self.address, use_listings_cache=False)
+            self._fs, root = within(limits.LISTING_SECONDS, open_fs)
         except ImportError as error:
             raise missing_package(self.address, error) from error
         except Exception as error:
@@ -83,7 +85,8 @@ class RemoteTarget:
         watch = fsspec.Callback(hooks={"tick": lambda size, value: tick(0)})
         local = here.path / shard.file
         try:
-            self._attempt("written", shard.file, lambda path: self._fs.put_file(str(local), path, callback=watch))
+            put = partial(self._fs.put_file, str(local), callback=watch)
+            self._attempt("written", shard.file, put, shard.size / limits.PUT_SPEED, _once_more(tick))
         except BaseException:
             with contextlib.suppress(OutputError):  # where a file is seen while it is written
                 self.remove([shard.file])
@@ -105,7 +108,8 @@ class RemoteTarget:
         hasher = blake3()
         for start in range(0, shard.size, _BLOCK):
             place = {"start": start, "end": min(start + _BLOCK, shard.size)}
-            hasher.update(self._attempt("read", shard.file, partial(self._fs.cat_file, **place)))
+            more = _BLOCK / limits.WHOLE_PIECE_SPEED
+            hasher.update(self._attempt("read", shard.file, partial(self._fs.cat_file, **place), more, tick))
             tick(0)
         return hasher.hexdigest() == shard.blake3
 
@@ -127,10 +131,16 @@ class RemoteTarget:
         except FileNotFoundError:
             return []
 
-    def _attempt(self, what: str, name: str, call: Callable[[str], T]) -> T:
-        """A call of a store's driver, whose errors are its own: an OutputError says what could not be done."""
+    def _attempt(
+        self, what: str, name: str, call: Callable[[str], T], more: float = 0.0, tick: Tick = lambda n: None
+    ) -> T:
+        """A call of a store's driver, whose errors are its own: an OutputError says what could not be done.
+
+        more: the seconds beyond limits.DRIVER_SECONDS that it may take. tick: as `publish` has it.
+        """
+        path = f"{self._root}/{name}"
         try:
-            return call(f"{self._root}/{name}")
+            return within(limits.DRIVER_SECONDS + more, lambda: call(path), lambda: tick(0))
         except Cancelled:
             raise
         except Exception as error:
@@ -138,6 +148,21 @@ class RemoteTarget:
                 f"{self.address}/{name}".rstrip("/") + f": cannot be {what}: {_text(error)}; see to the address, the "
                 "credentials and the network, then run the same command with --resume"
             ) from error
+
+
+def _once_more(tick: Tick) -> Tick:
+    """Raises where `tick` does a second time: between the two a driver that asks, too, ends its call by itself."""
+    told: list[Cancelled] = []
+
+    def later(nbytes: int) -> None:
+        try:
+            tick(nbytes)
+        except Cancelled as end:
+            if told:
+                raise
+            told.append(end)
+
+    return later
 
 
 def _text(error: BaseException) -> str:

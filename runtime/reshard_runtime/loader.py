@@ -21,7 +21,7 @@ from reshard.manifest import Shard as ShardEntry
 from reshard.model.naming import MANIFEST, module_name, parse_tensor
 from reshard.model.parts import DENSE_FFN
 from reshard.plan.recompute import describe_set, needed
-from reshard.regular import Opened, read_whole, unreadable
+from reshard.regular import Opened, is_there, read_whole, unreadable
 from reshard.tensors.dtypes import TORCH
 from reshard.tensors.header import TensorInfo, read_header
 from reshard_runtime.dequantize import dequantized
@@ -208,9 +208,9 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
     try:
         raw = read_whole(path, MANIFEST_BYTES)
     except FileNotFoundError as error:
-        if path.is_symlink():
+        if is_there(path):  # a broken link
             raise ManifestError(unreadable(path, error)) from None
-        what = "the shard set is incomplete: finish it with reshard split --resume" if folder.is_dir() else "no folder"
+        what = "the shard set is incomplete: finish it with reshard split --resume" if is_there(folder) else "no folder"
         raise ManifestError(f"{folder}: no {MANIFEST} ({what})") from None
     except OSError as error:
         raise ManifestError(unreadable(path, error)) from error

@@ -206,7 +206,7 @@ def test_another_source(shards: Path, tmp_path: Path) -> None:
     wrong = failed(shards, "--against", tmp_path / "other")
     assert {check for check, _ in wrong} == {"source"}
     text = "\n".join(message for _, message in wrong)
-    assert "its dense layers are [0, 1], the source's [0]" in text
+    assert "its layers are [0, 1], the source's [0]" in text
     assert "reshard verify --source compares the bytes" in text
 
 

@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -383,6 +384,27 @@ def test_a_model_that_one_rank_cannot_load_is_an_error_on_all(ranks: Start, mode
     first, second = ranks(2).run(_not_there, models / "bf16", models / "bf16-tp2", timeout=20)
     assert first[0] == "GroupError"
     assert second[1] in first[1]
+
+
+@pytest.mark.parametrize(
+    ("told", "made", "said"),
+    [
+        ("x" * 300, None, "transformers takes xxx"),  # no name that a file system takes
+        ("x.safetensors.index.json", os.mkfifo, "x.safetensors.index.json is a FIFO, expected a file"),
+        ("x.safetensors.index.json", Path.mkdir, "x.safetensors.index.json is a folder, expected a file"),
+    ],
+)
+def test_what_config_json_names_may_be_anything(
+    models: Path, tmp_path: Path, told: str, made: Callable[[Path], None] | None, said: str
+) -> None:
+    """`transformers_weights` is looked at before transformers reads it."""
+    shutil.copytree(models / "llama", tmp_path / "model")
+    if made is not None:
+        made(tmp_path / "model" / told)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "transformers_weights": told}))
+    with pytest.raises(ShardError, match=said):
+        load_model(tmp_path / "model", models / "llama-tp1")
 
 
 @pytest.mark.parametrize("single", ["model.safetensors", "tuned.safetensors"])

@@ -399,6 +399,20 @@ def test_too_many_files_are_told(hub: Hub, monkeypatch: pytest.MonkeyPatch, sour
     assert hub.data_requests() == []
 
 
+@pytest.mark.parametrize("entry", ["<Contents><Key>x{}</Key><Size>1</Size></Contents>", "<CommonPrefixes/>", ""])
+def test_a_bucket_s_list_without_end_is_not_read_to_it(hub: Hub, monkeypatch: pytest.MonkeyPatch, entry: str) -> None:
+    monkeypatch.setattr(limits, "LISTING_FILES", 5)
+
+    def page(handler: Handler, asked: Asked) -> None:
+        entries = "".join(entry.format(number) for number in range(2 * len(hub.asked), 2 * len(hub.asked) + 2))
+        more = "<IsTruncated>true</IsTruncated><NextContinuationToken>x</NextContinuationToken>"
+        handler.answer(200, f"<ListBucketResult>{entries}{more}</ListBucketResult>".encode())
+
+    hub.fault = hostile(page, lambda asked: True)
+    refused(reshard("inspect", address(hub, "s3")), "lists more than 5 files; give a checkpoint's own folder")
+    assert len(hub.asked) < 10
+
+
 def test_links_that_lead_nowhere_are_counted_too(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """Taking a million of them apart is the work, not what is asked for afterwards."""
     monkeypatch.setattr(limits, "LISTING_FILES", 50)

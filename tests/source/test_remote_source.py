@@ -177,6 +177,23 @@ def test_a_listing_is_checked_where_it_comes_in(
     assert re.fullmatch(f"error: memory://store/model: .*{said}.*\n", done.err)
 
 
+def test_a_driver_whose_list_fills_the_memory_is_left_behind(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+
+    def endless(*arguments: object, **how: object) -> list[object]:
+        held: list[bytes] = []
+        while not over.wait(0.001) and len(held) < 1000:
+            held.append(b"x" * (1 << 20))
+        return []
+
+    monkeypatch.setattr(MemoryFileSystem, "ls", endless)
+    monkeypatch.setattr(limits, "LISTING_MEMORY", 64 << 20)
+    done = reshard("inspect", "memory://store/model")
+    over.set()
+    assert done.code == 1
+    assert done.err == "error: memory://store/model: its list takes more than 64 MiB; give a checkpoint's own folder\n"
+
+
 @pytest.mark.parametrize("silent", ["ls", "cat_file"])
 def test_a_driver_that_is_silent_is_left_behind(memory: Path, monkeypatch: pytest.MonkeyPatch, silent: str) -> None:
     over = threading.Event()

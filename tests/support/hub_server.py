@@ -116,7 +116,7 @@ class Handler(BaseHTTPRequestHandler):
         if not self.hub.fault(self, asked):
             self._route(asked)
 
-    do_HEAD = do_GET  # noqa: N815
+    do_HEAD = do_PUT = do_GET  # noqa: N815
 
     def _route(self, asked: Asked) -> None:
         hub = self.hub

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from reshard import limits
 from reshard.errors import OutputError, ReshardError, SchemeError, SourceError, SpaceError, UsageError
 from reshard.model.config import language_config, read_model_config
 from reshard.schemes.table import VARIANTS, Operand
@@ -488,6 +489,28 @@ def test_refused_options(options: SynthOptions, error: type[ReshardError], says:
 def test_refused_configs(changes: dict[str, Any], says: str, scale: Fraction) -> None:
     with pytest.raises(SourceError, match=says):
         plan_checkpoint(config_of("deepseek-r1", **changes), SynthOptions(scale=scale, layers=4))
+
+
+@pytest.mark.parametrize(
+    ("bounds", "changes", "says"),
+    [
+        (
+            {"SYNTH_TENSORS": 100},
+            {},
+            r"more than 100 tensors .* \(up to model\.layers\.3\..*: 101, .*--scale or --layers",
+        ),
+        ({}, {"hidden_size": 2**31 - 1}, r"or 64 TiB .* \(up to model\.embed_tokens\.weight: 1, "),
+        ({}, {"n_shared_experts": 2**31 - 1, "moe_intermediate_size": 2**31 - 1}, "not made .*experts.0.down_proj"),
+        ({}, {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, expected a whole number from 1 to 1000"),
+    ],
+)
+def test_a_model_that_is_too_large_is_not_even_planned(
+    monkeypatch: pytest.MonkeyPatch, bounds: dict[str, int], changes: dict[str, Any], says: str
+) -> None:
+    for name, value in bounds.items():
+        monkeypatch.setattr(limits, name, value)
+    with pytest.raises(SourceError, match=says):
+        plan_checkpoint(config_of("deepseek-r1", **changes), SynthOptions())
 
 
 def test_dense_only_of_a_model_without_dense_layers() -> None:

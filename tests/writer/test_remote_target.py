@@ -3,8 +3,10 @@
 memory:// has every rule that S3 has; S3 itself is moto's server, by the real client.
 """
 
+import re
 import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import fsspec
 import pytest
 
+from reshard import limits
 from reshard.errors import OutputError, SourceError, SpaceError, UsageError
 from reshard.plan.pipeline import Cut, prepare
 from reshard.source.base import Bytes
@@ -25,9 +28,10 @@ from reshard.writer.open import open_target
 from reshard.writer.remote import RemoteTarget
 from reshard.writer.split import SplitOptions, SplitResult, write_shards
 from tests.support.forks import reshard as reshard_process
+from tests.support.hub_server import Asked, Handler, Hub, bucket_list, serving
 from tests.support.paths import ROOT
-from tests.support.running import reshard
-from tests.support.s3 import KEY, SECRET, Server
+from tests.support.running import TIMEOUT_SECONDS, reshard
+from tests.support.s3 import KEY, SECRET, Server, environment
 from tests.support.sets import Files, ranks_of, record, shard, snapshot, with_records
 from tests.support.teams import processes
 
@@ -178,7 +182,7 @@ def test_a_put_that_is_told_to_end(source: Path, memory: str, monkeypatch: pytes
     def tick(nbytes: int) -> None:
         if nbytes == 0:  # of the put; what is read back has a size
             put_so_far.append(nbytes)
-            if len(put_so_far) == 3:
+            if len(put_so_far) >= 3:
                 raise Cancelled
 
     with target.writing((0,)):
@@ -187,8 +191,57 @@ def test_a_put_that_is_told_to_end(source: Path, memory: str, monkeypatch: pytes
         file.close()
         with pytest.raises(Cancelled):
             target.publish(file, entry, tick)
-    assert len(put_so_far) == 3
+    assert len(put_so_far) >= 3
     assert objects("memory://sets/other") == {}
+
+
+def test_a_put_that_hangs_is_told_to_end(source: Path, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that asks nobody is left behind."""
+    split(source, memory, ranks=(0,))
+    (entry,) = split(source, memory, ranks=(0,), resume=True).kept
+    target, over = RemoteTarget("memory://sets/other"), threading.Event()
+    monkeypatch.setattr(type(target._fs), "put_file", lambda *_, **__: over.wait(TIMEOUT_SECONDS))
+    asked: list[int] = []
+
+    def tick(nbytes: int) -> None:
+        asked.append(nbytes)
+        if nbytes == 0:
+            raise Cancelled
+
+    with target.writing((0,)):
+        file = target.create(entry.file)
+        file.write(memoryview(objects(memory)[entry.file]))
+        file.close()
+        with pytest.raises(Cancelled):
+            target.publish(file, entry, tick)
+        over.set()
+    assert asked[-2:] == [0, 0], "before any bound of time"
+
+
+@pytest.mark.parametrize("silent", ["GET", "PUT"])
+def test_a_store_that_is_silent(
+    source: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, silent: str
+) -> None:
+    """While it is asked what it holds, and while a shard is put."""
+    monkeypatch.setattr(limits, "DRIVER_SECONDS", 3.0 if silent == "PUT" else 0.5)
+    monkeypatch.setattr(limits, "PUT_SPEED", 1 << 30)
+
+    def fault(handler: Handler, asked: Asked) -> bool:
+        if asked.method == silent:
+            handler.hub.over.wait(TIMEOUT_SECONDS)
+        else:
+            handler.answer(200, bucket_list({}))
+        return True
+
+    with serving(Hub({}, fault=fault)) as store:
+        for name, value in environment(store.url).items():
+            monkeypatch.setenv(name, value)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        done = reshard("split", source, f"s3://bucket/{silent}", "--tp", 4, "--quiet", "--workers", 1)
+    what, file = ("listed", "") if silent == "GET" else ("written", f"/{shard(0)}")
+    assert done.code == 1, done.out + done.err
+    said = rf"error: s3://bucket/{silent}{file}: cannot be {what}: 0 bytes in [0-9.]+ s: too slow; see to the "
+    assert re.fullmatch(f"{said}.*\n", done.err), done.err
 
 
 def test_a_source_that_fails_midway(source: Path, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +266,7 @@ class Steps:
         self.labels: list[tuple[str, str]] = []
         real = RemoteTarget._attempt
 
-        def attempt(target: RemoteTarget, what: str, name: str, call: Any) -> Any:
+        def attempt(target: RemoteTarget, what: str, name: str, call: Any, *bounds: Any) -> Any:
             self.labels.append((what, name))
             if len(self.labels) - 1 == fail_at:
 
@@ -221,7 +274,7 @@ class Steps:
                     raise OSError("the network is down")
 
                 return real(target, what, name, failing)
-            return real(target, what, name, call)
+            return real(target, what, name, call, *bounds)
 
         monkeypatch.setattr(RemoteTarget, "_attempt", attempt)
 

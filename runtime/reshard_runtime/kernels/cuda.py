@@ -1,4 +1,4 @@
-"""CUDA, by torch's own kernels. No GPU was at hand: the arithmetic is tested with CPU tensors, the device is not."""
+"""CUDA, by torch's own kernels. No GPU was at hand: tests run on CPU tensors, `make test-cuda` waits for a device."""
 
 import torch
 

@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from reshard.errors import MissingDependencyError, ShardError
+from reshard.limits import JSON_BYTES
 from reshard.manifest import Manifest
 from reshard.model.naming import CONFIG
 from reshard.model.parts import DENSE_FFN
+from reshard.regular import is_there, read_whole, unreadable
 from reshard.source.weights import INDEX_ENDING, SINGLE, TRANSFORMERS_KEY
 from reshard.strict_json import parse_object
 from reshard_runtime.ffn import DenseFFN
@@ -89,10 +91,14 @@ def _check_taken(folder: Path, manifest: Manifest, told: str | None) -> None:
     """
     cut_from = {file.name for file in manifest.source.files}
     taken = told or SINGLE
-    if taken in cut_from or not all((folder / name).is_file() for name in (taken, *cut_from)):
+    if taken in cut_from or not all(is_there(folder / name) for name in (taken, *cut_from)):
         return
     if taken.endswith(INDEX_ENDING):
-        weight_map = parse_object((folder / taken).read_bytes(), taken).get("weight_map")
+        try:
+            raw = read_whole(folder / taken, JSON_BYTES)
+        except OSError as error:
+            raise ShardError(unreadable(folder / taken, error)) from error
+        weight_map = parse_object(raw, taken).get("weight_map")
         if isinstance(weight_map, dict) and cut_from <= {file for file in weight_map.values() if isinstance(file, str)}:
             return
     other = f"take {TRANSFORMERS_KEY} out of {CONFIG}" if told else "move that file to another folder"

@@ -111,7 +111,7 @@ def _set(source: Source, request: Request, address: str, notify: Notify) -> list
         asked = tuple(check for check, value in wanted.items() if value)
         return [*findings, *not_checked(asked, "see manifest")]
     if request.part not in (None, manifest.what):
-        raise UsageError(f"--part {request.part.key}: {address} is a set of {manifest.part}")
+        raise UsageError(f"{address}: is a set of {manifest.part}, {request.part.key} is asked for")
     findings += check_size(manifest, checkpoint, request.tp_sizes)
     if request.against is not None:
         findings += _origin(manifest, request.against, request, notify)

@@ -141,6 +141,7 @@ def _of_source(
     from reshard.convert import Weights
     from reshard.convert.rules import converted
     from reshard.errors import UsageError
+    from reshard.model.parts import DENSE_FFN
     from reshard.plan.manifest_builder import scheme_name
     from reshard.source.open import describe, open_source
 
@@ -149,7 +150,7 @@ def _of_source(
         if word not in known:
             raise UsageError(f"--weights {word}: there are {', '.join(known)}")
     with open_source(path, revision, index=index, notify=output.warn) as source:
-        checkpoint = describe(source, scheme)
+        checkpoint = describe(source, scheme, DENSE_FFN)
         source.check_unchanged()
     found = [converted(checkpoint, word) for word in weights]
     return {scheme_name(one.layers): one for one in found}

@@ -99,7 +99,7 @@ def describe(source: Source, scheme: str | None = None, part: Part | None = None
                 raise UsageError(f"{option} {value}: {source.origin.name} is a shard set, whose {MANIFEST} says it")
         checkpoint = read_shard_set(source)
         if part not in (None, checkpoint.part):
-            raise UsageError(f"--part {part.key}: {source.origin.name} is a set of {checkpoint.part.key}")
+            raise UsageError(f"{source.origin.name}: is a set of {checkpoint.part.key}, {part.key} is asked for")
         return checkpoint
     return read_checkpoint(source, scheme, part or DENSE_FFN)
 

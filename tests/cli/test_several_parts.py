@@ -222,8 +222,13 @@ def test_inspect_shows_one_of_them(parts: Path) -> None:
     assert done.document["layers"][0]["index"] is None
     assert done.document["shard_set"]["padding"] == {"padded_size": 128, "multiple": 64}
     assert "vocab_size 100, LM head" in reshard("inspect", parts / "lm_head").out
-    refused(reshard("inspect", parts / "lm_head", "--part", "o_proj"), 2, "--part o_proj: lm_head is a set of lm_head")
-    refused(reshard("check", parts / "lm_head", "--part", "o_proj"), 2, "is a set of lm_head")
+    refused(
+        reshard("inspect", parts / "lm_head", "--part", "o_proj"),
+        2,
+        "lm_head: is a set of lm_head, o_proj is asked for",
+    )
+    refused(reshard("check", parts / "lm_head", "--part", "o_proj"), 2, "lm_head: is a set of lm_head, o_proj is")
+    refused(reshard("estimate", parts / "lm_head", "--tp", 2), 2, "lm_head: is a set of lm_head, denseffn is asked for")
     shutil.rmtree(parts / "denseffn")
     refused(reshard("inspect", parts), 2, "parts: holds sets of lm_head, embedding, o_proj; say which with --part")
     shutil.rmtree(parts / "o_proj")

@@ -37,11 +37,10 @@ class Made(NamedTuple):
         patch(self.shards, rank, 2, name, change, self.key)
 
 
-def made(folder: Path, key: str, model: Model | None = None, **cut: str) -> Made:
+def made(folder: Path, key: str, model: Model | None = None, weights: str = "keep") -> Made:
     tensors = build(folder / "source", model or Model())
-    return Made(
-        key, folder / "source", split(folder / "source", folder / "set", Cut(2, part=PARTS[key], **cut)), tensors
-    )
+    cut = Cut(2, part=PARTS[key], weights=weights)
+    return Made(key, folder / "source", split(folder / "source", folder / "set", cut), tensors)
 
 
 # --- what split writes is what verify wants ---

@@ -22,8 +22,8 @@ from tests.support.sets import snapshot
 ONCE = ("lm_head", "embedding")
 
 
-def cut(key: str, tp: int, **more: str) -> Cut:
-    return Cut(tp, part=PARTS[key], **more)
+def cut(key: str, tp: int) -> Cut:
+    return Cut(tp, part=PARTS[key])
 
 
 def share_of(key: str, model: Model, tp: int) -> int | None:
@@ -99,7 +99,7 @@ def test_the_bias_is_on_rank_0(tmp_path: Path) -> None:
 @pytest.mark.parametrize("recipe", ["modelslim_dynamic", "modelslim_v0_static", "fp8_block"])
 @pytest.mark.parametrize("key", ONCE)
 def test_a_table_that_the_checkpoint_declares_quantized(tmp_path: Path, key: str, recipe: str) -> None:
-    model = Model(recipe, 128, vocabulary=250, **{"head" if key == "lm_head" else "embedding": recipe})
+    model = Model(recipe, vocabulary=250, head=recipe, embedding=recipe)
     tensors = build(tmp_path / "source", model)
     assert check_cut(tmp_path, key, model, tensors, 2)
 

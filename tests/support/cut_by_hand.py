@@ -94,8 +94,10 @@ def expected_rank(dense: dict[str, Raw], tp: int, rank: int, share: int, layout:
 CUTS = {"o_proj": row_parallel, "lm_head": column_parallel, "embedding": column_parallel}
 
 
-def expected_of_part(key: str, tensors: dict[str, Raw], tp: int, rank: int, share: int) -> dict[str, Raw]:
-    """The same of a part whose linears stand alone: its tensors under their own names."""
+def expected_of(key: str, tensors: dict[str, Raw], tp: int, rank: int, share: int, layout: str) -> dict[str, Raw]:
+    """The same of any part; those whose linears stand alone keep their names."""
+    if key == "denseffn":
+        return expected_rank(tensors, tp, rank, share, layout)
     found: dict[str, Raw] = {}
     for name, raw in tensors.items():
         module, _, suffix = name.rpartition(".")
@@ -111,11 +113,7 @@ def check_set(
     shards = [f"{key}-rank-{rank:05d}-of-{tp:05d}.safetensors" for rank in range(tp)]
     assert sorted(path.name for path in folder.glob("*-rank-*.safetensors")) == shards
     for rank, file in enumerate(shards):
-        if key == "denseffn":
-            wanted = expected_rank(tensors, tp, rank, share, layout)
-        else:
-            wanted = expected_of_part(key, tensors, tp, rank, share)
-        got = read_safetensors(folder / file)
+        got, wanted = read_safetensors(folder / file), expected_of(key, tensors, tp, rank, share, layout)
         assert got.keys() == wanted.keys()
         for name, raw in wanted.items():
             assert got[name][:2] == raw[:2], f"{file}: {name}"

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from reshard.errors import TokensError
 from reshard.tensors.dtypes import RANKS_IN_OWN_TYPE
+from reshard_runtime.group import HeldWeakly
 
 _Bytes = npt.NDArray[np.uint8]
 
@@ -40,7 +41,11 @@ class Collectives:
     """Whether the counts are compared wherever tokens travel, for no collective and no waiting of its own."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
+        self._held = HeldWeakly(group)
+
+    @property
+    def _group(self) -> dist.ProcessGroup:
+        return self._held()
 
     def gather(
         self, rows_PW: torch.Tensor, out: torch.Tensor | None = None, counts: Sequence[int] = ()

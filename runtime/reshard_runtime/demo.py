@@ -91,7 +91,8 @@ def compared(group: dist.ProcessGroup, shards: Path, tokens: int, place: torch.d
     rank, start = group.rank(), time.perf_counter()
     with agreement(group):
         shard = load_shard(shards, rank, place, tp_size=group.size())
-    layers = {index: DenseFFN(layer, group) for index, layer in shard.layers.items()}
+    size = shard.nbytes
+    layers = {index: DenseFFN(shard.layers.pop(index), group) for index in list(shard.layers)}
     loaded = time.perf_counter() - start
     outputs, seconds = {}, {}
     with torch.inference_mode():
@@ -100,7 +101,7 @@ def compared(group: dist.ProcessGroup, shards: Path, tokens: int, place: torch.d
             outputs[index] = ffn(x_TH).cpu()
             seconds[index] = _time(ffn, x_TH)
     fact = (
-        f"rank {rank}: {shard.file}, {shard.nbytes / _MIB:.2f} MiB in {len(layers)} layers, loaded in "
+        f"rank {rank}: {shard.file}, {size / _MIB:.2f} MiB in {len(layers)} layers, loaded in "
         f"{loaded * 1e3:.0f} ms; the process holds {_memory()}"
     )
     said: list[Any] = [None] * group.size()

@@ -1,5 +1,6 @@
-"""What the ranks of a group must agree in, asked once, when a layer is made."""
+"""What the ranks of a group must agree in, asked once, when a layer is made, and how what lasts holds the group."""
 
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -8,6 +9,28 @@ import torch.distributed as dist
 
 from reshard.errors import GroupError
 from reshard_runtime.shard import LayerShard
+
+
+class HeldWeakly:
+    """A process group that others keep: torch's own table does until `destroy_process_group`.
+
+    Its worker threads end with it. They let go of the last tensors that they sent only when they are scheduled again,
+    and one that does so after the interpreter has begun to end aborts the process: whoever destroys the group must be
+    the last to hold it.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._reference = weakref.ref(group)
+
+    def __call__(self) -> dist.ProcessGroup:
+        """Raises GroupError once it is gone."""
+        group = self._reference()
+        if group is None:
+            raise GroupError(
+                "the process group of this layer is gone: it was destroyed, or nothing holds it; make the layer again "
+                "with a group that is there"
+            )
+        return group
 
 
 def check_place(layer: LayerShard, group: dist.ProcessGroup | None) -> None:

@@ -52,21 +52,22 @@ def _products(group: dist.ProcessGroup) -> dict[str, float]:
     kernels, found = CpuKernels(), {}
     multiplied = {"bf16": (torch.bfloat16, kernels.linear), "int8": (torch.int8, kernels.int8_matmul)}
     for name, (dtype, multiply) in multiplied.items():
-        weight = torch.ones(_ROWS, _COLUMNS, dtype=dtype)
+        plain = torch.ones(_ROWS, _COLUMNS, dtype=dtype)
+        weight = kernels.weight(name, plain)
         few, many = (
-            _shortest(group, partial(multiply, torch.ones(tokens, _COLUMNS, dtype=weight.dtype), weight))
+            _shortest(group, partial(multiply, torch.ones(tokens, _COLUMNS, dtype=dtype), weight))
             for tokens in (_FEW_TOKENS, _MANY_TOKENS)
         )
         token = (many - few) / (_MANY_TOKENS - _FEW_TOKENS)
-        found[f"{name}_weight_bytes_s"] = weight.nbytes / max(few - _FEW_TOKENS * token, few / _FEW_TOKENS)
-        found[f"{name}_operations_s"] = 2 * weight.numel() / max(token, many / _MANY_TOKENS / 2)
+        found[f"{name}_weight_bytes_s"] = plain.nbytes / max(few - _FEW_TOKENS * token, few / _FEW_TOKENS)
+        found[f"{name}_operations_s"] = 2 * plain.numel() / max(token, many / _MANY_TOKENS / 2)
     return found
 
 
 def _kernel_costs(group: dist.ProcessGroup) -> dict[str, float]:
     """Seconds of a call with next to nothing to do."""
     kernels, small = CpuKernels(), torch.ones(1, 32, dtype=torch.bfloat16)
-    weight, gated = torch.ones(32, 32, dtype=torch.bfloat16), kernels.gated(Activation(SILU))
+    weight, gated = kernels.weight("", torch.ones(32, 32, dtype=torch.bfloat16)), kernels.gated(Activation(SILU))
     return {
         "matmul_s": _shortest(group, lambda: kernels.linear(small, weight), _CALLS),
         "vector_s": _shortest(group, lambda: gated(small), _CALLS),

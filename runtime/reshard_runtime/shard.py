@@ -75,7 +75,11 @@ class LayerShard:
 
 @dataclass(frozen=True)
 class Shard:
-    """One rank's part of a model's dense layers. `file_bytes` is the shard file's size."""
+    """One rank's part of a model's dense layers. `file_bytes` is the shard file's size.
+
+    A `DenseFFN` may hold its weights in a form of its device (packed, FRACTAL_NZ): let the shard go, or take each layer
+    out of `layers`, and memory does not hold both.
+    """
 
     file: str
     file_bytes: int
@@ -85,7 +89,7 @@ class Shard:
     hidden_size: int
     intermediate_size: int
     set_digest: str
-    layers: Mapping[int, LayerShard]
+    layers: dict[int, LayerShard]
 
     @property
     def sizes(self) -> tuple[int, int]:

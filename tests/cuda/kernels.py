@@ -27,16 +27,16 @@ def check_products(kernels: Kernels, layer: Layer, generator: torch.Generator) -
     """A layer's products, for every number of tokens, at full size."""
     cpu, on_cpu = CpuKernels(), layer.to("cpu")
     for linear, reference in ((layer.gate_up, on_cpu.gate_up), (layer.down, on_cpu.down)):
-        weight, weight_cpu = linear.tensors["weight"], reference.tensors["weight"]
-        own = kernels.weight(linear.name, weight)
+        weight = linear.tensors["weight"]
+        own, on_host = kernels.weight(linear.name, weight), cpu.weight(linear.name, reference.tensors["weight"])
         for count in layer.sizes.tokens:
             name = f"{linear.name} {list(weight.shape)}, {count} tokens"
             if layer.scheme == "bf16":
                 x_TK = floats(generator, count, weight.shape[1])
-                yield near(f"linear: {name}", kernels.linear(x_TK, own), cpu.linear(x_TK.cpu(), weight_cpu), BF16, BF16)
+                yield near(f"linear: {name}", kernels.linear(x_TK, own), cpu.linear(x_TK.cpu(), on_host), BF16, BF16)
                 continue
             q_TK = integers(generator, count, weight.shape[1])
-            sums_TN = cpu.int8_matmul(q_TK.cpu(), weight_cpu)
+            sums_TN = cpu.int8_matmul(q_TK.cpu(), on_host).to(torch.int32)
             yield exact(f"int8_matmul: {name}", kernels.int8_matmul(q_TK, own), sums_TN)
             yield exact(f"int8_linear: {name}", *_scaled(kernels, q_TK, own, sums_TN, generator))
 

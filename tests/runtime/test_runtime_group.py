@@ -1,5 +1,6 @@
 """What ranks must agree in, and what a rank does with arguments that are wrong: nobody is left waiting."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -249,6 +250,27 @@ def test_groups_that_are_parts_of_the_world(ranks: Callable[[int], Ranks], shard
     for (y_TH, calls), same, number in zip(found, wanted, (2, 2, 4, 4), strict=True):
         assert torch.equal(y_TH, same)
         assert calls == number
+
+
+def _destroyed(world: dist.ProcessGroup, folder: Path) -> tuple[Said, bool]:
+    """What a layer says whose group was destroyed, and a copy of it."""
+    group = dist.new_group([0, 1])
+    ffn = DenseFFN(load_shard(folder / "tp2", group.rank()).layer(0), group)
+    copied = copy.deepcopy(ffn)
+    same = torch.equal(ffn(_tokens(3)), copied(_tokens(3)))
+    dist.destroy_process_group(group)
+    del group
+    said = _error(lambda: ffn(_tokens(3)))
+    assert said == _error(lambda: copied(_tokens(3)))
+    return said, same
+
+
+def test_a_group_that_was_destroyed_is_one_clear_error(ranks: Callable[[int], Ranks], shards: Path) -> None:
+    message = (
+        "the process group of this layer is gone: it was destroyed, or nothing holds it; make the layer again with a "
+        "group that is there"
+    )
+    assert ranks(2).run(_destroyed, shards) == [(("GroupError", message), True)] * 2
 
 
 def _summed(group: dist.ProcessGroup, dtype: torch.dtype, each: int) -> list[tuple[torch.Tensor, ...]]:

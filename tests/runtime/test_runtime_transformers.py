@@ -28,7 +28,7 @@ from tests.support.builders import dense_only, read_safetensors, write_safetenso
 from tests.support.distributed import Ranks
 from tests.support.records import Records
 from tests.support.running import reshard, split
-from tests.support.unsplit import error
+from tests.support.unsplit import error, plain
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -182,7 +182,7 @@ def _tensors(model: Any) -> dict[str, torch.Tensor]:
 
 def _facts(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype, str]]:
     return {
-        name: (tuple(t.shape), t.dtype, sha256(t.detach().contiguous().view(torch.uint8).numpy()).hexdigest())
+        name: (tuple(t.shape), t.dtype, sha256(plain(t).contiguous().view(torch.uint8).numpy()).hexdigest())
         for name, t in tensors.items()
     }
 
@@ -289,13 +289,15 @@ def new_processes() -> Iterator[Start]:
 
 @pytest.mark.slow
 def test_full_weights_are_not_held(new_processes: Start, models: Path, tmp_path: Path) -> None:
-    big = {"hidden_size": 512, "intermediate_size": 16384, "num_hidden_layers": 3}
+    # Matrices of 32 MB, which glibc maps, and gives back when they are freed.
+    big = {"hidden_size": 1024, "intermediate_size": 16384, "num_hidden_layers": 3}
     _model(**big).bfloat16().save_pretrained(tmp_path / "big")
     split(tmp_path / "big", tmp_path / "big-tp2", Cut(2))
-    full = 3 * 3 * 512 * 16384 * 2
+    full = 3 * 3 * 1024 * 16384 * 2
     for held in new_processes(2).run(_memory, models / "bf16", tmp_path / "big"):
-        assert 0.4 * full < held["loading"] < 0.6 * full  # the rank's half
-        assert 0.4 * full < held["running"] < 0.6 * full
+        # The rank's half, and one of the three layers a second time, while it is put in order for the product.
+        assert 0.4 * full < held["loading"] < 0.7 * full
+        assert 0.4 * full < held["running"] < 0.7 * full
         assert 0.4 * full < held["let go"] < 0.6 * full  # all of it, and the rank's half is in its place
 
 

@@ -77,6 +77,11 @@ def unsplit_mlp(hidden: int, intermediate: int, dtype: torch.dtype, seed: int = 
     return mlp.to(dtype).requires_grad_(False)
 
 
+def plain(value: torch.Tensor) -> torch.Tensor:
+    """A tensor of a layer as the file has it, in memory of its own; oneDNN's packed ones can only be multiplied."""
+    return value.to_dense() if value.is_mkldnn else value.detach().clone()
+
+
 def part(weights: Weights, tp_rank: int, tp_size: int) -> LayerShard:
     """One rank's part of an MLP's state dict, cut here by hand."""
     gate, up, down = (weights[f"{role}_proj.weight"] for role in ("gate", "up", "down"))

@@ -19,7 +19,7 @@ Gated = Callable[[torch.Tensor], torch.Tensor]
 """act(gate) * up: [T, 2L] -> [T, L] in its type, computed in float32 and rounded once. It may overwrite its input."""
 
 GatedInt8 = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""int32 sums [T, 2L], scale [2L], token_scale [T] -> float32 by both -> act(gate) * up -> as `quantize_dynamic`."""
+"""Exact sums [T, 2L], scale [2L], token_scale [T] -> float32 by both -> act(gate) * up -> as `quantize_dynamic`."""
 
 FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     SILU: silu,
@@ -56,7 +56,7 @@ class Kernels(ABC):
 
     @abstractmethod
     def int8_matmul(self, q_TK: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """q_TK @ weight_NK^T -> [T, N] int32, exact."""
+        """q_TK @ weight_NK^T -> [T, N], exact: int32, or float32 where no sum is above 2^24."""
 
     def gated(self, activation: Activation) -> Gated:
         """The kernel of an activation whose formula is known, chosen once, when a layer is made."""
@@ -115,7 +115,7 @@ class Kernels(ABC):
         """
         sums = self.int8_matmul(q_TK, weight)
         if bias_N is not None:
-            sums += bias_N
+            sums = sums.to(torch.int32).add_(bias_N)
         y = sums.to(torch.float32).mul_(scale_N)
         if token_scale_T is not None:
             y.mul_(token_scale_T[:, None])

@@ -5,6 +5,8 @@ their full weights. Shapes: H hidden_size, I intermediate_size.
 """
 
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +48,30 @@ def attach(
     Raises ShardError, on all ranks and with the model as it was, where its dense layers or sizes are not the shards',
     or what its MLPs compute between their matrices: that is asked of their own code, with a few values.
     """
+
+    def load(device: torch.device) -> Shard:
+        if isinstance(shards, Shard):
+            return replace(shards, layers=dict(shards.layers))
+        rank, size = (0, 1) if group is None else (group.rank(), group.size())
+        return load_shard(shards, rank, device, tp_size=size)
+
+    return _attach(model, load, group, options)
+
+
+def _attach(
+    model: nn.Module,
+    load: Callable[[torch.device], Shard],
+    group: torch.distributed.ProcessGroup | None,
+    options: dict[str, Any],
+) -> nn.Module:
+    """`attach`, which takes the layers out of what `load` gives: only one at a time is held twice."""
     with agreement(group):
         decoder = decoder_of(model)
         weight = next(decoder.module.parameters())
-        if not isinstance(shards, Shard):
-            rank, size = (0, 1) if group is None else (group.rank(), group.size())
-            shards = load_shard(shards, rank, weight.device, tp_size=size)
-        _compare(model, decoder, shards)
-    made = {
-        index: DenseFFN(layer, group, **({"dtype": weight.dtype} | options)) for index, layer in shards.layers.items()
-    }
+        shard = load(weight.device)
+        _compare(model, decoder, shard)
+    options = {"dtype": weight.dtype} | options
+    made = {index: DenseFFN(shard.layers.pop(index), group, **options) for index in list(shard.layers)}
     for index, ffn in made.items():
         decoder.layers[index].mlp = ffn
     return model
@@ -81,7 +97,7 @@ def load_model(
     with agreement(group), one_set(Path(shards)) as stored:
         model = _load(path, dtype, stored.manifest).to(device_of(device)).eval()
         shard = load_shard(shards, rank, device, tp_size=size)
-    return attach(model, shard, group, **options)
+    return _attach(model, lambda _: shard, group, options)
 
 
 def _check_taken(folder: Path, manifest: Manifest, told: str | None) -> None:

@@ -2,19 +2,18 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from reshard.errors import GroupError
+from reshard_runtime.group import HeldWeakly
 
 _FAILURE = "denseffn_shards/failure"
 _STORE_ERRORS = (AttributeError, RuntimeError)  # an older torch shows no store; it goes with the process that held it
 
 
-@dataclass(frozen=True)
 class Group:
     """The ranks that share the dense layers, as this process meets them.
 
@@ -22,9 +21,18 @@ class Group:
     tensor: its tensor-parallel ranks. first: the data-parallel rank of the first of `data`.
     """
 
-    data: dist.ProcessGroup
-    tensor: dist.ProcessGroup
-    first: int
+    def __init__(self, data: dist.ProcessGroup, tensor: dist.ProcessGroup, first: int) -> None:
+        self._data, self._tensor, self.first = HeldWeakly(data), HeldWeakly(tensor), first
+
+    @property
+    def data(self) -> dist.ProcessGroup:
+        """Raises GroupError once it is gone, as `tensor` does."""
+        return self._data()
+
+    @property
+    def tensor(self) -> dist.ProcessGroup:
+        """Of one rank, without tensor parallelism."""
+        return self._tensor()
 
     @property
     def rank(self) -> int:

@@ -228,7 +228,6 @@ def test_inspect_shows_one_of_them(parts: Path) -> None:
         "lm_head: is a set of lm_head, o_proj is asked for",
     )
     refused(reshard("check", parts / "lm_head", "--part", "o_proj"), 2, "lm_head: is a set of lm_head, o_proj is")
-    refused(reshard("estimate", parts / "lm_head", "--tp", 2), 2, "lm_head: is a set of lm_head, denseffn is asked for")
     shutil.rmtree(parts / "denseffn")
     refused(reshard("inspect", parts), 2, "parts: holds sets of lm_head, embedding, o_proj; say which with --part")
     shutil.rmtree(parts / "o_proj")

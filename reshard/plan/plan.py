@@ -5,9 +5,10 @@ padding). A column-parallel linear is cut along dim 0 (rows r·L..(r+1)·L), a r
 for blocks is cut in blocks. Stacked linears are each cut first.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from math import lcm
 
 from reshard.checkpoint.description import Checkpoint, Layer, Linear, Tensor
@@ -110,18 +111,35 @@ class Plan:
         return sum(shard.size for shard in self.shards)
 
 
+@dataclass(frozen=True)
+class Ways:
+    """What a command has to offer where the sizes do not allow a cut.
+
+    takes: whether its other checks take a size; no other is advised. pad, bf16: its options.
+    """
+
+    takes: Callable[[int], bool] = lambda tp_size: True
+    pad: str = "--pad"
+    bf16: str = "--weights bf16"
+
+
+RE_SHARDED = Ways(pad="reshard split --pad", bf16="reshard split --weights bf16")
+"""Of a set, which is cut again by another command than the one that speaks."""
+
+
 def make_plan(
     checkpoint: Checkpoint,
     tp_size: int,
     layout: str = "fused",
     pad: bool = False,
     tp_ranks: Iterable[int] | None = None,
+    ways: Ways = Ways(),
 ) -> Plan:
     """Cut a checkpoint for `tp_size` ranks, or plan some of these only: every rank's shapes are the same.
 
-    Raises AlignmentError, with the sizes that work, where it cannot be.
+    Raises AlignmentError, with the sizes that work and the other ways out, where it cannot be.
     """
-    padding = _padding(checkpoint, tp_size, layout, pad)
+    padding = _padding(checkpoint, tp_size, layout, pad, ways)
     share = (padding.padded if padding else checkpoint.shared_size) // tp_size
     shards = [
         _shard(
@@ -156,7 +174,7 @@ def working_sizes(size: int, multiple: int) -> list[int]:
     return [tp_size for tp_size in range(1, min(shares, MAX_TP_SIZE) + 1) if shares % tp_size == 0]
 
 
-def _padding(checkpoint: Checkpoint, tp_size: int, layout: str, pad: bool) -> Padding | None:
+def _padding(checkpoint: Checkpoint, tp_size: int, layout: str, pad: bool, ways: Ways) -> Padding | None:
     """What it takes to give each rank an equal share of whole blocks, of a size that engines may pad first."""
     part, size, multiple = checkpoint.part, checkpoint.shared_size, required_multiple(checkpoint.layers)
     padded = part.padded(size)
@@ -182,24 +200,29 @@ def _padding(checkpoint: Checkpoint, tp_size: int, layout: str, pad: bool) -> Pa
     dim = role.parallel.value
     what = f"{layer.name(role.name)}.weight: dim {dim} = {size}{by_engines}{',' if by_engines else ''}"
     unit = ("row", "column")[dim]
-    sizes = working_sizes(padded, multiple)
-    ways = [f"a tp of {_shown(sizes)}"] if sizes else []
-    ways += [f"--pad to add zero {unit}s"] if part.may_pad else []
+    sizes = _shown(padded, multiple, ways)
+    use = [f"a tp of {sizes}"] if sizes else []
+    use += [f"{ways.pad} to add zero {unit}s"] if part.may_pad else []
+    found = "; or ".join(use)
     if multiple == 1:
-        raise AlignmentError(f"{what} is not divisible by tp {tp_size}; use {'; or '.join(ways)}")
-    use = "; or ".join(ways)
+        raise AlignmentError(f"{what} is not divisible by tp {tp_size}; {f'use {found}' if found else _NO_SIZE}")
     if padded % tp_size == 0:
-        use += f"{', or ' if use else ''}--weights bf16"
-    elif not use:
-        use = f"--weights bf16, and a tp of {_shown(working_sizes(padded, 1))}"
+        found += f"{', or ' if found else ''}{ways.bf16}"
+    elif not found and (unscaled := _shown(padded, 1, ways)):
+        found = f"{ways.bf16}, and a tp of {unscaled}"
     raise AlignmentError(
         f"{what} over tp {tp_size} gives {padded / tp_size:g} {unit}s, not a multiple of the {multiple}-{unit} scale "
-        f"block; use {use}"
+        f"block; {f'use {found}' if found else _NO_SIZE}"
     )
 
 
-def _shown(sizes: Sequence[int]) -> str:
-    return ", ".join(map(str, sizes[:_SHOWN_SIZES])) + (", …" if len(sizes) > _SHOWN_SIZES else "")
+_NO_SIZE = "no size cuts it"
+
+
+def _shown(size: int, multiple: int, ways: Ways) -> str:
+    """The first sizes that work, and that the command's other checks take."""
+    first = list(islice(filter(ways.takes, working_sizes(size, multiple)), _SHOWN_SIZES + 1))
+    return ", ".join(map(str, first[:_SHOWN_SIZES])) + (", …" if len(first) > _SHOWN_SIZES else "")
 
 
 def _tensors(name: str, module: Module, linears: Sequence[Linear], share: int, tp_rank: int) -> Iterator[PlannedTensor]:

@@ -50,7 +50,7 @@ def split(
         from reshard.plan.pipeline import Cut, check_set_digests, prepare
         from reshard.source.open import check_holds_no_set, open_source, part_address, part_of_sets
         from reshard.writer.open import open_target
-        from reshard.writer.split import DEFAULT_WORKERS, SplitOptions, own_ranks, write_shards
+        from reshard.writer.split import DEFAULT_WORKERS, SplitOptions, check_target, own_ranks, write_shards
         from reshard.writer.team import agree, open_team, read_place
 
         place = read_place()
@@ -68,11 +68,16 @@ def split(
                 for one, size in wanted:  # all of them before anything is written
                     options = SplitOptions(_parse_ranks(ranks, size), resume, overwrite, threads)
                     address = part_of_sets(source, one)
-                    target = open_target(part_address(out, one) if one and len(wanted) > 1 else out, address)
+                    if one and len(wanted) > 1:
+                        target = open_target(part_address(out, one), address, in_out=True)
+                    else:
+                        target = open_target(out, address)
                     cut = Cut(size, layout, pad, weights, quant_format, scheme, one)
                     opened = held.enter_context(open_source(address, revision, index=index, notify=output.warn))
                     prepared = prepare(opened, cut)
                     agree(team, _account(prepared, cut, target.address, options, dry_run))
+                    if not dry_run:
+                        check_target(prepared, target, options, place)
                     for line in prepared.checkpoint.warnings:
                         output.warn(line)
                     jobs.append(_Job(prepared, target, options))

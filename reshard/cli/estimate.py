@@ -96,7 +96,8 @@ def estimate(
         from reshard.estimate.sizes import Options
         from reshard.estimate.sizes import estimate as estimate_sizes
 
-        options = Options(batch, _REDUCE_BYTES[reduce_dtype], pad, max_tokens, tensor_parallel_size)
+        as_bf16 = "--weights bf16" if config is None else "--scheme bf16"
+        options = Options(batch, _REDUCE_BYTES[reduce_dtype], pad, max_tokens, tensor_parallel_size, as_bf16)
         picture = None if svg is None else parse_local_target(svg, "--svg")
         parts = parse_parts_of_sizes(part, tp)
         profile = load_profile(device, override or ())
@@ -127,8 +128,9 @@ def _measure(output: Output) -> None:
 
 
 def _of_config(config: Path, schemes: list[str], parts: "Parts") -> "list[Wanted]":
-    """What a config.json describes, by scheme."""
+    """What a config.json describes, by scheme; BF16 is that, whatever type of floats the file says."""
     from reshard.checkpoint.config_only import config_checkpoint, read_config
+    from reshard.convert.rules import BF16, KEEP, converted
     from reshard.estimate.sizes import Wanted
     from reshard.model.naming import CONFIG
     from reshard.model.parts import DENSE_FFN
@@ -137,11 +139,12 @@ def _of_config(config: Path, schemes: list[str], parts: "Parts") -> "list[Wanted
     parsed = read_config(config)
     model = config.resolve().parent.name if config.name == CONFIG else config.stem
     names = dict.fromkeys(map(scheme_by_option, schemes))
-    return [
-        Wanted(name, config_checkpoint(parsed, model, name, part or DENSE_FFN), sizes)
-        for name in names
-        for part, sizes in parts
-    ]
+    found = []
+    for name in names:
+        for part, sizes in parts:
+            described = config_checkpoint(parsed, model, name, part or DENSE_FFN)
+            found.append(Wanted(name, converted(described, BF16 if name == BF16 else KEEP), sizes))
+    return found
 
 
 def _of_source(

@@ -14,7 +14,7 @@ def recommend(profile: Profile, unsplit: Size, sizes: Sequence[Size]) -> tuple[i
     Left out: what the device's memory does not hold, what its int8 kernel refuses and, unless nothing else is left,
     what its tiles do not fit. The reasons name each size that takes less, and the next smaller and larger one.
     """
-    refusals = {size.tp_size: _refusal(profile, size) for size in sizes}
+    refusals = {size.tp_size: refusal(profile, size) for size in sizes}
     possible = [size for size in sizes if refusals[size.tp_size] is None]
     if not possible:
         alike = len(set(refusals.values())) == 1
@@ -67,7 +67,7 @@ def _for_memory(one: SchemeEstimate) -> str:
     return f"tp {size.tp_size} takes {_ms(more)} more and saves {saved:.3f} GiB, {_ms(cost(size) * GIB)} a GiB"
 
 
-def _refusal(profile: Profile, size: Size) -> str | None:
+def refusal(profile: Profile, size: Size) -> str | None:
     """Why the device cannot run it at all."""
     if size.held_bytes > profile.memory.capacity_gib * GIB:
         return "these layers alone do not fit the device's memory"
@@ -87,15 +87,15 @@ def _gain(profile: Profile, unsplit: Size, sizes: Sequence[Size], best: Size) ->
         f"{best.saved_bytes / GIB:.3f}"
     ]
     asked = any(size.tp_size == base for size in sizes)
-    if not asked and _time(unsplit) < _time(best) and _refusal(profile, unsplit) is None:
+    if not asked and _time(unsplit) < _time(best) and refusal(profile, unsplit) is None:
         gain.append(f"{'unsplit' if base == 1 else f'tp {base}'} takes less: this saves memory, not time")
     return gain
 
 
 def _why_not(profile: Profile, size: Size, best: Size) -> str:
-    refusal = _refusal(profile, size)
-    if refusal is not None:
-        return f": {refusal}"
+    why = refusal(profile, size)
+    if why is not None:
+        return f": {why}"
     if _time(size) >= _time(best):
         return f": {_what_takes_longer(profile, size, best)}"
     if best.alignment.tiles is not False and size.alignment.tiles is False:

@@ -1,6 +1,6 @@
 """From checkpoints to the estimate: a row for each group size, out of the plan that `split` would write."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from reshard.checkpoint.description import Checkpoint
@@ -8,10 +8,10 @@ from reshard.errors import AlignmentError, ProfileError, SchemeError, UsageError
 from reshard.estimate.document import Alignment, Estimate, FixedRows, Refused, SchemeEstimate, Size
 from reshard.estimate.engine_step import EngineSplit, engine_steps
 from reshard.estimate.profile import Profile, Tiles
-from reshard.estimate.recommend import choose, recommend
+from reshard.estimate.recommend import choose, recommend, refusal
 from reshard.estimate.step import SWIGLU, Run, Split, level_for, run, run_layers, runs_as
 from reshard.model.parts import DENSE_FFN, DOWN, EMBEDDING, GATE, Module
-from reshard.plan.plan import Plan, make_plan
+from reshard.plan.plan import Plan, Ways, make_plan
 from reshard.schemes.table import BLOCK, SCHEMES, Arithmetic
 from reshard.tensors.dtypes import RANKS_IN_OWN_TYPE, nbytes
 from reshard.tensors.tiles import limit_faults, tile_faults
@@ -19,13 +19,17 @@ from reshard.tensors.tiles import limit_faults, tile_faults
 
 @dataclass(frozen=True)
 class Options:
-    """tokens: of each data-parallel rank, in one decode step. The others: see `reshard.estimate.step.Split`."""
+    """tokens: of each data-parallel rank, in one decode step. as_bf16: the option that has the weights in BF16.
+
+    The others: see `reshard.estimate.step.Split`.
+    """
 
     tokens: int
     reduce_bytes: int = 2
     pad: bool = False
     max_tokens: int | None = None
     tensor_parallel_size: int = 1
+    as_bf16: str = Ways.bf16
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < self.tokens:
@@ -81,23 +85,30 @@ def _scheme(wanted: Wanted, profile: Profile, options: Options) -> SchemeEstimat
         if tensor.name.endswith(".weight") and tensor.dtype == "F32":
             raise SchemeError(
                 f"{tensor.name}: is F32, and device profiles have no rate for it; estimate what it would be served as: "
-                "--weights bf16"
+                f"{options.as_bf16}"
             )
     base = options.tensor_parallel_size
-    unsplit = _size(checkpoint, _plan(checkpoint, base, options), profile, options, None)
+    unsplit = _size(checkpoint, _plan(checkpoint, base, options, lambda size: True), profile, options, None)
     sizes: list[Size] = []
     refused: list[Refused] = []
-    for tp_size in wanted.tp_sizes:
+
+    def sized(tp_size: int, takes: Callable[[int], bool]) -> Size:
         if tp_size % base:
-            refused.append(Refused(tp_size, f"it counts tensor-parallel ranks, too: expected a multiple of {base}"))
-            continue
+            raise AlignmentError(f"it counts tensor-parallel ranks, too: expected a multiple of {base}")
+        level_for(profile, tp_size)
+        return _size(checkpoint, _plan(checkpoint, tp_size, options, takes), profile, options, unsplit.held_bytes)
+
+    def takes(tp_size: int) -> bool:
         try:
-            level_for(profile, tp_size)
-            plan = _plan(checkpoint, tp_size, options)
+            return refusal(profile, sized(tp_size, lambda size: True)) is None
+        except (AlignmentError, ProfileError):
+            return False
+
+    for tp_size in wanted.tp_sizes:
+        try:
+            sizes.append(sized(tp_size, takes))
         except (AlignmentError, ProfileError) as error:
             refused.append(Refused(tp_size, str(error)))
-        else:
-            sizes.append(_size(checkpoint, plan, profile, options, unsplit.held_bytes))
     recommended, reasons = recommend(profile, unsplit, sizes)
     return SchemeEstimate(
         scheme=wanted.scheme,
@@ -133,12 +144,13 @@ def _notes(wanted: Sequence[Wanted], schemes: Sequence[SchemeEstimate], options:
         )
 
 
-def _plan(checkpoint: Checkpoint, tp_size: int, options: Options) -> Plan:
+def _plan(checkpoint: Checkpoint, tp_size: int, options: Options, takes: Callable[[int], bool]) -> Plan:
     """Rank 0's part, which is as large as every rank's.
 
     A device that holds everything stacks nothing, so that scale blocks need not divide.
     """
-    return make_plan(checkpoint, tp_size, "separate" if tp_size == 1 else "fused", options.pad, tp_ranks=(0,))
+    layout, ways = "separate" if tp_size == 1 else "fused", Ways(takes, bf16=options.as_bf16)
+    return make_plan(checkpoint, tp_size, layout, options.pad, tp_ranks=(0,), ways=ways)
 
 
 def _size(checkpoint: Checkpoint, plan: Plan, profile: Profile, options: Options, unsplit: int | None) -> Size:

@@ -23,7 +23,7 @@ def inspect(
     form: Format = "human",
     debug: Debug = False,
 ) -> None:
-    """Show a part of a checkpoint, the DenseFFN or another, or a shard set.
+    """Show a checkpoint's dense layers, another part, or a set.
 
     Schemes, shapes and bytes of their tensors, and where each one lies.
     """

@@ -11,8 +11,11 @@ JSON_BYTES = 64 * MIB
 """Of a config, an index, a description, an answer: Kimi K2's description, of 0.2 million tensors, has 16 MiB."""
 MANIFEST_BYTES = 256 * MIB
 """One of 126 layers for 128 ranks has 100 MB."""
-JSON_BYTES_PER_VALUE = 16
-"""Of those that may be read, so many for each value, which takes up to 250 bytes of memory: headers have 15."""
+JSON_VALUES = 750_000
+"""Of one, and of a safetensors header: Kimi K2's index as w8a8_mix has 0.49 million, R1's 91,991 tensors in one file
+0.74. Each takes up to 350 bytes of memory, and what is made of it as many."""
+MANIFEST_VALUES = 8_000_000
+"""100 MB have 4 million."""
 JSON_DEPTH = 64
 """Levels of lists and objects. Configs have 8; later steps that recurse stay far from Python's limit of 1,000."""
 JSON_NUMBER = 300

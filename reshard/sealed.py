@@ -7,7 +7,7 @@ from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from reshard.errors import ManifestError
-from reshard.limits import MANIFEST_BYTES
+from reshard.limits import MANIFEST_BYTES, MANIFEST_VALUES
 from reshard.strict_json import parse_json
 
 UNSEALED = "0" * 64
@@ -43,7 +43,7 @@ _S = TypeVar("_S", bound=Sealed)
 
 def parse_sealed(raw: bytes, file: str) -> Mapping[str, Any]:
     """A file's content, whatever its fields. Raises ManifestError."""
-    value = parse_json(raw, file, ManifestError, most=MANIFEST_BYTES)
+    value = parse_json(raw, file, ManifestError, most=MANIFEST_BYTES, values=MANIFEST_VALUES)
     if not isinstance(value, dict):
         raise ManifestError(f"{file}: holds a {type(value).__name__}, expected a JSON object; copy it again")
     return value

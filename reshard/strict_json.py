@@ -33,9 +33,10 @@ def parse_json(
     error: type[ReshardError] = SourceError,
     *,
     most: int = limits.JSON_BYTES,
+    values: int = limits.JSON_VALUES,
     finite: bool = True,
 ) -> Any:
-    """A JSON text of at most `most` bytes. A byte order mark in front of it is passed over.
+    """A JSON text of at most `most` bytes and so many values. A byte order mark in front of it is passed over.
 
     finite: numbers are; else Infinity and NaN are numbers too, as Python's own reader and writer have it. Raises
     `error`, one line that begins with `file`.
@@ -46,8 +47,8 @@ def parse_json(
     except UnicodeDecodeError as wrong:
         raise error(_known(raw, file) or f"{file}: not UTF-8 (byte {wrong.start}); copy or download it again") from None
     brackets = raw.translate(None, _NOT_BRACKETS)
-    if raw.count(b",") + len(brackets) // 2 > (values := most // limits.JSON_BYTES_PER_VALUE):
-        raise error(f"{file}: holds more than {values} values; put the file of this checkpoint there")
+    if raw.count(b",") + len(brackets) // 2 > values:
+        raise error(f"{file}: holds more than {values:,} values; put the file of this checkpoint there")
     deep = _is_deep(brackets) and _is_deep(_STRING.sub(b"", raw).translate(None, _NOT_BRACKETS))
     odd = _TOO_MANY_DIGITS in raw.translate(_ALIKE) or _MINUS_ZERO.search(text) is not None
     try:

@@ -1,6 +1,8 @@
 """JSON that others wrote: what is read, and the line that refuses each thing that is not."""
 
 import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -68,7 +70,7 @@ def test_what_looks_like_something_else_is_read(text: str) -> None:
         ('{"\\udfff": 1}', "an escape that is no character"),
         ("[1, 2", "not valid JSON: Expecting ',' delimiter: line 1 column 6 (char 5); copy or download it again"),
         ("[1 2, 3]", "(char 3); mend it there"),
-        ("[" + "1," * (4 << 20) + "1]", "holds more than 4194304 values"),
+        ("[" + "1," * 750_000 + "1]", "holds more than 750,000 values"),
         ("", "not valid JSON"),
     ],
 )
@@ -98,3 +100,18 @@ def test_an_object_of_a_checkpoint() -> None:
         parse_object(b'{"a": [{"b": [[], {"' + b"a" * 501 + b'": 1}]}]}', "config.json")
     with pytest.raises(SourceError, match=r"config\.json: an answer of a server"):
         parse_object(b'{"error": "no such file"}', "config.json")
+
+
+@pytest.mark.slow
+def test_what_stays_within_the_bounds_takes_no_more_than_half_a_gigabyte() -> None:
+    """An object of as many keys as may be, each with a text: what takes the most memory of all."""
+    code = """
+import re
+from reshard import limits
+from reshard.strict_json import parse_json
+raw = b"{" + b",".join(b'"%x":"%x"' % (i, i) for i in range(limits.JSON_VALUES - 10)) + b"}"
+assert len(parse_json(raw.ljust(limits.JSON_BYTES), "f")) == limits.JSON_VALUES - 10
+print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert int(done.stdout) >> 10 < 500

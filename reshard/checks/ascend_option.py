@@ -1,7 +1,7 @@
 """vllm-ascend's own sizes of fine-grained tensor parallelism, and its rules for them.
 
-It says them with an assertion or not at all. They hold for 0.18, 0.23 and its main branch of August 2026
-(FinegrainedTPConfig in its ascend_config.py, init_ascend_model_parallel in its distributed/parallel_state.py). Its
+It says them with an assertion, 0.18 the fewest, or not at all. They hold for 0.18, 0.23 and its main branch of August
+2026 (FinegrainedTPConfig in its ascend_config.py, init_ascend_model_parallel in its distributed/parallel_state.py). Its
 groups are made as if ranks were laid out by stage, data-parallel and tensor-parallel rank; they are by data-parallel
 rank, stage and tensor-parallel rank.
 """

@@ -4,18 +4,18 @@ from reshard.checkpoint.description import Checkpoint
 from reshard.checks.finding import Finding
 from reshard.checks.report import not_checked
 from reshard.errors import AlignmentError
-from reshard.plan.plan import Plan, make_plan, required_multiple
+from reshard.plan.plan import Plan, Ways, make_plan, required_multiple
 
 _CHECKS = ("divides", "blocks")
 
 
-def check_cut(checkpoint: Checkpoint, tp_size: int, pad: bool) -> tuple[list[Finding], Plan | None]:
+def check_cut(checkpoint: Checkpoint, tp_size: int, pad: bool, ways: Ways) -> tuple[list[Finding], Plan | None]:
     """Findings and, if the cut can be made, the plan of rank 0; every rank's shapes are the same."""
     where = f"tp {tp_size}"
     name, size, block = checkpoint.part.size, checkpoint.shared_size, required_multiple(checkpoint.layers)
     divides = 1 <= tp_size <= size and size % tp_size == 0
     try:
-        plan = make_plan(checkpoint, tp_size, pad=pad, tp_ranks=(0,))
+        plan = make_plan(checkpoint, tp_size, pad=pad, tp_ranks=(0,), ways=ways)
     except AlignmentError as error:
         if not divides:
             return [Finding("divides", where, str(error)), *_skipped(where, "blocks", "see divides")], None

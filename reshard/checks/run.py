@@ -1,6 +1,6 @@
 """One target, checked: a checkpoint or a shard set at an address, or a config.json alone."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any, TypeGuard
 
 from reshard.checkpoint.config_only import config_checkpoint, read_config
@@ -10,7 +10,7 @@ from reshard.checks.device import check_kernels, check_npu
 from reshard.checks.finding import Finding
 from reshard.checks.layers import check_layers, config_of
 from reshard.checks.report import Report, Request, not_checked
-from reshard.checks.serving import check_part, check_serving, option_size
+from reshard.checks.serving import check_part, check_serving, option_size, setup_of
 from reshard.checks.shardset import check_origin, check_set, check_size, plan_of
 from reshard.convert.rules import converted
 from reshard.errors import AlignmentError, ReshardError, UsageError
@@ -18,6 +18,7 @@ from reshard.manifest import Manifest
 from reshard.model.config import has_experts
 from reshard.model.naming import parse_shard_file
 from reshard.model.parts import DENSE_FFN
+from reshard.plan.plan import Ways, make_plan
 from reshard.source.address import shown
 from reshard.source.base import Source
 from reshard.source.files import read_checkpoint
@@ -79,7 +80,8 @@ def _cuts(checkpoint: Checkpoint | None, request: Request) -> list[Finding]:
         found += no_cut(f"see {wrong[0]}" if option else "no size to cut for; give --tp")
     else:
         for size in sizes:
-            found += _cut(checkpoint, size, request)
+            among = setup_of(request.serving, _moe(checkpoint)).sizes if request.serving and size == option else None
+            found += _cut(checkpoint, size, request, among)
     return found + setup
 
 
@@ -87,13 +89,18 @@ def _setup(checkpoint: Checkpoint | None, request: Request) -> list[Finding]:
     """The setup, where one is given; what is advised for it can be cut."""
 
     def can_be_cut(size: int) -> bool:
-        return checkpoint is None or not any(f.severity == "error" for f in _cut(checkpoint, size, request))
+        return checkpoint is None or _passes(_cut(checkpoint, size, request))
 
     return check_serving(request.serving, _moe(checkpoint), None, can_be_cut) if request.serving is not None else []
 
 
-def _cut(checkpoint: Checkpoint, tp_size: int, request: Request) -> list[Finding]:
-    findings, plan = check_cut(checkpoint, tp_size, request.pad)
+def _cut(checkpoint: Checkpoint, tp_size: int, request: Request, among: Container[int] | None = None) -> list[Finding]:
+    """among: the sizes that may be advised, where not every one that can be cut."""
+
+    def takes(size: int) -> bool:
+        return (among is None or size in among) and _passes(_cut(checkpoint, size, request))
+
+    findings, plan = check_cut(checkpoint, tp_size, request.pad, Ways(takes))
     return findings + check_npu(checkpoint, plan) if plan is not None and _on_npu(checkpoint, request) else findings
 
 
@@ -112,7 +119,11 @@ def _set(source: Source, request: Request, address: str, notify: Notify) -> list
         return [*findings, *not_checked(asked, "see manifest")]
     if request.part not in (None, manifest.what):
         raise UsageError(f"--part {request.part.key}: {address} is a set of {manifest.part}")
-    findings += check_size(manifest, checkpoint, request.tp_sizes)
+
+    def takes(size: int) -> bool:
+        return checkpoint is None or _can_be_re_sharded(manifest, checkpoint, size, request)
+
+    findings += check_size(manifest, checkpoint, request.tp_sizes, takes)
     if request.against is not None:
         findings += _origin(manifest, request.against, request, notify)
     if _on_npu(checkpoint, request):
@@ -123,8 +134,25 @@ def _set(source: Source, request: Request, address: str, notify: Notify) -> list
             findings.append(Finding("forward", "", f"not checked: {error}", "skipped"))
     if request.serving is not None:
         ours = manifest.tp_size if manifest.what is DENSE_FFN else None
-        findings += [*check_serving(request.serving, _moe(checkpoint), ours), *check_part(request.serving, manifest)]
+        findings += check_serving(request.serving, _moe(checkpoint), ours, takes)
+        findings += check_part(request.serving, manifest)
     return findings
+
+
+def _can_be_re_sharded(manifest: Manifest, checkpoint: Checkpoint, tp_size: int, request: Request) -> bool:
+    """Whether the set can be cut again, in its layout, for a size that its device takes."""
+    try:
+        make_plan(checkpoint, tp_size, manifest.layout, tp_ranks=())
+        if not _on_npu(checkpoint, request):
+            return True
+        fused = make_plan(checkpoint, tp_size, tp_ranks=(0,))
+    except AlignmentError:
+        return False
+    return _passes(check_npu(checkpoint, fused))
+
+
+def _passes(findings: Iterable[Finding]) -> bool:
+    return not any(finding.severity == "error" for finding in findings)
 
 
 def _origin(manifest: Manifest, against: str, request: Request, notify: Notify) -> list[Finding]:

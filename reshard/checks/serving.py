@@ -34,6 +34,18 @@ def check_part(serving: Serving, manifest: Manifest) -> Iterator[Finding]:
         yield Finding("option-shards", "", f"{given}, the shard set is cut for {manifest.tp_size}; {way}")
 
 
+def setup_of(serving: Serving, moe: bool | None) -> Setup:
+    """As the rules see it."""
+    return Setup(
+        serving.data_parallel_size,
+        serving.tensor_parallel_size,
+        moe,
+        serving.pipeline_parallel_size,
+        serving.enforce_eager,
+        serving.kv_role in KV_CONSUMERS,
+    )
+
+
 def check_serving(
     serving: Serving,
     moe: bool | None,
@@ -44,14 +56,7 @@ def check_serving(
 
     can_be_cut: whether the layers can be cut for a size, where there are layers to cut; no other size is advised.
     """
-    setup = Setup(
-        serving.data_parallel_size,
-        serving.tensor_parallel_size,
-        moe,
-        serving.pipeline_parallel_size,
-        serving.enforce_eager,
-        serving.kv_role in KV_CONSUMERS,
-    )
+    setup = setup_of(serving, moe)
     broken = broken_rules(serving.additional_config, setup, shards_tp_size, can_be_cut)
     if broken:
         return [

@@ -61,7 +61,7 @@ def broken_rules(
     if value is not None:
         return (*found, *_value(value, setup, shards_tp_size, can_be_cut))
     if not any(broken.rule in ("place", "ascend", "stages") for broken in found):
-        found += _unset(ascends, setup, shards_tp_size)
+        found += _unset(ascends, setup, shards_tp_size, can_be_cut)
     return tuple(found)
 
 
@@ -83,10 +83,9 @@ def _value(
         return (Broken("size", f"{OPTION} is {value!r}; {_may_be(setup, can_be_cut)}"),)
     if shards_tp_size in (None, value):
         return ()
-    way = f"set it to {shards_tp_size}, or " if shards_tp_size in sizes else ""
-    message = (
-        f"{OPTION} is {value}, the shard set is cut for {shards_tp_size}: {way}cut it with reshard split --tp {value}"
-    )
+    ways = [f"set it to {shards_tp_size}"] if shards_tp_size in sizes else []
+    cut = f"cut it with reshard split --tp {value}" if can_be_cut(value) else _may_be(setup, can_be_cut)
+    message = f"{OPTION} is {value}, the shard set is cut for {shards_tp_size}: {', or '.join((*ways, cut))}"
     return (Broken("shards", message),)
 
 
@@ -105,15 +104,19 @@ def _may_be(setup: Setup, can_be_cut: Callable[[int], bool]) -> str:
     return f"with {' and '.join(given)} it may be {either(fit)}{but}"
 
 
-def _unset(ascends: Any, setup: Setup, shards_tp_size: int | None) -> tuple[Broken, ...]:
+def _unset(
+    ascends: Any, setup: Setup, shards_tp_size: int | None, can_be_cut: Callable[[int], bool]
+) -> tuple[Broken, ...]:
     """Without the option, the engine cuts by its tensor-parallel size, or by vllm-ascend's for these layers."""
     size = ascends or setup.tensor_parallel_size
     if shards_tp_size in (None, size):
         return ()
-    way = f"set it to {shards_tp_size}, or " if not ascends and shards_tp_size in setup.sizes else ""
+    ways = [f"set it to {shards_tp_size}"] if not ascends and shards_tp_size in setup.sizes else []
+    if can_be_cut(size):
+        ways.append(f"cut it with reshard split --tp {size}")
     message = (
         f"{OPTION} is not set, the shard set is cut for {shards_tp_size}, the engine's dense layers are for {size}: "
-        f"{way}cut it with reshard split --tp {size}"
+        f"{', or '.join(ways) or 'which they cannot be cut for'}"
     )
     return (Broken("unset", message),)
 

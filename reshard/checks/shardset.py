@@ -1,6 +1,6 @@
 """A shard set: its manifest, its files' headers, and the cut that they claim to be."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
 
@@ -13,7 +13,7 @@ from reshard.errors import AlignmentError, HeaderError, ManifestError
 from reshard.fit import fit_files, fit_header, fit_names, fit_side_file
 from reshard.manifest import Manifest
 from reshard.model.naming import MANIFEST
-from reshard.plan.plan import Plan, make_plan
+from reshard.plan.plan import RE_SHARDED, Plan, make_plan
 from reshard.plan.recompute import contradictions
 from reshard.source.base import Source, read_file, read_header
 from reshard.source.shardset import read_as_claimed, read_manifest_only, require_shard_set
@@ -58,14 +58,19 @@ def check_set(source: Source) -> tuple[list[Finding], Manifest | None, Checkpoin
     return [*found, *wrong], manifest, checkpoint
 
 
-def check_size(manifest: Manifest, checkpoint: Checkpoint | None, tp_sizes: tuple[int, ...]) -> list[Finding]:
-    """Whether the set is cut for one of the sizes that are asked for; checkpoint: what it puts together, if whole."""
+def check_size(
+    manifest: Manifest, checkpoint: Checkpoint | None, tp_sizes: tuple[int, ...], takes: Callable[[int], bool]
+) -> list[Finding]:
+    """Whether the set is cut for one of the sizes that are asked for; checkpoint: what it puts together, if whole.
+
+    takes: whether it can be cut again for a size, and that set passes these checks.
+    """
     if not tp_sizes:
         return []
     if manifest.tp_size in tp_sizes:
         return [Finding("size", "", f"cut for tp {manifest.tp_size}, as --tp asks for", "ok")]
     line = f"cut for tp {manifest.tp_size}, --tp asks for {', '.join(map(str, tp_sizes))}"
-    return [Finding("size", "", f"{line}{_re_sharded(manifest, checkpoint, tp_sizes)}")]
+    return [Finding("size", "", f"{line}{_re_sharded(manifest, checkpoint, tp_sizes, takes)}")]
 
 
 def check_origin(manifest: Manifest, original: Checkpoint, name: str) -> list[Finding]:
@@ -92,19 +97,21 @@ def check_origin(manifest: Manifest, original: Checkpoint, name: str) -> list[Fi
     return [Finding("source", "", line, "ok")]
 
 
-def _re_sharded(manifest: Manifest, checkpoint: Checkpoint | None, tp_sizes: tuple[int, ...]) -> str:
+def _re_sharded(
+    manifest: Manifest, checkpoint: Checkpoint | None, tp_sizes: tuple[int, ...], takes: Callable[[int], bool]
+) -> str:
     """The way to one of the sizes, or why there is none; to be added to a line."""
     if checkpoint is None:
         return ""
-    why = ""
+    if taken := next(filter(takes, tp_sizes), None):
+        layout = "" if manifest.layout == "fused" else f" --layout {manifest.layout}"
+        return f"; reshard split SET OUT --tp {taken}{layout} re-shards it"
     for size in tp_sizes:
         try:
-            make_plan(checkpoint, size, manifest.layout, tp_ranks=())
+            make_plan(checkpoint, size, manifest.layout, tp_ranks=(), ways=replace(RE_SHARDED, takes=takes))
         except AlignmentError as error:
-            why = why or f"; {error}"
-        else:
-            return f"; reshard split SET OUT --tp {size} re-shards it"
-    return why
+            return f"; {error}"
+    return ""
 
 
 def _repository(name: str, commit: str | None) -> str | None:
@@ -113,7 +120,7 @@ def _repository(name: str, commit: str | None) -> str | None:
 
 def plan_of(manifest: Manifest, checkpoint: Checkpoint, layout: str, tp_ranks: Iterable[int] | None = None) -> Plan:
     """The set's own cut of its own weights. Raises AlignmentError where its sizes do not allow that."""
-    return make_plan(checkpoint, manifest.tp_size, layout, manifest.padding is not None, tp_ranks)
+    return make_plan(checkpoint, manifest.tp_size, layout, manifest.padding is not None, tp_ranks, RE_SHARDED)
 
 
 def _ranks(source: Source, manifest: Manifest) -> Iterator[Finding]:

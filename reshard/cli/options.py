@@ -30,7 +30,7 @@ Weights = Annotated[convert.Weights, typer.Option(help="Convert the weights; spl
 Pad = Annotated[bool, typer.Option("--pad", help="Add zero rows and columns where sizes do not divide.")]
 
 
-def parse_sizes(text: str | None) -> tuple[int, ...]:
+def parse_sizes(text: str | None, option: str = "--tp ") -> tuple[int, ...]:
     """What `--tp 4,8` lists, each size once. Raises UsageError for anything else."""
     from reshard.errors import UsageError
     from reshard.model.naming import MAX_TP_SIZE
@@ -41,7 +41,9 @@ def parse_sizes(text: str | None) -> tuple[int, ...]:
     for part in parts:
         digits = part.isascii() and part.isdigit() and len(part) <= len(str(MAX_TP_SIZE))
         if not digits or not 1 <= int(part) <= MAX_TP_SIZE:
-            raise UsageError(f"--tp {text}: {part!r} is no group size; write them as 4,8, each from 1 to {MAX_TP_SIZE}")
+            raise UsageError(
+                f"{option}{text}: {part!r} is no group size; write them as 4,8, each from 1 to {MAX_TP_SIZE}"
+            )
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 

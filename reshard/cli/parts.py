@@ -18,6 +18,12 @@ Parts = Annotated[
         "--part", metavar="NAME[=TP]", help=f"{_NAMES}; of several, each goes into a folder of its name in OUT."
     ),
 ]
+PartsOfSizes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--part", metavar="NAME[=TP,..]", help=f"{_NAMES}; again for more, each with sizes of its own or those of --tp."
+    ),
+]
 
 
 def parse_part(name: str | None) -> "Part | None":
@@ -25,6 +31,28 @@ def parse_part(name: str | None) -> "Part | None":
     from reshard.model.parts import part_named
 
     return None if name is None else part_named(name)
+
+
+def parse_parts_of_sizes(given: list[str] | None, tp: str | None) -> "list[tuple[Part | None, list[int]]]":
+    """The parts that `--part` names, each with its own sizes or those of `--tp`, in order; None where it names none.
+
+    Raises UsageError for a name that is no part's or is there twice, and where there is no size.
+    """
+    from reshard.cli.options import parse_sizes
+    from reshard.errors import UsageError
+    from reshard.model.parts import part_named
+
+    found: dict[Part | None, list[int]] = {}
+    for text in given or ():
+        name, _, sizes = text.partition("=")
+        part = part_named(name)
+        if part in found:
+            raise UsageError(f"--part {name}: is there twice")
+        found[part] = sorted(parse_sizes(sizes, f"--part {name}=") if "=" in text else parse_sizes(tp))
+    found = found or {None: sorted(parse_sizes(tp))}
+    if not all(found.values()):
+        raise UsageError("--tp is missing: give the group sizes to compare, such as --tp 1,2,4,8")
+    return list(found.items())
 
 
 def parse_parts(given: list[str] | None, tp: int | None) -> "list[tuple[Part | None, int]]":

@@ -5,6 +5,7 @@ from typing import Any
 
 from reshard.estimate.step import Run
 from reshard.manifest import ModelDims
+from reshard.model.parts import DENSE_FFN
 from reshard.safe_text import safe_line
 
 
@@ -19,13 +20,13 @@ class FixedRows:
 
 @dataclass(frozen=True)
 class Alignment:
-    """Whether a rank's matrices are whole tiles of the device (None: it has none) and whole blocks of 128.
+    """Whether a rank's matrices are whole tiles of the device and whole blocks of 128; None where there are none.
 
     notes: what kernels would pad and, last, why the int8 kernel refuses what is too wide.
     """
 
     tiles: bool | None
-    blocks: bool
+    blocks: bool | None
     too_wide: bool = False
     notes: tuple[str, ...] = ()
 
@@ -34,7 +35,7 @@ class Alignment:
 class Size:
     """A group size.
 
-    held_bytes: all dense layers on a device, as it runs them; shard_tensor_bytes: as the file has them.
+    held_bytes: all of the part on a device, as it runs it; shard_tensor_bytes: as the file has them.
     gathered_as_int8: None where tokens are not quantized (BF16, and what is run as BF16).
     """
 
@@ -66,9 +67,14 @@ class Refused:
 
 @dataclass(frozen=True)
 class SchemeEstimate:
-    """A scheme's sizes, in the order asked for; unsplit: at the tensor-parallel size, which is 1 without."""
+    """A part's sizes in a scheme, in the order asked for; unsplit: at the tensor-parallel size, which is 1 without.
+
+    part: its key. layers: how many have it, 1 for what the model has once.
+    """
 
     scheme: str
+    part: str
+    layers: int
     unsplit_bytes: int
     unsplit_seconds: float
     sizes: tuple[Size, ...]
@@ -76,10 +82,32 @@ class SchemeEstimate:
     recommended: int | None
     reasons: tuple[str, ...]
 
+    @property
+    def label(self) -> str:
+        """The scheme, and another part than the DenseFFN."""
+        return self.scheme if self.part == DENSE_FFN.key else f"{self.scheme} {self.part}"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Which of several parts to split, and for what: time and bytes less than with all of them whole.
+
+    others: why each of the others stays whole, and what it would give, a line each.
+    """
+
+    scheme: str
+    tp_sizes: dict[str, int]
+    saved_seconds: float
+    saved_bytes: int
+    others: tuple[str, ...]
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """What was asked, the device's profile with the sources of its values, and the schemes."""
+    """What was asked, the device's profile with the sources of its values, the schemes and, of several parts, a choice.
+
+    layers: the dense ones, empty without that part.
+    """
 
     source: str
     model: ModelDims
@@ -91,6 +119,7 @@ class Estimate:
     device: dict[str, Any]
     notes: tuple[str, ...]
     schemes: tuple[SchemeEstimate, ...]
+    chosen: tuple[Chosen, ...]
 
     @property
     def title(self) -> str:
@@ -99,9 +128,9 @@ class Estimate:
     @property
     def subtitle(self) -> str:
         count = len(self.layers)
+        dense = f", {count} dense {'layer' if count == 1 else 'layers'}" if count else ""
         return (
-            f"{self.model.shown}, {count} dense "
-            f"{'layer' if count == 1 else 'layers'}, {self.batch} tokens a rank and step"
+            f"{self.model.shown}{dense}, {self.batch} tokens a rank and step"
             + (f" in {self.max_tokens} rows" if self.max_tokens is not None else "")
             + (f", tensor-parallel size {self.tensor_parallel_size}" if self.tensor_parallel_size > 1 else "")
         )

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from reshard.estimate.document import Size
+from reshard.estimate.document import Chosen, SchemeEstimate, Size
 from reshard.estimate.profile import GIB, Profile
 
 _ALIKE = 1.02  # times this close to the shortest are alike, far within what the model knows
@@ -14,7 +14,7 @@ def recommend(profile: Profile, unsplit: Size, sizes: Sequence[Size]) -> tuple[i
     Left out: what the device's memory does not hold, what its int8 kernel refuses and, unless nothing else is left,
     what its tiles do not fit. The reasons name each size that takes less, and the next smaller and larger one.
     """
-    refusals = {size.tp_size: _refusal(profile, size) for size in sizes}
+    refusals = {size.tp_size: refusal(profile, size) for size in sizes}
     possible = [size for size in sizes if refusals[size.tp_size] is None]
     if not possible:
         alike = len(set(refusals.values())) == 1
@@ -39,10 +39,38 @@ def recommend(profile: Profile, unsplit: Size, sizes: Sequence[Size]) -> tuple[i
     return best.tp_size, reasons
 
 
-def _refusal(profile: Profile, size: Size) -> str | None:
+def choose(scheme: str, parts: Sequence[SchemeEstimate]) -> Chosen:
+    """Every part at the size recommended for it where that takes less than the whole part, which stays whole else."""
+    sizes, seconds, saved, others = {}, 0.0, 0, []
+    for one in parts:
+        best = next((size for size in one.sizes if size.tp_size == one.recommended), None)
+        if best is not None and best.tp_size > 1 and _time(best) < one.unsplit_seconds:
+            sizes[one.part] = best.tp_size
+            seconds += one.unsplit_seconds - _time(best)
+            saved += best.saved_bytes
+        else:
+            others.append(f"{one.part} whole: {_for_memory(one)}")
+    return Chosen(scheme, sizes, seconds, saved, tuple(others))
+
+
+def _for_memory(one: SchemeEstimate) -> str:
+    """What splitting costs where it takes longer, at the size that costs the least time for the memory."""
+
+    def cost(size: Size) -> float:
+        return (_time(size) - one.unsplit_seconds) / size.saved_bytes
+
+    split = [size for size in one.sizes if size.saved_bytes > 0]
+    if not split:
+        return one.reasons[0]
+    size = min(split, key=cost)
+    more, saved = _time(size) - one.unsplit_seconds, size.saved_bytes / GIB
+    return f"tp {size.tp_size} takes {_ms(more)} more and saves {saved:.3f} GiB, {_ms(cost(size) * GIB)} a GiB"
+
+
+def refusal(profile: Profile, size: Size) -> str | None:
     """Why the device cannot run it at all."""
     if size.held_bytes > profile.memory.capacity_gib * GIB:
-        return "the dense layers alone do not fit the device's memory"
+        return "these layers alone do not fit the device's memory"
     return size.alignment.notes[-1] if size.alignment.too_wide else None
 
 
@@ -59,15 +87,15 @@ def _gain(profile: Profile, unsplit: Size, sizes: Sequence[Size], best: Size) ->
         f"{best.saved_bytes / GIB:.3f}"
     ]
     asked = any(size.tp_size == base for size in sizes)
-    if not asked and _time(unsplit) < _time(best) and _refusal(profile, unsplit) is None:
+    if not asked and _time(unsplit) < _time(best) and refusal(profile, unsplit) is None:
         gain.append(f"{'unsplit' if base == 1 else f'tp {base}'} takes less: this saves memory, not time")
     return gain
 
 
 def _why_not(profile: Profile, size: Size, best: Size) -> str:
-    refusal = _refusal(profile, size)
-    if refusal is not None:
-        return f": {refusal}"
+    why = refusal(profile, size)
+    if why is not None:
+        return f": {why}"
     if _time(size) >= _time(best):
         return f": {_what_takes_longer(profile, size, best)}"
     if best.alignment.tiles is not False and size.alignment.tiles is False:
@@ -78,9 +106,9 @@ def _why_not(profile: Profile, size: Size, best: Size) -> str:
 def _what_takes_longer(profile: Profile, size: Size, best: Size) -> str:
     """The kind of work that adds the most to the better size's time."""
     more = {kind: seconds - best.runs.seconds[kind] for kind, seconds in size.runs.seconds.items()}
-    collectives = more["gather"] + more["scatter"]
+    collectives = more["gather"] + more["exchange"] + more["scatter"]
     if collectives >= max(more["matmul"], more["vector"]):
-        said = f"gather and scatter take {_ms(collectives)} more"
+        said = f"{'collectives' if more['exchange'] else 'gather and scatter'} take {_ms(collectives)} more"
         if size.network == best.network or best.tp_size == 1:
             return said
         outer, inner = (

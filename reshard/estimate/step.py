@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from math import ceil, log2
-from typing import Literal
+from typing import Literal, get_args
 
 from reshard.checkpoint.description import Linear
 from reshard.errors import ProfileError
@@ -17,11 +17,12 @@ from reshard.estimate.profile import GIB, MIB, Network, Profile
 from reshard.model.activation import SILU, Activation
 from reshard.schemes.table import Arithmetic, scheme_named
 
-Kind = Literal["matmul", "vector", "gather", "scatter"]
-KINDS: tuple[Kind, ...] = ("matmul", "vector", "gather", "scatter")
+Kind = Literal["matmul", "vector", "gather", "exchange", "scatter"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 SWIGLU = Activation(SILU)
-_BF16, _INT32, _SCALE = 2, 4, 4  # bytes
+BF16, INT32 = 2, 4  # bytes
+_SCALE = 4
 _FLOAT, _DYNAMIC = Arithmetic.FLOAT, Arithmetic.DYNAMIC
 
 
@@ -59,7 +60,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Collective:
-    """all_gather of n = `nbytes` from each rank, reduce_scatter of n to each, or both of n / R (all_reduce).
+    """all_gather of n = `nbytes` from each rank; all_to_all or reduce_scatter of n to each; all_reduce, both of n / R.
 
     span: devices side by side among which the ranks lie.
     """
@@ -75,8 +76,8 @@ class Collective:
         _, level = level_for(profile, self.span)
         bandwidth = level.bandwidth_gb_s * 1e9 * profile.efficiency.communication
         rounds, nbytes = (2, self.nbytes / self.ranks) if self.all_reduce else (1, self.nbytes)
-        if level.topology == "mesh" and level.devices is not None:  # each pair has a link, and all work at once
-            data, steps = nbytes / (bandwidth / (level.devices - 1)), 1
+        if level.topology == "mesh" and level.devices is not None:  # each pair has a link, and all carry data at once
+            data, steps = nbytes / (bandwidth / (level.devices - 1)), self.ranks - 1
         else:  # recursive doubling or halving
             data, steps = (self.ranks - 1) * nbytes / bandwidth, ceil(log2(self.ranks))
         return rounds * (data + steps * level.latency_us * 1e-6) + profile.static.collective_us * 1e-6
@@ -148,7 +149,7 @@ class Split:
     def token_bytes(self) -> int:
         """A token on its way to the others: [H] BF16, or [H] int8 and, quantized dynamically, its scale."""
         if self.gate_up is _FLOAT or not self.quantize_first:
-            return _BF16 * self.hidden_size
+            return BF16 * self.hidden_size
         return self.hidden_size + (_SCALE if self.gate_up is _DYNAMIC else 0)
 
 
@@ -157,14 +158,6 @@ def steps(split: Split) -> Iterator[Kernel | Collective]:
     own, sent, rows, hidden, share = split.tokens, split.sent, split.rows, split.hidden_size, split.share
     copies, sum_bytes = split.tensor_parallel_size, split.reduce_bytes
     travels, added, quantized = split.senders > 1, split.tp_size > 1, split.gate_up is not _FLOAT
-
-    def vector(nbytes: int) -> Kernel:
-        return Kernel("vector", nbytes)
-
-    def multiply(inner: int, columns: int, way: Arithmetic, out: int) -> Kernel:
-        each = _BF16 if way is _FLOAT else 1
-        moved = rows * (inner * each + columns * out)
-        return Kernel("matmul", moved, way is not _FLOAT, 2 * rows * inner * columns, inner * columns * each)
 
     if quantized and (split.quantize_first or not travels):
         yield vector(own * hidden * 3)
@@ -183,18 +176,18 @@ def steps(split: Split) -> Iterator[Kernel | Collective]:
     if quantized and travels and not split.quantize_first:
         yield vector(rows * hidden * 3)
     fused = split.gate_up is split.down is _DYNAMIC and split.activation == SWIGLU
-    yield multiply(hidden, 2 * share, split.gate_up, _INT32 if fused else _BF16)
+    yield multiply(rows, hidden, 2 * share, split.gate_up, INT32 if fused else BF16)
     if fused:
-        yield vector(rows * share * (2 * _INT32 + 1))  # dequantize, SwiGLU, quantize in one
+        yield vector(rows * share * (2 * INT32 + 1))  # dequantize, SwiGLU, quantize in one
     else:
         for halves in _activation(split.activation):
-            yield vector(rows * share * halves * _BF16)
+            yield vector(rows * share * halves * BF16)
         if split.down is not _FLOAT:
             yield vector(rows * share * 3)
-    yield multiply(share, hidden, split.down, sum_bytes if added else _BF16)
-    widened = added and sum_bytes > _BF16
+    yield multiply(rows, share, hidden, split.down, sum_bytes if added else BF16)
+    widened = added and sum_bytes > BF16
     if widened:
-        yield vector(rows * hidden * (_BF16 + sum_bytes))
+        yield vector(rows * hidden * (BF16 + sum_bytes))
     if split.fixed:
         yield vector(2 * rows * hidden * sum_bytes)  # to where the collective reads it
     if travels:
@@ -202,9 +195,21 @@ def steps(split: Split) -> Iterator[Kernel | Collective]:
     if copies > 1:
         yield Collective("scatter", copies, own * hidden * sum_bytes, copies, all_reduce=True)
     if widened:
-        yield vector(own * hidden * (_BF16 + sum_bytes))
+        yield vector(own * hidden * (BF16 + sum_bytes))
     elif split.fixed:
-        yield vector(2 * own * hidden * _BF16)  # from where the next layer's collective writes
+        yield vector(2 * own * hidden * BF16)  # from where the next layer's collective writes
+
+
+def vector(nbytes: int) -> Kernel:
+    """A kernel that reads and writes so much."""
+    return Kernel("vector", nbytes)
+
+
+def multiply(rows: int, inner: int, columns: int, way: Arithmetic, out: int) -> Kernel:
+    """[rows, inner] x [inner, columns], whose results have `out` bytes each."""
+    each = BF16 if way is _FLOAT else 1
+    moved = rows * (inner * each + columns * out)
+    return Kernel("matmul", moved, way is not _FLOAT, 2 * rows * inner * columns, inner * columns * each)
 
 
 def _activation(activation: Activation) -> tuple[int, ...]:
@@ -220,12 +225,14 @@ def _activation(activation: Activation) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Run:
-    """One decode step through all dense layers. Bytes and messages are those of the layer that sends the most."""
+    """One decode step through all layers that have the part. Bytes and messages: of the layer that sends the most."""
 
     rows_per_layer: int
     gather_bytes_per_layer: int
+    exchange_bytes_per_layer: int
     scatter_bytes_per_layer: int
     gather_bytes_per_token_layer: int
+    exchange_bytes_per_token_layer: int
     scatter_bytes_per_token_layer: int
     messages_per_layer: int
     messages_per_token_layer: float
@@ -233,32 +240,42 @@ class Run:
     step_seconds: float
     seconds: dict[Kind, float]
 
+    @property
+    def sent_bytes_per_layer(self) -> int:
+        """Of all collectives."""
+        return self.gather_bytes_per_layer + self.exchange_bytes_per_layer + self.scatter_bytes_per_layer
+
 
 def run(profile: Profile, splits: Sequence[Split]) -> Run:
-    """All layers, with the same rows."""
-    layers = [list(steps(split)) for split in splits]
+    """All dense layers, with the same rows."""
+    return run_layers(profile, [list(steps(split)) for split in splits], splits[0].tokens, splits[0].rows)
+
+
+def run_layers(profile: Profile, layers: Sequence[Sequence[Kernel | Collective]], tokens: int, rows: int) -> Run:
+    """All layers, from the steps of each."""
     seconds = dict.fromkeys(KINDS, 0.0)
     for step in chain.from_iterable(layers):
         seconds[step.kind] += step.seconds(profile)
     whole = sum(seconds.values())
-    gathered, scattered, messages = max((_sent(profile, layer) for layer in layers), key=lambda sent: sum(sent[:2]))
-    tokens = splits[0].tokens
+    sent, messages = max((_sent(profile, layer) for layer in layers), key=lambda each: sum(each[0].values()))
     return Run(
-        rows_per_layer=splits[0].rows,
-        gather_bytes_per_layer=gathered,
-        scatter_bytes_per_layer=scattered,
-        gather_bytes_per_token_layer=round(gathered / tokens),
-        scatter_bytes_per_token_layer=round(scattered / tokens),
+        rows_per_layer=rows,
+        gather_bytes_per_layer=sent["gather"],
+        exchange_bytes_per_layer=sent["exchange"],
+        scatter_bytes_per_layer=sent["scatter"],
+        gather_bytes_per_token_layer=round(sent["gather"] / tokens),
+        exchange_bytes_per_token_layer=round(sent["exchange"] / tokens),
+        scatter_bytes_per_token_layer=round(sent["scatter"] / tokens),
         messages_per_layer=messages,
         messages_per_token_layer=messages / tokens,
-        layer_seconds=whole / len(splits),
+        layer_seconds=whole / len(layers),
         step_seconds=whole,
         seconds=seconds,
     )
 
 
-def _sent(profile: Profile, layer: Sequence[Kernel | Collective]) -> tuple[int, int, int]:
-    """What a rank sends for a layer: bytes gathered, bytes of sums (what is all-reduced among them), messages."""
-    sent = [step for step in layer if isinstance(step, Collective)]
-    gathered, scattered = (sum(step.sent for step in sent if step.kind == kind) for kind in ("gather", "scatter"))
-    return gathered, scattered, sum(step.messages(profile) for step in sent)
+def _sent(profile: Profile, layer: Sequence[Kernel | Collective]) -> tuple[dict[Kind, int], int]:
+    """What a rank sends for a layer: bytes by kind (what is all-reduced among the sums), and messages."""
+    collectives = [step for step in layer if isinstance(step, Collective)]
+    sent: dict[Kind, int] = {kind: sum(step.sent for step in collectives if step.kind == kind) for kind in KINDS}
+    return sent, sum(step.messages(profile) for step in collectives)

@@ -1,6 +1,6 @@
 """The estimate as a picture: a step's time by kind of work, and what a device holds, a bar for each group size."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html import escape
 
 from reshard.estimate.document import Estimate, Size
@@ -11,9 +11,16 @@ LABELS: dict[Kind, str] = {
     "matmul": "matmuls",
     "vector": "quantize, SwiGLU, copies",
     "gather": "all_gather",
+    "exchange": "all_to_all",
     "scatter": "reduce_scatter",
 }
-_COLOURS: dict[Kind, str] = {"matmul": "#2563eb", "vector": "#7c3aed", "gather": "#d97706", "scatter": "#b91c1c"}
+_COLOURS: dict[Kind, str] = {
+    "matmul": "#2563eb",
+    "vector": "#7c3aed",
+    "gather": "#d97706",
+    "exchange": "#15803d",
+    "scatter": "#b91c1c",
+}
 _HELD, _SAVED = "#0f766e", "#99f6e4"
 _INK, _SOFT, _LINE = "#111827", "#6b7280", "#e5e7eb"
 _WIDTH, _LEFT, _TIME, _MEMORY, _MEMORY_AT = 980, 96, 380, 190, 690  # pixels: bars' starts and greatest lengths
@@ -24,6 +31,7 @@ def picture(found: Estimate) -> str:
     """An SVG document; the recommended size of each scheme is marked."""
     schemes = [one for one in found.schemes if one.sizes]
     rows = sum(len(one.sizes) for one in schemes)
+    dense = all(one.label == one.scheme for one in schemes)
     height = _TOP + len(schemes) * _GROUP + rows * _ROW + 62
     longest = max((size.runs.step_seconds for one in schemes for size in one.sizes), default=1.0)
     largest = max((one.unsplit_bytes for one in schemes), default=1)
@@ -33,18 +41,24 @@ def picture(found: Estimate) -> str:
         f'<rect width="{_WIDTH}" height="{height}" fill="#ffffff"/>',
         _text(24, 32, found.title, size=18, weight=600),
         _text(24, 54, found.subtitle, colour=_SOFT, size=13),
-        _text(_LEFT, 84, "milliseconds a decode step, all dense layers", weight=600, size=13),
-        _text(_MEMORY_AT, 84, "GiB of dense layers on a device", weight=600, size=13),
+        _text(_LEFT, 84, f"milliseconds a decode step{', all dense layers' if dense else ''}", weight=600, size=13),
+        _text(_MEMORY_AT, 84, f"GiB{' of dense layers' if dense else ''} on a device", weight=600, size=13),
     ]
     at = _TOP
     for one in schemes:
-        parts.append(_text(24, at + 26, one.scheme, weight=600))
+        parts.append(_text(24, at + 26, one.label, weight=600))
         parts.append(f'<path d="M24 {at + 36} H{_WIDTH - 24}" stroke="{_LINE}"/>')
         at += _GROUP
         for size in one.sizes:
             parts += _row(size, at, longest, largest, marked=one.recommended == size.tp_size)
             at += _ROW
-    return "\n".join([*parts, *_legend(at + 34), "</svg>"]) + "\n"
+    return "\n".join([*parts, *_legend(at + 34, kinds(found)), "</svg>"]) + "\n"
+
+
+def kinds(found: Estimate) -> list[Kind]:
+    """Of work, for the legend: the DenseFFN exchanges nothing."""
+    runs = [size.runs for one in found.schemes for size in one.sizes]
+    return [kind for kind in LABELS if kind != "exchange" or any(run.seconds[kind] for run in runs)]
 
 
 def _row(size: Size, at: int, longest: float, largest: int, *, marked: bool) -> Iterator[str]:
@@ -64,10 +78,10 @@ def _row(size: Size, at: int, longest: float, largest: int, *, marked: bool) -> 
     yield _text(_MEMORY_AT + held + saved + 8, middle, f"{size.held_bytes / GIB:.3f}", weight=weight)
 
 
-def _legend(at: int) -> Iterator[str]:
+def _legend(at: int, shown: Sequence[Kind]) -> Iterator[str]:
     x = _LEFT
-    for kind, colour in _COLOURS.items():
-        yield _swatch(x, at, colour, LABELS[kind])
+    for kind in shown:
+        yield _swatch(x, at, _COLOURS[kind], LABELS[kind])
         x += 44 + round(6.1 * len(LABELS[kind]))
     yield _swatch(_MEMORY_AT, at, _HELD, "held")
     yield _swatch(_MEMORY_AT + 66, at, _SAVED, "saved")

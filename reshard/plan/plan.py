@@ -5,9 +5,10 @@ padding). A column-parallel linear is cut along dim 0 (rows r·L..(r+1)·L), a r
 for blocks is cut in blocks. Stacked linears are each cut first.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from math import lcm
 
 from reshard.checkpoint.description import Checkpoint, Layer, Linear, Tensor
@@ -110,18 +111,35 @@ class Plan:
         return sum(shard.size for shard in self.shards)
 
 
+@dataclass(frozen=True)
+class Ways:
+    """What a command has to offer where the sizes do not allow a cut.
+
+    takes: whether its other checks take a size; no other is advised. pad, bf16: its options.
+    """
+
+    takes: Callable[[int], bool] = lambda tp_size: True
+    pad: str = "--pad"
+    bf16: str = "--weights bf16"
+
+
+RE_SHARDED = Ways(pad="reshard split --pad", bf16="reshard split --weights bf16")
+"""Of a set, which is cut again by another command than the one that speaks."""
+
+
 def make_plan(
     checkpoint: Checkpoint,
     tp_size: int,
     layout: str = "fused",
     pad: bool = False,
     tp_ranks: Iterable[int] | None = None,
+    ways: Ways = Ways(),
 ) -> Plan:
     """Cut a checkpoint for `tp_size` ranks, or plan some of these only: every rank's shapes are the same.
 
-    Raises AlignmentError, with the sizes that work, where it cannot be.
+    Raises AlignmentError, with the sizes that work and the other ways out, where it cannot be.
     """
-    padding = _padding(checkpoint, tp_size, layout, pad)
+    padding = _padding(checkpoint, tp_size, layout, pad, ways)
     share = (padding.padded if padding else checkpoint.shared_size) // tp_size
     shards = [
         _shard(
@@ -156,7 +174,7 @@ def working_sizes(size: int, multiple: int) -> list[int]:
     return [tp_size for tp_size in range(1, min(shares, MAX_TP_SIZE) + 1) if shares % tp_size == 0]
 
 
-def _padding(checkpoint: Checkpoint, tp_size: int, layout: str, pad: bool) -> Padding | None:
+def _padding(checkpoint: Checkpoint, tp_size: int, layout: str, pad: bool, ways: Ways) -> Padding | None:
     """What it takes to give each rank an equal share of whole blocks."""
     part, size, multiple = checkpoint.part, checkpoint.shared_size, required_multiple(checkpoint.layers)
     if tp_size < 1:
@@ -164,7 +182,7 @@ def _padding(checkpoint: Checkpoint, tp_size: int, layout: str, pad: bool) -> Pa
     if tp_size > min(size, MAX_TP_SIZE):
         raise AlignmentError(f"tp {tp_size} is greater than {part.size} {size}; use at most {min(size, MAX_TP_SIZE)}")
     if part.padded_to > 1:
-        return _padding_of_engines(part, size, multiple, tp_size)
+        return _padding_of_engines(part, size, multiple, tp_size, ways)
     if size % (tp_size * multiple) == 0 or (tp_size == 1 and layout == "separate"):
         return None
     if pad and part.may_pad:
@@ -180,34 +198,37 @@ def _padding(checkpoint: Checkpoint, tp_size: int, layout: str, pad: bool) -> Pa
         (checkpoint.layers[0], part.roles[0]),
     )
     name, dim = f"{layer.name(role.name)}.weight", role.parallel.value
-    sizes = working_sizes(size, multiple)
+    sizes = _shown(size, multiple, ways)
     unit = ("row", "column")[dim]
-    ways = [f"use a tp of {_shown(sizes)}"] if sizes else []
-    ways += [f"{'' if sizes else 'use '}--pad to add zero {unit}s"] if part.may_pad else []
-    use = "; or ".join(ways)
+    use = sizes or "no size cuts it"
+    if part.may_pad:
+        use = f"{f'{sizes}; or' if sizes else 'use'} {ways.pad} to add zero {unit}s"
     if multiple == 1:
         raise AlignmentError(f"{name}: dim {dim} = {size} is not divisible by tp {tp_size}; {use}")
-    unscaled = ", or --weights bf16" if size % tp_size == 0 else ""
+    unscaled = f", or {ways.bf16}" if size % tp_size == 0 else ""
     raise AlignmentError(
         f"{name}: dim {dim} = {size} over tp {tp_size} gives {size / tp_size:g} {unit}s, not a multiple of the "
         f"{multiple}-{unit} scale block; {use}{unscaled}"
     )
 
 
-def _padding_of_engines(part: Part, size: int, multiple: int, tp_size: int) -> Padding | None:
+def _padding_of_engines(part: Part, size: int, multiple: int, tp_size: int, ways: Ways) -> Padding | None:
     """As vLLM does (vocab_parallel_embedding.py): the whole vocabulary is padded, then divided; for one rank, too."""
     padded = -(-size // part.padded_to) * part.padded_to
     if padded % (tp_size * multiple):
-        sizes = working_sizes(padded, multiple)
+        use = _shown(padded, multiple, ways) or "no size cuts it"
         raise AlignmentError(
             f"{part.size} {size}{f', which engines pad to {padded},' if padded != size else ''} is not divisible by "
-            f"tp {tp_size}{f' in blocks of {multiple}' if multiple > 1 else ''}; use a tp of {_shown(sizes)}"
+            f"tp {tp_size}{f' in blocks of {multiple}' if multiple > 1 else ''}; {use}"
         )
     return Padding(padded=padded, multiple=part.padded_to) if padded != size else None
 
 
-def _shown(sizes: Sequence[int]) -> str:
-    return ", ".join(map(str, sizes[:_SHOWN_SIZES])) + (", …" if len(sizes) > _SHOWN_SIZES else "")
+def _shown(size: int, multiple: int, ways: Ways) -> str:
+    """The first sizes that work, and that the command's other checks take."""
+    first = list(islice(filter(ways.takes, working_sizes(size, multiple)), _SHOWN_SIZES + 1))
+    more = ", …" if len(first) > _SHOWN_SIZES else ""
+    return f"use a tp of {', '.join(map(str, first[:_SHOWN_SIZES]))}{more}" if first else ""
 
 
 def _tensors(name: str, module: Module, linears: Sequence[Linear], share: int, tp_rank: int) -> Iterator[PlannedTensor]:

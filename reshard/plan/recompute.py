@@ -16,7 +16,7 @@ from reshard.fit import Misfit
 from reshard.manifest import Conversion, LayerEntry, Manifest, ShardTensor, Slice
 from reshard.model.naming import CONFIG, MANIFEST, linear_name, parse_tensor
 from reshard.plan.manifest_builder import layer_entries, scheme_name
-from reshard.plan.plan import PlannedTensor, make_plan
+from reshard.plan.plan import RE_SHARDED, PlannedTensor, make_plan
 from reshard.quantization import is_description, read_accounts
 from reshard.schemes.table import told_by_tensors
 from reshard.tensors.dtypes import itemsize
@@ -123,7 +123,7 @@ def _cut(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Misfit]:
             yield Misfit("cut", MANIFEST, line)
     cut = (manifest.tp_size, manifest.layout, manifest.padding is not None)
     try:
-        padding = make_plan(checkpoint, *cut, tp_ranks=()).padding
+        padding = make_plan(checkpoint, *cut, tp_ranks=(), ways=RE_SHARDED).padding
     except AlignmentError as error:
         yield Misfit("cut", MANIFEST, str(error))
         return

@@ -6,14 +6,23 @@ before the i-th character. A loop goes on from each place once, so that a match 
 it holds. What cannot be followed so is refused: references to groups, atomic groups, possessive loops.
 """
 
+import platform
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from re import _constants as op  # type: ignore[attr-defined]
-from re import _parser as syntax  # type: ignore[attr-defined]
 from typing import Any
 
 from reshard import limits
+from reshard.errors import SchemeError
+
+try:  # private, and the same since Python 3.11; a test says whether they are what is read here
+    from re import _constants as op  # type: ignore[attr-defined]
+    from re import _parser as syntax  # type: ignore[attr-defined]
+except ImportError as error:
+    raise SchemeError(
+        f"Python {platform.python_version()} takes regular expressions apart in another way than is known here "
+        f"({error}); run reshard with Python 3.11 to 3.13"
+    ) from error
 
 _READ = re.IGNORECASE | re.DOTALL | re.VERBOSE | re.UNICODE
 

@@ -133,7 +133,7 @@ def _refusal(
     if code == "GatedRepo":
         return SourceError(f"{repo}: is gated: accept its terms at {endpoint}/{repo}, then {way_in}")
     if code == "RevisionNotFound":
-        return SourceError(f"{repo}: has no revision {revision or 'main'}; check --revision")
+        return SourceError(f"{repo}: has no revision {revision or 'main'}; name a branch, tag or commit that it has")
     if status == 404 and file is not None:
         return SourceError(f"{repo}: {file}: is listed and not there (HTTP 404); try again")
     if status in (401, 403) and file is not None:

@@ -18,7 +18,7 @@ from reshard.source.files import read_checkpoint
 from reshard.source.folder import FolderSource
 from reshard.source.retry import Notify, RetryPolicy
 from reshard.source.shardset import read_shard_set, require_shard_set
-from reshard.source.weights import WEIGHTS_ENDING
+from reshard.source.weights import sets_within
 
 if TYPE_CHECKING:
     from reshard.source.range_cache import Remote
@@ -109,9 +109,8 @@ def set_addresses(address: str) -> list[str]:
     found = parse_address(address)
     if found.kind == FOLDER:
         with FolderSource(Path(found.place)) as source:
-            if not any(name.endswith(WEIGHTS_ENDING) for name in source.files()):
-                within = [part_address(address, part) for key, part in PARTS.items() if key in source.folders()]
-                return within or [address]
+            within = sets_within(source.files(), source.folders())
+            return [part_address(address, PARTS[key]) for key in within] or [address]
     return [address]
 
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Collection
 
+from reshard.model.parts import PARTS
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 WEIGHTS_ENDING = ".safetensors"
@@ -28,3 +30,10 @@ def engines(files: Collection[str], told: str | None = None) -> str:
 
 def _taken(file: str) -> str:
     return f"what {file} names" if file.endswith(INDEX_ENDING) else file
+
+
+def sets_within(files: Collection[str], folders: Collection[str]) -> list[str]:
+    """The shard sets in a folder that holds no weights itself: one for each part, under the part's name."""
+    if any(name.endswith(WEIGHTS_ENDING) for name in files):
+        return []
+    return [key for key in PARTS if key in folders]

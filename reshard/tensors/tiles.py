@@ -1,8 +1,8 @@
 """What a device's kernels ask of a rank's matrices: whole tiles, and no dim above a limit.
 
-L the rank's share of intermediate_size, H hidden_size. Weights are stored [out, in] and held [in, out], contiguous, by
-`reshard_runtime` as by vLLM on Ascend: n stacked column-parallel linears as [H, n·L], a row-parallel one as [L, H].
-Tiles are of that.
+L the rank's share of what is shared out (of intermediate_size, say), H hidden_size. Weights are stored [out, in] and
+held [in, out], contiguous, by `reshard_runtime` as by vLLM on Ascend: n stacked column-parallel linears as [H, n·L], a
+row-parallel one as [L, H]. Tiles are of that.
 
 FRACTAL_NZ's are 16 x 16 for BF16 and 16 x 32 for INT8; npu_quant_matmul takes last dims up to 65535, of the tokens
 [T, in] and of the weight. Source: CANN, aclnnQuantMatmulWeightNz (transposeX2 false: k0 = 16, n0 = 32).
@@ -11,7 +11,7 @@ FRACTAL_NZ's are 16 x 16 for BF16 and 16 x 32 for INT8; npu_quant_matmul takes l
 from collections.abc import Iterator, Sequence
 from math import gcd
 
-from reshard.model.parts import Module, Parallel
+from reshard.model.parts import DENSE_FFN, Module, Parallel
 
 LAST_DIM_LIMIT = 65_535
 """Of npu_quant_matmul's operands."""
@@ -27,9 +27,16 @@ def tile_faults(module: Module, share: int, hidden_size: int, tile: Sequence[int
     share_unit, hidden_unit = (shared_out, rows) if module.parallel is Parallel.COLUMN else (rows, columns)
     tiles = f"{module.name} is no whole {rows} x {columns} tiles of {number} and would be padded"
     if share % share_unit:
-        yield f"I/R = {share} is no multiple of {share_unit}: {tiles}; a group size that makes it one avoids that"
+        wrong = f"{_shared(module)}/R = {share} is no multiple of {share_unit}"
+        yield f"{wrong}: {tiles}; a group size that makes it one avoids that"
     if hidden_size % hidden_unit:
         yield f"hidden_size = {hidden_size} is no multiple of {hidden_unit}: {tiles}, whatever the group size"
+
+
+def _shared(module: Module) -> str:
+    role = module.roles[0]
+    size = role.out if module.parallel is Parallel.COLUMN else role.in_
+    return "I" if size == DENSE_FFN.size else size
 
 
 def limit_faults(module: Module, share: int, hidden_size: int, limit: int) -> Iterator[str]:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from reshard.errors import TokensError
 from reshard.tensors.dtypes import RANKS_IN_OWN_TYPE
 from reshard_runtime.group import HeldWeakly
+from reshard_runtime.links import links_of
 
 _Bytes = npt.NDArray[np.uint8]
 
@@ -147,6 +148,52 @@ class PairwiseCollectives(Collectives):
         by_rank[rank].copy_(own)
         for message in awaited + sent:
             message.wait()
+
+
+class LinkedCollectives(Collectives):
+    """Of ranks that `links_of` connects: as `PairwiseCollectives`, without gloo."""
+
+    in_float32 = True
+    compares = True
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__(group)
+        self._rank, self._size = group.rank(), group.size()
+
+    def gather(
+        self, rows_PW: torch.Tensor, out: torch.Tensor | None = None, counts: Sequence[int] = ()
+    ) -> torch.Tensor:
+        """Raises TokensError on every rank where their counts differ; the group can be used as before."""
+        if out is None:
+            out = rows_PW.new_empty(self._size * len(rows_PW), rows_PW.shape[1])
+        own, places = _bytes(rows_PW), [*_bytes(out).reshape(self._size, -1)]
+        self._exchange(counts or [len(rows_PW)] * self._size, [own] * self._size, places)
+        places[self._rank][:] = own
+        return out
+
+    def compare(self, counts: Sequence[int], device: torch.device) -> None:
+        nothing = [np.empty(0, np.uint8)] * self._size
+        self._exchange(counts, nothing, nothing)
+
+    def reduce_scatter(self, partial_RPH: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        parts, received = partial_RPH.contiguous(), torch.empty_like(partial_RPH)
+        sent, places = ([*_bytes(each).reshape(self._size, -1)] for each in (parts, received))
+        self._exchange([len(partial_RPH)] * self._size, sent, places)
+        places[self._rank][:] = sent[self._rank]
+        return _sum(received, self._size, out)
+
+    def all_reduce(self, partial_PH: torch.Tensor, counts: Sequence[int] = ()) -> torch.Tensor:
+        return _sum(self.gather(partial_PH, counts=counts), self._size)
+
+    def _exchange(self, counts: Sequence[int], sent: Sequence[_Bytes], places: Sequence[_Bytes]) -> None:
+        """sent[r] goes to rank r, and what that sends to places[r], where all were told the same counts."""
+        links = links_of(self._group)
+        if links is None:
+            raise AssertionError("the group's ranks are not connected")
+        told = _bytes_of(counts).tobytes()
+        heads = links.exchange(told, [each.data for each in sent], [each.data for each in places])
+        if any(head != told for head in heads):
+            check_counts([np.frombuffer(head, np.int64).tolist() for head in heads])
 
 
 def check_counts(by_rank: Sequence[Sequence[int]]) -> None:

@@ -3,8 +3,9 @@
 Shapes: T tokens, K in_features, N out_features of this rank's part.
 """
 
+import copy
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -30,6 +31,14 @@ class Linear(torch.nn.Module):
         self.kernels = kernels
         self.shape = tuple(weight.shape)
         self.weight = _constant(kernels.weight(f"{shard.name}.weight", weight))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Linear":
+        """It shares the weight, which nothing changes, and which torch cannot copy where oneDNN has packed it."""
+        memo[id(self.weight)] = self.weight
+        copied: Linear = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def quantize(self, x_TK: torch.Tensor) -> Tokens:
         """The tokens as this linear multiplies them."""

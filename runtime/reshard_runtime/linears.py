@@ -5,27 +5,30 @@ from collections.abc import Mapping
 import torch
 
 from reshard.errors import ShardError
-from reshard.manifest import LayerEntry, LinearScheme
-from reshard.model.parts import DENSE_FFN, Module
+from reshard.manifest import LayerEntry, LinearScheme, Manifest
+from reshard.model.naming import linear_name
+from reshard.model.parts import Module
 from reshard.schemes.table import Arithmetic, Placement, scheme_named, variant_with
 from reshard_runtime.shard import LinearShard
 
 
 def linears_of(
-    parent: str, layer: LayerEntry, tensors: Mapping[str, torch.Tensor], file: str
-) -> tuple[LinearShard, LinearShard]:
-    """A dense layer's linears as the fused layout has them, stacked where the file keeps them apart."""
-    first, last = (_linear(parent, module, layer, tensors, file) for module in DENSE_FFN.modules)
-    return first, last
+    manifest: Manifest, layer: LayerEntry, tensors: Mapping[str, torch.Tensor], file: str
+) -> tuple[LinearShard, ...]:
+    """A layer's linears as the fused layout has them, stacked where the file keeps them apart."""
+    return tuple(_linear(manifest, module, layer, tensors, file) for module in manifest.what.modules)
 
 
 def _linear(
-    parent: str, module: Module, layer: LayerEntry, tensors: Mapping[str, torch.Tensor], file: str
+    manifest: Manifest, module: Module, layer: LayerEntry, tensors: Mapping[str, torch.Tensor], file: str
 ) -> LinearShard:
-    name, said = f"{parent}.{module.name}", layer.linears[module.name]
+    def named(linear: str) -> str:
+        return linear_name(manifest.model.prefix, layer.index, linear, manifest.what)
+
+    name, said = named(module.name), layer.linears[module.name]
     held = _of(name, tensors)
     if not held:
-        apart = {role.name: _of(f"{parent}.{role.name}", tensors) for role in module.roles}
+        apart = {role.name: _of(named(role.name), tensors) for role in module.roles}
         held = _stacked(name, said, apart, file)
     return LinearShard(name, said.scheme, said.block, held)
 

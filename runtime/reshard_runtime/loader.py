@@ -6,7 +6,7 @@ becomes of the file later changes nothing.
 """
 
 import contextlib
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -18,7 +18,7 @@ from reshard.fit import fit_digest, fit_header, fit_side_file, fit_size, require
 from reshard.limits import JSON_BYTES, MANIFEST_BYTES
 from reshard.manifest import LayerEntry, Manifest, parse_manifest
 from reshard.manifest import Shard as ShardEntry
-from reshard.model.naming import MANIFEST, module_name, parse_tensor
+from reshard.model.naming import MANIFEST, parse_tensor
 from reshard.model.parts import DENSE_FFN
 from reshard.plan.recompute import describe_set, needed
 from reshard.regular import Opened, is_there, read_whole, unreadable
@@ -144,6 +144,7 @@ def read_layers(
     entry, sizes = _entry(stored, tp_rank, tp_size), manifest.model
     wanted = _wanted_layers(manifest, folder, layers)
     for layer, tensors in read_tensors(stored, tp_rank, device, tp_size=tp_size, layers=wanted, verify=verify):
+        first, last = linears_of(manifest, layer, tensors, entry.file)
         yield LayerShard(
             layer.number,
             entry.tp_rank,
@@ -152,7 +153,8 @@ def read_layers(
             DENSE_FFN.shared_size(sizes),
             manifest.share,
             digest,
-            *linears_of(module_name(sizes.prefix, layer.index), layer, tensors, entry.file),
+            first,
+            last,
             layer.activation,
         )
 
@@ -165,8 +167,12 @@ def read_tensors(
     tp_size: int | None = None,
     layers: Container[int | None] | None = None,
     verify: Verify = "header",
+    wanted: Callable[[str], bool] = lambda name: True,
 ) -> Iterator[tuple[LayerEntry, dict[str, torch.Tensor]]]:
-    """Layer by layer what a rank's file holds of it, by name, as it is stored. Within `one_set`."""
+    """Layer by layer what a rank's file holds of it, by name, as it is stored. Within `one_set`.
+
+    wanted: by name, which of its tensors are read.
+    """
     if verify not in ("header", "digest"):
         raise ShardError(f"verify is {verify!r}; it may be 'header' or 'digest'")
     folder, manifest, _ = stored
@@ -181,7 +187,7 @@ def read_tensors(
             of_layer: dict[int | None, dict[str, str]] = {layer.index: {} for layer in manifest.layers}
             for tensor in entry.tensors:
                 parsed = parse_tensor(tensor.name, manifest.what)
-                if parsed is not None:
+                if parsed is not None and wanted(tensor.name):
                     of_layer[parsed.layer][tensor.name] = tensor.blake3
             for layer in manifest.layers:
                 if layers is not None and layer.index not in layers:

@@ -6,6 +6,7 @@ NPUModelRunner do before a model is loaded is done here in their order: they the
 
 import contextlib
 import dataclasses
+import logging
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -30,13 +31,14 @@ DECODE_NODE = {
 class Served(vllm_inside.Served):
     """Also the Atlas generation that vllm-ascend takes itself to be installed for.
 
-    mlp: vllm-ascend's own split, finegrained_tp_config.mlp_tensor_parallel_size. draft: it is loaded as another's.
-    environment: variables that vllm-ascend reads.
+    mlp: vllm-ascend's own split, finegrained_tp_config.mlp_tensor_parallel_size; finegrained: its other sizes there.
+    draft: it is loaded as another's. environment: variables that vllm-ascend reads.
     """
 
     dtype: str = "bfloat16"
     atlas: str = "A2"
     mlp: int | None = None
+    finegrained: dict[str, int] = dataclasses.field(default_factory=dict)
     draft: bool = False
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -65,8 +67,9 @@ def config_of(served: Served) -> Any:
     _forget()
     vllm_ascend.utils._ascend_device_type = vllm_ascend.utils.AscendDeviceType[served.atlas]
     additional = dict(served.additional)
-    if served.mlp is not None:
-        additional["finegrained_tp_config"] = {"mlp_tensor_parallel_size": served.mlp}
+    sizes = served.finegrained | ({} if served.mlp is None else {"mlp_tensor_parallel_size": served.mlp})
+    if sizes:
+        additional["finegrained_tp_config"] = sizes
     engine = dict(served.engine)
     if isinstance(transfer := engine.get("kv_transfer_config"), dict):
         engine["kv_transfer_config"] = KVTransferConfig(**transfer)
@@ -121,8 +124,8 @@ def _join(config: Any) -> None:
     from vllm_ascend.distributed import parallel_state as ascend_state
 
     parallel = config.parallel_config
-    mlp = get_ascend_config().finegrained_tp_config.mlp_tensor_parallel_size
-    layout = (parallel.data_parallel_size, parallel.pipeline_parallel_size, parallel.tensor_parallel_size, mlp)
+    sizes = tuple(sorted(vars(get_ascend_config().finegrained_tp_config).items()))
+    layout = (parallel.data_parallel_size, parallel.pipeline_parallel_size, parallel.tensor_parallel_size, sizes)
     if _joined == [layout]:
         return
     if _joined:
@@ -204,6 +207,39 @@ def dense_linears(group: dist.ProcessGroup, served: Served) -> set[tuple[str, st
         for mlp in dense_mlps(model).values()
         for linear in (mlp.gate_up_proj, mlp.down_proj)
     }
+
+
+def of_parts(group: dist.ProcessGroup, served: Served) -> dict[str, tuple[str, str, int, int]]:
+    """(class, what moves its tokens or rows, rank, size) of the linears of o_proj, the LM head and the embedding."""
+    _, model = loaded(served)
+    return {
+        name: (
+            type(module).__name__,
+            type(getattr(module, "custom_op", None)).__name__,
+            module.tp_rank,
+            module.tp_size,
+        )
+        for name, module in model.named_modules()
+        if name.endswith((".o_proj", "lm_head", "embed_tokens"))
+    }
+
+
+def warnings(group: dist.ProcessGroup, served: Served) -> list[str]:
+    """What the plugin warns of."""
+    said: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    handler = Handler(logging.WARNING)
+    logger = logging.getLogger("vllm.denseffn_shards")
+    logger.addHandler(handler)
+    try:
+        loaded(served)
+    finally:
+        logger.removeHandler(handler)
+    return said
 
 
 def load(group: dist.ProcessGroup, served: Served) -> str:

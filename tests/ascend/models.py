@@ -1,6 +1,7 @@
 """Whole models around the dense layers of checkpoints, real ones and those of `tests.support.builders`."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from reshard.plan.pipeline import Cut
 from tests.ascend.inside import Served
 from tests.support.builders import (
     CHECKPOINTS,
+    Raw,
     Spec,
     build,
     dense_only,
@@ -18,8 +20,8 @@ from tests.support.builders import (
     read_safetensors,
     write_safetensors,
 )
-from tests.support.running import split
-from tests.vllm.models import write_model
+from tests.support.running import split, split_parts
+from tests.vllm.models import VOCABULARY, poisoned, write_model
 
 _PLAIN = ["lm_head", "re:.*self_attn.*", "re:.*mlp[.]gate$", "re:.*experts.*"]
 
@@ -60,18 +62,31 @@ def made_of(name: str, folder: Path) -> Model:
     return Model(whole, poisoned(whole, folder / "rest"), folder / "tp2", dtype)
 
 
-def around(checkpoint: Path, folder: Path) -> Path:
+def with_parts(name: str, folder: Path, sizes: dict[str, int]) -> Model:
+    """A real checkpoint's quantization in the dense layers and in o_proj; `shards` has a set of each part."""
+    whole = around(CHECKPOINTS / name, folder / "model", o_proj=True)
+    shards = split_parts(whole, folder / "parts", **sizes)
+    return Model(whole, poisoned(whole, folder / "rest", sizes), shards, "bfloat16")
+
+
+def around(checkpoint: Path, folder: Path, *, o_proj: bool = False) -> Path:
     """A model with the dense layers of `checkpoint`: their tensors, in files of their names, and what config.json and
     the description say of their quantization. Everything else is random BF16, and said not to be quantized.
+
+    o_proj: it is quantized, too, as down is, which has its shape; the vocabulary is no multiple of 64 then.
     """
     theirs = json.loads((checkpoint / "config.json").read_text())
     dense = theirs["first_k_dense_replace"]
-    write_model(folder, layers=dense + 1, dense=dense, dtype="bfloat16")
+    write_model(folder, layers=dense + 1, dense=dense, dtype="bfloat16", vocabulary=500 if o_proj else VOCABULARY)
     ours = json.loads((folder / "config.json").read_text())
     written = read_folder(folder)
     rest = {name: tensor for name, tensor in written.items() if name not in dense_only(written)}
     for path in folder.glob("model*"):
         path.unlink()
+    copies = _copies_of_down(checkpoint, dense) if o_proj else {}
+    rest = {name: value for name, value in rest.items() if not (copies and ".o_proj." in name)}
+    attention = read_folder(checkpoint)
+    rest |= {copy: _reversed(attention[name]) for copy, name in copies.items()}
     for number, path in enumerate(sorted(checkpoint.glob("*.safetensors"))):
         if tensors := dense_only(read_safetensors(path)):
             write_safetensors(folder / f"dense{number}.safetensors", tensors)
@@ -80,7 +95,8 @@ def around(checkpoint: Path, folder: Path) -> Path:
         types = json.loads(path.read_text())
         of_tensors = {name for name in types if name.startswith("model.")} - dense_only(types).keys()
         described = {name: kind for name, kind in types.items() if name not in of_tensors}
-        (folder / path.name).write_text(json.dumps(described | dict.fromkeys(rest, "FLOAT")))
+        described |= dict.fromkeys(rest, "FLOAT") | {copy: types[name] for copy, name in copies.items()}
+        (folder / path.name).write_text(json.dumps(described))
     for key in ("quantize", "mla_quantize", "quantization_config"):
         if key in theirs:
             ours[key] = theirs[key]
@@ -90,19 +106,32 @@ def around(checkpoint: Path, folder: Path) -> Path:
     return folder
 
 
-def poisoned(model: Path, folder: Path) -> Path:
-    """The same files with other bytes in every dense layer's tensors: whoever reads one of them is found out."""
-    folder.mkdir()
-    for path in model.iterdir():
-        raw = bytearray(path.read_bytes())
-        if path.suffix == ".safetensors":
-            start = 8 + int.from_bytes(raw[:8], "little")
-            header = json.loads(raw[8:start])
-            for entry in dense_only(header).values():
-                first, end = (start + offset for offset in entry["data_offsets"])
-                raw[first:end] = b"\x77" * (end - first)
-        (folder / path.name).write_bytes(raw)
-    return folder
+def _copies_of_down(checkpoint: Path, dense: int) -> dict[str, str]:
+    """Names of o_proj's tensors in every layer, each with one of a dense layer's down_proj."""
+    return {
+        f"model.layers.{layer}.self_attn.o_proj.{parts[-1]}": name
+        for layer in range(dense + 1)
+        for name in read_folder(checkpoint)
+        if (parts := name.split("."))[1:5] == ["layers", str(layer % dense), "mlp", "down_proj"]
+    }
+
+
+def _reversed(tensor: Raw) -> Raw:
+    """Its bytes the other way round, where any are values: no copy is taken for what it was made of."""
+    dtype, shape, data = tensor
+    return dtype, shape, data[::-1] if dtype in ("I8", "I32") else data
+
+
+def same(own: Mapping[str, torch.Tensor], ours: Mapping[str, torch.Tensor]) -> None:
+    """Every byte of every tensor."""
+    assert own.keys() == ours.keys()
+    for name, value in own.items():
+        assert (value.dtype, value.shape) == (ours[name].dtype, ours[name].shape), name
+        assert torch.equal(_bytes(value), _bytes(ours[name])), name
+
+
+def _bytes(value: torch.Tensor) -> torch.Tensor:
+    return value.contiguous().reshape(-1).view(torch.uint8)
 
 
 def close(got: torch.Tensor, wanted: torch.Tensor) -> None:

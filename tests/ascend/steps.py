@@ -36,17 +36,17 @@ def sizes(group: dist.ProcessGroup, served: Served) -> dict[str, Any]:
 @contextmanager
 def _sent() -> Iterator[list[tuple[int, int]]]:
     """(rows, bytes) of each tensor that is gathered."""
-    from reshard_runtime.collectives import PairwiseCollectives
+    from reshard_runtime.collectives import LinkedCollectives
 
     sent: list[tuple[int, int]] = []
-    gather = PairwiseCollectives.gather
+    gather = LinkedCollectives.gather
 
     @functools.wraps(gather)
-    def watch(self: PairwiseCollectives, rows: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
+    def watch(self: LinkedCollectives, rows: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
         sent.append((len(rows), rows.nbytes))
         return gather(self, rows, *more, **named)
 
-    with mock.patch.object(PairwiseCollectives, "gather", watch):
+    with mock.patch.object(LinkedCollectives, "gather", watch):
         yield sent
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from tests.ascend import inside
-from tests.ascend.inside import DECODE_NODE, Tensors
-from tests.ascend.models import MADE, Model
+from tests.ascend.inside import DECODE_NODE
+from tests.ascend.models import MADE, Model, same
 from tests.support.distributed import Ranks
 from tests.vllm.models import with_activation
 
@@ -36,28 +36,12 @@ NOT_LOADED = {
 }
 
 
-def _same(own: Tensors, ours: Tensors, rank: int) -> None:
-    """Every byte of every tensor, but for the bias of down on ranks above 0, which the engine does not use there."""
-    assert own.keys() == ours.keys()
-    for name, value in own.items():
-        if name.endswith("mlp.down_proj.quant_bias") and rank > 0:
-            assert value.any(), name
-            assert not ours[name].any(), name
-        else:
-            assert (value.dtype, value.shape) == (ours[name].dtype, ours[name].shape), name
-            assert torch.equal(_bytes(value), _bytes(ours[name])), name
-
-
-def _bytes(value: torch.Tensor) -> torch.Tensor:
-    return value.contiguous().reshape(-1).view(torch.uint8)
-
-
 def _loaded(ranks: Ranks, made: Model, **layout: Any) -> None:
     own, ours = made.both(**layout)
     loaded = zip(ranks.run(inside.parameters, own), ranks.run(inside.parameters, ours), strict=True)
-    for rank, (theirs, filled) in enumerate(loaded):
+    for theirs, filled in loaded:
         for own_tensors, our_tensors in zip(theirs, filled, strict=True):
-            _same(own_tensors, our_tensors, rank % 2)
+            same(own_tensors, our_tensors)
 
 
 def _compare(ranks: Ranks, made: Model, counts: list[list[int]], **layout: Any) -> None:

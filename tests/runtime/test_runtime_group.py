@@ -1,6 +1,7 @@
 """What ranks must agree in, and what a rank does with arguments that are wrong: nobody is left waiting."""
 
 import copy
+import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 from reshard.errors import GroupError, ReshardError, TokensError
 from reshard.plan.pipeline import Cut
 from reshard_runtime import DenseFFN, load_shard
-from reshard_runtime.collectives import Collectives, PairwiseCollectives
+from reshard_runtime.collectives import Collectives, LinkedCollectives, PairwiseCollectives
 from reshard_runtime.kernels.cpu import CpuKernels
+from reshard_runtime.links import Links
 from reshard_runtime.tokens import pad, token_layout
 from tests.support.builders import Spec, build
 from tests.support.distributed import Ranks
@@ -275,7 +277,8 @@ def test_a_group_that_was_destroyed_is_one_clear_error(ranks: Callable[[int], Ra
 
 def _summed(group: dist.ProcessGroup, dtype: torch.dtype, each: int) -> list[tuple[torch.Tensor, ...]]:
     rows = torch.randn(group.size() * each, 5, generator=torch.Generator().manual_seed(group.rank())).to(dtype)
-    made = (PairwiseCollectives(group), Collectives(group))
+    made = (CpuKernels().collectives(group), PairwiseCollectives(group), Collectives(group))
+    assert isinstance(made[0], LinkedCollectives)
     return [(c.gather(rows), c.reduce_scatter(rows.clone()), c.all_reduce(rows.clone())) for c in made]
 
 
@@ -287,31 +290,53 @@ def test_collectives(ranks: Callable[[int], Ranks], size: int, each: int, dtype:
     for other in rows[1:]:
         total = total + other.float()
     allowed = size * (2.0**-8 if dtype == torch.bfloat16 else 2.0**-23) * torch.stack(rows).abs().sum(0).max()
-    for rank, (pairwise, tensor) in enumerate(ranks(size).run(_summed, dtype, each)):
+    for rank, (*pairwise, tensor) in enumerate(ranks(size).run(_summed, dtype, each)):
         own = slice(each * rank, each * rank + each)
-        for gathered, scattered, reduced in (pairwise, tensor):
+        for gathered, scattered, reduced in (*pairwise, tensor):
             assert torch.equal(gathered, torch.cat(rows))
             assert (scattered - total[own]).abs().max() <= allowed
             assert (reduced - total).abs().max() <= allowed
-        assert pairwise[1].dtype == pairwise[2].dtype == torch.float32
-        assert torch.equal(pairwise[1], total[own])  # by rank, in float32: to the bit
-        assert torch.equal(pairwise[2], total)
+        for _, scattered, reduced in pairwise:
+            assert scattered.dtype == reduced.dtype == torch.float32
+            assert torch.equal(scattered, total[own])  # by rank, in float32: to the bit
+            assert torch.equal(reduced, total)
 
 
-def _many_and_few(group: dist.ProcessGroup) -> tuple[Said, list[bool]]:
-    collectives, rows = PairwiseCollectives(group), torch.arange(400_000.0).reshape(-1, 4) + group.rank()
+def _many_and_few(group: dist.ProcessGroup, linked: bool) -> tuple[Said, list[bool]]:
+    collectives = CpuKernels().collectives(group) if linked else PairwiseCollectives(group)
+    rows = torch.arange(400_000.0).reshape(-1, 4) + group.rank()
     said = _error(lambda: collectives.gather(rows if group.rank() == 1 else rows[:5]))
     some = (rows, rows[:5], rows[:, :3])
     wanted = [torch.cat([own - group.rank() + rank for rank in range(4)]) for own in some]
     return said, [torch.equal(collectives.gather(own), all_of) for own, all_of in zip(some, wanted, strict=True)]
 
 
-def test_rows_that_take_messages_of_their_own(ranks: Callable[[int], Ranks]) -> None:
+@pytest.mark.parametrize("linked", [True, False])
+def test_rows_that_take_messages_of_their_own(ranks: Callable[[int], Ranks], linked: bool) -> None:
     """Also where only one rank has so many, and behind that; rows that are not contiguous."""
-    for said, same in ranks(4).run(_many_and_few):
+    for said, same in ranks(4).run(_many_and_few, linked):
         assert said is not None
         assert "differ: [5, 5, 5, 5] on rank 0 of the group, [100000, 100000, 100000, 100000] on rank 1;" in said[1]
         assert same == [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("closed", "message"),
+    [(True, "rank 0 of the group is gone: "), (False, "rank 0 of the group sent nothing for 0.01 s")],
+)
+def test_a_rank_that_is_gone_and_one_that_is_silent(closed: bool, message: str) -> None:
+    """The second call cannot tell what belongs to the first."""
+    here, there = socket.socketpair()
+    links = Links([here, None], 0.01)
+    if closed:
+        there.close()
+    for text in (message, "the group's last exchange was broken off, and its ranks are out of step"):
+        said = _error(lambda: links.exchange(b"", [memoryview(b"")] * 2, [memoryview(bytearray())] * 2))
+        assert said is not None
+        assert said[0] == "GroupError"
+        assert said[1].startswith(text)
+    here.close()
+    there.close()
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=9), st.integers(1, 4))

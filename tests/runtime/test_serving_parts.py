@@ -1,6 +1,7 @@
 """The parts of the vLLM hook that need no vLLM: groups, what is read of the model, options, refusals."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,15 +11,19 @@ import pytest
 import torch
 
 from reshard.checks.serving_option import OPTION
-from reshard.errors import GroupError, ReshardError, ShardError, UsageError
+from reshard.errors import GroupError, ManifestError, ReshardError, ShardError, UsageError
 from reshard.manifest import Manifest, parse_manifest
+from reshard.model.parts import PARTS
 from reshard.plan.pipeline import Cut
 from reshard_runtime.serving.vllm.compat import refuse, refuse_elastic
 from reshard_runtime.serving.vllm.groups import chunks
 from reshard_runtime.serving.vllm.other_weights import check_same, read_others, replaced
 from reshard_runtime.serving.vllm.serving_options import Options, parse
+from reshard_runtime.serving.vllm.shard_sets import open_sets
 from tests.support.builders import Raw, Spec, build, random_raw, read_safetensors, write_safetensors
-from tests.support.running import split
+from tests.support.running import split, split_parts
+from tests.vllm.models import HIDDEN as HIDDEN_SIZE
+from tests.vllm.models import of_parts, write_model
 
 
 def test_groups_are_consecutive_data_parallel_ranks() -> None:
@@ -58,8 +63,8 @@ def _kept(name: str) -> bool:
 def test_everything_is_read_but_what_the_set_holds(cut: tuple[Path, Manifest]) -> None:
     model, manifest = cut
     whole = {name: raw for file in _files(model) for name, raw in read_safetensors(Path(file)).items()}
-    read = dict(read_others(_files(model), manifest, _kept))
-    held = replaced(manifest)
+    read = dict(read_others(_files(model), [manifest], _kept))
+    held = replaced([manifest])
     assert {name for name in held if name.startswith("model.layers.0.mlp.gate_proj")} == {
         "model.layers.0.mlp.gate_proj.weight",
         "model.layers.0.mlp.gate_proj.weight_scale_inv",
@@ -72,7 +77,7 @@ def test_everything_is_read_but_what_the_set_holds(cut: tuple[Path, Manifest]) -
 
 def test_tensors_that_the_engine_has_no_use_for_are_not_read(cut: tuple[Path, Manifest]) -> None:
     model, manifest = cut
-    read = dict(read_others(_files(model), manifest, lambda name: "norm" in name))
+    read = dict(read_others(_files(model), [manifest], lambda name: "norm" in name))
     assert read
     assert not any("norm" in name for name in read)
 
@@ -82,7 +87,7 @@ def test_a_dense_tensor_that_the_set_was_not_cut_from(cut: tuple[Path, Manifest]
     extra = "model.layers.0.mlp.down_proj.input_scale"
     write_safetensors(model / "more.safetensors", {extra: ("F32", (1,), bytes(4))})
     with pytest.raises(ShardError, match=f"more.safetensors: {extra} is a DenseFFN tensor that the shard set was not"):
-        dict(read_others(_files(model), manifest, _kept))
+        dict(read_others(_files(model), [manifest], _kept))
 
 
 PREFIX = "language_model.model."
@@ -117,8 +122,8 @@ def test_what_stands_beside_a_language_model_is_the_engines(tmp_path: Path, stac
     (model / "config.json").write_text(json.dumps(config))
     split(model, tmp_path / "tp2", Cut(2))
     manifest = parse_manifest((tmp_path / "tp2" / "manifest.json").read_bytes())
-    assert replaced(manifest) == _mlp(f"{PREFIX}layers.0", HIDDEN, INTERMEDIATE, stacked).keys()
-    read = dict(read_others(_files(model), manifest, _kept))
+    assert replaced([manifest]) == _mlp(f"{PREFIX}layers.0", HIDDEN, INTERMEDIATE, stacked).keys()
+    read = dict(read_others(_files(model), [manifest], _kept))
     assert read.keys() == beside.keys()
 
 
@@ -128,17 +133,17 @@ def test_the_same_layers_in_another_form_or_under_another_prefix(tmp_path: Path,
     split(_wrapper(tmp_path / "model", PREFIX, False, {}), tmp_path / "tp2", Cut(2))
     manifest = parse_manifest((tmp_path / "tp2" / "manifest.json").read_bytes())
     other = _wrapper(tmp_path / "other", prefix, stacked, {})
-    said = rf"{prefix}layers\.0\.mlp\..* not cut from \(its layers are language_model\.model\.layers\.\*\)"
+    said = rf"{prefix}layers\.0\.mlp\..* not cut from \(its prefix is language_model\.model\.\)"
     if stacked:
         with pytest.raises(ShardError, match="gate_up_proj"):
-            dict(read_others(_files(other), manifest, lambda name: "down_proj" in name))
+            dict(read_others(_files(other), [manifest], lambda name: "down_proj" in name))
     with pytest.raises(ShardError, match=said):
-        dict(read_others(_files(other), manifest, _kept))
+        dict(read_others(_files(other), [manifest], _kept))
 
 
 def test_the_same_files_are_the_same(cut: tuple[Path, Manifest]) -> None:
     model, manifest = cut
-    check_same(model, _files(model), manifest)
+    check_same(model, _files(model), [manifest])
 
 
 def _shorter(path: Path) -> None:
@@ -163,7 +168,7 @@ def test_other_files_are_named(cut: tuple[Path, Manifest], change: Any, said: st
     path = model / manifest.source.files[0].name
     change(path)
     with pytest.raises(ShardError, match=said) as caught:
-        check_same(model, _files(model), manifest)
+        check_same(model, _files(model), [manifest])
     assert str(path) in str(caught.value)
     assert '"source": "any"' in str(caught.value)
 
@@ -174,7 +179,7 @@ def test_the_engine_must_read_what_the_set_was_cut_from(cut: tuple[Path, Manifes
     single = model / "model.safetensors"
     write_safetensors(single, {"lm_head.weight": ("BF16", (1,), bytes(2))})
     with pytest.raises(ShardError) as caught:
-        check_same(model, [str(single)], manifest)
+        check_same(model, [str(single)], [manifest])
     for text in ("the set was cut from it", "the engine reads model.safetensors instead", '"source": "any"'):
         assert text.replace("the set", "the shard set") in str(caught.value)
 
@@ -185,8 +190,85 @@ def test_a_draft_that_the_engine_reads_beside_it(cut: tuple[Path, Manifest]) -> 
     held = "model.layers.0.mlp.down_proj.weight"
     write_safetensors(model / "draft.safetensors", {held: ("BF16", (1,), bytes(2))})
     with pytest.raises(ShardError, match=f"draft.safetensors: holds {held}, which the shard set was cut from model-.*"):
-        list(read_others(_files(model), manifest, _kept, same=True))
-    assert held not in dict(read_others(_files(model), manifest, _kept))
+        list(read_others(_files(model), [manifest], _kept, same=True))
+    assert held not in dict(read_others(_files(model), [manifest], _kept))
+
+
+ALL = {"denseffn": 2, "lm_head": 4, "embedding": 2, "o_proj": 1}
+
+
+@pytest.fixture
+def several(tmp_path: Path) -> tuple[Path, Path]:
+    """(a model, the folder with a set of each part)."""
+    model = write_model(tmp_path / "model", layers=2, dense=1, vocabulary=500)
+    return model, split_parts(model, tmp_path / "parts", **ALL)
+
+
+def test_sets_of_several_parts(several: tuple[Path, Path]) -> None:
+    model, parts = several
+    with open_sets(parts) as sets:
+        manifests = [stored.manifest for stored in sets]
+    assert {manifest.part: manifest.tp_size for manifest in manifests} == ALL
+    whole = {name for file in _files(model) for name in read_safetensors(Path(file))}
+    assert replaced(manifests) == of_parts(whole, ALL)
+    check_same(model, _files(model), manifests)
+    read = dict(read_others(_files(model), manifests, _kept, same=True))
+    assert read.keys() == whole - of_parts(whole, ALL)
+    assert len(of_parts(whole, ALL)) == 3 + 1 + 1 + 2
+    with open_sets(parts / "o_proj") as (one,):
+        assert dict(read_others(_files(model), [one.manifest], _kept)).keys() == whole - of_parts(whole, ["o_proj"])
+
+
+@pytest.mark.parametrize(
+    ("key", "extra"),
+    [
+        ("lm_head", "other.lm_head.weight"),
+        ("embedding", "language_model.model.embed_tokens.weight"),
+        ("o_proj", "model.layers.1.self_attn.o_proj.weight_scale"),
+    ],
+)
+def test_a_tensor_of_a_part_that_its_set_was_not_cut_from(several: tuple[Path, Path], key: str, extra: str) -> None:
+    """A scale that the set lacks, or a weight of the same size under another prefix."""
+    model, parts = several
+    shape = (HIDDEN_SIZE, 1) if extra.endswith("scale") else (500, HIDDEN_SIZE)
+    write_safetensors(model / "more.safetensors", {extra: random_raw(np.random.default_rng(0), "F32", shape)})
+    with open_sets(parts) as sets:
+        manifests = [stored.manifest for stored in sets]
+    name = PARTS[key].name
+    with pytest.raises(
+        ShardError, match=f"more.safetensors: {extra} is a {name} tensor that the shard set was not cut"
+    ):
+        dict(read_others(_files(model), manifests, _kept))
+
+
+def test_sets_that_cannot_be_told(several: tuple[Path, Path]) -> None:
+    _, parts = several
+    (parts / "o_proj" / "manifest.json").unlink()
+    with (
+        pytest.raises(ManifestError, match=r"parts/o_proj: no manifest.json \(the shard set is incomplete"),
+        open_sets(parts),
+    ):
+        pass
+    shutil.rmtree(parts / "o_proj")
+    (parts / "lm_head").rename(parts / "o_proj")
+    with (
+        pytest.raises(ShardError, match="parts/o_proj: holds the model's lm_head; name the folder lm_head"),
+        open_sets(parts),
+    ):
+        pass
+    with pytest.raises(ManifestError, match=r"nowhere: no manifest.json \(no folder\)"), open_sets(parts / "nowhere"):
+        pass
+
+
+def test_a_set_of_several_that_is_replaced(several: tuple[Path, Path]) -> None:
+    _, parts = several
+    manifest = parts / "embedding" / "manifest.json"
+    shutil.copy(manifest, parts / "copy")
+    with (
+        pytest.raises(ManifestError, match=r"embedding/manifest\.json: was replaced while the set was read"),
+        open_sets(parts),
+    ):
+        (parts / "copy").replace(manifest)
 
 
 def test_options() -> None:
@@ -269,7 +351,23 @@ def test_what_the_option_does_not_go_with(changed: dict[str, Any], additional: d
     assert said in str(caught.value)
 
 
+def test_the_option_wants_the_dense_ffns_set() -> None:
+    with pytest.raises(
+        UsageError, match=f"{OPTION} is 8, and no set of the DenseFFN is there; cut one with reshard split"
+    ):
+        refuse(_setup(), {OPTION: 8}, True, None, alone=False)
+
+
+def test_a_dense_ffn_that_the_engine_has_whole_is_its_own_beside_other_sets() -> None:
+    refuse(_setup(), {}, True, 8, alone=False)
+    with pytest.raises(UsageError, match=f"{OPTION} is not set, the shard set is cut for 8"):
+        refuse(_setup(), {}, True, 8)
+    with pytest.raises(UsageError, match=f"{OPTION} is 4, the shard set is cut for 8"):
+        refuse(_setup(), {OPTION: 4}, True, 8, alone=False)
+
+
 def test_setups_that_are_served() -> None:
+    refuse(_setup(), {}, True, None)
     refuse(_setup(), {OPTION: 8}, True, 8)
     refuse(_setup(tensor_parallel_size=4), {OPTION: 8}, True, 8)
     refuse(_setup(enable_sp=True), {OPTION: 8}, True, 8)  # nothing to it at tensor-parallel size 1

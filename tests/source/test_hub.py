@@ -350,7 +350,7 @@ def test_a_file_that_may_not_be_read(hub: Hub) -> None:
 
 
 def test_what_is_not_there(hub: Hub, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="org/model: has no revision v2; check --revision"):
+    with pytest.raises(SourceError, match="org/model: has no revision v2; name a branch, tag or commit that it has"):
         opened(hub, revision="v2")
     with pytest.raises(SourceError, match=r"org/other: no local folder with that name, and .*knows no such repository"):
         StagedSource("org/other", partial(find_repository, "org/other", None, hub.url), RetryPolicy(), print)

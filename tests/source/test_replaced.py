@@ -256,7 +256,7 @@ def test_the_plugin_refuses(case: str, model: Path, tmp_path: Path) -> None:
     split(model, tmp_path / "tp1", Cut(1))
     manifest = parse_manifest((tmp_path / "tp1" / "manifest.json").read_bytes())
     path = file_of(model)
-    read = read_others([str(path)], manifest, lambda name: False, same=True)
+    read = read_others([str(path)], [manifest], lambda name: False, same=True)
     next(read)
     change(path)
     with pytest.raises(ShardError, match=said):
@@ -268,7 +268,7 @@ def test_the_plugin_compares_the_header_of_the_file_that_it_reads(model: Path, t
     manifest = parse_manifest((tmp_path / "tp1" / "manifest.json").read_bytes())
     replaced(file_of(model))
     with pytest.raises(ReshardError, match=r"the shard set was cut from .* with header"):
-        list(read_others([str(file_of(model))], manifest, lambda name: False, same=True))
+        list(read_others([str(file_of(model))], [manifest], lambda name: False, same=True))
 
 
 def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:

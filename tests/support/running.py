@@ -94,6 +94,14 @@ def split(source: Path, out: Path, cut: Cut, options: SplitOptions | None = None
         return write_shards(prepare(opened, cut), out, options or SplitOptions())
 
 
+def split_parts(source: Path, out: Path, **sizes: int) -> Path:
+    """What `split --part KEY=SIZE …` does: the folder, with a set of each part within if there are several."""
+    parts = [word for key, size in sizes.items() for word in ("--part", f"{key}={size}")]
+    done = reshard("split", source, out, *parts, "--quiet")
+    assert done.code == 0, done.err
+    return out
+
+
 def same_but_for_the_origin(origin: dict[str, str], out: Path, right: Path) -> None:
     """That two sets are the same bytes, and that the manifest of `out` has `origin` in the place of the other's."""
     assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in right.iterdir())

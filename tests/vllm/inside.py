@@ -148,16 +148,16 @@ def load(group: dist.ProcessGroup, served: Served) -> str:
     return "loaded"
 
 
-def load_while_replaced(group: dist.ProcessGroup, served: Served, by: Path, at: str) -> str:
-    """The same, its set replaced `by` another when `at` is first called: a name in the plugin's loader."""
+def load_while_replaced(group: dist.ProcessGroup, served: Served, by: Path, at: str, time: int) -> str:
+    """The same, its set replaced `by` another when `at`, a name in the plugin's loader, is called the time-th time."""
     from reshard_runtime.serving.vllm import loader
 
     met: list[str] = []
     called = getattr(loader, at)
 
     def late(*args: Any, **kw: Any) -> Any:
-        if not met:
-            met.append(at)
+        met.append(at)
+        if len(met) == time:
             dist.barrier(group)
             if group.rank() == 0 and served.shards is not None:
                 for file in [*sorted(served.shards.glob("denseffn-*")), served.shards / "manifest.json"]:
@@ -168,7 +168,7 @@ def load_while_replaced(group: dist.ProcessGroup, served: Served, by: Path, at: 
 
     with mock.patch.object(loader, at, late):
         said = load(group, served)
-    assert met
+    assert len(met) >= time
     return said
 
 

@@ -6,13 +6,15 @@ what the model says. With `dense` = `layers`, all layers are dense and vLLM take
 
 import json
 import os
+import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from blake3 import blake3
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.support.manifests import edit_manifest
 
@@ -77,10 +79,12 @@ def write_model(
     dtype: str = "float32",
     seed: int = 0,
     intermediate: int = INTERMEDIATE,
+    vocabulary: int = VOCABULARY,
 ) -> Path:
     """The model's folder: one file of dense layers, one of the rest."""
-    ffn, rest = _tensors(layers, dense, getattr(torch, dtype), seed, intermediate)
-    return _write(folder, config(layers, dense, dtype) | {"intermediate_size": intermediate}, ffn, rest)
+    ffn, rest = _tensors(layers, dense, getattr(torch, dtype), seed, intermediate, vocabulary)
+    sizes = {"intermediate_size": intermediate, "vocab_size": vocabulary}
+    return _write(folder, config(layers, dense, dtype) | sizes, ffn, rest)
 
 
 def write_kimi_k25(folder: Path, *, layers: int = 3, dense: int = 3) -> Path:
@@ -117,19 +121,74 @@ def parts(name: str, full: torch.Tensor, size: int) -> list[torch.Tensor]:
     return [torch.cat(halves) for halves in zip(*(half.chunk(size) for half in full.chunk(2)), strict=True)]
 
 
-def poisoned(model: Path, folder: Path) -> Path:
-    """A copy of a model with NaN in place of its dense layers' weights."""
-    shutil.copytree(model, folder)
-    file = folder / _FFN
-    raw = bytearray(file.read_bytes())
-    start = 8 + int.from_bytes(raw[:8], "little")
-    raw[start:] = b"\xff" * (len(raw) - start)
-    file.write_bytes(raw)
+def of_parts(names: Collection[str], keys: Collection[str] = ("denseffn",)) -> set[str]:
+    """The tensors of parts among those of models with `model.layers.{i}`, in which no other MLP is a layer's own."""
+    return {name for name in names if any(re.fullmatch(_OF_PART[key], name) for key in keys)}
+
+
+_OF_PART = {
+    "denseffn": r"model\.layers\.\d+\.mlp\.(gate|up|down)_proj\..+",
+    "o_proj": r"model\.layers\.\d+\.self_attn\.o_proj\..+",
+    "lm_head": r"lm_head\..+",
+    "embedding": r"model\.embed_tokens\..+",
+}
+
+
+def poisoned(model: Path, folder: Path, keys: Collection[str] = ("denseffn",)) -> Path:
+    """The same files with other bytes, NaN in floats, in every tensor of those parts: who reads one is found out."""
+    folder.mkdir()
+    for path in model.iterdir():
+        raw = bytearray(path.read_bytes())
+        if path.suffix == ".safetensors":
+            start = 8 + int.from_bytes(raw[:8], "little")
+            header = json.loads(raw[8:start])
+            for name in of_parts(header, keys):
+                first, end = (start + offset for offset in header[name]["data_offsets"])
+                raw[first:end] = b"\xff" * (end - first)
+        (folder / path.name).write_bytes(raw)
+    return folder
+
+
+def with_fp8_blocks(model: Path, folder: Path) -> Path:
+    """A copy of a model whose layers are all dense, MLPs and o_proj in FP8 with a scale for each 128 x 128 block."""
+    folder.mkdir()
+    tensors = {name: value for path in model.glob("*.safetensors") for name, value in load_file(path).items()}
+    scales, generator = {}, torch.Generator().manual_seed(2)
+    for name in sorted(of_parts(tensors, ("denseffn", "o_proj"))):
+        rows, columns = tensors[name].shape
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        scales[f"{name}_scale_inv"] = torch.rand(-(-rows // 128), -(-columns // 128), generator=generator)
+    save_file(tensors | scales, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((model / "config.json").read_text())
+    attention = [name.removesuffix(".weight") for name in tensors if "proj" in name and ".self_attn." in name]
+    settings["quantization_config"] = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+        "modules_to_not_convert": [name for name in attention if not name.endswith(".o_proj")],
+    }
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def with_int8_o_proj(model: Path, folder: Path) -> Path:
+    """A copy of a model of llm-compressor's in which o_proj is quantized, too: as down is, which has its shape."""
+    folder.mkdir()
+    tensors = {name: value for path in model.glob("*.safetensors") for name, value in load_file(path).items()}
+    kept = {name: value for name, value in tensors.items() if ".self_attn.o_proj." not in name}
+    down = {name: value for name, value in kept.items() if ".mlp.down_proj." in name}
+    copies = {name.replace(".mlp.down_proj.", ".self_attn.o_proj."): value.flip(0) for name, value in down.items()}
+    save_file(kept | copies, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((model / "config.json").read_text())
+    quantization = settings["quantization_config"]
+    quantization["ignore"] = [name for name in quantization["ignore"] if not name.endswith(".o_proj")]
+    (folder / "config.json").write_text(json.dumps(settings))
     return folder
 
 
 def _tensors(
-    layers: int, dense: int, dtype: torch.dtype, seed: int, intermediate: int
+    layers: int, dense: int, dtype: torch.dtype, seed: int, intermediate: int, vocabulary: int = VOCABULARY
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """(the dense layers' MLPs, everything else)."""
     generator = torch.Generator().manual_seed(seed)
@@ -148,9 +207,9 @@ def _tensors(
     one = torch.ones(HIDDEN, dtype=dtype)
     ffn: dict[str, torch.Tensor] = {}
     rest = {
-        "model.embed_tokens.weight": random(VOCABULARY, HIDDEN, scale=HIDDEN**0.5),
+        "model.embed_tokens.weight": random(vocabulary, HIDDEN, scale=HIDDEN**0.5),
         "model.norm.weight": one.clone(),
-        "lm_head.weight": random(VOCABULARY, HIDDEN),
+        "lm_head.weight": random(vocabulary, HIDDEN),
     }
     for index in range(layers):
         layer = f"model.layers.{index}"
@@ -205,8 +264,8 @@ def _write(folder: Path, settings: dict[str, Any], ffn: dict[str, torch.Tensor],
     return folder
 
 
-def write_llama(folder: Path, layers: int = 2) -> Path:
-    """A random Llama: all its layers are dense, and none is DeepSeek's."""
+def write_llama(folder: Path, layers: int = 2, *, tied: bool = False) -> Path:
+    """A random Llama: all its layers are dense, and none is DeepSeek's. tied: without an LM head of its own."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -215,8 +274,9 @@ def write_llama(folder: Path, layers: int = 2) -> Path:
     tensors = {
         "model.embed_tokens.weight": random(VOCABULARY, HIDDEN),
         "model.norm.weight": torch.ones(HIDDEN),
-        "lm_head.weight": random(VOCABULARY, HIDDEN),
     }
+    if not tied:
+        tensors["lm_head.weight"] = random(VOCABULARY, HIDDEN)
     for index in range(layers):
         layer = f"model.layers.{index}"
         tensors |= {f"{layer}.self_attn.{name}_proj.weight": random(HIDDEN, HIDDEN) for name in "qkvo"}
@@ -233,6 +293,7 @@ def write_llama(folder: Path, layers: int = 2) -> Path:
         "num_hidden_layers": layers,
         "num_attention_heads": _HEADS,
         "vocab_size": VOCABULARY,
+        "tie_word_embeddings": tied,
     }
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(settings))

@@ -84,19 +84,19 @@ def test_digests_are_compared_on_request(two: Ranks, dense: Path, shards: Path) 
 
 
 @pytest.mark.parametrize(
-    ("at", "said"),
+    ("at", "time", "said"),
     [
-        ("dense_mlps", "tp2: was replaced since the model was built; start the engine again"),
-        ("read_layers", "manifest.json: was replaced while the set was read; load it again"),
+        ("open_sets", 2, "tp2: was replaced since the model was built; start the engine again"),
+        ("fill_from", 1, "manifest.json: was replaced while the set was read; load it again"),
     ],
 )
 def test_a_set_that_is_replaced_meanwhile(
-    two: Ranks, dense: Path, shards: Path, tmp_path: Path, at: str, said: str
+    two: Ranks, dense: Path, shards: Path, tmp_path: Path, at: str, time: int, said: str
 ) -> None:
     """By another fine-tune's."""
     split(write_model(tmp_path / "model", seed=1), tmp_path / "other", Cut(2))
     served = Served(dense, shards, data=2, option=2, extra={"source": "any"})
-    for found in two.run(inside.load_while_replaced, served, tmp_path / "other", at):
+    for found in two.run(inside.load_while_replaced, served, tmp_path / "other", at, time):
         assert said in found
     _loads(two, served)
 

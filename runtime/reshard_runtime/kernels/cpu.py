@@ -6,8 +6,9 @@ from functools import cache, partial
 
 import torch
 
-from reshard_runtime.collectives import Collectives, PairwiseCollectives
+from reshard_runtime.collectives import Collectives, LinkedCollectives, PairwiseCollectives
 from reshard_runtime.kernels.base import Kernels
+from reshard_runtime.links import links_of
 
 Int8Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Tokens, and a weight that `_packed_int8` packed -> sums, exact and then rounded once to float32."""
@@ -34,7 +35,7 @@ class CpuKernels(Kernels):
         self._int8_product = _int8_product() if onednn else None
 
     def collectives(self, group: torch.distributed.ProcessGroup) -> Collectives:
-        return PairwiseCollectives(group)
+        return PairwiseCollectives(group) if links_of(group) is None else LinkedCollectives(group)
 
     def weight(self, name: str, weight_NK: torch.Tensor) -> torch.Tensor:
         """Packed in oneDNN's order, of the same size, where it multiplies that faster."""

@@ -5,16 +5,26 @@ from typing import Any
 from reshard.checks.serving_option import OPTION, broken_rules, option_of
 from reshard.checks.setup import Setup
 from reshard.errors import UsageError
+from reshard.model.parts import DENSE_FFN
 
 
-def refuse(config: Any, additional: dict[str, Any], moe: bool, shards_tp_size: int) -> None:
+def refuse(
+    config: Any, additional: dict[str, Any], moe: bool, shards_tp_size: int | None, *, alone: bool = True
+) -> None:
     """Raise UsageError for what the option, or a layer split over data-parallel ranks, does not go with.
 
-    config: vLLM's VllmConfig. additional: its additional_config.
+    config: vLLM's VllmConfig. additional: its additional_config. shards_tp_size: of the DenseFFN's set, None without
+    one. alone: whether that is the only set; beside others it need not be used.
     """
     parallel = config.parallel_config
     setup = Setup(parallel.data_parallel_size, parallel.tensor_parallel_size, moe, parallel.pipeline_parallel_size)
-    messages = [rule.message for rule in broken_rules(additional, setup, shards_tp_size)]
+    broken = broken_rules(additional, setup, shards_tp_size)
+    messages = [rule.message for rule in broken if alone or rule.rule != "unset"]
+    if shards_tp_size is None and split_size(additional, parallel.tensor_parallel_size) is not None:
+        messages.append(
+            f"{OPTION} is {additional[OPTION]}, and no set of the DenseFFN is there; cut one with reshard split --part "
+            f"{DENSE_FFN.key}, or leave the option out"
+        )
     if split_size(additional, parallel.tensor_parallel_size) is not None:
         xlite = additional.get("xlite_graph_config") or {}
         without = {

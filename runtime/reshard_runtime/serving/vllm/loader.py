@@ -1,8 +1,8 @@
-"""The load format `denseffn_shards`: the dense layers from shards, everything else as vLLM's default loader has it.
+"""The load format `denseffn_shards`: parts of the model from shards, everything else as vLLM's default loader has it.
 
 With the option (`reshard.checks.serving_option`), `create_model` builds the dense layers with one rank's sizes and
-splits them over a group. Without it, the engine's own partition is filled: plain tensor parallelism, or vllm-ascend's
-MLP group. Either way `load_weights` asks the built layers for their rank and size.
+splits them over a group. Without it, and in every other part, the engine's own partition is filled: plain tensor
+parallelism, or vllm-ascend's groups. Either way `load_weights` asks the built layers for their rank and size.
 
 vLLM's loaders have `create_model` since 0.30; where they have not, it takes the place of the function that they call.
 """
@@ -10,7 +10,7 @@ vLLM's loaders have `create_model` since 0.30; where they have not, it takes the
 import contextlib
 import dataclasses
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.config.load import LoadConfig
 from vllm.distributed.parallel_state import get_dp_group, get_pp_group, get_tp_group
 from vllm.forward_context import get_forward_context
-from vllm.logger import init_logger
 from vllm.model_executor.model_loader import base_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
@@ -31,26 +30,16 @@ from reshard.checks.serving_option import OPTION, option_of
 from reshard.errors import ShardError, UsageError
 from reshard.manifest import Manifest
 from reshard_runtime.group import agreement
-from reshard_runtime.loader import StoredSet, one_set, read_layers, read_manifest
-from reshard_runtime.serving.vllm.activation import compare_activations
 from reshard_runtime.serving.vllm.ascend import fixed_rows, is_rehearsal
 from reshard_runtime.serving.vllm.compat import refuse, refuse_elastic, split_size
-from reshard_runtime.serving.vllm.copy_params import fill
-from reshard_runtime.serving.vllm.groups import Group, make_group
-from reshard_runtime.serving.vllm.model_layers import (
-    compare_built,
-    compare_found,
-    compare_model,
-    dense_layers,
-    dense_mlps,
-    intermediate_size,
-)
+from reshard_runtime.serving.vllm.filling import fill_from
+from reshard_runtime.serving.vllm.groups import make_group
+from reshard_runtime.serving.vllm.model_layers import compare_model, dense_layers, intermediate_size
 from reshard_runtime.serving.vllm.other_weights import check_same, read_others
 from reshard_runtime.serving.vllm.rows import Counted, Fixed, Rows
 from reshard_runtime.serving.vllm.serving_options import parse
+from reshard_runtime.serving.vllm.shard_sets import dense_of, digest_of, open_sets
 
-_log = init_logger("vllm.denseffn_shards")
-_MIB = 1 << 20
 _LAZY = (None, "lazy")
 
 
@@ -67,7 +56,7 @@ class DenseFFNShardsLoader(DefaultModelLoader):
             )
         own = dataclasses.replace(load_config, load_format="safetensors", model_loader_extra_config=engines)
         super().__init__(own)
-        self._built_from: str | None = None  # the digest of the set that the model was built for
+        self._built_from: str | None = None  # the digests of the sets that the model was built for
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         """As the engine does it, with a say in what is built."""
@@ -83,21 +72,23 @@ class DenseFFNShardsLoader(DefaultModelLoader):
         refuse_elastic(vllm_config)
         additional, tensor = _additional(vllm_config), get_tp_group()
         size = split_size(additional, tensor.world_size)
-        folder, config = self.options.shards, model_config.hf_text_config
+        config = model_config.hf_text_config
         with agreement(*_loading_groups()) as own:
-            manifest, self._built_from = read_manifest(folder)
-            own["shard set"] = self._built_from
-            refuse(vllm_config, additional, model_config.is_moe, manifest.tp_size)
-            compare_model(config, manifest, str(folder))
-            share = manifest.share
+            with open_sets(self.options.shards) as sets:
+                own["shard set"] = self._built_from = digest_of(sets)
+                dense = dense_of(sets)
+            tp_size = None if dense is None else dense.manifest.tp_size
+            refuse(vllm_config, additional, model_config.is_moe, tp_size, alone=len(sets) == 1)
+            if dense is not None:
+                compare_model(config, dense.manifest, str(dense.folder))
             fixed = fixed_rows(vllm_config, size is not None, self.options.max_tokens)
             own |= {OPTION: option_of(additional), "reduce_dtype": self.options.reduce_dtype, "max_tokens": fixed}
-        if size is None:
+        if size is None or dense is None:
             return build(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         data = get_dp_group()
         group = make_group(data.ranks, data.device_group, tensor.device_group, size)
         rows: Rows = Counted(group, _token_counts) if fixed is None else Fixed(group, fixed, is_rehearsal)
-        with intermediate_size(config, share * tensor.world_size):
+        with intermediate_size(config, dense.manifest.share * tensor.world_size):
             model = build(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         # Not at the top: it imports the engine's model, and `register` must not.
         from reshard_runtime.serving.vllm.split_mlp import SplitMLP
@@ -108,18 +99,25 @@ class DenseFFNShardsLoader(DefaultModelLoader):
         return model
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
-        """The dense layers from this rank's shard, then the rest from the model's files."""
+        """What the sets have from this rank's shards, then the rest from the model's files."""
         if _is_draft(model_config):
             super().load_weights(model, model_config)
             return
-        mlps = dense_mlps(model)
-        with agreement(*_loading_groups()) as own, one_set(self.options.shards) as stored:
-            own["shard set"] = stored.digest
-            if self._built_from not in (None, stored.digest):
-                raise ShardError(f"{stored.folder}: was replaced since the model was built; start the engine again")
-            self._fill(model_config, mlps, stored)
-        with _counted_as_loaded(model, mlps):
-            _Others(self.load_config, stored.manifest, self.options.source == "same").load_weights(model, model_config)
+        with agreement(*_loading_groups()) as own, open_sets(self.options.shards) as sets:
+            own["shard set"] = digest = digest_of(sets)
+            if self._built_from not in (None, digest):
+                raise ShardError(
+                    f"{self.options.shards}: was replaced since the model was built; start the engine again"
+                )
+            alone = len(sets) == 1
+            filled = [
+                (stored.manifest, linears)
+                for stored in sets
+                if (linears := fill_from(model, model_config, stored, self.options.verify, alone=alone)) is not None
+            ]
+        manifests = [manifest for manifest, _ in filled]
+        with _counted_as_loaded(model, [linear for _, linears in filled for linear in linears]):
+            _Others(self.load_config, manifests, self.options.source == "same").load_weights(model, model_config)
 
     def get_all_weights(
         self, model_config: ModelConfig, model: nn.Module
@@ -129,42 +127,13 @@ class DenseFFNShardsLoader(DefaultModelLoader):
             raise UsageError("denseffn_shards fills a model once, at start, and does not reload it; start it again")
         return super().get_all_weights(model_config, model)
 
-    def _fill(self, model_config: ModelConfig, mlps: dict[int, Any], stored: StoredSet) -> None:
-        """Fill the dense layers that this process holds, one after another: a pipeline stage may have none."""
-        start, folder, manifest = time.perf_counter(), stored.folder, stored.manifest
-        compare_model(model_config.hf_text_config, manifest, str(folder))
-        compare_found(mlps, model_config.hf_text_config, str(folder))
-        if not mlps:
-            return
-        rank, size = _place(mlps, manifest, folder)
-        compare_built(mlps, manifest.share, str(folder))
-        casts: set[str] = set()
-        cpu = torch.device("cpu")
-        for layer in read_layers(stored, rank, cpu, tp_size=size, layers=mlps, verify=self.options.verify):
-            mlp = mlps[layer.index]
-            casts |= fill(mlp.gate_up_proj, layer.gate_up) | fill(mlp.down_proj, layer.down)
-        compare_activations(mlps, manifest, model_config.dtype, str(folder))
-        if casts:
-            _log.warning("denseffn_shards: the engine's dtype is not the shards': cast %s", ", ".join(sorted(casts)))
-        held = sum(parameter.nbytes for mlp in mlps.values() for parameter in mlp.parameters())
-        _log.info(
-            "denseffn_shards: rank %d of %d holds dense layers %s, %d bytes (%.3f MiB), from %s in %.2f s",
-            rank,
-            size,
-            ", ".join(map(str, mlps)),
-            held,
-            held / _MIB,
-            manifest.shards[rank].file,
-            time.perf_counter() - start,
-        )
-
 
 class _Others(DefaultModelLoader):
-    """Loads once, of the model's own files what the set does not hold; `same`: they must be those it was cut from."""
+    """Loads once, of the model's own files what no set holds; `same`: they must be those the sets were cut from."""
 
-    def __init__(self, load_config: LoadConfig, manifest: Manifest, same: bool) -> None:
+    def __init__(self, load_config: LoadConfig, manifests: Sequence[Manifest], same: bool) -> None:
         super().__init__(load_config)
-        self._manifest, self._same = manifest, same
+        self._manifests, self._same = manifests, same
 
     def _get_weights_iterator(
         self, source: DefaultModelLoader.Source
@@ -178,12 +147,12 @@ class _Others(DefaultModelLoader):
             source.allow_patterns_overrides,
         )
         if self._same:
-            check_same(Path(folder), files, self._manifest)
+            check_same(Path(folder), files, self._manifests)
 
         def passed_over(name: str) -> bool:
             return should_skip_weight(name, self.local_expert_ids)
 
-        for name, tensor in read_others(files, self._manifest, passed_over, same=self._same):
+        for name, tensor in read_others(files, self._manifests, passed_over, same=self._same):
             yield source.prefix + name, tensor
 
 
@@ -209,9 +178,9 @@ def _loading_groups() -> list[dist.ProcessGroup]:
 
 
 @contextlib.contextmanager
-def _counted_as_loaded(model: nn.Module, mlps: dict[int, Any]) -> Iterator[None]:
+def _counted_as_loaded(model: nn.Module, linears: Iterable[nn.Module]) -> Iterator[None]:
     """While the engine loads the rest: its check that nothing is missing does not know of the shards."""
-    held = {id(parameter) for mlp in mlps.values() for parameter in mlp.parameters()}
+    held = {id(parameter) for linear in linears for parameter in linear.parameters()}
     filled = {name for name, parameter in model.named_parameters() if id(parameter) in held}
     load = model.load_weights
 
@@ -235,21 +204,3 @@ def _in_place_of(owner: Any, name: str, value: Any) -> Iterator[None]:
             setattr(owner, name, before)
         else:
             delattr(owner, name)
-
-
-def _place(mlps: dict[int, Any], manifest: Manifest, folder: Path) -> tuple[int, int]:
-    """(tp_rank, tp_size) of the layers, from the layers themselves."""
-    places = {
-        (part.rank, part.size) if isinstance(part, Group) else (part.tp_rank, part.tp_size)
-        for mlp in mlps.values()
-        for part in ([mlp.group] if hasattr(mlp, "group") else [mlp.gate_up_proj, mlp.down_proj])
-    }
-    if len(places) != 1:
-        raise ShardError(f"the engine's dense layers are cut in different ways (rank, size): {sorted(places)}")
-    rank, size = places.pop()
-    if size != manifest.tp_size:
-        raise ShardError(
-            f"{folder}: cut for {manifest.tp_size}, the engine's dense layers are for {size}; cut it with reshard "
-            f"split --tp {size}"
-        )
-    return rank, size

@@ -44,6 +44,12 @@ def dense_by_config(config: Any) -> list[int]:
     ]
 
 
+def stage_layers(config: Any) -> range:
+    """The layers of this pipeline stage."""
+    stage = get_pp_group()
+    return range(*get_pp_indices(config.num_hidden_layers, stage.rank_in_group, stage.world_size))
+
+
 def compare_model(config: Any, manifest: Manifest, folder: str) -> None:
     """The served model's sizes and dense layers against the set's. Raises ShardError with both."""
     for key in ("hidden_size", "intermediate_size"):
@@ -63,9 +69,8 @@ def compare_found(mlps: Mapping[int, Any], config: Any, folder: str) -> None:
 
     A dense layer of another class would be filled from neither the set nor the model's files.
     """
-    stage = get_pp_group()
-    first, end = get_pp_indices(config.num_hidden_layers, stage.rank_in_group, stage.world_size)
-    dense = [index for index in dense_by_config(config) if first <= index < end]
+    here = stage_layers(config)
+    dense = [index for index in dense_by_config(config) if index in here]
     if sorted(mlps) != dense:
         raise ShardError(
             f"{folder}: layers {_shown(dense)} are dense here, the engine has built {_shown(sorted(mlps))} as "

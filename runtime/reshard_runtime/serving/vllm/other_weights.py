@@ -1,7 +1,7 @@
 """What is read of the model's own files: everything but the tensors that the shards replace."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from reshard.regular import Opened
 from reshard.tensors.header import read_raw_header
 
 
-def replaced(manifest: Manifest) -> frozenset[str]:
-    """The source tensors that the set holds: those it is made of, and those of the same value held once."""
+def replaced(manifests: Iterable[Manifest]) -> frozenset[str]:
+    """The source tensors that the sets hold: those they are made of, and those of the same value held once."""
     return frozenset(
         name
+        for manifest in manifests
         for shard in manifest.shards
         for tensor in shard.tensors
         for name in (
@@ -32,21 +33,21 @@ def replaced(manifest: Manifest) -> frozenset[str]:
 
 
 def read_others(
-    files: Iterable[str], manifest: Manifest, passed_over: Callable[[str], bool], *, same: bool = False
+    files: Iterable[str], manifests: Sequence[Manifest], passed_over: Callable[[str], bool], *, same: bool = False
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of every tensor that is not in the set. Of the others only the names are read.
+    """(name, tensor) of every tensor that is in none of the sets. Of the others only the names are read.
 
     `passed_over`: whether the engine has no use for a tensor (another rank's experts). `same`: the files must be those
-    that the set was cut from. Raises ShardError for a tensor of a dense layer that the set was not cut from, maybe
-    under another prefix: it can neither be used nor left out; and for a file that changed while it was read.
+    that the sets were cut from. Raises ShardError for a tensor of a part that its set was not cut from, maybe under
+    another prefix: it can neither be used nor left out; and for a file that changed while it was read.
     """
-    held = replaced(manifest)
-    cut_from = {file.name: file for file in manifest.source.files}
+    held = replaced(manifests)
+    cut_from = {file.name: (file, manifest) for manifest in manifests for file in manifest.source.files}
     for file in sorted(files, key=_natural):
         entry = cut_from.get(Path(file).name)
         with Opened(Path(file)) as opened, safe_open(opened.same_file, framework="pt") as tensors:
             if same and entry is not None:
-                _compare(opened, entry, _way_out(Path(file).parent, manifest))
+                _compare(opened, entry[0], _way_out(Path(file).parent, entry[1]))
             for name in tensors.keys():  # noqa: SIM118 - no mapping
                 if same and entry is None and name in held:
                     raise ShardError(
@@ -55,7 +56,9 @@ def read_others(
                     )
                 if name in held or passed_over(name):
                     continue
-                if _is_of_part(name, tensors, manifest):
+                for manifest in manifests:
+                    if not _is_of_part(name, tensors, manifest):
+                        continue
                     raise ShardError(
                         f"{file}: {name} is a {manifest.what.name} tensor that the shard set was not cut from (its "
                         f"prefix is {manifest.model.prefix}); cut the shards from the very model that is served"
@@ -78,14 +81,19 @@ def _is_of_part(name: str, tensors: Any, manifest: Manifest) -> bool:
     return parsed.prefix == manifest.model.prefix or same_size
 
 
-def check_same(folder: Path, files: Iterable[str], manifest: Manifest) -> None:
-    """Whether the files that the engine reads are those that the set was cut from: by name, size, digest of the header.
+def check_same(folder: Path, files: Iterable[str], manifests: Iterable[Manifest]) -> None:
+    """Whether the files that the engine reads are those that sets were cut from: by name, size, digest of the header.
 
-    Raises ShardError, naming the first that differs.
+    Raises ShardError, naming the first that differs. Sets of several parts are of the same files, looked at once.
     """
     read = {Path(file).name for file in files}
-    way = _way_out(folder, manifest)
-    for file in manifest.source.files:
+    said = {
+        (file.name, file.size, file.header_blake3): (file, manifest)
+        for manifest in manifests
+        for file in manifest.source.files
+    }
+    for file, manifest in said.values():
+        way = _way_out(folder, manifest)
         path = folder / file.name
         try:
             with Opened(path) as opened:
@@ -97,7 +105,7 @@ def check_same(folder: Path, files: Iterable[str], manifest: Manifest) -> None:
         if file.name not in read:
             raise ShardError(
                 f"{path}: the shard set was cut from it, and the engine reads {', '.join(sorted(read))} instead; "
-                f"attention would be of one account of the weights, the dense layers of the other; {way}"
+                f"what the set holds would be of one account of the weights, the rest of the other; {way}"
             )
 
 

@@ -21,7 +21,7 @@ _ENGINES = {"enable_weights_track"}  # vLLM's own for its default loader
 
 @dataclass(frozen=True)
 class Options:
-    """`shards`: the shard set's folder.
+    """`shards`: the folder of a shard set, or of sets of several parts.
 
     reduce_dtype: the type in which partial sums travel; None leaves it to the runtime (`reshard_runtime.ffn.DenseFFN`).
     max_tokens: how many rows every rank sends where the engine does not exchange token counts; None leaves it to the

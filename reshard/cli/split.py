@@ -50,7 +50,7 @@ def split(
         from reshard.plan.pipeline import Cut, check_set_digests, prepare
         from reshard.source.open import open_source, part_address, part_of_sets
         from reshard.writer.open import open_target
-        from reshard.writer.split import DEFAULT_WORKERS, SplitOptions, own_ranks, write_shards
+        from reshard.writer.split import DEFAULT_WORKERS, SplitOptions, check_target, own_ranks, write_shards
         from reshard.writer.team import agree, open_team, read_place
 
         place = read_place()
@@ -65,12 +65,17 @@ def split(
                 jobs: list[_Job] = []
                 for one, size in wanted:  # all of them before anything is written
                     options = SplitOptions(_parse_ranks(ranks, size), resume, overwrite, threads)
-                    target = open_target(part_address(out, one) if one and len(wanted) > 1 else out, source)
+                    if one and len(wanted) > 1:
+                        target = open_target(part_address(out, one), source, in_out=True)
+                    else:
+                        target = open_target(out, source)
                     cut = Cut(size, layout, pad, weights, quant_format, scheme, one)
                     address = part_of_sets(source, one)
                     opened = held.enter_context(open_source(address, revision, index=index, notify=output.warn))
                     prepared = prepare(opened, cut)
                     agree(team, _account(prepared, cut, target.address, options, dry_run))
+                    if not dry_run:
+                        check_target(prepared, target, options, place)
                     for line in prepared.checkpoint.warnings:
                         output.warn(line)
                     jobs.append(_Job(prepared, target, options))

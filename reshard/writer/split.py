@@ -74,6 +74,11 @@ def write_shards(
     return _Run(prepared, target, options, tick, team or Team()).run()
 
 
+def check_target(prepared: Prepared, target: Target, options: SplitOptions, place: Place) -> None:
+    """What `write_shards` finds in the target before it writes. Raises OutputError."""
+    _check_contents(target, prepared.plan, own_ranks(prepared.plan, options, place), options)
+
+
 def own_ranks(plan: Plan, options: SplitOptions, place: Place) -> tuple[int, ...]:
     """The ranks that a process writes."""
     return share(options.ranks if options.ranks is not None else tuple(range(plan.tp_size)), place)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import field
+from tests.support.advice import foreign_options
 from tests.support.running import reshard
 
 SNAPSHOT = "models--org--name/snapshots/0123abcd"
@@ -236,6 +237,8 @@ def test_it_is_refused_in_words_that_help(tmp_path: Path, name: str) -> None:
     assert done.code == 1
     assert [word for word in expected.says if word not in done.err] == [], done.err
     assert len(done.err.strip().splitlines()) == 1
+    for command in ("check", "split", "inspect", "estimate"):
+        assert foreign_options(command, done.err) == []
     for bad in ("stale; remove", "remove the one", "download it again", "download both", "is the file of this"):
         assert bad not in done.err
     assert not (tmp_path / "out").exists()

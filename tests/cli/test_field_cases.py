@@ -168,7 +168,7 @@ EXPECTED: dict[str, Cut | Refused] = {
     "h12-xet-pointer": Refused("input", ("a Git Xet pointer",)),
     "h13-config-link-gone": Refused("input", ("config.json is a link to ../blobs/gone (", "is not there")),
     "h14-description-link-gone": Refused("input", ("quant_model_description.json is a link to ../blobs/gone (",)),
-    "h15-stale-scale-of-a-file-that-is-gone": Cut("bf16", (0, 1), ("still names scales of dense layers",)),
+    "h15-stale-scale-of-a-file-that-is-gone": Cut("bf16", (0, 1), ("still names scales of a dense layer",)),
     "h16-two-live-indexes": Refused("input", ("two indexes", "transformers and vLLM both take", "--index quant_")),
     "h17-transformers-weights": Refused("input", ("transformers_weights names tuned.safetensors", "--index tuned")),
 }

@@ -23,7 +23,7 @@ def inspect(
     form: Format = "human",
     debug: Debug = False,
 ) -> None:
-    """Show the dense layers of a checkpoint or a shard set, or another part.
+    """Show a checkpoint's dense layers, another part, or a set.
 
     Schemes, shapes and bytes of their tensors, and where each one lies.
     """

@@ -109,7 +109,7 @@ def set_addresses(address: str) -> list[str]:
     found = parse_address(address)
     if found.kind == FOLDER:
         with FolderSource(Path(found.place)) as source:
-            within = sets_within(source.files(), source.folders())
+            within = sets_within(source.files(), source.not_files())
             return [part_address(address, PARTS[key]) for key in within] or [address]
     return [address]
 

@@ -81,7 +81,7 @@ def read_model_config(config: Mapping[str, Any]) -> ModelConfig:
         hidden_size=number(language, "hidden_size"),
         intermediate_size=_intermediate_size(language, needed=account.layers != frozenset()),
         num_hidden_layers=layers,
-        vocab_size=number(language, "vocab_size", default=0),
+        vocab_size=_if_said(language, "vocab_size"),
         attention_size=_attention_size(language),
         tied=_tied(config),
         mtp_layers=count_mtp_layers(language),
@@ -134,6 +134,11 @@ def _intermediate_size(language: Mapping[str, Any], *, needed: bool) -> int:
     return number(language, "intermediate_size", default=None if needed else 0)
 
 
+def _if_said(language: Mapping[str, Any], key: str) -> int:
+    """A size from 1; 0 where the key is absent."""
+    return 0 if language.get(key) is None else number(language, key)
+
+
 def _tied(config: Mapping[str, Any]) -> bool | None:
     """As one level or all say; which of two that differ an engine goes by depends on its version."""
     key = "tie_word_embeddings"
@@ -143,11 +148,11 @@ def _tied(config: Mapping[str, Any]) -> bool | None:
 
 def _attention_size(language: Mapping[str, Any]) -> int:
     """Heads times the size of one's values: of latent attention (DeepSeek's MLA) that has a key of its own."""
-    heads = number(language, "num_attention_heads", default=0)
+    heads = _if_said(language, "num_attention_heads")
     if family_of(language) is None or not heads:
         return 0
     if language.get("kv_lora_rank") is not None:
-        return heads * number(language, "v_head_dim", default=0)
+        return heads * _if_said(language, "v_head_dim")
     return heads * number(language, "head_dim", default=number(language, "hidden_size") // heads)
 
 

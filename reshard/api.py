@@ -28,7 +28,7 @@ from reshard.plan.pipeline import Cut, check_set_digests, prepare
 from reshard.safe_text import safe_line
 from reshard.source.address import parse_local_target
 from reshard.source.base import Source
-from reshard.source.open import describe, open_source, set_addresses
+from reshard.source.open import describe, open_source, part_of_sets, set_addresses
 from reshard.source.shardset import read_manifest_only, read_shard_set, require_shard_set
 from reshard.verification.compute import LayerResult, compare_computation
 from reshard.verification.digests import verify_digests
@@ -78,8 +78,9 @@ def split(
 
     The arguments are the options of `reshard split`, which cuts several parts into folders of `out`, one after another.
     """
-    warn, source = _safely(warn), os.fspath(source)
-    cut = Cut(tp, layout, pad, weights, quant_format, scheme, None if part is None else part_named(part))
+    what = None if part is None else part_named(part)
+    warn, source = _safely(warn), part_of_sets(os.fspath(source), what)
+    cut = Cut(tp, layout, pad, weights, quant_format, scheme, what)
     options = SplitOptions(ranks, resume, overwrite, workers)
     target = open_target(os.fspath(out), source)
     with open_source(source, revision, index=index, notify=warn) as opened:

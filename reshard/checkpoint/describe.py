@@ -38,7 +38,7 @@ def describe_layers(
         mlps = {index: module_name(found.prefix, index) for index in found.indexes}
         check_transforms(accounts, mlps, (*tensors, *other_names))
     _check_known(part, found, other_names)
-    schemes = Schemes(accounts, (*tensors, *other_names))
+    schemes = Schemes(accounts, (*tensors, *other_names), part)
     layers = []
     for index in sorted(found.linears, key=lambda index: -1 if index is None else index):
         linears = _linears(part, found, index, schemes, model_config)

@@ -70,12 +70,19 @@ def find(
     if part.place is Place.DENSE_LAYERS:
         by_names = _dense(indexes, config)
     else:
-        by_names = _every_layer(part, indexes, prefix, other_names, config) if whole else ()
+        by_names = _every_layer(part, indexes, prefix, other_names, config, whole=whole)
+    if not indexes:
+        raise LayersError(f"no {part.name}: only the MTP {layers_named(mtp)} {'have' if len(mtp) > 1 else 'has'} one")
     return Found(prefix, found, (*by_names, *_of_prefix(prefix, bool(by_names)), *_left_alone(part, mtp)))
 
 
 def check_untied(config: ModelConfig) -> None:
     """Raises LayersError where a model has no LM head of its own."""
+    if config.tied is None:
+        raise LayersError(
+            f"{CONFIG} contradicts itself: tie_word_embeddings is set in one place and not in another, so that whether "
+            "the LM head is the embedding cannot be told; make both say it"
+        )
     if config.tied:
         raise LayersError(
             f"{CONFIG}: tie_word_embeddings is set: the LM head is the embedding, which --part embedding cuts"
@@ -88,14 +95,17 @@ def _prefix_of_one(part: Part, tensors: Iterable[str], other_names: Collection[s
     name = part.modules[0].name
     if not prefixes:
         raise LayersError(f"no {part.name}: no tensor is named …{name}.weight")
-    if len(prefixes) == 1:
-        return prefixes.pop()
     language = language_modules((*tensors, *other_names), config)
+    if not language and len(prefixes) == 1:
+        return prefixes.pop()
     fitting = [prefix for prefix in prefixes if all(module.startswith(prefix) for module in language)]
-    if not fitting or not language:
-        both = " and ".join(sorted(linear_name(prefix, None, name, part) for prefix in prefixes))
-        raise LayersError(f"{both}: which is the language model's cannot be told; give a checkpoint that holds one")
-    return max(fitting, key=len)
+    if fitting and language:
+        return max(fitting, key=len)
+    named = " and ".join(sorted(linear_name(prefix, None, name, part) for prefix in prefixes))
+    if len(prefixes) == 1:
+        layers = " and ".join(f"{module}layers.*" for module in language)
+        raise LayersError(f"no {part.name}: {named} is another module's, the language model's layers are {layers}")
+    raise LayersError(f"{named}: which is the language model's cannot be told; give a checkpoint that holds one")
 
 
 def _dense(named: Collection[int], config: ModelConfig | None) -> tuple[str, ...]:
@@ -106,28 +116,35 @@ def _dense(named: Collection[int], config: ModelConfig | None) -> tuple[str, ...
 
 
 def _every_layer(
-    part: Part, named: Collection[int], prefix: str, other_names: Iterable[str], config: ModelConfig | None
+    part: Part,
+    named: Collection[int],
+    prefix: str,
+    other_names: Iterable[str],
+    config: ModelConfig | None,
+    *,
+    whole: bool,
 ) -> tuple[str, ...]:
     """Every layer must have it, unless it has something else in its place: another kind of attention."""
     if config is None:
-        return (f"no {CONFIG} beside the files: the layers with {part.name} are taken from names alone",)
+        return (f"no {CONFIG} beside the files: the layers with {part.name} are taken from names alone",) * whole
     if beyond := {layer for layer in named if layer >= config.num_hidden_layers}:
         raise LayersError(
             f"{CONFIG}: num_hidden_layers is {config.num_hidden_layers}, and {numbers(beyond)} is behind the last; is "
             f"{CONFIG} of this checkpoint?"
         )
+    if not whole:
+        return ()
     lacking = set(range(config.num_hidden_layers)) - set(named)
-    rests: dict[int, bool] = dict.fromkeys(lacking, False)
+    rests: dict[int, list[str]] = {}
     for name in other_names:
         parsed = parse_layer(name)
         if parsed and parsed[0] == prefix and parsed[1] in lacking:
-            if parsed[2].startswith(f"{part.path}."):
-                break
-            rests[parsed[1]] = True
-    if not all(rests.values()):
-        missing = linear_name(prefix, min(lacking), part.modules[0].name, part)
-        raise LayersError(f"{missing}.weight: missing; download the file that holds it again")
-    return (f"{layers_named(lacking)} have no {part.path}: left alone",) if lacking else ()
+            rests.setdefault(parsed[1], []).append(parsed[2])
+    for layer in sorted(lacking):
+        if layer not in rests or any(rest.startswith(f"{part.path}.") for rest in rests[layer]):
+            missing = linear_name(prefix, layer, part.modules[0].name, part)
+            raise LayersError(f"{missing}.weight: missing; download the file that holds it again")
+    return (f"without {part.path}, and left alone: {layers_named(lacking)}",) if lacking else ()
 
 
 def _of_prefix(prefix: str, by_names: bool) -> Iterator[str]:

@@ -13,20 +13,24 @@ def check_cut(checkpoint: Checkpoint, tp_size: int, pad: bool, ways: Ways) -> tu
     """Findings and, if the cut can be made, the plan of rank 0; every rank's shapes are the same."""
     where = f"tp {tp_size}"
     name, size, block = checkpoint.part.size, checkpoint.shared_size, required_multiple(checkpoint.layers)
-    divides = 1 <= tp_size <= size and size % tp_size == 0
+    whole = checkpoint.part.padded(size)
+    divides = 1 <= tp_size <= whole and whole % tp_size == 0
     try:
         plan = make_plan(checkpoint, tp_size, pad=pad, tp_ranks=(0,), ways=ways)
     except AlignmentError as error:
         if not divides:
             return [Finding("divides", where, str(error)), *_skipped(where, "blocks", "see divides")], None
-        return [Finding("divides", where, _share(size, tp_size), "ok"), Finding("blocks", where, str(error))], None
+        return [
+            Finding("divides", where, _share(whole, tp_size), "ok"),
+            Finding("blocks", where, str(error)),
+        ], None
     if plan.padding:
         padded = plan.padding.padded
         line = f"{name} {size} padded to {padded}, {_share(padded, tp_size)}"
         share = padded // tp_size
     else:
         line, share = _share(size, tp_size), size // tp_size
-    blocks = f"{share // block} blocks of {block} a rank" if block > 1 else f"no scale blocks along {name}"
+    blocks = f"{-(-share // block)} blocks of {block} a rank" if block > 1 else f"no scale blocks along {name}"
     return [Finding("divides", where, line, "ok"), Finding("blocks", where, blocks, "ok")], plan
 
 

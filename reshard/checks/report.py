@@ -12,10 +12,10 @@ from reshard.model.parts import DENSE_FFN, Part
 
 CHECKS = {
     "input": "what was given can be read",
-    "layers": "the dense layers are found by their tensors' names, and are those that config.json makes dense",
+    "layers": "the dense layers, or another part, are found by their tensors' names, and are those of config.json",
     "shapes": "the weights have the shapes that config.json's sizes make",
     "scheme": "each linear has the tensors, types and shapes of its scheme; gate and up agree",
-    "divides": f"{DENSE_FFN.size} is divisible by the group's size",
+    "divides": f"{DENSE_FFN.size}, or another part's size, is divisible by the group's size",
     "blocks": "a rank's share is whole scale blocks",
     "manifest": "the shard set has a manifest, of a known version, every field of it as its schema says",
     "ranks": "every file that the manifest names is there, in its size; no other shard is",

@@ -118,7 +118,7 @@ def _set(source: Source, request: Request, address: str, notify: Notify) -> list
         asked = tuple(check for check, value in wanted.items() if value)
         return [*findings, *not_checked(asked, "see manifest")]
     if request.part not in (None, manifest.what):
-        raise UsageError(f"--part {request.part.key}: {address} is a set of {manifest.part}")
+        raise UsageError(f"{address}: is a set of {manifest.part}, {request.part.key} is asked for")
 
     def takes(size: int) -> bool:
         return checkpoint is None or _can_be_re_sharded(manifest, checkpoint, size, request)

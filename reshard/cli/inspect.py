@@ -23,17 +23,18 @@ def inspect(
     form: Format = "human",
     debug: Debug = False,
 ) -> None:
-    """Show the dense layers of a checkpoint or a shard set, or another part.
+    """Show a checkpoint's dense layers, another part, or a set.
 
     Schemes, shapes and bytes of their tensors, and where each one lies.
     """
     output = Output(form, quiet=True, debug=debug)
     with output.errors():
-        from reshard.source.open import describe, open_source
+        from reshard.source.open import describe, open_source, part_of_sets
         from reshard.source.shardset import is_shard_set
 
-        with open_source(path, revision, index=index, notify=output.warn) as source:
-            checkpoint = describe(source, scheme, parse_part(part))
+        what = parse_part(part)
+        with open_source(part_of_sets(path, what), revision, index=index, notify=output.warn) as source:
+            checkpoint = describe(source, scheme, what)
             for line in checkpoint.warnings:
                 output.warn(line)
             shard_set = _shard_set(source) if is_shard_set(source) else None

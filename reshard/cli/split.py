@@ -48,9 +48,9 @@ def split(
     output = Output(form, quiet=quiet, debug=debug)
     with output.errors():
         from reshard.plan.pipeline import Cut, check_set_digests, prepare
-        from reshard.source.open import open_source, part_address, part_of_sets
+        from reshard.source.open import check_holds_no_set, open_source, part_address, part_of_sets
         from reshard.writer.open import open_target
-        from reshard.writer.split import DEFAULT_WORKERS, SplitOptions, own_ranks, write_shards
+        from reshard.writer.split import DEFAULT_WORKERS, SplitOptions, check_target, own_ranks, write_shards
         from reshard.writer.team import agree, open_team, read_place
 
         place = read_place()
@@ -61,16 +61,23 @@ def split(
         with open_team(place) as team:
             threads = workers or max(1, DEFAULT_WORKERS // place.on_this_host)
             wanted = parse_parts(part, tp)
+            if len(wanted) > 1:
+                check_holds_no_set(out)
             with contextlib.ExitStack() as held:
                 jobs: list[_Job] = []
                 for one, size in wanted:  # all of them before anything is written
                     options = SplitOptions(_parse_ranks(ranks, size), resume, overwrite, threads)
-                    target = open_target(part_address(out, one) if one and len(wanted) > 1 else out, source)
-                    cut = Cut(size, layout, pad, weights, quant_format, scheme, one)
                     address = part_of_sets(source, one)
+                    if one and len(wanted) > 1:
+                        target = open_target(part_address(out, one), address, in_out=True)
+                    else:
+                        target = open_target(out, address)
+                    cut = Cut(size, layout, pad, weights, quant_format, scheme, one)
                     opened = held.enter_context(open_source(address, revision, index=index, notify=output.warn))
                     prepared = prepare(opened, cut)
                     agree(team, _account(prepared, cut, target.address, options, dry_run))
+                    if not dry_run:
+                        check_target(prepared, target, options, place)
                     for line in prepared.checkpoint.warnings:
                         output.warn(line)
                     jobs.append(_Job(prepared, target, options))

@@ -151,6 +151,13 @@ def counted_layers(part: Part, count: int) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
+def of_part(part: Part) -> str:
+    """Whose a tensor of a part is: of a dense layer, of o_proj, of the LM head."""
+    if part.place is Place.DENSE_LAYERS:
+        return "of a dense layer"
+    return f"of {'' if part.place.in_layers else 'the '}{part.name}"
+
+
 def layers_named(values: Collection[int]) -> str:
     """The same with its noun: layer 7, layers 0-2."""
     return f"layer{'s' if len(values) != 1 else ''} {numbers(values)}"

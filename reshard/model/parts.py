@@ -93,9 +93,22 @@ class Part:
         """The names of the sizes that its weights have."""
         return tuple(sorted({size for role in self.roles for size in (role.out, role.in_)}))
 
+    @property
+    def unit(self) -> str:
+        """What one of it is called."""
+        return "dense layer" if self.place is Place.DENSE_LAYERS else self.name
+
     def laid_out(self, layout: str) -> tuple[Module, ...]:
         """The modules that a shard has."""
         return self.modules if layout == "fused" else tuple(Module(role.name, (role,)) for role in self.roles)
+
+    def stacks(self, layout: str) -> bool:
+        """Whether a shard has linears stacked."""
+        return any(len(module.roles) > 1 for module in self.laid_out(layout))
+
+    def padded(self, size: int) -> int:
+        """What engines make of the size that is shared out before they divide it."""
+        return -(-size // self.padded_to) * self.padded_to
 
     def names(self) -> Iterator[str]:
         """Of every linear, apart and stacked."""

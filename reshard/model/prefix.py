@@ -88,11 +88,11 @@ def language_prefix(
     """
     modules = _modules(part, tensors, other_names)
     having = sorted(prefix for prefix, module in modules.items() if module.having)
-    none = "no dense layer" if part.place is Place.DENSE_LAYERS else f"no {part.name}"
+    none = f"no {part.unit}"
     if not having:
         because = f" ({CONFIG}: {config.reason})" if config and part.place is Place.DENSE_LAYERS else ""
         beside = next((name for name in sorted(other_names) if _stands_beside(name, part)), None)
-        there = f"; {beside} is another module's, by its name" if beside else what_is_there(other_names)
+        there = f"; {beside} is another module's, by its name" if beside else _nearest(part, other_names)
         roles = ",".join(role.name.removesuffix("_proj") for role in part.roles)
         wanted = f"{{{roles}}}_proj" if len(part.roles) > 1 else part.roles[0].name
         raise LayersError(
@@ -110,7 +110,7 @@ def language_prefix(
             "checkpoint that holds one of them"
         )
     if not fitting:
-        there = what_is_there(name for name in other_names if name.startswith(left[0]))
+        there = _nearest(part, (name for name in other_names if name.startswith(left[0])))
         raise LayersError(
             f"{none}: the language model's layers are {left[0]}layers.*, and those of {', '.join(having)} are "
             f"another module's{there}"
@@ -121,6 +121,11 @@ def language_prefix(
 def language_modules(names: Collection[str], config: ModelConfig | None) -> list[str]:
     """The prefixes of the modules that may be the language model, by the names of their layers alone."""
     return _fitting(DENSE_FFN, _modules(DENSE_FFN, {}, names), config)
+
+
+def _nearest(part: Part, names: Iterable[str]) -> str:
+    """To be added to a line that says that there is no dense layer."""
+    return what_is_there(names) if part.place is Place.DENSE_LAYERS else ""
 
 
 def _stands_beside(name: str, part: Part) -> bool:
@@ -154,11 +159,11 @@ def _fitting(part: Part, modules: Mapping[str, _Module], config: ModelConfig | N
     """
     signs: list[Callable[[_Module], bool]] = [lambda module: module.mixes, lambda module: module.has_experts]
     if config is not None:
-        sizes = {part.weight_shape(part.modules[-1], config)}
+        size = part.weight_shape(part.modules[-1], config)
         named = (config.dense_layers if part.place is Place.DENSE_LAYERS else None) or frozenset()
         last = config.num_hidden_layers - 1
         signs = [
-            lambda module: module.shapes <= sizes,
+            lambda module: 0 in size or module.shapes <= {size},  # 0: config.json does not say it
             lambda module: module.having >= named,
             *signs,
             lambda module: max(module.layers) >= last,

@@ -15,7 +15,7 @@ from reshard.checkpoint.description import Checkpoint, Layer, Linear, Tensor
 from reshard.errors import AlignmentError
 from reshard.manifest import Conversion, Padding, Shard, ShardTensor, Slice
 from reshard.model.naming import MAX_TP_SIZE, ShardName
-from reshard.model.parts import Module, Parallel, Part
+from reshard.model.parts import Module, Parallel
 from reshard.schemes.table import Placement
 from reshard.tensors.dtypes import itemsize, nbytes
 from reshard.tensors.header import encode_header
@@ -175,16 +175,16 @@ def working_sizes(size: int, multiple: int) -> list[int]:
 
 
 def _padding(checkpoint: Checkpoint, tp_size: int, layout: str, pad: bool, ways: Ways) -> Padding | None:
-    """What it takes to give each rank an equal share of whole blocks."""
+    """What it takes to give each rank an equal share of whole blocks, of a size that engines may pad first."""
     part, size, multiple = checkpoint.part, checkpoint.shared_size, required_multiple(checkpoint.layers)
+    padded = part.padded(size)
+    by_engines = f", which engines pad to {padded}" if padded != size else ""
     if tp_size < 1:
         raise AlignmentError(f"tp {tp_size}: the {part.name} group has at least one rank; use a tp from 1")
-    if tp_size > min(size, MAX_TP_SIZE):
-        raise AlignmentError(f"tp {tp_size} is greater than {part.size} {size}; use at most {min(size, MAX_TP_SIZE)}")
-    if part.padded_to > 1:
-        return _padding_of_engines(part, size, multiple, tp_size, ways)
-    if size % (tp_size * multiple) == 0 or (tp_size == 1 and layout == "separate"):
-        return None
+    if tp_size > (most := min(padded, MAX_TP_SIZE)):
+        raise AlignmentError(f"tp {tp_size} is greater than {part.size} {size}{by_engines}; use at most {most}")
+    if padded % (tp_size * multiple) == 0 or (tp_size == 1 and not part.stacks(layout)):
+        return Padding(padded=padded, multiple=part.padded_to) if by_engines else None
     if pad and part.may_pad:
         share = -(-size // (tp_size * multiple)) * multiple
         return Padding(padded=share * tp_size, multiple=multiple)
@@ -193,42 +193,36 @@ def _padding(checkpoint: Checkpoint, tp_size: int, layout: str, pad: bool, ways:
             (layer, role)
             for layer in checkpoint.layers
             for role in part.roles
-            if (block := layer.linears[role.name].scale_block) and size % (tp_size * block[role.parallel.value])
+            if (block := layer.linears[role.name].scale_block) and padded % (tp_size * block[role.parallel.value])
         ),
         (checkpoint.layers[0], part.roles[0]),
     )
-    name, dim = f"{layer.name(role.name)}.weight", role.parallel.value
-    sizes = _shown(size, multiple, ways)
+    dim = role.parallel.value
+    what = f"{layer.name(role.name)}.weight: dim {dim} = {size}{by_engines}{',' if by_engines else ''}"
     unit = ("row", "column")[dim]
-    use = sizes or "no size cuts it"
-    if part.may_pad:
-        use = f"{f'{sizes}; or' if sizes else 'use'} {ways.pad} to add zero {unit}s"
+    sizes = _shown(padded, multiple, ways)
+    use = [f"a tp of {sizes}"] if sizes else []
+    use += [f"{ways.pad} to add zero {unit}s"] if part.may_pad else []
+    found = "; or ".join(use)
     if multiple == 1:
-        raise AlignmentError(f"{name}: dim {dim} = {size} is not divisible by tp {tp_size}; {use}")
-    unscaled = f", or {ways.bf16}" if size % tp_size == 0 else ""
+        raise AlignmentError(f"{what} is not divisible by tp {tp_size}; {f'use {found}' if found else _NO_SIZE}")
+    if padded % tp_size == 0:
+        found += f"{', or ' if found else ''}{ways.bf16}"
+    elif not found and (unscaled := _shown(padded, 1, ways)):
+        found = f"{ways.bf16}, and a tp of {unscaled}"
     raise AlignmentError(
-        f"{name}: dim {dim} = {size} over tp {tp_size} gives {size / tp_size:g} {unit}s, not a multiple of the "
-        f"{multiple}-{unit} scale block; {use}{unscaled}"
+        f"{what} over tp {tp_size} gives {padded / tp_size:g} {unit}s, not a multiple of the {multiple}-{unit} scale "
+        f"block; {f'use {found}' if found else _NO_SIZE}"
     )
 
 
-def _padding_of_engines(part: Part, size: int, multiple: int, tp_size: int, ways: Ways) -> Padding | None:
-    """As vLLM does (vocab_parallel_embedding.py): the whole vocabulary is padded, then divided; for one rank, too."""
-    padded = -(-size // part.padded_to) * part.padded_to
-    if padded % (tp_size * multiple):
-        use = _shown(padded, multiple, ways) or "no size cuts it"
-        raise AlignmentError(
-            f"{part.size} {size}{f', which engines pad to {padded},' if padded != size else ''} is not divisible by "
-            f"tp {tp_size}{f' in blocks of {multiple}' if multiple > 1 else ''}; {use}"
-        )
-    return Padding(padded=padded, multiple=part.padded_to) if padded != size else None
+_NO_SIZE = "no size cuts it"
 
 
 def _shown(size: int, multiple: int, ways: Ways) -> str:
     """The first sizes that work, and that the command's other checks take."""
     first = list(islice(filter(ways.takes, working_sizes(size, multiple)), _SHOWN_SIZES + 1))
-    more = ", …" if len(first) > _SHOWN_SIZES else ""
-    return f"use a tp of {', '.join(map(str, first[:_SHOWN_SIZES]))}{more}" if first else ""
+    return ", ".join(map(str, first[:_SHOWN_SIZES])) + (", …" if len(first) > _SHOWN_SIZES else "")
 
 
 def _tensors(name: str, module: Module, linears: Sequence[Linear], share: int, tp_rank: int) -> Iterator[PlannedTensor]:

@@ -10,6 +10,7 @@ from functools import cached_property
 
 from reshard.errors import LayersError, ReshardError, SchemeError
 from reshard.model.naming import CONFIG, MANIFEST
+from reshard.model.parts import DENSE_FFN, Part
 from reshard.quantization.accounts import Account, Accounts, list_accounts
 from reshard.quantization.formats import (
     as_kind,
@@ -38,14 +39,15 @@ from reshard.tensors.dtypes import FLOATS
 class Schemes:
     """Decides for one linear after the other. `warnings` are then of all of them.
 
-    names: of all tensors of the checkpoint, which tell whether anything in it is quantized.
+    names: of all tensors of the checkpoint, which tell whether anything in it is quantized. part: what the linears are.
     """
 
-    def __init__(self, accounts: Accounts, names: Collection[str] = ()) -> None:
+    def __init__(self, accounts: Accounts, names: Collection[str] = (), part: Part = DENSE_FFN) -> None:
         if accounts.scheme is not None:
             check_scheme(accounts.scheme)
         self._given = accounts
         self._names = names
+        self._part = part
         self._option_used = False
         self._lines: dict[str, dict[str, None]] = {}  # the modules of each warning, in their order
 
@@ -74,10 +76,10 @@ class Schemes:
 
     def warnings(self) -> Iterable[str]:
         """What was taken though something speaks against it. Raises SchemeError where `--scheme` was of no linear."""
-        if self._given.scheme is not None and not self._option_used:
+        if self._given.scheme is not None and not self._option_used and self._part.quantized:
             raise SchemeError(
-                f"--scheme {self._given.scheme}: no dense layer is {self._given.scheme}: each is a plain float weight; "
-                "leave the option out"
+                f"--scheme {self._given.scheme}: no {self._part.unit} is {self._given.scheme}: each is a plain float "
+                "weight; leave the option out"
             )
         for line, modules in self._lines.items():
             more = f" and {len(modules) - 1} more" if len(modules) > 1 else ""

@@ -1,4 +1,4 @@
-"""An index against the files that it names: what it says of other tensors than DenseFFN's may be out of date."""
+"""An index against the files that it names: what it says of other tensors than a part's may be out of date."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,8 +14,20 @@ from reshard.tensors.header import Header
 
 _SCALES = re.compile("scale|offset|zero_point")
 
-Concerns = Callable[[str], bool]
-"""Whether a tensor, by its name, is of a dense layer."""
+
+@dataclass(frozen=True)
+class Concerns:
+    """Whether a tensor, by its name, is the part's; `of`: of what, in words."""
+
+    of: str
+    is_one: Callable[[str], bool]
+
+    def __call__(self, name: str) -> bool:
+        return self.is_one(name)
+
+    def none(self, names: Sequence[str]) -> str:
+        """How many others there are, and the first of them."""
+        return f"{len(names)}, none {self.of} ({named(names)})"
 
 
 @dataclass(frozen=True)
@@ -33,7 +45,7 @@ class Contents:
 
 
 def compare(source: Source, choice: Choice, found: Mapping[str, Header | HeaderError], concerns: Concerns) -> Contents:
-    """Raises SourceError where a tensor of a dense layer is not where it must be, or in two places."""
+    """Raises SourceError where a tensor of the part is not where it must be, or in two places."""
     headers = {file: header for file, header in found.items() if isinstance(header, Header)}
     owners, warnings = _owners(choice, headers, concerns)
     unread: set[str] = set()
@@ -47,7 +59,7 @@ def compare(source: Source, choice: Choice, found: Mapping[str, Header | HeaderE
         casts = [name for name in choice.weight_map if concerns(name) and _is_cast(name, headers, owners)]
         if casts:
             warnings.append(
-                f"{choice.index} still names scales of dense layers whose weights are not quantized in the files: "
+                f"{choice.index} still names scales {concerns.of} whose weights are not quantized in the files: "
                 f"{len(casts)} ({named(casts)}); it is of an earlier, quantized version"
             )
         stale = frozenset(casts)
@@ -66,7 +78,7 @@ def compare(source: Source, choice: Choice, found: Mapping[str, Header | HeaderE
 
 
 def _owners(choice: Choice, headers: Mapping[str, Header], concerns: Concerns) -> tuple[dict[str, str], list[str]]:
-    """The file that holds each tensor; of one that concerns no dense layer, the first of several."""
+    """The file that holds each tensor; of one that is not the part's, the first of several."""
     owners: dict[str, str] = {}
     twice: list[str] = []
     for file, header in headers.items():
@@ -81,7 +93,7 @@ def _owners(choice: Choice, headers: Mapping[str, Header], concerns: Concerns) -
             if file != SINGLE and concerns(name):
                 both = _two(choice, headers, SINGLE, file, " are one model")
                 raise SourceError(f"{name}: in {file}, and no index says that {both}")
-    return owners, [f"tensors in two files: {_none_dense(twice)}"] if twice else []
+    return owners, [f"tensors in two files: {concerns.none(twice)}"] if twice else []
 
 
 def _two(choice: Choice, headers: Mapping[str, Header], one: str, other: str, what: str) -> str:
@@ -117,7 +129,7 @@ def _lost(
         (absent if error is None else broken).append(file)
 
     def counted(files: list[str]) -> str:
-        return f"with {sum(len(lost[file]) for file in files)} tensors, none of a dense layer"
+        return f"with {sum(len(lost[file]) for file in files)} tensors, none {concerns.of}"
 
     if absent:
         yield f"{index} names files that are not there: {len(absent)} ({named(absent)}), {counted(absent)}"
@@ -144,13 +156,9 @@ def _stale(
         if name not in weight_map and concerns(name):
             raise SourceError(f"{name}: is in {holder}, and {index} does not name it; is the index of these files?")
     if gone := [name for name in wrong if name not in owners]:
-        yield f"{index} names tensors that no file holds: {_none_dense(gone)}"
+        yield f"{index} names tensors that no file holds: {concerns.none(gone)}"
     if moved := [name for name in wrong if name in owners]:
-        yield f"{index} names tensors in the wrong file: {_none_dense(moved)}"
-
-
-def _none_dense(names: Sequence[str]) -> str:
-    return f"{len(names)}, none of a dense layer ({named(names)})"
+        yield f"{index} names tensors in the wrong file: {concerns.none(moved)}"
 
 
 def _is_cast(name: str, headers: Mapping[str, Header], owners: Mapping[str, str]) -> bool:

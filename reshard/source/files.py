@@ -1,6 +1,6 @@
 """A Hugging Face checkpoint: which files belong to it, and which file holds each tensor."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -8,12 +8,12 @@ from reshard.checkpoint.description import Checkpoint, Extent, Identity, Tensor
 from reshard.errors import SourceError
 from reshard.manifest import SourceFile
 from reshard.model.config import read_model_config
-from reshard.model.naming import CONFIG, parse_tensor
+from reshard.model.naming import CONFIG, of_part, parse_tensor
 from reshard.model.parts import DENSE_FFN, Part
 from reshard.quantization import DESCRIPTION, MODELOPT, is_description, read_accounts
 from reshard.source.base import Source, read_file, try_headers
 from reshard.source.choice import check_names, choose
-from reshard.source.compare import compare
+from reshard.source.compare import Concerns, compare
 from reshard.source.partial import describe_what_is_there
 from reshard.tensors.header import Header
 
@@ -60,7 +60,7 @@ def read_checkpoint(source: Source, scheme: str | None = None, part: Part = DENS
     )
 
 
-def _concerns(config: Mapping[str, Any] | None, part: Part) -> Callable[[str], bool]:
+def _concerns(config: Mapping[str, Any] | None, part: Part) -> Concerns:
     """Whether a name is that of the part's tensor. An MTP layer's, behind the last layer, is not."""
     layers = read_model_config(config).num_hidden_layers if config is not None else None
 
@@ -68,7 +68,7 @@ def _concerns(config: Mapping[str, Any] | None, part: Part) -> Callable[[str], b
         parsed = parse_tensor(name, part)
         return parsed is not None and (layers is None or parsed.layer is None or parsed.layer < layers)
 
-    return concerns
+    return Concerns(of_part(part), concerns)
 
 
 def _side_files(source: Source) -> tuple[dict[str, bytes], list[str]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from reshard.checkpoint.description import Checkpoint
-from reshard.errors import MissingDependencyError, SourceError, UsageError
+from reshard.errors import MissingDependencyError, OutputError, SourceError, UsageError
 from reshard.model.naming import MANIFEST, parse_shard_file
 from reshard.model.parts import DENSE_FFN, PARTS, Part
 from reshard.source.address import FOLDER, HUBS, WEB, Hub, parse_address
@@ -99,7 +99,7 @@ def describe(source: Source, scheme: str | None = None, part: Part | None = None
                 raise UsageError(f"{option} {value}: {source.origin.name} is a shard set, whose {MANIFEST} says it")
         checkpoint = read_shard_set(source)
         if part not in (None, checkpoint.part):
-            raise UsageError(f"--part {part.key}: {source.origin.name} is a set of {checkpoint.part.key}")
+            raise UsageError(f"{source.origin.name}: is a set of {checkpoint.part.key}, {part.key} is asked for")
         return checkpoint
     return read_checkpoint(source, scheme, part or DENSE_FFN)
 
@@ -109,16 +109,33 @@ def set_addresses(address: str) -> list[str]:
     found = parse_address(address)
     if found.kind == FOLDER:
         with FolderSource(Path(found.place)) as source:
-            within = sets_within(source.files(), source.folders())
+            within = sets_within(source.files(), source.not_files())
             return [part_address(address, PARTS[key]) for key in within] or [address]
     return [address]
 
 
 def part_of_sets(address: str, part: Part | None) -> str:
-    """The set of a part, by default the DenseFFN, where sets of several lie at an address; else that address."""
+    """The set of a part, by default the DenseFFN, where sets of several lie at an address; else that address.
+
+    Raises UsageError where none of these is of the part.
+    """
     within = set_addresses(address)
     wanted = part_address(address, part or DENSE_FFN)
-    return wanted if wanted in within else address
+    if within == [address] or wanted in within:
+        return wanted if wanted in within else address
+    held = ", ".join(name.rpartition("/")[2] for name in within)
+    raise UsageError(
+        f"{address}: holds sets of {held}" + ("; say which with --part" if part is None else f", none of {part.key}")
+    )
+
+
+def check_holds_no_set(address: str) -> None:
+    """Raises OutputError where a set lies where folders of several are to be: readers would see it alone."""
+    found = parse_address(address)
+    if found.kind == FOLDER and Path(found.place).is_dir():
+        with FolderSource(Path(found.place)) as source:
+            if any(parse_shard_file(name) for name in source.files()):
+                raise OutputError(f"{address}: holds a shard set; several parts go into a folder without one")
 
 
 def part_address(address: str, part: Part) -> str:

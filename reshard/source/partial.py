@@ -1,4 +1,4 @@
-"""Files that are not there, and that no index accounts for: whether what is there is all of the DenseFFN."""
+"""Files that are not there, and that no index accounts for: whether what is there is all of the part."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -7,7 +7,7 @@ from reshard.checkpoint.description import Layer, Tensor
 from reshard.errors import ReshardError, SourceError
 from reshard.manifest import ModelDims
 from reshard.model.config import ModelConfig, read_model_config
-from reshard.model.naming import CONFIG, numbers, parse_tensor
+from reshard.model.naming import CONFIG, layers_named, numbers, parse_tensor
 from reshard.model.parts import Part, Place
 from reshard.quantization import Accounts
 from reshard.schemes.table import VARIANTS, Variant
@@ -27,8 +27,8 @@ def describe_what_is_there(
 ) -> tuple[ModelDims, tuple[Layer, ...], tuple[str, ...]]:
     """describe_layers, with a warning where files are missing that hold nothing of the part.
 
-    missing: files of the weights that are not there. Raises SourceError where one of them may hold a tensor of a dense
-    layer: where config.json, of a family that is known, does not name the layers that are there.
+    missing: files of the weights that are not there. Raises SourceError where one of them may hold a tensor of the
+    part: where config.json, of a family that is known, does not name the layers that are there.
     """
     if not missing:
         return describe_layers(tensors, other_names, accounts, part)
@@ -40,6 +40,9 @@ def describe_what_is_there(
         described = describe_layers(tensors, other_names, accounts, part)
     except ReshardError as error:
         raise type(error)(f"{lost}; {error}") from error
+    every = range(model.num_hidden_layers) if model is not None and part.place is Place.LAYERS else ()
+    if lacking := set(every) - {layer.index for layer in described[1]}:
+        raise SourceError(f"{lost}: {part.path} of {layers_named(lacking)} may be there; {way}")
     told = accounts.description is not None
     for layer in described[1]:
         for role, linear in layer.linears.items():
@@ -63,7 +66,7 @@ def _lost(source: Source, missing: Sequence[str]) -> tuple[str, str]:
 def _all_of(part: Part) -> str:
     if not part.place.in_layers:
         return f"the {part.name}"
-    return f"every {'dense layer' if part.place is Place.DENSE_LAYERS else part.name} that {CONFIG} names"
+    return f"every {part.unit} that {CONFIG} names"
 
 
 def _doubt(part: Part, tensors: Mapping[str, Tensor], model: ModelConfig | None) -> str | None:

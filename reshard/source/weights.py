@@ -32,8 +32,11 @@ def _taken(file: str) -> str:
     return f"what {file} names" if file.endswith(INDEX_ENDING) else file
 
 
-def sets_within(files: Collection[str], folders: Collection[str]) -> list[str]:
-    """The shard sets in a folder that holds no weights itself: one for each part, under the part's name."""
+def sets_within(files: Collection[str], others: Collection[str]) -> list[str]:
+    """The shard sets in a folder that holds no weights itself: one for each part, under the part's name.
+
+    others: what is no file there. One that is empty, or no folder, counts, too: it was to be a set.
+    """
     if any(name.endswith(WEIGHTS_ENDING) for name in files):
         return []
-    return [key for key in PARTS if key in folders]
+    return [key for key in PARTS if key in others]

@@ -80,7 +80,7 @@ def _share(manifest: Manifest, linear: LinearGrids, dim: int) -> int:
         raise MismatchError(
             f"{MANIFEST}: {manifest.what.size} {size} (padded: {padded}) has no equal shares for tp {tp_size}"
         )
-    if linear.block is not None and (tp_size > 1 or manifest.layout == "fused"):
+    if linear.block is not None and (tp_size > 1 or manifest.what.stacks(manifest.layout)):
         multiple = linear.block[dim]
         if share % multiple:
             raise MismatchError(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from reshard.checkpoint.description import Checkpoint, Layer, Tensor
+from reshard.checkpoint.description import Checkpoint, Identity, Layer, Tensor
 from reshard.errors import SourceError
 from reshard.manifest import Slice
 from reshard.plan.plan import PlannedTensor
@@ -83,6 +83,11 @@ def _common(sets: Sequence[tuple[Source, Checkpoint]]) -> Mapping[str, bytes]:
     for source, other in others:
         if other.part is one.part:
             raise SourceError(f"{first.origin.name} and {source.origin.name} are both sets of {one.part.key}")
+        if difference := _other_origin(one.identity, other.identity):
+            raise SourceError(
+                f"{first.origin.name} and {source.origin.name} were cut from {difference}: a checkpoint is put "
+                "together from sets of one; cut them from one, or merge each by itself"
+            )
         for name in sorted(one.side_files.keys() | other.side_files.keys()):
             if one.side_files.get(name) != other.side_files.get(name):
                 raise SourceError(
@@ -90,6 +95,16 @@ def _common(sets: Sequence[tuple[Source, Checkpoint]]) -> Mapping[str, bytes]:
                     "checkpoints, or one was converted; merge each by itself"
                 )
     return one.side_files
+
+
+def _other_origin(one: Identity, other: Identity) -> str | None:
+    """Where two sets were cut from, or a file of it, where that is not the same; each names the files that it is of."""
+    places = [f"{o.name} at {o.commit}" if o.commit else f"{o.name} ({o.kind})" for o in (one, other)]
+    if places[0] != places[1]:
+        return " and from ".join(places)
+    files = {file.name: file for file in one.files}
+    differing = [file.name for file in other.files if files.get(file.name, file) != file]
+    return f"{places[0]}, with two {differing[0]}" if differing else None
 
 
 def _groups(layers: Sequence[_Held]) -> list[list[_Held]]:

@@ -1,6 +1,7 @@
 """From an address to a target."""
 
 import contextlib
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from reshard.writer.folder import OutputFolder
 from reshard.writer.target import Target
 
 
-def open_target(address: str | Path, source: str | None = None) -> Target:
-    """The target at a folder's path or an address. source: an address that must be another place.
+def open_target(address: str | Path, source: str | None = None, *, in_out: bool = False) -> Target:
+    """The target at a folder's path or an address. source: an address that must be another place. in_out: it lies in
+    OUT, where nothing is followed.
 
     Raises UsageError, OutputError or MissingDependencyError.
     """
@@ -20,6 +22,8 @@ def open_target(address: str | Path, source: str | None = None) -> Target:
     found = parse_target(address)
     if source is not None and _same_place(parse_address(source), found):
         raise OutputError(f"{address}: is the source itself; choose another folder for the shards")
+    if in_out and found.kind == FOLDER and os.path.islink(found.place):
+        raise OutputError(f"{found.place} is a link, expected a folder; remove it, or choose another OUT")
     scheme = FOLDER if found.kind == FOLDER else address.partition("://")[0].lower()
     return TARGETS.get(scheme, _fsspec)(found.place)
 

@@ -18,9 +18,10 @@ from reshard.plan.pipeline import Prepared, wanted
 from reshard.plan.plan import Plan, PlannedShard
 from reshard.workers import Workers
 from reshard.writer.file import DirectFile
+from reshard.writer.neighbours import read_together, side_by_side
 from reshard.writer.open import open_target
 from reshard.writer.records import Records, other_set
-from reshard.writer.stream import ShardStream
+from reshard.writer.stream import ShardStream, write_tensors
 from reshard.writer.target import Target, Tick, contents, record_file, stale, take_manifest_away
 from reshard.writer.team import Place, Team, share
 
@@ -71,6 +72,11 @@ def write_shards(
     """
     target = open_target(out) if isinstance(out, Path | str) else out
     return _Run(prepared, target, options, tick, team or Team()).run()
+
+
+def check_target(prepared: Prepared, target: Target, options: SplitOptions, place: Place) -> None:
+    """What `write_shards` finds in the target before it writes. Raises OutputError."""
+    _check_contents(target, prepared.plan, own_ranks(prepared.plan, options, place), options)
 
 
 def own_ranks(plan: Plan, options: SplitOptions, place: Place) -> tuple[int, ...]:
@@ -145,7 +151,13 @@ class _Run:
             written.append(shard)
 
         staged = any(replacing for _, replacing in asked)
-        self._workers.each(self._write_shard, todo, waiting.append if staged else publish)
+
+        def keep(group: Sequence[tuple[DirectFile, Shard]]) -> None:
+            for made in group:
+                publish(made)
+
+        groups = side_by_side(todo, self._options.workers)
+        self._workers.each(self._write_group, groups, waiting.extend if staged else keep)
         self._prepared.source.check_unchanged()
         if staged:
             # The first process takes the manifest away; then each that still sees one, in a folder of its own.
@@ -157,19 +169,25 @@ class _Run:
             publish(made)
         return written
 
-    def _write_shard(self, planned: PlannedShard) -> tuple[DirectFile, Shard]:
+    def _write_group(self, group: Sequence[PlannedShard]) -> list[tuple[DirectFile, Shard]]:
         self._advance(0)  # not even begun when another worker has failed
-        file = self._target.create(planned.file)
-        stream = ShardStream(file)
-        try:
-            stream.write(planned.header)
-            digests = [stream.write_tensor(tensor, self._prepared.readers, self._advance) for tensor in planned.tensors]
-            _, digest = stream.close()
+        readers, files = self._prepared.readers, []
+        with contextlib.ExitStack() as unfinished:
+            for planned in group:
+                files.append(self._target.create(planned.file))
+                unfinished.callback(files[-1].discard)
+            streams = [ShardStream(file) for file in files]
+            for stream, planned in zip(streams, group, strict=True):
+                stream.write(planned.header)
+            digests = [
+                write_tensors(streams, tensors, read_together(tensors, readers), self._advance)
+                for tensors in zip(*(planned.tensors for planned in group), strict=True)
+            ]
+            wholes = [digest for _, digest in (stream.close() for stream in streams)]
             self._prepared.source.check_unchanged()
-        except BaseException:
-            file.discard()
-            raise
-        return file, planned.entry(digest, digests)
+            unfinished.pop_all()
+        made = zip(files, group, wholes, zip(*digests, strict=True), strict=True)
+        return [(file, planned.entry(whole, of_tensors)) for file, planned, whole, of_tensors in made]
 
     def _advance(self, nbytes: int) -> None:
         self._workers.tick(nbytes)

@@ -5,7 +5,7 @@ there the target takes them.
 """
 
 import mmap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -57,17 +57,17 @@ class ShardStream:
 
         tick: called with the bytes of each step.
         """
-        hasher = blake3()
-        grid = _Grid(tensor, readers)
-        at = 0
-        while at < tensor.nbytes:
-            size = min(tensor.nbytes - at, STAGE_BYTES - self._filled)
+        (digest,) = write_tensors([self], [tensor], readers, tick)
+        return digest
+
+    def step(self, grid: "_Grid", at: int, hasher: blake3) -> int:
+        """Append a tensor's bytes from `at`, as many as the stage has room for. Returns how many."""
+        size = min(grid.nbytes - at, STAGE_BYTES - self._filled)
+        if size:
             grid.fill(self._stage[self._filled : self._filled + size], at)
             hasher.update(self._memory[self._filled : self._filled + size])
             self._advance(size)
-            at += size
-            tick(size)
-        return hasher.hexdigest()
+        return size
 
     def close(self) -> tuple[int, str]:
         """Write what is staged and make it durable. Returns the file's size and BLAKE3."""
@@ -86,6 +86,26 @@ class ShardStream:
         self._sink.write(data)
         self._written += self._filled
         self._filled = 0
+
+
+def write_tensors(
+    streams: Sequence[ShardStream],
+    tensors: Sequence[PlannedTensor],
+    readers: Mapping[str, BlockReader],
+    tick: Callable[[int], None],
+) -> list[str]:
+    """Append to each stream its tensor, to all of them a step in turn. Returns the tensors' BLAKE3.
+
+    tick: called with the bytes of each step.
+    """
+    grids, hashers = [_Grid(tensor, readers) for tensor in tensors], [blake3() for _ in tensors]
+    done = [0] * len(grids)
+    while done != [grid.nbytes for grid in grids]:
+        for number, (stream, grid, hasher) in enumerate(zip(streams, grids, hashers, strict=True)):
+            size = stream.step(grid, done[number], hasher)
+            done[number] += size
+            tick(size)
+    return [hasher.hexdigest() for hasher in hashers]
 
 
 class _Nowhere:
@@ -115,7 +135,8 @@ class _Grid:
 
     def __init__(self, tensor: PlannedTensor, readers: Mapping[str, BlockReader]) -> None:
         rows = tensor.shape[0] if tensor.shape else 1
-        self._row_bytes = tensor.nbytes // rows
+        self.nbytes = tensor.nbytes
+        self._row_bytes = self.nbytes // rows
         self._placed = []
         covered = 0
         for piece in tensor.slices:
@@ -125,7 +146,7 @@ class _Grid:
             place = (readers[piece.tensor], row, column, *at, n_rows, n_bytes)
             self._placed.append(place)
             covered += place[5] * place[6]
-        self._has_zeros = covered < tensor.nbytes
+        self._has_zeros = covered < self.nbytes
 
     def fill(self, out: np.ndarray[tuple[int], np.dtype[np.uint8]], at: int) -> None:
         """Fill `out` with the grid's bytes from `at`: the rest of a row, whole rows, the start of a row."""

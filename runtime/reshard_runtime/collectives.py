@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from reshard.errors import TokensError
 from reshard.tensors.dtypes import RANKS_IN_OWN_TYPE
+from reshard_runtime.gloo_threads import let_go_before_exit
 from reshard_runtime.group import HeldWeakly
 from reshard_runtime.links import links_of
 
@@ -115,7 +116,7 @@ class PairwiseCollectives(Collectives):
 
     def reduce_scatter(self, partial_RPH: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         received = torch.empty_like(partial_RPH)
-        dist.all_to_all_single(received, partial_RPH, group=self._group)
+        self._all_to_all(received, partial_RPH)
         return _sum(received, self._group.size(), out)
 
     def all_reduce(self, partial_PH: torch.Tensor, counts: Sequence[int] = ()) -> torch.Tensor:
@@ -131,13 +132,17 @@ class PairwiseCollectives(Collectives):
         awaited, sent = [room] * others, [message.shape[1]] * others
         for sizes in (awaited, sent):
             sizes.insert(rank, 0)
-        into, of = (torch.from_numpy(each.reshape(-1)) for each in (received, message))
-        dist.all_to_all_single(into, of, awaited, sent, group=self._group)
+        self._all_to_all(*(torch.from_numpy(each.reshape(-1)) for each in (received, message)), awaited, sent)
         if (received[:, : len(told)] != told).any():
             by_rank = received[:, : len(told)].copy().view(np.int64).tolist()
             by_rank.insert(rank, told.view(np.int64).tolist())
             check_counts(by_rank)
         return received
+
+    def _all_to_all(self, into: torch.Tensor, of: torch.Tensor, *sizes: list[int]) -> None:
+        of = of.detach()  # a tensor that nobody else holds, of the same memory
+        dist.all_to_all_single(into, of, *sizes, group=self._group)
+        let_go_before_exit(into, of)
 
     def _exchange_rows(self, own: torch.Tensor, out: torch.Tensor) -> None:
         """Every rank's rows, by rank, from and into the tensors' own memory: gloo's all_gather copies them twice."""

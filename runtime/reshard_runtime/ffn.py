@@ -36,7 +36,7 @@ class DenseFFN(PartialFFN):
 
     Args:
         layer: this rank's part, `load_shard(...).layer(i)`.
-        group: the ranks that share the layer; rank r of it holds shard r. None where tp_size is 1.
+        group: the ranks that share the layer; rank r of it holds shard r. Held weakly. None where tp_size is 1.
         tokens: "scattered" - every rank brings its own tokens and gets theirs back (data parallelism); "replicated" -
             all ranks bring the same tokens and all get the result (tensor parallelism): no gather, all_reduce.
         max_tokens: fixes the buffers for graph capture: every call issues the same collectives with the same sizes,

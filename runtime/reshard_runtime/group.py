@@ -14,9 +14,8 @@ from reshard_runtime.shard import LayerShard
 class HeldWeakly:
     """A process group that others keep: torch's own table does until `destroy_process_group`.
 
-    Its worker threads end with it. They let go of the last tensors that they sent only when they are scheduled again,
-    and one that does so after the interpreter has begun to end aborts the process: whoever destroys the group must be
-    the last to hold it.
+    Whoever destroys the group must be the last to hold it: only then does torch await its threads
+    (`reshard_runtime.gloo_threads`).
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:

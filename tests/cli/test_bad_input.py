@@ -10,6 +10,7 @@ from reshard.errors import SourceError
 from reshard.plan.pipeline import Cut, prepare
 from reshard.source.open import open_source
 from tests.support import cases_sets
+from tests.support.advice import foreign_options
 from tests.support.builders import Spec, build, read_safetensors
 from tests.support.cases import CASES, bad_source, listing, split_thoroughly
 from tests.support.corrupt import FIRST, Case
@@ -50,6 +51,7 @@ def said(done: Done) -> str:
     """Exit code 1, and one line `error: …` on stderr."""
     assert done.code == 1, done.err
     (line,) = done.err.splitlines()
+    assert foreign_options("split", line) == []
     assert line.startswith("error: ")
     return line.removeprefix("error: ")
 

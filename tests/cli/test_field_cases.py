@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import field
+from tests.support.advice import foreign_options
 from tests.support.running import reshard
 
 SNAPSHOT = "models--org--name/snapshots/0123abcd"
@@ -167,7 +168,7 @@ EXPECTED: dict[str, Cut | Refused] = {
     "h12-xet-pointer": Refused("input", ("a Git Xet pointer",)),
     "h13-config-link-gone": Refused("input", ("config.json is a link to ../blobs/gone (", "is not there")),
     "h14-description-link-gone": Refused("input", ("quant_model_description.json is a link to ../blobs/gone (",)),
-    "h15-stale-scale-of-a-file-that-is-gone": Cut("bf16", (0, 1), ("still names scales of dense layers",)),
+    "h15-stale-scale-of-a-file-that-is-gone": Cut("bf16", (0, 1), ("still names scales of a dense layer",)),
     "h16-two-live-indexes": Refused("input", ("two indexes", "transformers and vLLM both take", "--index quant_")),
     "h17-transformers-weights": Refused("input", ("transformers_weights names tuned.safetensors", "--index tuned")),
 }
@@ -236,6 +237,8 @@ def test_it_is_refused_in_words_that_help(tmp_path: Path, name: str) -> None:
     assert done.code == 1
     assert [word for word in expected.says if word not in done.err] == [], done.err
     assert len(done.err.strip().splitlines()) == 1
+    for command in ("check", "split", "inspect", "estimate"):
+        assert foreign_options(command, done.err) == []
     for bad in ("stale; remove", "remove the one", "download it again", "download both", "is the file of this"):
         assert bad not in done.err
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""load_shard over a damaged set."""
+"""load_shard, or load_tensors, over a damaged set."""
 
 import functools
 import random
@@ -10,6 +10,8 @@ from tests.fuzz.subjects import TP, Made
 from tests.support.builders import Raw
 
 if TYPE_CHECKING:
+    import torch
+
     from reshard_runtime.shard import Shard
     from tests.fuzz.runs import Run
 
@@ -25,9 +27,12 @@ def loads(rng: random.Random, made: Made, out: Path, weights_changed: bool) -> "
     for rank in range(TP):
         verify = "digest" if weights_changed or rng.random() < 0.5 else "header"
         keep: dict[str, Any] = {}
-        call = functools.partial(_load, out, rank, verify, keep)
-        proof = functools.partial(_proof, made, rank, keep)
-        line = (f"load_shard({str(out)!r}, {rank}, verify={verify!r})",)
+        load = _load if made.subject.key == "denseffn" else _load_tensors
+        call = functools.partial(load, out, rank, verify, keep)
+        prove = _proof if made.subject.key == "denseffn" else _proof_of_tensors
+        proof = functools.partial(prove, made, rank, keep)
+        name = "load_shard" if made.subject.key == "denseffn" else "load_tensors"
+        line = (f"{name}({str(out)!r}, {rank}, verify={verify!r})",)
         found.append(Run(line, proof, call))
     return found
 
@@ -39,12 +44,24 @@ def _load(out: Path, rank: int, verify: Any, keep: dict[str, Any]) -> None:
     keep["computed"] = load_shard(out, rank, verify=verify)
 
 
+def _load_tensors(out: Path, rank: int, verify: Any, keep: dict[str, Any]) -> None:
+    from reshard_runtime import load_tensors
+
+    keep["stored"] = load_tensors(out, rank, verify=verify)
+
+
+def _proof_of_tensors(made: Made, rank: int, keep: dict[str, Any]) -> bool:
+    found = {name: _raw(tensor) for name, tensor in keep.pop("stored").items()}
+    truth.check_loaded(found, made.dense, TP, rank, made.share, made.subject.key)
+    return True
+
+
 def _proof(made: Made, rank: int, keep: dict[str, Any]) -> bool:
     from reshard_runtime import load_shard
 
     stored, computed = keep.pop("stored"), keep.pop("computed")
     right = load_shard(made.whole, rank, dequantize=False)
-    truth.check_loaded(_raws(stored), made.dense, TP, rank, made.share)
+    truth.check_loaded(_raws(stored), made.dense, TP, rank, made.share, made.subject.key)
     said, wanted = _meaning(stored), _meaning(right)
     for key, value in wanted.items():
         assert said[key] == value, f"loaded {key} is {said[key]}, expected {value}"
@@ -58,20 +75,19 @@ def _proof(made: Made, rank: int, keep: dict[str, Any]) -> bool:
 
 
 def _raws(shard: "Shard") -> dict[str, Raw]:
+    return {
+        f"model.layers.{index}.mlp.{linear.name.rpartition('.')[2]}.{suffix}": _raw(tensor)
+        for index, layer in shard.layers.items()
+        for linear in layer.linears
+        for suffix, tensor in linear.tensors.items()
+    }
+
+
+def _raw(tensor: "torch.Tensor") -> Raw:
     import torch
 
-    found: dict[str, Raw] = {}
-    for index, layer in shard.layers.items():
-        for linear in layer.linears:
-            for suffix, tensor in linear.tensors.items():
-                data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-                kind = _NAMES[str(tensor.dtype).removeprefix("torch.")]
-                found[f"model.layers.{index}.mlp.{linear.name.rpartition('.')[2]}.{suffix}"] = (
-                    kind,
-                    tuple(tensor.shape),
-                    data,
-                )
-    return found
+    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return _NAMES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape), data
 
 
 def _meaning(shard: "Shard") -> dict[str, Any]:

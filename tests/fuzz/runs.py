@@ -60,8 +60,8 @@ def _cut(place: Path, made: Made, dense: Mapping[str, Raw] | None = None, tp: in
 
     def proof() -> bool:
         weights = made.dense if dense is None else dict(dense)
-        share = truth.share_of(weights, tp, made.subject.multiple)
-        truth.check_cut(place, weights, tp, share, made.subject.layout)
+        share = truth.share_of(weights, tp, made.subject.multiple, made.subject.key)
+        truth.check_cut(place, weights, tp, share, made.subject.layout, made.subject.key)
         return True
 
     return proof
@@ -83,7 +83,7 @@ def of_set(
     tp = rng.choice([1, 4] if subject.multiple == 1 else [1, 3])
 
     def is_right() -> bool:
-        truth.check_cut(out, made.dense, TP, made.share, subject.layout)
+        truth.check_cut(out, made.dense, TP, made.share, subject.layout, subject.key)
         truth.check_meaning(out, made.whole)
         return True
 
@@ -95,7 +95,8 @@ def of_set(
         return True
 
     def recut() -> bool:
-        truth.check_cut(folder / "recut", made.dense, tp, truth.share_of(made.dense, tp), "fused")
+        share = truth.share_of(made.dense, tp, 1, subject.key)
+        truth.check_cut(folder / "recut", made.dense, tp, share, "fused", subject.key)
         return True
 
     found = [
@@ -134,19 +135,19 @@ def of_source(rng: random.Random, made: Made, source: Path, folder: Path) -> lis
         def cut() -> bool:
             if truth.blocks_of(source) != [BLOCK, BLOCK]:
                 return False  # the truth is another, and not one that is computed here
-            dense = truth.dense_of(source)
+            dense = truth.dense_of(source, subject.key)
             weights = truth.as_bf16(dense) if converted else dense
             return weights is not None and _cut(place, made, weights, size)()
 
         return cut
 
     def same() -> bool:
-        assert truth.dense_of(source) == made.dense, "the source holds other weights than the set"
+        assert truth.dense_of(source, subject.key) == made.dense, "the source holds other weights than the set"
         return True
 
     found = [
-        _command("inspect", source, *_form(rng)),
-        _command("check", source, "--tp", f"{TP},4", *subject.pad, *_form(rng, "junit", "github")),
+        _command("inspect", source, *subject.part, *_form(rng)),
+        _command("check", source, "--tp", f"{TP},4", *subject.pad, *subject.part, *_form(rng, "junit", "github")),
         _command("split", source, out, "--tp", tp, "--quiet", *options, proof=cut_into(out, tp)),
         _command("split", source, again, "--tp", TP, "--quiet", "--resume", *options, proof=cut_into(again, TP)),
         _command("verify", made.whole, "--source", source, "--quiet", *_form(rng), proof=same),
@@ -157,7 +158,15 @@ def of_source(rng: random.Random, made: Made, source: Path, folder: Path) -> lis
         found.append(_command(*command, proof=cut_into(folder / "bf16", TP, converted=True)))
     if (source / "config.json").is_file():
         found += [
-            _command("check", source / "config.json", "--tp", f"{TP},4", *subject.pad, *_form(rng, "junit", "github")),
+            _command(
+                "check",
+                source / "config.json",
+                "--tp",
+                f"{TP},4",
+                *subject.pad,
+                *subject.part,
+                *_form(rng, "junit", "github"),
+            ),
             _command("estimate", "--config", source / "config.json", "--tp", "1,2", *subject.pad, *_form(rng)),
         ]
     return found
@@ -177,11 +186,11 @@ def of_unfinished(rng: random.Random, made: Made, out: Path, folder: Path) -> li
 
 def of_address(address: str, rng: random.Random, made: Made, folder: Path) -> list[Run]:
     """Readers of a checkpoint that is not on this host."""
-    options = made.subject.options
+    options, part = made.subject.options, made.subject.part
     out, again = folder / "out", copy(made.unfinished, folder / "again")
     return [
-        _command("inspect", address, *_form(rng)),
-        _command("check", address, "--tp", TP, *made.subject.pad, *_form(rng, "junit", "github")),
+        _command("inspect", address, *part, *_form(rng)),
+        _command("check", address, "--tp", TP, *made.subject.pad, *part, *_form(rng, "junit", "github")),
         _command("split", address, out, "--tp", TP, "--quiet", *options, proof=_cut(out, made)),
         _command("split", address, again, "--tp", TP, "--quiet", "--resume", *options, proof=_cut(again, made)),
         _command("verify", made.whole, "--source", address, "--quiet", *_form(rng), proof=lambda: True),

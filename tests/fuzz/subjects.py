@@ -1,12 +1,14 @@
 """What is damaged: small checkpoints of several schemes, each with its shard set, whole and unfinished."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tests.fuzz import truth
-from tests.support.builders import Raw, Spec, build, dense_only
+from tests.support import part_models
+from tests.support.builders import Raw, Spec, build
+from tests.support.part_models import Model
 from tests.support.running import reshard
 
 TP = 2
@@ -16,18 +18,24 @@ TP = 2
 class Subject:
     """A checkpoint, its set for TP ranks, and the same set with rank 1 missing and without its manifest.
 
-    share: a rank's rows of gate, padding and all; options: what the set was cut with.
+    share: a rank's share of what is cut, padding and all; options: what the set was cut with.
     """
 
     name: str
-    spec: Spec
+    spec: Spec | Model
     layout: str = "fused"
     multiple: int = 1  # what a rank's share is padded to
+    key: str = "denseffn"
+
+    @property
+    def part(self) -> tuple[str, ...]:
+        """The option that says what is cut."""
+        return () if self.key == "denseffn" else ("--part", self.key)
 
     @property
     def options(self) -> tuple[str, ...]:
         """How it is cut."""
-        return ("--layout", self.layout, *self.pad)
+        return ("--layout", self.layout, *self.pad, *self.part)
 
     @property
     def pad(self) -> tuple[str, ...]:
@@ -47,6 +55,10 @@ SUBJECTS = (
     Subject("fp8", Spec("fp8_block", **_BLOCKS)),
     Subject("fp8-padded", Spec("fp8_block", hidden=128, intermediate=384, computable=True), multiple=128),
     Subject("fp8-tensor", Spec("ct_fp8_tensor", **_SMALL)),
+    Subject("o_proj", Model("modelslim_v0_static", 64, 128, 16, computable=True), key="o_proj"),
+    Subject("o_proj-fp8", Model("fp8_block", 128, 512, 16, computable=True), key="o_proj"),
+    Subject("lm_head", Model(hidden=64, attention=64, vocabulary=100), key="lm_head"),
+    Subject("embedding", Model(hidden=64, attention=64, vocabulary=128), key="embedding"),
 )
 
 
@@ -59,15 +71,16 @@ class Made:
     whole: Path
     unfinished: Path
     other: Path  # a set of other weights in the same shapes
-    dense: dict[str, Raw]
+    dense: dict[str, Raw]  # the tensors of what is cut
     share: int
 
 
 def make(folder: Path, subject: Subject) -> Made:
     """Build and cut a subject; the sets are proved right before anything is damaged."""
     source, whole, unfinished, other = (folder / name for name in ("source", "whole", "unfinished", "other"))
-    dense = dense_only(build(source, subject.spec))
-    build(folder / "other-source", Spec(**{**vars(subject.spec), "seed": 1}))
+    tensors = _build(source, subject.spec)
+    dense = {name: raw for name, raw in tensors.items() if truth.is_of(name, subject.key, layers=2)}
+    _build(folder / "other-source", replace(subject.spec, seed=1))
     for origin, out, more in (
         (source, whole, ()),
         (folder / "other-source", other, ()),
@@ -75,9 +88,13 @@ def make(folder: Path, subject: Subject) -> Made:
     ):
         done = reshard("split", origin, out, "--tp", TP, "--quiet", *subject.options, *more)
         assert done.code == 0, done.err
-    share = truth.share_of(dense, TP, subject.multiple)
-    truth.check_cut(whole, dense, TP, share, subject.layout)
+    share = truth.share_of(dense, TP, subject.multiple, subject.key)
+    truth.check_cut(whole, dense, TP, share, subject.layout, subject.key)
     return Made(subject, source, whole, unfinished, other, dense, share)
+
+
+def _build(folder: Path, spec: Spec | Model) -> dict[str, Raw]:
+    return part_models.build(folder, spec) if isinstance(spec, Model) else build(folder, spec)
 
 
 def copy(origin: Path, out: Path) -> Path:

@@ -15,26 +15,37 @@ from blake3 import blake3
 
 from tests.support import cut_by_hand
 from tests.support.builders import Raw, read_safetensors
-from tests.support.cut_by_hand import BLOCK, ITEMSIZE, Array, expected_rank, to_array
+from tests.support.cut_by_hand import BLOCK, ITEMSIZE, Array, to_array
 
-_DENSE = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate|up|down)_proj\.\w+", re.ASCII)
+_NAMES = {
+    "denseffn": r"model\.layers\.(\d+)\.mlp\.(gate|up|down)_proj\.\w+",
+    "o_proj": r"model\.layers\.(\d+)\.self_attn\.o_proj\.\w+",
+    "lm_head": r"(?:model\.)?lm_head\.\w+",
+    "embedding": r"(?:model\.)?embed_tokens\.\w+",
+}
 MANIFEST = "manifest.json"
 
 
-def dense_of(folder: Path) -> dict[str, Raw]:
-    """The dense layers' tensors in a folder, as its files say it now; a file that nobody can read holds none."""
+def is_of(name: str, key: str, layers: int | None) -> bool:
+    """Whether a name is that of a part's tensor, in one of so many layers."""
+    match = re.fullmatch(_NAMES[key], name, re.ASCII)
+    return match is not None and (layers is None or not match.groups() or int(match[1]) < layers)
+
+
+def dense_of(folder: Path, key: str) -> dict[str, Raw]:
+    """A part's tensors in a folder, as its files say it now; a file that nobody can read holds none."""
     found: dict[str, Raw] = {}
+    layers = _layers(folder)
     for path in sorted(folder.glob("*.safetensors")):
         if not path.is_file() or path.stat().st_size > 100_000_000:
             continue
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
             held = read_safetensors(path)
-            dense = {name: raw for name, raw in held.items() if _DENSE.fullmatch(name) and _is_whole(raw)}
+            dense = {name: raw for name, raw in held.items() if is_of(name, key, layers) and _is_whole(raw)}
             both = sorted(name for name in dense.keys() & found.keys() if dense[name] != found[name])
             assert not both, f"{both[0]} is in two files, and was taken from one"
             found |= dense
-    layers = _layers(folder)
-    return {name: raw for name, raw in found.items() if layers is None or int(name.split(".")[2]) < layers}
+    return found
 
 
 def _is_whole(raw: Raw) -> bool:
@@ -56,16 +67,20 @@ def blocks_of(folder: Path) -> list[int]:
     return [BLOCK, BLOCK]
 
 
-def share_of(dense: dict[str, Raw], tp: int, multiple: int = 1) -> int:
-    """A rank's rows of gate, up to a multiple."""
-    sizes = {raw[1][0] for name, raw in dense.items() if name.endswith("gate_proj.weight")}
-    assert len(sizes) == 1, f"layers of {len(sizes)} sizes"
-    return -(-sizes.pop() // (tp * multiple)) * multiple
+def share_of(dense: dict[str, Raw], tp: int, multiple: int, key: str) -> int:
+    """A rank's rows of gate, up to a multiple; of o_proj columns, of a table rows of the padded vocabulary."""
+    weights = {name: raw[1] for name, raw in dense.items() if name.endswith(".weight")}
+    sizes = {shape[key == "o_proj"] for name, shape in weights.items() if key != "denseffn" or ".gate_proj." in name}
+    assert len(sizes) == 1, f"{len(sizes)} sizes"
+    size = sizes.pop()
+    if key in {"lm_head", "embedding"}:
+        return -(-size // 64) * 64 // tp
+    return -(-size // (tp * multiple)) * multiple
 
 
-def check_cut(out: Path, dense: dict[str, Raw], tp: int, share: int, layout: str) -> None:
+def check_cut(out: Path, dense: dict[str, Raw], tp: int, share: int, layout: str, key: str = "denseffn") -> None:
     """A set: its shards' bytes, its manifest's digests, and that its slices, taken from the source, give the shards."""
-    cut_by_hand.check_set(out, dense, tp, share, layout)
+    cut_by_hand.check_set(out, dense, tp, share, layout, key)
     manifest = json.loads((out / MANIFEST).read_bytes())
     assert [shard["tp_rank"] for shard in manifest["shards"]] == list(range(tp))
     for shard in manifest["shards"]:
@@ -120,9 +135,9 @@ def check_merged(out: Path, dense: dict[str, Raw], side_files: dict[str, bytes])
         assert (out / name).read_bytes() == data, f"{name}: other bytes"
 
 
-def check_loaded(tensors: dict[str, Raw], dense: dict[str, Raw], tp: int, rank: int, share: int) -> None:
+def check_loaded(tensors: dict[str, Raw], dense: dict[str, Raw], tp: int, rank: int, share: int, key: str) -> None:
     """What a rank has loaded, as stored: fused, whatever the layout."""
-    wanted = expected_rank(dense, tp, rank, share, "fused")
+    wanted = cut_by_hand.expected_of(key, dense, tp, rank, share, "fused")
     assert tensors.keys() == wanted.keys(), f"other tensors: {sorted(tensors.keys() ^ wanted.keys())[:4]}"
     for name, raw in wanted.items():
         assert tensors[name][:2] == raw[:2], f"{name}: type or shape: {tensors[name][:2]}, expected {raw[:2]}"
@@ -156,7 +171,7 @@ def check_meaning(out: Path, right: Path) -> None:
     for said in (found, wanted):
         for key in ("generator", "source", "files", "blake3"):
             said.pop(key, None)
-        said["layers"].sort(key=lambda layer: int(layer["index"]))
+        said["layers"].sort(key=lambda layer: int(layer["index"] or 0))
         for shard in said["shards"]:
             shard["tensors"].sort(key=lambda tensor: str(tensor["name"]))
             for tensor in shard["tensors"]:

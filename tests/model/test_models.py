@@ -2,7 +2,7 @@
 
 A checkpoint of every model in `configs/` is made (headers only) and described; the tensors that a split
 would take are compared with `data/split_tensors.json`. A change to that file is a decision: only the DenseFFN may be
-in it. The layer numbers stand in tests.support.models too, written by hand.
+in it. The layer numbers stand in tests.support.models too, written by hand, and what the other parts have.
 """
 
 import json
@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 
 from reshard.model.naming import parse_tensor
+from reshard.model.parts import PARTS
 from reshard.source.open import describe, open_source
 from reshard.synth.plan import SynthOptions, plan_checkpoint
 from reshard.synth.write import write_checkpoint
-from tests.support.models import DENSE_LAYERS, FROZEN, MODELS
+from tests.support.models import DENSE_LAYERS, FROZEN, MODELS, O_PROJ, TABLES
 from tests.support.paths import CONFIGS
 
 SCHEMES = ("bf16", "fp8_block")
@@ -46,7 +47,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_every_model_is_frozen() -> None:
-    assert sorted(FROZEN) == sorted(DENSE_LAYERS) == MODELS
+    assert sorted(FROZEN) == sorted(DENSE_LAYERS) == sorted(O_PROJ) == sorted(TABLES) == MODELS
     assert all(tuple(sorted(schemes)) == SCHEMES for schemes in FROZEN.values())
 
 
@@ -67,6 +68,27 @@ def test_split_tensors(case: tuple[str, str, Path]) -> None:
     if block is not None:
         assert f"model.layers.{block}.eh_proj.weight" in index
         assert not [name for name in names if name.startswith(f"model.layers.{block}.")]
+
+
+def test_split_tensors_of_other_parts(case: tuple[str, str, Path]) -> None:
+    """No expert's, no MTP layer's, no other tensor, in the shapes of the published models."""
+    model, scheme, folder = case
+    o_proj, layers, *shape = O_PROJ[model]
+    head, embedding, *table = TABLES[model]
+    scales = [-(-size // 128) for size in shape]
+    wanted: dict[str, dict[str, list[int]]] = {
+        "lm_head": {f"{head}.weight": table},
+        "embedding": {f"{embedding}.weight": table},
+        "o_proj": {f"{o_proj.format(layer)}.weight": shape for layer in range(layers)},
+    }
+    if scheme == "fp8_block":
+        wanted["o_proj"] |= {f"{o_proj.format(layer)}.weight_scale_inv": scales for layer in range(layers)}
+    with open_source(str(folder)) as source:
+        for key, tensors in wanted.items():
+            found = describe(source, part=PARTS[key])
+            assert {tensor.name: list(tensor.shape) for tensor in found.tensors()} == tensors
+            left_alone = [line for line in found.warnings if line.startswith("the o_proj of the MTP layer ")]
+            assert len(found.warnings) == len(left_alone) == (key == "o_proj" and model in PREDICTION_BLOCK)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -45,6 +45,22 @@ def columns_of(array: Array, tp: int, rank: int, local: int) -> Array:
     return zeros_behind(array, 1, local * tp)[:, rank * local : (rank + 1) * local]
 
 
+def column_parallel(suffix: str, weight: Array, array: Array, tp: int, rank: int, share: int) -> Array:
+    """A rank's rows. `share`: of the padded size."""
+    if is_scalar(suffix, array):
+        return array
+    return rows_of(array, tp, rank, -(-share // scale_block(suffix, weight, array)[0]))
+
+
+def row_parallel(suffix: str, weight: Array, array: Array, tp: int, rank: int, share: int) -> Array:
+    """A rank's columns, and of what belongs to the rows all; the bias, which is added once, on rank 0."""
+    if suffix == "weight":
+        return columns_of(array, tp, rank, share)
+    if not is_scalar(suffix, array) and (unit := scale_block(suffix, weight, array)[1]):
+        return columns_of(array, tp, rank, -(-share // unit))
+    return np.zeros_like(array) if suffix == "quant_bias" and rank > 0 else array
+
+
 def expected_rank(dense: dict[str, Raw], tp: int, rank: int, share: int, layout: str) -> dict[str, Raw]:
     """One rank's tensors. `share`: the rank's part of the padded intermediate size."""
     found: dict[str, Raw] = {}
@@ -53,14 +69,13 @@ def expected_rank(dense: dict[str, Raw], tp: int, rank: int, share: int, layout:
         arrays = {name.removeprefix(f"{prefix}."): to_array(raw) for name, raw in dense.items() if prefix in name}
         local: dict[str, Array] = {}
         for suffix in (name.removeprefix("gate_proj.") for name in arrays if name.startswith("gate_proj.")):
-            gate, up = arrays[f"gate_proj.{suffix}"], arrays[f"up_proj.{suffix}"]
+            gate, up = (arrays[f"{role}.{suffix}"] for role in ("gate_proj", "up_proj"))
+            weight = arrays["gate_proj.weight"]
+            pieces = [column_parallel(suffix, weight, array, tp, rank, share) for array in (gate, up)]
             if is_scalar(suffix, gate):
-                pieces = [gate, up]
                 fused = gate
                 assert layout == "separate" or np.array_equal(gate, up)
             else:
-                rows = -(-share // scale_block(suffix, arrays["gate_proj.weight"], gate)[0])
-                pieces = [rows_of(gate, tp, rank, rows), rows_of(up, tp, rank, rows)]
                 fused = np.concatenate(pieces)
             local |= (
                 {f"gate_up_proj.{suffix}": fused}
@@ -68,25 +83,37 @@ def expected_rank(dense: dict[str, Raw], tp: int, rank: int, share: int, layout:
                 else {f"gate_proj.{suffix}": pieces[0], f"up_proj.{suffix}": pieces[1]}
             )
         for suffix in (name.removeprefix("down_proj.") for name in arrays if name.startswith("down_proj.")):
-            down = arrays[f"down_proj.{suffix}"]
-            if suffix == "weight":
-                down = columns_of(down, tp, rank, share)
-            elif not is_scalar(suffix, down) and (unit := scale_block(suffix, arrays["down_proj.weight"], down)[1]):
-                down = columns_of(down, tp, rank, -(-share // unit))
-            elif suffix == "quant_bias" and rank > 0:
-                down = np.zeros_like(down)
-            local[f"down_proj.{suffix}"] = down
+            weight, down = arrays["down_proj.weight"], arrays[f"down_proj.{suffix}"]
+            local[f"down_proj.{suffix}"] = row_parallel(suffix, weight, down, tp, rank, share)
         for name, array in local.items():
             origin = dense[f"{prefix}.{name.replace('gate_up_proj', 'gate_proj')}"]
             found[f"{prefix}.{name}"] = (origin[0], array.shape, array.tobytes())
     return found
 
 
-def check_set(folder: Path, dense: dict[str, Raw], tp: int, share: int, layout: str) -> None:
-    shards = [f"denseffn-rank-{rank:05d}-of-{tp:05d}.safetensors" for rank in range(tp)]
-    assert sorted(path.name for path in folder.glob("denseffn-rank-*.safetensors")) == shards
+CUTS = {"o_proj": row_parallel, "lm_head": column_parallel, "embedding": column_parallel}
+
+
+def expected_of(key: str, tensors: dict[str, Raw], tp: int, rank: int, share: int, layout: str) -> dict[str, Raw]:
+    """The same of any part; those whose linears stand alone keep their names."""
+    if key == "denseffn":
+        return expected_rank(tensors, tp, rank, share, layout)
+    found: dict[str, Raw] = {}
+    for name, raw in tensors.items():
+        module, _, suffix = name.rpartition(".")
+        array = CUTS[key](suffix, to_array(tensors[f"{module}.weight"]), to_array(raw), tp, rank, share)
+        found[name] = (raw[0], array.shape, array.tobytes())
+    return found
+
+
+def check_set(
+    folder: Path, tensors: dict[str, Raw], tp: int, share: int, layout: str = "fused", key: str = "denseffn"
+) -> None:
+    """A set's shards. tensors: the part's in the source."""
+    shards = [f"{key}-rank-{rank:05d}-of-{tp:05d}.safetensors" for rank in range(tp)]
+    assert sorted(path.name for path in folder.glob("*-rank-*.safetensors")) == shards
     for rank, file in enumerate(shards):
-        got, wanted = read_safetensors(folder / file), expected_rank(dense, tp, rank, share, layout)
+        got, wanted = read_safetensors(folder / file), expected_of(key, tensors, tp, rank, share, layout)
         assert got.keys() == wanted.keys()
         for name, raw in wanted.items():
             assert got[name][:2] == raw[:2], f"{file}: {name}"

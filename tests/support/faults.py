@@ -122,7 +122,7 @@ def _path_of(descriptor: int) -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """A split: what to cut, where to, how; and the step at which to fail."""
+    """A split: what to cut, where to, how; and the step at which to fail. cut: what Cut takes, a part by its key."""
 
     source: Path
     out: Path
@@ -177,6 +177,7 @@ def run(job: Job) -> Outcome:
 def main() -> None:
     """The job that the environment names, in this process, which ends here."""
     from reshard.errors import ReshardError
+    from reshard.model.parts import DENSE_FFN, part_named
     from reshard.plan.pipeline import Cut
     from reshard.writer import stream
     from reshard.writer.split import SplitOptions
@@ -191,7 +192,8 @@ def main() -> None:
         options = {"workers": 1, **job["options"]}
         if options.get("ranks") is not None:
             options["ranks"] = tuple(options["ranks"])
-        result = split(Path(job["source"]), Path(job["out"]), Cut(**job["cut"]), SplitOptions(**options))
+        cut = {**job["cut"], "part": part_named(job["cut"].get("part", DENSE_FFN.key))}
+        result = split(Path(job["source"]), Path(job["out"]), Cut(**cut), SplitOptions(**options))
         outcome |= {
             "written": [shard.tp_rank for shard in result.written],
             "kept": [shard.tp_rank for shard in result.kept],

@@ -7,6 +7,7 @@ from pathlib import Path
 from reshard.checks.finding import Finding
 from reshard.manifest import parse_manifest
 from reshard.model.naming import MANIFEST, shard_file
+from reshard.model.parts import DENSE_FFN
 from reshard.plan.pipeline import Cut, prepare
 from reshard.source.base import read_header
 from reshard.source.open import describe, open_source
@@ -30,7 +31,7 @@ class Verdict:
     findings: list[Finding]
     computed: list[Finding]
     layers: list[LayerResult]
-    all_layers: list[int]
+    all_layers: list[int | None]
 
     def clean(self) -> bool:
         within = all(layer.difference <= layer.bound for layer in self.layers)
@@ -45,7 +46,7 @@ def verify(shards: Path, source: Path) -> Verdict:
     ticks: list[int] = []
     with open_source(str(shards)) as cut, open_source(str(source)) as original:
         manifest = parse_manifest((shards / MANIFEST).read_bytes())
-        checkpoint = describe(original)
+        checkpoint = describe(original, part=manifest.what)
         findings = compare_with_source(cut, manifest, original, checkpoint, ticks.append)
         computed, layers = compare_computation(cut, manifest, original, checkpoint)
         if not findings:  # fused input_* are compared twice
@@ -53,7 +54,7 @@ def verify(shards: Path, source: Path) -> Verdict:
                 read_header(cut, s.file).file_size - read_header(cut, s.file).data_start for s in manifest.shards
             )
             assert stored <= sum(ticks) < stored + 100 * len(manifest.shards)
-    return Verdict(findings, computed, layers, [layer.number for layer in checkpoint.layers])
+    return Verdict(findings, computed, layers, [layer.index for layer in checkpoint.layers])
 
 
 def made(tmp_path: Path, spec: Spec, cut: Cut) -> tuple[Path, Path]:
@@ -66,9 +67,16 @@ def always(data: bytes) -> Callable[[bytes], bytes]:
     return lambda before: data
 
 
-def patch(shards: Path, tp_rank: int, tp_size: int, name: str, change: Callable[[bytes], bytes]) -> None:
+def patch(
+    shards: Path,
+    tp_rank: int,
+    tp_size: int,
+    name: str,
+    change: Callable[[bytes], bytes],
+    part: str = DENSE_FFN.key,
+) -> None:
     """Other bytes for a tensor, in its place."""
-    path = shards / shard_file(tp_rank, tp_size)
+    path = shards / shard_file(tp_rank, tp_size, part)
     with open_source(str(shards)) as opened:
         info = read_header(opened, path.name).tensors[name]
     raw = bytearray(path.read_bytes())
@@ -84,9 +92,9 @@ def rewrite(shards: Path, tp_rank: int, tp_size: int, change: Callable[[dict[str
     write_safetensors(path, tensors, {"format": "pt"})
 
 
-def exchange(shards: Path) -> None:
+def exchange(shards: Path, part: str = DENSE_FFN.key) -> None:
     """Put rank 0's file in rank 1's place and the reverse."""
-    one, other = (shards / shard_file(rank, 2) for rank in (0, 1))
+    one, other = (shards / shard_file(rank, 2, part) for rank in (0, 1))
     first, second = one.read_bytes(), other.read_bytes()
     one.write_bytes(second)
     other.write_bytes(first)

@@ -172,6 +172,20 @@ def load_while_replaced(group: dist.ProcessGroup, served: Served, by: Path, at: 
     return said
 
 
+def load_changed(group: dist.ProcessGroup, served: Served, changed: str, skipped: bool) -> str:
+    """As `load`, by a model whose load_weights doubles a tensor, as some normalize one, or is `skipped` by it."""
+    from vllm.model_executor.models.deepseek_v2 import DeepseekV2ForCausalLM
+
+    load_weights = DeepseekV2ForCausalLM.load_weights
+
+    def change(model: Any, weights: Any) -> Any:
+        other = ((name, 2 * value if name == changed else value) for name, value in weights)
+        return load_weights(model, ((name, value) for name, value in other if not (skipped and name == changed)))
+
+    with mock.patch.object(DeepseekV2ForCausalLM, "load_weights", change):
+        return load(group, served)
+
+
 @contextlib.contextmanager
 def _engine_with(limit: float | None, where: str) -> Iterator[None]:
     """An engine whose dense MLP has a limit, in its activation or in its forward, which no vLLM has for it yet."""

@@ -1,6 +1,7 @@
 """What stands in OUT, or in its place, and is no file: refused before anything is written, and never followed."""
 
 import os
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -132,3 +133,31 @@ def test_a_name_that_is_too_long_while_it_is_written(tmp_path: Path, size: int) 
     with pytest.raises(OutputError, match=rf"{name}: its name has {size + 22} bytes .* the file system takes 255"):
         running.split(tmp_path / "model", tmp_path / "out", Cut(2))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda path: path.symlink_to("../else", target_is_directory=True), "lm_head is a link, expected a folder"),
+        (os.mkfifo, "lm_head: Not a directory"),
+        (lambda path: path.write_bytes(b"mine"), "lm_head: Not a directory"),
+        (lambda path: shutil.copytree(path.parents[1] / "done" / "lm_head", path), "lm_head: holds a finished shard"),
+    ],
+    ids=["link", "FIFO", "file", "finished set"],
+)
+def test_of_several_parts_none_is_written_where_one_cannot_be(
+    tmp_path: Path, make: Callable[[Path], None], said: str
+) -> None:
+    command = ("--tp", 2, "--part", "denseffn", "--part", "lm_head", "--quiet")
+    config = CONFIGS / "deepseek-v2-lite.json"
+    assert reshard("synth", config, tmp_path / "model", "--scale", "1/16", "--layers", 2, "--quiet").code == 0
+    assert reshard("split", tmp_path / "model", tmp_path / "done", *command).code == 0
+    for folder in ("out", "else"):
+        (tmp_path / folder).mkdir()
+    make(tmp_path / "out" / "lm_head")
+    done = reshard("split", tmp_path / "model", tmp_path / "out", *command)
+    assert (done.code, done.out) == (1, "")
+    assert said in done.err
+    assert done.err.count("\n") == 1
+    assert os.listdir(tmp_path / "out") == ["lm_head"]
+    assert os.listdir(tmp_path / "else") == []

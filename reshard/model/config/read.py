@@ -15,7 +15,7 @@ from reshard.model.config.layers import Account, dense_layers, unknown_keys
 from reshard.model.config.rules import count_mtp_layers, expert_counts, experts_key
 from reshard.model.config.sizes import with_default_sizes
 from reshard.model.config.values import is_set, number, word
-from reshard.model.config.wrapper import language_config
+from reshard.model.config.wrapper import language_config, language_levels
 from reshard.model.naming import CONFIG
 
 # Other names of it: Phi-3-small, Falcon, LFM2, ChatGLM, T5.
@@ -30,10 +30,10 @@ class ModelConfig:
     the layers dense, or why none does. is_stated: whether a key that is known says it; where it follows from the
     absence of keys that are known, names that say otherwise are believed. other_accounts: what other keys say.
     vocab_size, attention_size (all heads' values: o_proj's in_features): 0 where config.json does not say them, or the
-    family's code is not known. tied: whether the LM head is the embedding. wrapper: the key under which the language
-    model's config is nested. activations: of each layer; None where config.json does not say it and the family's
-    default is not known. doubts: what only tensors can settle, a line each, for whoever has a config alone. bias: the
-    key that gives the dense layers' matrices a bias, where one does.
+    family's code is not known. tied: whether the LM head is the embedding; None where two levels differ on it.
+    wrapper: the key under which the language model's config is nested. activations: of each layer; None where
+    config.json does not say it and the family's default is not known. doubts: what only tensors can settle, a line
+    each, for whoever has a config alone. bias: the key that gives the dense layers' matrices a bias, where one does.
     """
 
     model_type: str
@@ -42,7 +42,7 @@ class ModelConfig:
     num_hidden_layers: int
     vocab_size: int
     attention_size: int
-    tied: bool
+    tied: bool | None
     mtp_layers: int
     dense_layers: frozenset[int] | None
     reason: str
@@ -81,9 +81,9 @@ def read_model_config(config: Mapping[str, Any]) -> ModelConfig:
         hidden_size=number(language, "hidden_size"),
         intermediate_size=_intermediate_size(language, needed=account.layers != frozenset()),
         num_hidden_layers=layers,
-        vocab_size=number(language, "vocab_size", default=0),
+        vocab_size=_if_said(language, "vocab_size"),
         attention_size=_attention_size(language),
-        tied=is_set(language if "tie_word_embeddings" in language else config, "tie_word_embeddings"),
+        tied=_tied(config),
         mtp_layers=count_mtp_layers(language),
         dense_layers=account.layers,
         reason=account.reason,
@@ -134,13 +134,25 @@ def _intermediate_size(language: Mapping[str, Any], *, needed: bool) -> int:
     return number(language, "intermediate_size", default=None if needed else 0)
 
 
+def _if_said(language: Mapping[str, Any], key: str) -> int:
+    """A size from 1; 0 where the key is absent."""
+    return 0 if language.get(key) is None else number(language, key)
+
+
+def _tied(config: Mapping[str, Any]) -> bool | None:
+    """As one level or all say; which of two that differ an engine goes by depends on its version."""
+    key = "tie_word_embeddings"
+    said = {is_set(level, key) for _, level in language_levels(config) if level.get(key) is not None}
+    return None if len(said) > 1 else said == {True}
+
+
 def _attention_size(language: Mapping[str, Any]) -> int:
     """Heads times the size of one's values: of latent attention (DeepSeek's MLA) that has a key of its own."""
-    heads = number(language, "num_attention_heads", default=0)
+    heads = _if_said(language, "num_attention_heads")
     if family_of(language) is None or not heads:
         return 0
     if language.get("kv_lora_rank") is not None:
-        return heads * number(language, "v_head_dim", default=0)
+        return heads * _if_said(language, "v_head_dim")
     return heads * number(language, "head_dim", default=number(language, "hidden_size") // heads)
 
 

@@ -142,7 +142,7 @@ def _shifted(q_TK: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
 
 
 def _qlinear(q_TK: torch.Tensor, zero: int, packed: torch.Tensor) -> torch.Tensor:
-    one, none = torch.ones(1), torch.zeros(1, dtype=torch.int32)
+    one, none = torch.ones(1, dtype=torch.float32), torch.zeros(1, dtype=torch.int32)
     return torch.ops.onednn.qlinear_pointwise(
         q_TK, 1.0, zero, packed, one, none, None, 1.0, 0, torch.float32, "none", [], ""
     )
@@ -161,7 +161,7 @@ def _int8_of_tiles(q_TK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
 def _tiles(weight_NK: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     """(rows, these rows as float32), all through one buffer."""
     height = max(1, _TILE_ELEMENTS // weight_NK.shape[1])
-    buffer = torch.empty(min(height, len(weight_NK)), weight_NK.shape[1])
+    buffer = torch.empty(min(height, len(weight_NK)), weight_NK.shape[1], dtype=torch.float32)
     for top in range(0, len(weight_NK), height):
         rows = weight_NK[top : top + height]
         yield slice(top, top + len(rows)), buffer[: len(rows)].copy_(rows)

@@ -39,6 +39,7 @@ from reshard_runtime.serving.vllm.other_weights import check_same, read_others
 from reshard_runtime.serving.vllm.rows import Counted, Fixed, Rows
 from reshard_runtime.serving.vllm.serving_options import parse
 from reshard_runtime.serving.vllm.shard_sets import dense_of, digest_of, open_sets
+from reshard_runtime.serving.vllm.stand_ins import watched
 
 _LAZY = (None, "lazy")
 
@@ -115,9 +116,12 @@ class DenseFFNShardsLoader(DefaultModelLoader):
                 for stored in sets
                 if (linears := fill_from(model, model_config, stored, self.options.verify, alone=alone)) is not None
             ]
-        manifests = [manifest for manifest, _ in filled]
-        with _counted_as_loaded(model, [linear for _, linears in filled for linear in linears]):
-            _Others(self.load_config, manifests, self.options.source == "same").load_weights(model, model_config)
+        manifests, same = [manifest for manifest, _ in filled], self.options.source == "same"
+        with (
+            _counted_as_loaded(model, [linear for _, linears in filled for linear in linears]),
+            watched(model, filled) as stand_ins,
+        ):
+            _Others(self.load_config, manifests, stand_ins, same).load_weights(model, model_config)
 
     def get_all_weights(
         self, model_config: ModelConfig, model: nn.Module
@@ -129,11 +133,16 @@ class DenseFFNShardsLoader(DefaultModelLoader):
 
 
 class _Others(DefaultModelLoader):
-    """Loads once, of the model's own files what no set holds; `same`: they must be those the sets were cut from."""
+    """Loads once: `stand_ins`, and of the model's own files what no set holds.
 
-    def __init__(self, load_config: LoadConfig, manifests: Sequence[Manifest], same: bool) -> None:
+    same: they must be those the sets were cut from.
+    """
+
+    def __init__(
+        self, load_config: LoadConfig, manifests: Sequence[Manifest], stand_ins: dict[str, torch.Tensor], same: bool
+    ) -> None:
         super().__init__(load_config)
-        self._manifests, self._same = manifests, same
+        self._manifests, self._stand_ins, self._same = manifests, stand_ins, same
 
     def _get_weights_iterator(
         self, source: DefaultModelLoader.Source
@@ -148,6 +157,9 @@ class _Others(DefaultModelLoader):
         )
         if self._same:
             check_same(Path(folder), files, self._manifests)
+
+        if not source.prefix:  # the model's own weights, and not what is beside them
+            yield from self._stand_ins.items()
 
         def passed_over(name: str) -> bool:
             return should_skip_weight(name, self.local_expert_ids)

@@ -41,5 +41,5 @@ def _set_folders(folder: Path) -> list[Path]:
     except OSError:
         return [folder]  # `one_set` says what is wrong
     files = [entry.name for entry in entries if not entry.is_dir()]
-    within = sets_within(files, [entry.name for entry in entries if entry.is_dir()])
+    within = sets_within(files, [entry.name for entry in entries if not entry.is_file()])
     return [folder / key for key in within] or [folder]

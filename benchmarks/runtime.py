@@ -83,7 +83,7 @@ class Timed:
 
 
 def _speed(group: dist.ProcessGroup, whole: Path, halves: Path, tokens: int, rounds: int) -> dict[str, Any]:
-    """Seconds a pass through all layers, medians, by the clock and (`processor`) of this process; the split one's steps."""
+    """Seconds a pass, medians, by the clock and (`processor`) of this process; the split one also by step."""
     whole_layers, half_layers = load_shard(whole, 0).layers, load_shard(halves, group.rank()).layers
     full = [DenseFFN(whole_layers.pop(index)) for index in list(whole_layers)]
     seconds: dict[str, float] = defaultdict(float)

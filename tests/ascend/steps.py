@@ -108,7 +108,7 @@ def decode(group: dist.ProcessGroup, served: Served, steps: int, most: int) -> d
                 found = [mlp(x).clone() for mlp in dense_mlps(model).values()]
             if any(not torch.equal(a, b) for a, b in zip(found, results.setdefault(bucket, found), strict=True)):
                 different.append((step, bucket))
-    addresses = {(name, *(tensor.data_ptr() for tensor in tensors)) for name, *tensors in met}
+    addresses = {(name, *(tensor.data_ptr() for tensor in tensors)) for name, *tensors in met if tensors}
     return {"results": results, "different": different, "sent": set(sent), "addresses": addresses}
 
 

@@ -2,14 +2,14 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 
 from reshard.errors import GroupError
 from reshard_runtime.group import HeldWeakly
 
+T = TypeVar("T")
 _FAILURE = "denseffn_shards/failure"
 _STORE_ERRORS = (AttributeError, RuntimeError)  # an older torch shows no store; it goes with the process that held it
 
@@ -44,7 +44,7 @@ class Group:
         """tp_size."""
         return self.data.size() * self.tensor.size()
 
-    def meet(self, collective: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+    def meet(self, collective: Callable[..., T], *args: Any) -> T:
         """A collective's result. Raises GroupError where another rank has left, with what that one has told."""
         try:
             return collective(*args)

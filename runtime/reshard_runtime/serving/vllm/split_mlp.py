@@ -67,7 +67,7 @@ class SplitMLP(DeepseekV2MLP):
         if self.codec is None:  # only now are the weights in the form that the kernels want
             self.codec = codec_of(self.gate_up_proj, x_TH.dtype)
         kernels, size = kernels_for(x_TH.device), group.data.size()
-        collectives = kernels.collectives(group.data)
+        collectives = group.meet(kernels.collectives, group.data)
         reduce_dtype = self.reduce_dtype or reduce_dtype_for(collectives, group.size, x_TH.dtype)
         packed = self.codec.pack(x_TH if own else x_TH.new_zeros(1, x_TH.shape[1]))  # kernels take none that is empty
         sent = rows.place("sent", packed, layout, 1)
@@ -79,7 +79,8 @@ class SplitMLP(DeepseekV2MLP):
         kept = rows.result("summed", layout, 1, partial, torch.float32 if collectives.in_float32 else reduce_dtype)
         y_TH = group.meet(collectives.reduce_scatter, partial, kept)[:own]
         if group.tensor.size() > 1 and own and self.down_proj.reduce_results:  # else the next layer adds them up
-            y_TH = group.meet(kernels.collectives(group.tensor).all_reduce, y_TH.to(reduce_dtype))
+            of_tensor = group.meet(kernels.collectives, group.tensor)
+            y_TH = group.meet(of_tensor.all_reduce, y_TH.to(reduce_dtype))
         return y_TH.to(x_TH.dtype, copy=kept is not None)
 
 

@@ -36,6 +36,7 @@ def dense_of(folder: Path, key: str) -> dict[str, Raw]:
     """A part's tensors in a folder, as its files say it now; a file that nobody can read holds none."""
     found: dict[str, Raw] = {}
     layers = _layers(folder)
+    mtp: set[str] = set()  # their layers, which names alone tell where no config says how many others there are
     for path in sorted(folder.glob("*.safetensors")):
         if not path.is_file() or path.stat().st_size > 100_000_000:
             continue
@@ -45,7 +46,8 @@ def dense_of(folder: Path, key: str) -> dict[str, Raw]:
             both = sorted(name for name in dense.keys() & found.keys() if dense[name] != found[name])
             assert not both, f"{both[0]} is in two files, and was taken from one"
             found |= dense
-    return found
+            mtp |= {name.removesuffix("eh_proj.weight") for name in held if name.endswith(".eh_proj.weight")}
+    return {name: raw for name, raw in found.items() if layers is not None or not name.startswith(tuple(mtp))}
 
 
 def _is_whole(raw: Raw) -> bool:

@@ -1,6 +1,7 @@
 """Shard sets, made and damaged, and what verify finds in them."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,22 @@ class Verdict:
 
     def where(self, check: str) -> list[str]:
         return [finding.where for finding in self.findings if finding.check == check]
+
+
+@contextlib.contextmanager
+def one_byte_changed(path: Path, at: float, mask: int, *, any_place: bool) -> Iterator[str]:
+    """Gives the name of the tensor that is hit. any_place: else at a tensor's start, as few places hit small ones."""
+    before = path.read_bytes()
+    with open_source(str(path.parent)) as opened:
+        tensors = read_header(opened, path.name).tensors
+    name = sorted(tensors)[int(at * len(tensors))]
+    first = min(info.start for info in tensors.values())
+    place = first + int(at * (len(before) - first)) if any_place else tensors[name].start + int(at * 2)
+    try:
+        path.write_bytes(before[:place] + bytes([before[place] ^ mask]) + before[place + 1 :])
+        yield next(name for name, info in tensors.items() if info.start <= place < info.stop)
+    finally:
+        path.write_bytes(before)
 
 
 def verify(shards: Path, source: Path) -> Verdict:

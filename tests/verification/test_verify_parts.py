@@ -12,13 +12,11 @@ from hypothesis import strategies as st
 from reshard.model.naming import shard_file
 from reshard.model.parts import PARTS
 from reshard.plan.pipeline import Cut
-from reshard.source.base import read_header
-from reshard.source.open import open_source
 from tests.support.builders import Raw, read_safetensors
 from tests.support.manifests import edit_manifest
 from tests.support.part_models import Model, build
 from tests.support.running import reshard
-from tests.support.verifying import exchange, patch, split, verify
+from tests.support.verifying import exchange, one_byte_changed, patch, split, verify
 
 STATIC, O_PROJ = "modelslim_v0_static", "model.layers.1.self_attn.o_proj"
 WEIGHTS = {"o_proj": f"{O_PROJ}.weight", "lm_head": "lm_head.weight", "embedding": "model.embed_tokens.weight"}
@@ -94,18 +92,8 @@ def test_any_flipped_byte_is_found(
     """Also one of the zeros behind the vocabulary."""
     one = sets[key]
     path = one.shards / shard_file(rank, 2, key)
-    before = path.read_bytes()
-    with open_source(str(one.shards)) as opened:
-        tensors = read_header(opened, path.name).tensors
-    name = sorted(tensors)[int(at * len(tensors))]
-    first = min(info.start for info in tensors.values())
-    place = first + int(at * (len(before) - first)) if any_place else tensors[name].start + int(at * 2)
-    hit = next(name for name, info in tensors.items() if info.start <= place < info.stop)
-    try:
-        path.write_bytes(before[:place] + bytes([before[place] ^ mask]) + before[place + 1 :])
+    with one_byte_changed(path, at, mask, any_place=any_place) as hit:
         verdict = verify(one.shards, one.source)
-    finally:
-        path.write_bytes(before)
     assert verdict.where("bytes") == [f"{path.name}: {hit}"]
 
 

@@ -13,7 +13,6 @@ from reshard.checks.finding import Finding
 from reshard.errors import SourceError
 from reshard.model.naming import MANIFEST, shard_file
 from reshard.plan.pipeline import Cut
-from reshard.source.base import read_header
 from reshard.source.open import describe, open_source
 from tests.support.builders import Raw, Spec, build, read_safetensors, write_safetensors
 from tests.support.manifests import edit_manifest
@@ -25,6 +24,7 @@ from tests.support.verifying import (
     always,
     exchange,
     made,
+    one_byte_changed,
     patch,
     read_all,
     rewrite,
@@ -49,19 +49,8 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_any_flipped_byte_is_found(pair: tuple[Path, Path], tp_rank: int, at: float, mask: int, big: bool) -> None:
     source, shards = pair
     path = shards / shard_file(tp_rank, 2)
-    before = path.read_bytes()
-    with open_source(str(shards)) as opened:
-        tensors = read_header(opened, path.name).tensors
-    # Either any byte, or one of the small tensors, which few random places would hit.
-    name = sorted(tensors)[int(at * len(tensors))]
-    first = min(info.start for info in tensors.values())
-    place = first + int(at * (len(before) - first)) if big else tensors[name].start + int(at * 2)
-    hit = next(name for name, info in tensors.items() if info.start <= place < info.stop)
-    try:
-        path.write_bytes(before[:place] + bytes([before[place] ^ mask]) + before[place + 1 :])
+    with one_byte_changed(path, at, mask, any_place=big) as hit:
         verdict = verify(shards, source)
-    finally:
-        path.write_bytes(before)
     assert verdict.where("bytes") == [f"{path.name}: {hit}"]
 
 

@@ -7,7 +7,7 @@ import re
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import pytest
 
 from reshard import limits
 from reshard.errors import OutputError, SourceError, SpaceError, UsageError
+from reshard.manifest import Shard
 from reshard.plan.pipeline import Cut, prepare
 from reshard.source.base import Bytes
 from reshard.source.filesystems import same_place
@@ -171,6 +172,22 @@ def test_a_disk_that_gives_back_other_bytes(source: Path, memory: str, monkeypat
     assert objects(memory) == {}
 
 
+def publish_cancelled(
+    target: RemoteTarget,
+    entry: Shard,
+    data: bytes,
+    tick: Callable[[int], None],
+    then: Callable[[], None] = lambda: None,
+) -> None:
+    with target.writing((0,)):
+        file = target.create(entry.file)
+        file.write(memoryview(data))
+        file.close()
+        with pytest.raises(Cancelled):
+            target.publish(file, entry, tick)
+        then()
+
+
 def test_a_put_that_is_told_to_end(source: Path, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system that shows a file while it is written shows none that is not whole."""
     split(source, memory, ranks=(0,))
@@ -185,12 +202,7 @@ def test_a_put_that_is_told_to_end(source: Path, memory: str, monkeypatch: pytes
             if len(put_so_far) >= 3:
                 raise Cancelled
 
-    with target.writing((0,)):
-        file = target.create(entry.file)
-        file.write(memoryview(objects(memory)[entry.file]))
-        file.close()
-        with pytest.raises(Cancelled):
-            target.publish(file, entry, tick)
+    publish_cancelled(target, entry, objects(memory)[entry.file], tick)
     assert len(put_so_far) >= 3
     assert objects("memory://sets/other") == {}
 
@@ -208,13 +220,7 @@ def test_a_put_that_hangs_is_told_to_end(source: Path, memory: str, monkeypatch:
         if nbytes == 0:
             raise Cancelled
 
-    with target.writing((0,)):
-        file = target.create(entry.file)
-        file.write(memoryview(objects(memory)[entry.file]))
-        file.close()
-        with pytest.raises(Cancelled):
-            target.publish(file, entry, tick)
-        over.set()
+    publish_cancelled(target, entry, objects(memory)[entry.file], tick, then=over.set)
     assert asked[-2:] == [0, 0], "before any bound of time"
 
 

@@ -66,8 +66,10 @@ def test_the_runtime_s_example_runs_as_it_stands(tmp_path: Path, monkeypatch: py
         given = {"x": torch.randn(5, 256).bfloat16()}
         code = example("import torch.distributed as dist")
         exec(code.replace('"npu:3"', '"cpu"').replace("[5, 1, 0, 7, 2, 0, 0, 1]", "[5]"), given)
+        assert not dist.is_initialized()
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():  # the example destroys its group itself, unless it failed before
+            dist.destroy_process_group()
     assert given["y"].shape == (5, 256)
 
 

@@ -129,6 +129,7 @@ format: $(READY) ## put the code into the house's form
 
 bench: $(READY) $(VLLM_READY) ## speed and memory against copying and against the peers, as ratios; ARGS='--runs 3'
 	$(BIN)/python -m benchmarks.split $(ARGS)
+	$(BIN)/python -m benchmarks.parts $(ARGS)
 	$(BIN)/python -m benchmarks.runtime $(ARGS)
 	$(BIN)/python -m benchmarks.accuracy
 	$(VLLM_VENV)/bin/python -m benchmarks.serving $(ARGS)

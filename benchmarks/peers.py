@@ -61,9 +61,9 @@ def narrow(source: Path, out: Path, tp_size: int) -> None:
         save_file(tensors, out / f"rank-{rank}.safetensors")
 
 
-def _limit(direct: bool) -> Callable[[Path, Path, int], None]:
+def _limit(*, direct: bool, copy: bool = False) -> Callable[[Path, Path, int], None]:
     def write(source: Path, out: Path, tp_size: int) -> None:
-        """As many bytes, from memory, fsynced: no reading, cutting or hashing."""
+        """As many bytes, fsynced, from memory or the source: no cutting or hashing."""
         blocks = source.stat().st_size // tp_size // STAGE
         ranks = list(range(tp_size))
 
@@ -77,8 +77,11 @@ def _limit(direct: bool) -> Callable[[Path, Path, int], None]:
                     return
                 flags = os.O_CREAT | os.O_WRONLY | (os.O_DIRECT if direct else 0)
                 descriptor = os.open(out / f"rank-{rank}", flags)
-                for block in range(blocks):
-                    os.pwrite(descriptor, memory, block * STAGE)
+                with source.open("rb", buffering=0) as opened:
+                    for block in range(blocks):
+                        if copy:
+                            os.preadv(opened.fileno(), [memory], (rank * blocks + block) * STAGE)
+                        os.pwrite(descriptor, memory, block * STAGE)
                 os.fsync(descriptor)
                 os.close(descriptor)
 
@@ -96,6 +99,7 @@ PEERS: dict[str, Callable[[Path, Path, int], None]] = {
     "narrow": narrow,
     "write_buffered": _limit(direct=False),
     "write_direct": _limit(direct=True),
+    "copy_direct": _limit(direct=True, copy=True),
 }
 
 

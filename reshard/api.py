@@ -28,9 +28,9 @@ from reshard.plan.pipeline import Cut, check_set_digests, prepare
 from reshard.safe_text import safe_line
 from reshard.source.address import parse_local_target
 from reshard.source.base import Source
-from reshard.source.open import describe, open_source, part_of_sets, set_addresses
+from reshard.source.open import describe, each_set, open_part, open_source
 from reshard.source.shardset import read_manifest_only, read_shard_set, require_shard_set
-from reshard.verification.compute import LayerResult, compare_computation
+from reshard.verification.compute import LayerResult
 from reshard.verification.digests import verify_digests
 from reshard.verification.source import compare_with_source
 from reshard.writer.merge import MergedFile
@@ -79,11 +79,12 @@ def split(
     The arguments are the options of `reshard split`, which cuts several parts into folders of `out`, one after another.
     """
     what = None if part is None else part_named(part)
-    warn, source = _safely(warn), part_of_sets(os.fspath(source), what)
+    warn = _safely(warn)
     cut = Cut(tp, layout, pad, weights, quant_format, scheme, what)
     options = SplitOptions(ranks, resume, overwrite, workers)
-    target = open_target(os.fspath(out), source)
-    with open_source(source, revision, index=index, notify=warn) as opened:
+    address, opened = open_part(os.fspath(source), what, revision, index=index, notify=warn)
+    with opened:
+        target = open_target(os.fspath(out), address)
         prepared = prepare(opened, cut)
         for line in prepared.checkpoint.warnings:
             warn(line)
@@ -142,19 +143,16 @@ def verify(
             found += _as_recomputed(opened)
         comparable = source is not None and readable
         if source is not None and comparable:
-            with open_source(os.fspath(source), revision, index=index, notify=warn) as original:
+            with open_part(os.fspath(source), manifest.what, revision, index=index, notify=warn)[1] as original:
                 checkpoint = describe(original, scheme, manifest.what)
-                # compare_computation says it, too
+                # compare_with_source says it, too
                 left_out = {*of_activations(checkpoint.layers, config=CONFIG in checkpoint.side_files)}
                 for line in checkpoint.warnings:
                     if line not in left_out:
                         warn(line)
                 with progress("source", nbytes) as tick:
-                    found += compare_with_source(opened, manifest, original, checkpoint, tick)
-                if not any(finding.check == "names" for finding in found):
-                    with progress("computation", nbytes) as tick:
-                        more, layers = compare_computation(opened, manifest, original, checkpoint, tick=tick)
-                        found += more
+                    more, layers = compare_with_source(opened, manifest, original, checkpoint, tick)
+                    found += more
                 original.check_unchanged()
         opened.check_unchanged()
     # Bytes are what counts: the same weights in other files are no mismatch, and still worth a word.
@@ -182,12 +180,15 @@ def merge(shards: Address, out: Address, *, warn: Warn = _log.warning, progress:
     """Put shard sets, of one part or several, together again, bit for bit, in a new or empty folder with an index."""
     folder = parse_local_target(os.fspath(out), "merge")
     with contextlib.ExitStack() as held:
-        sets: list[tuple[Source, Checkpoint]] = []
-        for address in set_addresses(os.fspath(shards)):
+
+        def opened(address: str) -> tuple[Source, Checkpoint]:
             source = held.enter_context(open_source(address, notify=_safely(warn)))
             require_shard_set(source)
-            sets.append((source, read_shard_set(source)))
+            found = source, read_shard_set(source)
             check_set_digests(source, DEFAULT_WORKERS)
+            return found
+
+        sets = each_set(os.fspath(shards), opened)
         with progress("merge", sum(checkpoint.nbytes for _, checkpoint in sets)) as tick:
             return MergeResult(folder, tuple(merge_sets(sets, folder, tick)))
 

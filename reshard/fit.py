@@ -1,6 +1,6 @@
 """Whether files fit their manifest: the rules for check, verify, merge, re-cuts, the loader and the vLLM plugin."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from blake3 import blake3
@@ -48,6 +48,20 @@ def fit_names(manifest: Manifest, files: Collection[str]) -> Iterator[Misfit]:
     for file in sorted(files):
         if parse_shard_file(file) and file not in named:
             yield Misfit("file", file, f"a shard that {MANIFEST} does not name; is it of another set?")
+
+
+def absent_parts(folder: str, manifests: Sequence[Manifest]) -> str | None:
+    """What is said of sets that were cut together with those that a folder holds, and are not among them, if any."""
+    held = {manifest.part: manifest.tp_size for manifest in manifests}
+    absent = {part: manifest.part for manifest in manifests for part in manifest.parts if part not in held}
+    if not absent:
+        return None
+    parts, teller = ", ".join(absent), next(iter(absent.values()))
+    again = " ".join(f"--part {part}={size}" for part, size in held.items())
+    return (
+        f"{folder}: lacks {parts}, cut together with {teller} (its {MANIFEST} says so): copy the whole folder, or cut "
+        f"what is wanted of it anew: reshard split {folder} OUT {again}"
+    )
 
 
 def fit_size(file: str, size: int, expected: int) -> Iterator[Misfit]:

@@ -81,9 +81,9 @@ DRIVER_SECONDS = 30.0
 """As SILENCE_SECONDS, of a driver that tries again by itself before it says that it failed."""
 WHOLE_PIECE_SPEED = 1 << 16
 """Bytes a second that must come on top of that from a driver that shows a range only when all of it is there."""
-PUT_SPEED = 1 << 18
-"""Bytes a second that a put into a store must reach over all, beyond DRIVER_SECONDS: drivers send parts of 50 MiB, ten
-at a time, before they say that any has arrived."""
+PUT_SPEED = MIB
+"""Bytes a second that a put into a store must reach over all, beyond DRIVER_SECONDS: 280 MiB are given up after 310 s.
+Drivers send parts of 50 MiB, ten at a time, before they say that any has arrived; some say nothing before the end."""
 WRONG_TRIES = 3
 """As many in a row that were too slow, or answered with another range than was asked for, and it is over."""
 WAIT_SECONDS = 600.0

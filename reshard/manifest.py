@@ -237,10 +237,16 @@ def _one_description(files: list[SideFile]) -> list[SideFile]:
 class Manifest(Sealed):
     """A shard set."""
 
+    OPTIONAL = frozenset({"parts"})
+
     schema_: Annotated[Literal["denseffn-shards/2"], Field(alias="schema")]
     blake3: OwnDigest
     generator: Generator
     part: Annotated[str, AfterValidator(_known_part), Field(description="what of the model it holds")]
+    parts: Annotated[
+        tuple[Annotated[str, AfterValidator(_known_part)], ...],
+        Field(description="what was cut into one folder together, this part too; left out where it was cut alone"),
+    ] = ()
     model: ModelDims
     scheme: Annotated[str, Field(description="the quantized linears' scheme; bf16 if none is, mixed if they differ")]
     tp_size: Annotated[int, Field(ge=1, le=MAX_TP_SIZE)]
@@ -263,6 +269,8 @@ class Manifest(Sealed):
 
     @model_validator(mode="after")
     def _of_part(self) -> "Manifest":
+        if self.parts and (self.part not in self.parts or len(set(self.parts)) < len(self.parts)):
+            raise ValueError(f"parts are {', '.join(self.parts)}, expected {self.part} among them, each once")
         if sorted(self.model.sizes) != list(self.what.sizes):
             raise ValueError(
                 f"the model's sizes are {', '.join(self.model.sizes)}, {self.part} has {', '.join(self.what.sizes)}"

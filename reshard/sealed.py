@@ -1,7 +1,7 @@
 """JSON files of our own that hold their own digest: read strictly, and refused where they were changed by hand."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -27,11 +27,14 @@ class Strict(BaseModel):
 
 
 class Sealed(Strict):
-    """A file; each has its digest under `blake3`."""
+    """A file; each has its digest under `blake3`. OPTIONAL: fields that are left out where they hold nothing."""
+
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset()
 
     def to_json(self) -> bytes:
         """The file's bytes."""
-        return (self.model_dump_json(by_alias=True, indent=1) + "\n").encode()
+        empty = {name for name in self.OPTIONAL if not getattr(self, name)}
+        return (self.model_dump_json(by_alias=True, indent=1, exclude=empty) + "\n").encode()
 
     def sealed(self) -> Self:
         """With its digest, where it was made with UNSEALED."""

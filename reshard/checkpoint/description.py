@@ -46,6 +46,11 @@ class Tensor:
     whole: "Tensor | None" = None
     first_row: int = 0
 
+    def within(self, file: str, start: int) -> "Tensor":
+        """The same as it lies whole in a file, from byte `start` on."""
+        whole = Extent(file, start, self.row_bytes, 0, 0, self.rows, self.row_bytes)
+        return replace(self, extents=(whole,))
+
     @property
     def stored(self) -> "Tensor":
         """The tensor that the files hold."""

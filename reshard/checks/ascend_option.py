@@ -98,6 +98,17 @@ def size_of(additional_config: Mapping[str, Any], key: str) -> Any:
     return 0 if isinstance(value, int | float) and value <= 0 else value
 
 
+def taken_size(additional_config: Mapping[str, Any], key: str, setup: Setup) -> int | None:
+    """A size, 0 where it is off; None where vllm-ascend does not take it, as the rule `ascend` says."""
+    size = size_of(additional_config, key)
+    return size if is_integer(size) and (size == 0 or _not_taken(key, size, setup) is None) else None
+
+
+def is_right(additional_config: Mapping[str, Any], key: str, size: int, setup: Setup) -> bool:
+    """Whether this size alone, without the other parts' that are given, would break no rule."""
+    return all(broken.warning for broken in broken_rules({**additional_config, FINEGRAINED: {key: size}}, setup))
+
+
 def broken_rules(additional_config: Mapping[str, Any], setup: Setup) -> list[Broken]:
     """Every rule at most once, in their order. Of a size that vllm-ascend does not take, no other rule speaks."""
     sizes = {key: size for key in KEYS if (size := size_of(additional_config, key)) != 0}

@@ -17,6 +17,7 @@ CHECKS = {
     "scheme": "each linear has the tensors, types and shapes of its scheme; gate and up agree",
     "divides": f"{DENSE_FFN.size}, or another part's size, is divisible by the group's size",
     "blocks": "a rank's share is whole scale blocks",
+    "parts": "every set that was cut together with those in a folder is there",
     "manifest": "the shard set has a manifest, of a known version, every field of it as its schema says",
     "ranks": "every file that the manifest names is there, in its size; no other shard is",
     "headers": "each shard's header has the tensors that the manifest names, and its own rank",
@@ -73,7 +74,9 @@ class Request:
     tp_sizes: group sizes to cut for; of a shard set, those that it may be cut for. scheme: see describe and
     config_checkpoint. weights, pad: as `split` takes them. revision: of a hub repository that is checked. index: which
     account of a checkpoint's weights to take (reshard.source.choice). against: the address of what a shard set was cut
-    from. Raises UsageError for values that are none of these.
+    from. alone: no sets of other parts are served with a shard set.
+
+    Raises UsageError for values that are none of these.
     """
 
     tp_sizes: tuple[int, ...] = ()
@@ -86,6 +89,7 @@ class Request:
     revision: str | None = None
     index: str | None = None
     part: Part | None = None
+    alone: bool = True
 
     def __post_init__(self) -> None:
         for size in self.tp_sizes:

@@ -22,7 +22,7 @@ from reshard.plan.plan import Ways, make_plan
 from reshard.source.address import shown
 from reshard.source.base import Source
 from reshard.source.files import read_checkpoint
-from reshard.source.open import describe, open_source
+from reshard.source.open import describe, open_part, open_source
 from reshard.source.retry import Notify
 
 
@@ -134,8 +134,9 @@ def _set(source: Source, request: Request, address: str, notify: Notify) -> list
             findings.append(Finding("forward", "", f"not checked: {error}", "skipped"))
     if request.serving is not None:
         ours = manifest.tp_size if manifest.what is DENSE_FFN else None
-        findings += check_serving(request.serving, _moe(checkpoint), ours, takes)
-        findings += check_part(request.serving, manifest)
+        moe = _moe(checkpoint)
+        findings += check_serving(request.serving, moe, ours, takes, alone=request.alone)
+        findings += check_part(request.serving, manifest, moe, takes, request.alone)
     return findings
 
 
@@ -158,7 +159,7 @@ def _passes(findings: Iterable[Finding]) -> bool:
 def _origin(manifest: Manifest, against: str, request: Request, notify: Notify) -> list[Finding]:
     """What the set was cut from; where that cannot be read, what was found of the set itself still stands."""
     try:
-        with open_source(against, index=request.index, notify=notify) as original:
+        with open_part(against, manifest.what, index=request.index, notify=notify)[1] as original:
             found = check_origin(manifest, describe(original, request.scheme, manifest.what), shown(against))
             original.check_unchanged()
             return found

@@ -13,6 +13,7 @@ from typing import Any
 
 from reshard.checks import ascend_option
 from reshard.checks.ascend_option import FINEGRAINED, KEYS, MLP
+from reshard.checks.set_size import another_size, cut_again
 from reshard.checks.setup import Broken, Setup, either, is_integer
 from reshard.model.parts import DENSE_FFN
 
@@ -24,10 +25,10 @@ RULES = {
     "place": "the option and vllm-ascend's sizes of its own stand where they are read",
     "twice": f"vllm-ascend's {MLP} does not cut the same layers",
     **ascend_option.RULES,
-    "unset": "without the option, the shard set is cut for what the engine itself cuts its dense layers for",
+    "unset": "without a part's option, its shard set is cut for what the engine itself cuts that part for",
     "lockstep": "the model has MoE layers, so that its data-parallel ranks run in lockstep",
     "size": "the option is the tensor-parallel size times a divisor of the data-parallel size",
-    "shards": "the option is the shard set's size",
+    "shards": "a part's option is its shard set's size",
 }
 """Every rule, in the order in which they are judged. unset is silent after place, ascend and stages; from lockstep on,
 only the first that is broken speaks: the others are about a value that may not stay, or that may be left out."""
@@ -44,11 +45,13 @@ def broken_rules(
     setup: Setup,
     shards_tp_size: int | None = None,
     can_be_cut: Callable[[int], bool] = lambda size: True,
+    *,
+    alone: bool = True,
 ) -> tuple[Broken, ...]:
     """What is wrong with the option in a setup, in the order of the rules; nothing if it is absent or right.
 
     `shards_tp_size`: the shard set's, where one is given. `can_be_cut`: whether the model's layers can be cut for a
-    size, where that is known; no other size is advised.
+    size, where that is known; no other size is advised. alone: no sets of other parts stand beside it.
     """
     value = additional_config.get(OPTION)
     ascends = ascend_option.size_of(additional_config, MLP)
@@ -61,7 +64,7 @@ def broken_rules(
     if value is not None:
         return (*found, *_value(value, setup, shards_tp_size, can_be_cut))
     if not any(broken.rule in ("place", "ascend", "stages") for broken in found):
-        found += _unset(ascends, setup, shards_tp_size, can_be_cut)
+        found += _unset(ascends, setup, shards_tp_size, can_be_cut, alone)
     return tuple(found)
 
 
@@ -84,7 +87,7 @@ def _value(
     if shards_tp_size in (None, value):
         return ()
     ways = [f"set it to {shards_tp_size}"] if shards_tp_size in sizes else []
-    cut = f"cut it with reshard split --tp {value}" if can_be_cut(value) else _may_be(setup, can_be_cut)
+    cut = cut_again(DENSE_FFN, value) if can_be_cut(value) else _may_be(setup, can_be_cut)
     message = f"{OPTION} is {value}, the shard set is cut for {shards_tp_size}: {', or '.join((*ways, cut))}"
     return (Broken("shards", message),)
 
@@ -105,20 +108,23 @@ def _may_be(setup: Setup, can_be_cut: Callable[[int], bool]) -> str:
 
 
 def _unset(
-    ascends: Any, setup: Setup, shards_tp_size: int | None, can_be_cut: Callable[[int], bool]
+    ascends: Any, setup: Setup, shards_tp_size: int | None, can_be_cut: Callable[[int], bool], alone: bool
 ) -> tuple[Broken, ...]:
     """Without the option, the engine cuts by its tensor-parallel size, or by vllm-ascend's for these layers."""
     size = ascends or setup.tensor_parallel_size
-    if shards_tp_size in (None, size):
+    if shards_tp_size is None or shards_tp_size == size:
         return ()
-    ways = [f"set it to {shards_tp_size}"] if not ascends and shards_tp_size in setup.sizes else []
-    if can_be_cut(size):
-        ways.append(f"cut it with reshard split --tp {size}")
-    message = (
-        f"{OPTION} is not set, the shard set is cut for {shards_tp_size}, the engine's dense layers are for {size}: "
-        f"{', or '.join(ways) or 'which they cannot be cut for'}"
+    may_be_set = not ascends and shards_tp_size in setup.sizes
+    broken = another_size(
+        DENSE_FFN,
+        shards_tp_size,
+        size,
+        to_use_it=[f"set it to {shards_tp_size}"] if may_be_set else [],
+        others=[cut_again(DENSE_FFN, size)] if can_be_cut(size) else [],
+        given=f"{OPTION} is not set, ",
+        alone=alone,
     )
-    return (Broken("unset", message),)
+    return (broken,)
 
 
 def _names(additional_config: Mapping[str, Any]) -> list[Broken]:

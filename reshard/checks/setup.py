@@ -27,7 +27,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Broken:
-    """A rule that a setup breaks. warning: not every version of the engine has it."""
+    """A rule that a setup breaks. warning: it may be meant, or not every version of the engine has the rule."""
 
     rule: str
     message: str

@@ -1,6 +1,7 @@
 """`reshard check`."""
 
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from reshard.checks.report import Report, Request
 
 _UNREADABLE, _FAILED = 1, 3
+_ADDITIONAL = "--additional-config"
 
 
 def check(
@@ -35,7 +37,8 @@ def check(
     ] = None,
     device: Annotated[Literal["cpu", "npu"], typer.Option(help="npu: kernels, tiles, limits, torch_npu.")] = "cpu",
     additional_config: Annotated[
-        str | None, typer.Option(metavar="JSON", help="The engine's, with denseffn_tensor_parallel_size in it.")
+        str | None,
+        typer.Option(_ADDITIONAL, metavar="JSON", help="The engine's, with denseffn_tensor_parallel_size in it."),
     ] = None,
     data_parallel_size: Annotated[int | None, typer.Option(help="The engine's; 1 where it is left out.")] = None,
     tensor_parallel_size: Annotated[int | None, typer.Option(help="The engine's; 1 where it is left out.")] = None,
@@ -65,14 +68,13 @@ def check(
         from reshard.errors import UsageError
 
         given = [*((path, _is_config(path)) for path in paths or ()), *((file, True) for file in config or ())]
-        targets = [(one, is_config) for path, is_config in given for one in ([path] if is_config else _sets(path))]
-        if not targets:
+        if not given:
             raise UsageError("nothing to check: give a PATH, or --config FILE")
         serving_sizes = (data_parallel_size, tensor_parallel_size, pipeline_parallel_size)
         serving = api.serving(_parsed(additional_config), *serving_sizes, enforce_eager=enforce_eager, kv_role=kv_role)
         sizes, what = parse_sizes(tp), parse_part(part)
         request = Request(sizes, scheme, weights, pad, against, device, serving, revision, index, what)
-        reports = [_report(output, target, is_config, request) for target, is_config in targets]
+        reports = [report for target, is_config in given for report in _reports(output, target, is_config, request)]
         _write(output, form, reports, strict)
     if any(report.unreadable for report in reports):
         raise typer.Exit(_UNREADABLE)
@@ -80,35 +82,45 @@ def check(
         raise typer.Exit(_FAILED)
 
 
-def _sets(path: str) -> list[str]:
-    """The sets of several parts within; what cannot be read is said where it is checked."""
-    from reshard.errors import ReshardError
-    from reshard.source.open import set_addresses
-
-    try:
-        return set_addresses(path)
-    except ReshardError:
-        return [path]
-
-
 def _is_config(path: str) -> bool:
     """A file that is missing is one too: `models/r1.json` would be a hub repository's name else."""
     return path.endswith(".json") and "://" not in path and not os.path.isdir(path)
 
 
-def _report(output: Output, target: str, is_config: bool, request: "Request") -> "Report":
-    """A target's report; what cannot be read is one too, so that the others are checked all the same."""
+def _reports(output: Output, target: str, is_config: bool, request: "Request") -> "list[Report]":
+    """A target's report, or those of sets of several parts that lie there, and of what lacks among them."""
+    from reshard.checks.finding import Finding
+    from reshard.checks.report import Report
+    from reshard.source.address import shown
+    from reshard.source.open import SeveralSets
+
+    try:
+        return [_report(output, target, is_config, request)]
+    except SeveralSets as found:
+        each = replace(request, alone=len(found.addresses) == 1)
+        reports = [_report(output, one, is_config, each, within=True) for one in found.addresses.values()]
+        if line := found.absent():
+            reports.append(Report(shown(target), "shard set", (Finding("parts", "", line),)))
+        return reports
+
+
+def _report(output: Output, target: str, is_config: bool, request: "Request", *, within: bool = False) -> "Report":
+    """A target's report; what cannot be read is one too, so that the others are checked all the same.
+
+    within: it lies among sets of several parts. Raises SeveralSets where it holds some itself, and does not.
+    """
     from reshard.checks.finding import Finding
     from reshard.checks.report import Report
     from reshard.checks.run import check_config, check_source
     from reshard.errors import SourceError, UsageError, as_reshard_error
     from reshard.source.address import shown
+    from reshard.source.open import SeveralSets
 
     try:
         report = check_config(target, request) if is_config else check_source(target, request, output.warn)
-    except UsageError:
-        raise
     except Exception as error:
+        if isinstance(error, UsageError) or (isinstance(error, SeveralSets) and not within):
+            raise
         message = output.error(as_reshard_error(error), of=target)
         return Report(shown(target), None, (Finding("input", "", message),), target if is_config else None)
     for finding in report.findings:
@@ -131,11 +143,15 @@ def _write(output: Output, form: str, reports: "list[Report]", strict: bool) -> 
 
 def _parsed(additional: str | None) -> dict[str, Any] | None:
     """The additional config, if one is given. Raises UsageError where it is no JSON object."""
-    from reshard.errors import SourceError, UsageError
-    from reshard.strict_json import parse_object
+    from reshard.errors import UsageError
+    from reshard.strict_json import parse_json
 
+    if additional is None:
+        return None
     try:
-        raw = None if additional is None else (additional or "{}").encode(errors="surrogateescape")
-        return None if raw is None else parse_object(raw, "--additional-config")
-    except SourceError as error:
+        value = parse_json((additional or "{}").encode(errors="surrogateescape"), _ADDITIONAL, UsageError, finite=False)
+    except UsageError as error:
         raise UsageError(str(error).removesuffix("; copy or download it again")) from error
+    if not isinstance(value, dict):
+        raise UsageError(f"{_ADDITIONAL} is {additional}: give a JSON object, {{}} for none of its options")
+    return value

@@ -1,7 +1,7 @@
 """`reshard estimate`."""
 
 from collections.abc import Iterator
-from itertools import chain, groupby
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
@@ -14,6 +14,7 @@ from reshard.cli.parts import PartsOfSizes, parse_parts_of_sizes
 if TYPE_CHECKING:
     from rich.text import Text
 
+    from reshard.checkpoint.description import Checkpoint
     from reshard.estimate.document import Estimate, FixedRows, SchemeEstimate, Size
     from reshard.estimate.sizes import Wanted
     from reshard.model.parts import Part
@@ -162,22 +163,28 @@ def _of_source(
     from reshard.errors import UsageError
     from reshard.estimate.sizes import Wanted
     from reshard.plan.manifest_builder import scheme_name
-    from reshard.source.open import describe, open_source, part_of_sets, set_addresses
+    from reshard.source.open import SeveralSets, describe, open_source
 
     known = get_args(Weights)
     for word in weights:
         if word not in known:
             raise UsageError(f"--weights {word}: there are {', '.join(known)}")
-    lie = [
-        (address, part, sizes)
-        for part, sizes in parts
-        for address in (set_addresses(path) if part is None else [part_of_sets(path, part)])
-    ]
-    checkpoints = []
-    for address, of in groupby(lie, lambda each: each[0]):
+
+    def read(address: str, wanted: "Parts") -> "list[tuple[Checkpoint, list[int]]]":
         with open_source(address, revision, index=index, notify=output.warn) as source:
-            checkpoints += [(describe(source, scheme, part), sizes) for _, part, sizes in of]
+            described = [(describe(source, scheme, part), sizes) for part, sizes in wanted]
             source.check_unchanged()
+        return described
+
+    try:
+        checkpoints = read(path, parts)
+    except SeveralSets as sets:
+        checkpoints = [
+            one
+            for part, sizes in parts
+            for address in (sets.addresses.values() if part is None else [sets.of(part)])
+            for one in read(address, [(part, sizes)])
+        ]
     found = {}
     for word in weights:
         made = [(converted(one, word), sizes) for one, sizes in checkpoints]

@@ -29,11 +29,11 @@ def inspect(
     """
     output = Output(form, quiet=True, debug=debug)
     with output.errors():
-        from reshard.source.open import describe, open_source, part_of_sets
+        from reshard.source.open import describe, open_part
         from reshard.source.shardset import is_shard_set
 
         what = parse_part(part)
-        with open_source(part_of_sets(path, what), revision, index=index, notify=output.warn) as source:
+        with open_part(path, what, revision, index=index, notify=output.warn)[1] as source:
             checkpoint = describe(source, scheme, what)
             for line in checkpoint.warnings:
                 output.warn(line)
@@ -65,7 +65,7 @@ def _document(checkpoint: "Checkpoint") -> dict[str, Any]:
         "part": checkpoint.part.key,
         "model": model.model_dump(),
         "scheme": scheme_name(checkpoint.layers),
-        "dense_bytes": checkpoint.nbytes,
+        "part_bytes": checkpoint.nbytes,
         "total_bytes": checkpoint.total_bytes,
         "total_tensors": checkpoint.total_tensors,
         "layers": [
@@ -118,9 +118,9 @@ def _lines(document: dict[str, Any]) -> Iterator[str | Table]:
         activations = ", ".join(dict.fromkeys(str(layer["activation"] or "not known") for layer in document["layers"]))
         where = f"dense layers {layers}, activation {activations}"
     yield f"{document['source']['name']}: {model['model_type'] or 'model'}, {sizes}, {where}"
-    dense = f"{size_text(document['dense_bytes'])} of {document['scheme']}"
+    held = f"{size_text(document['part_bytes'])} of {document['scheme']}"
     if shard_set:
-        yield f"shard set: tp_size {shard_set['tp_size']}, {shard_set['layout']} layout, {dense}"
+        yield f"shard set: tp_size {shard_set['tp_size']}, {shard_set['layout']} layout, {held}"
     else:
         whole = f"{document['total_tensors']:,} tensors, {size_text(document['total_bytes'])}"
-        yield f"{part.name}: {dense}; the whole checkpoint: {whole}"
+        yield f"{part.name}: {held}; the whole checkpoint: {whole}"

@@ -55,13 +55,16 @@ class Output:
         self._quiet = quiet or self.is_json
         self._debug = debug
         self._speaks = True
-        self._who = ""
+        self._who = self._kept = ""
 
-    def is_process(self, number: int, size: int, host: str) -> None:
-        """One of several that do the same: only the first one speaks, and errors say whose they are."""
+    def is_process(self, number: int, size: int, host: str, kept: str = "") -> None:
+        """One of several that do the same: only the first one speaks, and errors say whose they are.
+
+        kept: what is left where it is told to end, and the way on.
+        """
         self._speaks = number == 0
         self._quiet = self._quiet or not self._speaks
-        self._who = f"process {number} of {size} ({host}): "
+        self._who, self._kept = f"process {number} of {size} ({host}): ", kept
 
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
@@ -75,10 +78,8 @@ class Output:
             raise typer.Exit(_INTERRUPTED) from None
         except SystemExit:  # SIGTERM, which torchrun sends when another process has died
             if self._who:
-                say(
-                    f"error: {self._who}told to end, as torchrun does when another process has ended; finished shards "
-                    "are kept: run the same command with --resume"
-                )
+                end = f"told to end, as torchrun does when another process has ended{self._kept}"
+                say(f"error: {self._who}{end}")
             raise
         except BaseException as raised:
             error = as_reshard_error(raised)

@@ -1,6 +1,6 @@
 """`--part`: what of a model a command is about."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -55,8 +55,16 @@ def parse_parts_of_sizes(given: list[str] | None, tp: str | None) -> "list[tuple
     return list(found.items())
 
 
-def parse_parts(given: list[str] | None, tp: int | None) -> "list[tuple[Part | None, int]]":
-    """The parts that `--part` names, each with its own size or that of `--tp`; None where it names none.
+class Sized(NamedTuple):
+    """A part that is to be cut, None where no `--part` is given; the size, and the option that gives it."""
+
+    part: "Part | None"
+    size: int
+    said: str
+
+
+def parse_parts(given: list[str] | None, tp: int | None) -> list[Sized]:
+    """The parts that `--part` names, each with its own size or that of `--tp`.
 
     Raises UsageError for a name that is no part's or is there twice, and where there is no size.
     """
@@ -64,7 +72,8 @@ def parse_parts(given: list[str] | None, tp: int | None) -> "list[tuple[Part | N
     from reshard.model.naming import MAX_TP_SIZE
     from reshard.model.parts import part_named
 
-    found: dict[Part | None, int | None] = {}
+    by_tp = f"--tp {tp}"
+    found: dict[Part | None, tuple[int | None, str]] = {}
     for text in given or ():
         name, is_sized, size = text.partition("=")
         part = part_named(name)
@@ -73,10 +82,10 @@ def parse_parts(given: list[str] | None, tp: int | None) -> "list[tuple[Part | N
         digits = size.isascii() and size.isdigit() and len(size) <= len(str(MAX_TP_SIZE))
         if is_sized and not digits:
             raise UsageError(f"--part {text}: {size!r} is no group size; write it as {name}=8")
-        found[part] = int(size) if is_sized else tp
-    found = found or {None: tp}
-    sized = [(part, size) for part, size in found.items() if size is not None]
+        found[part] = (int(size), f"--part {text}") if is_sized else (tp, by_tp)
+    found = found or {None: (tp, by_tp)}
+    sized = [Sized(part, size, said) for part, (size, said) in found.items() if size is not None]
     if len(sized) < len(found):
-        lacking = next(part for part, size in found.items() if size is None)
+        lacking = next(part for part, (size, _) in found.items() if size is None)
         raise UsageError("--tp: missing" + (f", and --part {lacking.key} has no size of its own" if lacking else ""))
     return sized

@@ -48,32 +48,34 @@ def split(
     output = Output(form, quiet=quiet, debug=debug)
     with output.errors():
         from reshard.plan.pipeline import Cut, check_set_digests, prepare
-        from reshard.source.open import check_holds_no_set, open_source, part_address, part_of_sets
-        from reshard.writer.open import open_target
+        from reshard.source.open import open_part, part_address
+        from reshard.writer.open import check_holds_no_set, open_target
         from reshard.writer.split import DEFAULT_WORKERS, SplitOptions, check_target, own_ranks, write_shards
         from reshard.writer.team import agree, open_team, read_place
 
         place = read_place()
         if place.size > 1:
-            output.is_process(place.number, place.size, socket.gethostname())
+            kept = "; finished shards are kept: run the same command with --resume"
+            output.is_process(place.number, place.size, socket.gethostname(), kept)
             # Where the store's host dies torch adds the stack of its own code to our line.
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
         with open_team(place) as team:
             threads = workers or max(1, DEFAULT_WORKERS // place.on_this_host)
             wanted = parse_parts(part, tp)
-            if len(wanted) > 1:
+            together = tuple(one.part.key for one in wanted if one.part) if len(wanted) > 1 else ()
+            if together:
                 check_holds_no_set(out)
             with contextlib.ExitStack() as held:
                 jobs: list[_Job] = []
-                for one, size in wanted:  # all of them before anything is written
-                    options = SplitOptions(_parse_ranks(ranks, size), resume, overwrite, threads)
-                    address = part_of_sets(source, one)
-                    if one and len(wanted) > 1:
+                for one, size, said in wanted:  # all of them before anything is written
+                    options = SplitOptions(_parse_ranks(ranks, size, said), resume, overwrite, threads)
+                    address, opened = open_part(source, one, revision, index=index, notify=output.warn)
+                    held.enter_context(opened)
+                    if one and together:
                         target = open_target(part_address(out, one), address, in_out=True)
                     else:
                         target = open_target(out, address)
-                    cut = Cut(size, layout, pad, weights, quant_format, scheme, one)
-                    opened = held.enter_context(open_source(address, revision, index=index, notify=output.warn))
+                    cut = Cut(size, layout, pad, weights, quant_format, scheme, one, together)
                     prepared = prepare(opened, cut)
                     agree(team, _account(prepared, cut, target.address, options, dry_run))
                     if not dry_run:
@@ -122,8 +124,8 @@ def _account(prepared: "Prepared", cut: "Cut", out: str, options: "SplitOptions"
     }
 
 
-def _parse_ranks(text: str | None, tp: int) -> tuple[int, ...] | None:
-    """Ranks such as `0-3,7`. Raises UsageError for anything else, or a rank outside the group."""
+def _parse_ranks(text: str | None, tp: int, said: str) -> tuple[int, ...] | None:
+    """Ranks such as `0-3,7`. said: the option that gives `tp`. Raises UsageError for anything else, or another rank."""
     from reshard.errors import UsageError
 
     if text is None:
@@ -135,7 +137,7 @@ def _parse_ranks(text: str | None, tp: int) -> tuple[int, ...] | None:
             raise UsageError(f"--ranks {text}: {part!r} is no rank and no range; write them as 0-3,7")
         first, last = int(match[1]), int(match[2] or match[1])
         if first > last or last >= tp:
-            raise UsageError(f"--ranks {text}: {part.strip()} is not within 0 to {tp - 1}, the ranks of --tp {tp}")
+            raise UsageError(f"--ranks {text}: {part.strip()} is not within 0 to {tp - 1}, the ranks of {said}")
         found.update(range(first, last + 1))
     return tuple(sorted(found))
 

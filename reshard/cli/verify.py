@@ -31,10 +31,9 @@ def verify(
     output = Output(form, quiet=quiet, debug=debug)
     with output.errors():
         from reshard import api
-        from reshard.source.open import set_addresses
+        from reshard.source.open import each_set
 
-        found: list[tuple[dict[str, Any], int]] = []
-        for address in set_addresses(shards):
+        def verified(address: str) -> tuple[dict[str, Any], int]:
             done = api.verify(
                 address,
                 source,
@@ -57,7 +56,9 @@ def verify(
                 "findings": done.findings,
                 "notes": done.notes,
             }
-            found.append((document, sum(len(shard.tensors) for shard in held)))
+            return document, sum(len(shard.tensors) for shard in held)
+
+        found = each_set(shards, verified)
         ok = all(document["ok"] for document, _ in found)
         whole = found[0][0] if len(found) == 1 else {"ok": ok, "parts": [document for document, _ in found]}
         output.document(whole, lambda: [line for each in found for line in _lines(*each, source, len(found) > 1)])

@@ -8,18 +8,15 @@ w8a8  each float weight becomes int8 with one scale per output channel over the 
 A linear that already is what is asked for stays as it is, bit for bit.
 """
 
-import json
-import re
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from reshard.checkpoint.description import Checkpoint, Layer, Linear, Tensor
+from reshard.convert.declared import declared
 from reshard.errors import SchemeError
 from reshard.manifest import Conversion
 from reshard.model.naming import CONFIG
-from reshard.quantization import DESCRIPTION, without_quantization
-from reshard.schemes.declare import COMPRESSED_TENSORS, description_type, quantization_config
+from reshard.quantization import without_quantization
+from reshard.schemes.declare import COMPRESSED_TENSORS
 from reshard.schemes.table import SCHEMES, VARIANTS, Variant, scheme_by_option
 from reshard.strict_json import parse_object
 from reshard.tensors.dtypes import TORCH
@@ -111,36 +108,13 @@ def check_conversion(linear: Linear, module: str) -> None:
 
 
 def _side_files(checkpoint: Checkpoint, layers: tuple[Layer, ...], target: Variant) -> dict[str, bytes]:
-    """config.json and the description as they are true of the converted DenseFFN, which is all that a set holds.
+    """config.json and the description as they are true of the converted part, which is all that a set holds.
 
     Every linear is of the target's kind now, or the conversion was refused.
     """
-    files: dict[str, bytes] = {}
-    section = quantization_config(target, [_pattern(layers)], [])
     raw = checkpoint.side_files.get(CONFIG)
-    if raw is not None:
-        config = without_quantization(parse_object(raw, CONFIG))
-        for key in ("dtype", "torch_dtype"):
-            if key in config and SCHEMES[target.scheme].is_float:
-                config[key] = TORCH[target.tensors[0].dtypes[0]]
-        if section is not None:
-            config["quantization_config"] = section
-        files[CONFIG] = _json(config)
-    elif section is not None:
-        raise SchemeError(f"--quant-format {COMPRESSED_TENSORS} is told by {CONFIG}, which the source lacks")
-    kind = description_type(target)
-    if kind is not None:
-        names = [tensor.name for layer in layers for tensor in layer.tensors()]
-        files[DESCRIPTION] = _json({"version": "1.0.0", "model_quant_type": kind} | dict.fromkeys(names, kind))
-    return files
-
-
-def _pattern(layers: tuple[Layer, ...]) -> str:
-    """compressed-tensors' target that means these layers' linears and no others."""
-    modules, part = "|".join(re.escape(layer.module) for layer in layers), layers[0].part
-    roles = "|".join(re.escape(role.name) for role in part.roles)
-    return rf"re:({modules})\.({roles})$" if part.place.in_layers else f"re:({modules})$"
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
+    config = None if raw is None else without_quantization(parse_object(raw, CONFIG))
+    for key in ("dtype", "torch_dtype"):
+        if config is not None and key in config and SCHEMES[target.scheme].is_float:
+            config[key] = TORCH[target.tensors[0].dtypes[0]]
+    return declared(config, layers)

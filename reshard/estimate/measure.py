@@ -1,4 +1,4 @@
-"""The profile of this machine: two processes run the runtime's kernels and gloo, and say how fast they were.
+"""The profile of this machine: two processes run the runtime's kernels and exchanges, and say how fast they were.
 
 A device is one of the two processes, with half of the processors. Rates are reached ones, so efficiencies are 1, but
 for the memory's: they say how fast weights of a type are taken in by products, as a share of what is only read.
@@ -36,7 +36,6 @@ def profile_of(found: Sequence[Mapping[str, float]]) -> Profile:
         for key in found[0]
     }
     memory = max(slow["memory_bytes_s"], slow["bf16_weight_bytes_s"], slow["int8_weight_bytes_s"])
-    static_collective = max(0.0, slow["gather_s"] - slow["latency_s"])
     processors = f"{len(found)} processes at once, {_processors()} processors"
     table: dict[str, Any] = {
         "name": f"{LOCAL}: one of {processors}",
@@ -54,7 +53,7 @@ def profile_of(found: Sequence[Mapping[str, float]]) -> Profile:
             "host": {
                 "topology": "switch",
                 "bandwidth_gb_s": _digits(slow["link_bytes_s"] / 1e9),
-                "latency_us": _digits(slow["latency_s"] * 1e6),
+                "latency_us": _digits(slow["gather_s"] * 1e6),
             }
         },
         "efficiency": {
@@ -66,12 +65,12 @@ def profile_of(found: Sequence[Mapping[str, float]]) -> Profile:
         "static": {
             "matmul_us": _digits(slow["matmul_s"] * 1e6),
             "vector_us": _digits(slow["vector_s"] * 1e6),
-            "collective_us": _digits(static_collective * 1e6),
+            "collective_us": 0.0,  # it is in the latency
         },
         "source": {
             "compute": f"{_MEASURED}: what each token more adds to a product, 8 to 128 tokens",
             "memory": f"{_MEASURED}: a sum over 256 MiB; capacity and cache as Linux says, divided by the processes",
-            "network": f"{_MEASURED}: gloo between two processes; 1 byte there and back, a gather of 4 MiB",
+            "network": f"{_MEASURED}: two processes exchange as the layers do; gathers of 1 byte and of 4 MiB",
             "efficiency": f"{_MEASURED}: what a product takes without tokens, against a sum; the rest is in the rates",
             "static": f"{_MEASURED}: calls with next to nothing to do",
         },

@@ -221,8 +221,3 @@ def part_named(key: str) -> Part:
     if key not in PARTS:
         raise UsageError(f"--part {key}: unknown part; known are {', '.join(PARTS)}")
     return PARTS[key]
-
-
-def part_of_linear(name: str) -> Part | None:
-    """The part that has a linear, or a stack of linears, of that name."""
-    return next((part for part in PARTS.values() if name in part.names()), None)

@@ -8,18 +8,22 @@ from blake3 import blake3
 from reshard import __version__
 from reshard.checkpoint.description import Checkpoint, Layer
 from reshard.manifest import SCHEMA, Generator, LayerEntry, Manifest, Shard, SideFile, Source
+from reshard.model.parts import PARTS
 from reshard.plan.plan import Plan
 from reshard.schemes.table import summary
 from reshard.sealed import UNSEALED
 
 
-def make_manifest(checkpoint: Checkpoint, plan: Plan, sample: str, shards: Sequence[Shard]) -> Manifest:
-    """The manifest of a set whose shards are all there, by rank. sample: see Prepared."""
-    return Manifest(shards=list(shards), **_frame(checkpoint, plan, sample)).sealed()
+def make_manifest(
+    checkpoint: Checkpoint, plan: Plan, sample: str, shards: Sequence[Shard], parts: Iterable[str] = ()
+) -> Manifest:
+    """The manifest of a set whose shards are all there, by rank. sample: see Prepared. parts: see Cut, in any order."""
+    together = tuple(sorted(set(parts), key=list(PARTS).index))
+    return Manifest(shards=list(shards), parts=together, **_frame(checkpoint, plan, sample)).sealed()
 
 
 def fingerprint(checkpoint: Checkpoint, plan: Plan, sample: str) -> str:
-    """What the shards of one set share: all of the manifest but the shards."""
+    """What the shards of one set share: all of the manifest but the shards, and what else was cut with them."""
     frame = Manifest.model_construct(shards=[], **_frame(checkpoint, plan, sample))
     return blake3(frame.to_json()).hexdigest()
 

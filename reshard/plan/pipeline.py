@@ -29,7 +29,8 @@ _SMALL_BYTES = 1 << 16
 class Cut:
     """What to make of a source.
 
-    `weights` and `quant_format`: see reshard.convert.rules; `scheme` and `part`: see describe.
+    `weights` and `quant_format`: see reshard.convert.rules; `scheme` and `part`: see describe. `parts`: those that are
+    cut into one folder, this one too, by their names; none where it is cut alone.
     """
 
     tp_size: int
@@ -39,11 +40,12 @@ class Cut:
     quant_format: str = "modelslim"
     scheme: str | None = None
     part: Part | None = None
+    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A cut that can be written.
+    """A cut that can be written. parts: see Cut.
 
     sample: BLAKE3 of some bytes of every source tensor. Files of one shape have one header whatever they hold; this
     tells them apart without reading them.
@@ -54,6 +56,7 @@ class Prepared:
     plan: Plan
     readers: Mapping[str, BlockReader]
     sample: str
+    parts: tuple[str, ...] = ()
 
 
 def prepare(source: Source, cut: Cut) -> Prepared:
@@ -65,7 +68,7 @@ def prepare(source: Source, cut: Cut) -> Prepared:
     readers = make_readers(source, stored, checkpoint)
     if cut.layout == "fused":
         check_shared_values(checkpoint, lambda tensor: readers[tensor.stored.name])
-    return Prepared(source, checkpoint, plan, readers, stored.identity.sample or _sample(source, stored))
+    return Prepared(source, checkpoint, plan, readers, stored.identity.sample or _sample(source, stored), cut.parts)
 
 
 def make_readers(source: Source, stored: Checkpoint, checkpoint: Checkpoint) -> dict[str, BlockReader]:

@@ -12,6 +12,7 @@ from reshard.quantization.accounts import (
 )
 from reshard.quantization.decide import Schemes
 from reshard.quantization.description import DESCRIPTION, is_description
+from reshard.quantization.methods import key_of_left_alone
 from reshard.quantization.transforms import check_transforms
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "check_transforms",
     "is_description",
     "is_side_file",
+    "key_of_left_alone",
     "list_accounts",
     "read_accounts",
     "without_quantization",

@@ -64,6 +64,11 @@ def declared_by_section(section: Section, module: str) -> QuantSpec | None:
     return QuantSpec(kind or name, block, said_by)
 
 
+def key_of_left_alone(method: str) -> str:
+    """The key under which a method that is known lists the modules that it leaves alone."""
+    return METHODS[method].lists[0][0]
+
+
 def _method_of(section: Section) -> str:
     """The method's name; told by what it has where it is not named, as vLLM tells it."""
     method = section.values.get("quant_method")

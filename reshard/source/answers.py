@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
@@ -71,6 +71,8 @@ class Head:
 
 class RangedFiles:
     """A listing of files of which ranges are asked for by HTTP: of reshard.source.range_cache.Remote's parts these."""
+
+    folders: Collection[str] = ()
 
     def __init__(self, origin: Origin, sizes: Mapping[str, int]) -> None:
         self.origin, self.sizes = origin, sizes

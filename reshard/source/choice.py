@@ -217,7 +217,9 @@ def read_index(source: Source, file: str) -> dict[str, str]:
 
 
 def _beside(index: str, tensor: str, name: object) -> str:
-    plain = str(PurePosixPath(name)) if isinstance(name, str) else ""  # without ./
+    plain = name if isinstance(name, str) else ""
+    if "/" in plain:
+        plain = str(PurePosixPath(plain))  # without ./
     if plain in {"", ".", ".."} or "/" in plain:
         raise SourceError(
             f"{index} maps {tensor} to {name!r}, which is no file of this folder; put the file, or a link to it, "

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from reshard.checkpoint.description import Checkpoint, Extent, Identity, Tensor
+from reshard.checkpoint.description import Checkpoint, Identity, Tensor
 from reshard.errors import SourceError
 from reshard.manifest import SourceFile
 from reshard.model.config import read_model_config
@@ -98,6 +98,4 @@ def _side_files(source: Source) -> tuple[dict[str, bytes], list[str]]:
 
 def _tensor(name: str, file: str, header: Header) -> Tensor:
     info = header.tensors[name]
-    tensor = Tensor(name, info.dtype, info.shape, ())
-    whole = Extent(file, info.start, tensor.row_bytes, 0, 0, tensor.rows, tensor.row_bytes)
-    return Tensor(name, info.dtype, info.shape, (whole,))
+    return Tensor(name, info.dtype, info.shape, ()).within(file, info.start)

@@ -1,27 +1,30 @@
 """From an address to a source and its description."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import urlsplit, urlunsplit
 
 from reshard.checkpoint.description import Checkpoint
-from reshard.errors import MissingDependencyError, OutputError, SourceError, UsageError
+from reshard.errors import ManifestError, MissingDependencyError, ReshardError, SourceError, UsageError
+from reshard.fit import absent_parts
 from reshard.model.naming import MANIFEST, parse_shard_file
 from reshard.model.parts import DENSE_FFN, PARTS, Part
-from reshard.source.address import FOLDER, HUBS, WEB, Hub, parse_address
+from reshard.source.address import FOLDER, HUBS, WEB, Address, Hub, parse_address
 from reshard.source.base import Source
 from reshard.source.files import read_checkpoint
 from reshard.source.folder import FolderSource
 from reshard.source.retry import Notify, RetryPolicy
-from reshard.source.shardset import read_shard_set, require_shard_set
+from reshard.source.shardset import read_manifest_only, read_shard_set, require_shard_set
 from reshard.source.weights import sets_within
 
 if TYPE_CHECKING:
     from reshard.source.range_cache import Remote
+
+T = TypeVar("T")
 
 
 def open_source(
@@ -34,12 +37,23 @@ def open_source(
 ) -> Source:
     """The source at an address (see reshard.source.address).
 
-    Raises SourceError if there is none, MissingDependencyError without the package that reads it.
+    Raises SourceError if there is none, SeveralSets if it is a folder of some, MissingDependencyError without the
+    package that reads it.
 
     revision: of a hub repository. index: the file that says where the weights are, where there are several: see
     reshard.source.choice. notify: takes a line for each wait after a fault.
     """
-    found = parse_address(address, revision)
+    source = _open(parse_address(address, revision), index, notify, policy)
+    try:
+        if within := sets_within(source.files(), source.not_files()):
+            raise SeveralSets(address, within)
+    except BaseException:
+        source.close()
+        raise
+    return source
+
+
+def _open(found: Address, index: str | None, notify: Notify, policy: RetryPolicy | None) -> Source:
     if found.kind == FOLDER:
         return FolderSource(Path(found.place), index)
     # Only here: huggingface_hub and fsspec take longer to import than a folder to open.
@@ -104,40 +118,79 @@ def describe(source: Source, scheme: str | None = None, part: Part | None = None
     return read_checkpoint(source, scheme, part or DENSE_FFN)
 
 
-def set_addresses(address: str) -> list[str]:
-    """The shard sets at an address: that one, or in a folder without weights those within, one for each part."""
-    found = parse_address(address)
-    if found.kind == FOLDER:
-        with FolderSource(Path(found.place)) as source:
-            within = sets_within(source.files(), source.not_files())
-            return [part_address(address, PARTS[key]) for key in within] or [address]
-    return [address]
+class SeveralSets(SourceError):
+    """At an address lie sets of several parts, each in a folder of its part's name. addresses: theirs, by part."""
+
+    def __init__(self, address: str, keys: Sequence[str]) -> None:
+        super().__init__(
+            f"{address}: holds sets of {', '.join(keys)}; give one: {part_address(address, PARTS[keys[0]])}"
+        )
+        self.address = address
+        self.addresses = {key: part_address(address, PARTS[key]) for key in keys}
+
+    def of(self, part: Part | None) -> str:
+        """The address of a part's set, by default the DenseFFN's. Raises UsageError where it is none of them."""
+        key = (part or DENSE_FFN).key
+        if key in self.addresses:
+            return self.addresses[key]
+        way_out = "say which with --part" if part is None else f"none of {key}"
+        mark = ";" if part is None else ","
+        raise UsageError(f"{self.address}: holds sets of {', '.join(self.addresses)}{mark} {way_out}")
+
+    def absent(self) -> str | None:
+        """What is said of a set that was cut together with one of these and is not there, if one is.
+
+        Nothing where one of these cannot be read: that is said where it is used.
+        """
+        manifests = []
+        try:
+            for address in self.addresses.values():
+                with open_source(address) as source:
+                    require_shard_set(source)
+                    manifests.append(read_manifest_only(source))
+        except ReshardError:
+            return None
+        return absent_parts(self.address, manifests)
 
 
-def part_of_sets(address: str, part: Part | None) -> str:
-    """The set of a part, by default the DenseFFN, where sets of several lie at an address; else that address.
+def each_set(address: str, use: Callable[[str], T]) -> list[T]:
+    """`use` of an address or, where sets of several parts lie there, of the address of each.
 
-    Raises UsageError where none of these is of the part.
+    Raises ManifestError where one of them is absent.
     """
-    within = set_addresses(address)
-    wanted = part_address(address, part or DENSE_FFN)
-    if within == [address] or wanted in within:
-        return wanted if wanted in within else address
-    held = ", ".join(name.rpartition("/")[2] for name in within)
-    raise UsageError(
-        f"{address}: holds sets of {held}" + ("; say which with --part" if part is None else f", none of {part.key}")
-    )
+    try:
+        return [use(address)]
+    except SeveralSets as found:
+        if found.address != address:  # another source's that `use` opens
+            raise
+        if line := found.absent():
+            raise ManifestError(line) from None
+        return [use(one) for one in found.addresses.values()]
 
 
-def check_holds_no_set(address: str) -> None:
-    """Raises OutputError where a set lies where folders of several are to be: readers would see it alone."""
-    found = parse_address(address)
-    if found.kind == FOLDER and Path(found.place).is_dir():
-        with FolderSource(Path(found.place)) as source:
-            if any(parse_shard_file(name) for name in source.files()):
-                raise OutputError(f"{address}: holds a shard set; several parts go into a folder without one")
+def open_part(
+    address: str,
+    part: Part | None,
+    revision: str | None = None,
+    *,
+    index: str | None = None,
+    notify: Notify = lambda line: None,
+) -> tuple[str, Source]:
+    """The source at an address or, where sets of several parts lie there, at the address of the part's; that address.
+
+    Raises as open_source and SeveralSets.of do.
+    """
+    try:
+        return address, open_source(address, revision, index=index, notify=notify)
+    except SeveralSets as found:
+        return found.of(part), open_source(found.of(part), index=index, notify=notify)
 
 
 def part_address(address: str, part: Part) -> str:
     """Where a part's set is, of several that are cut to, or lie at, one address."""
-    return f"{address.rstrip('/')}/{part.key}"
+    if address.partition("://")[0].lower() in WEB:
+        place = urlsplit(address)  # a signature follows the path
+        return urlunsplit(place._replace(path=f"{place.path.rstrip('/')}/{part.key}"))
+    first, chained, rest = address.partition("::")
+    root = f"{first}://" if chained and "://" not in first else first
+    return f"{root if root.endswith('://') else root.rstrip('/') + '/'}{part.key}{chained}{rest}"

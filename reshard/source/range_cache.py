@@ -15,7 +15,7 @@ import os
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -46,6 +46,10 @@ class Remote(Protocol):
     @property
     def sizes(self) -> Mapping[str, int]:
         """Every file's name and size in bytes."""
+
+    @property
+    def folders(self) -> Collection[str]:
+        """Of the folders there, those that are called as sets of several parts are, if that is known."""
 
     def fetch(self, file: str, start: int, stop: int) -> Iterator[bytes]:
         """Bytes [start, stop) in order, in pieces of any size. May end early.
@@ -108,6 +112,9 @@ class StagedSource(Source):
 
     def files(self) -> Mapping[str, int]:
         return self._remote.sizes
+
+    def not_files(self) -> Collection[str]:
+        return self._remote.folders
 
     def read(self, file: str, start: int, stop: int) -> bytes:
         """A copy of bytes [start, stop), kept: what was read once stays what it was."""

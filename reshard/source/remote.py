@@ -2,7 +2,7 @@
 
 import posixpath
 import resource
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from reshard.source.filesystems import missing_package
 from reshard.source.listing import listed, too_many
 from reshard.source.retry import MAY_PASS, Fault
 from reshard.source.watched import within
+from reshard.source.weights import named_as_sets
 
 # What another try does not mend.
 _STAYS = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, ValueError, TypeError)
@@ -30,8 +31,9 @@ _NOT_STATE = frozenset({"time", "accessTime", "last_access_time", "last_accessed
 class RemoteFiles(RangedFiles):
     """The files directly in a folder of any file system, whose driver shows a range when all of it is there."""
 
-    def __init__(self, fs: Any, path: str, origin: Origin, sizes: Mapping[str, int]) -> None:
+    def __init__(self, fs: Any, path: str, origin: Origin, sizes: Mapping[str, int], folders: Collection[str]) -> None:
         super().__init__(origin, sizes)
+        self.folders = folders
         self.fs, self.path = fs, path  # fsspec.AbstractFileSystem, which has no types
 
     def seconds(self, size: int) -> float:
@@ -110,7 +112,8 @@ def find_folder(address: str) -> RemoteFiles:
         raise UsageError(f"{place}: {one_line(error)}") from None
     try:
         is_s3 = hasattr(fs, "call_s3")
-        sizes = within(limits.LISTING_SECONDS, partial(_s3_sizes if is_s3 else _sizes, fs, path), _memory_bound(place))
+        entries = partial(_s3_entries if is_s3 else _entries, fs, path)
+        sizes, names = within(limits.LISTING_SECONDS, entries, _memory_bound(place))
     except (Fault, SourceError):
         raise
     except Exception as error:  # whatever the file system's package raises
@@ -121,38 +124,46 @@ def find_folder(address: str) -> RemoteFiles:
         raise SourceError(
             f"{place}: cannot be listed ({_said(error)}); check the address and the credentials"
         ) from None
-    if not sizes:
+    folders = named_as_sets(names)
+    if not sizes and not folders:
         raise SourceError(f"{place}: no files at that address; give the folder that holds the checkpoint's")
     kind = S3Files if is_s3 else RemoteFiles
-    return kind(fs, path, Origin("remote", last_part(address)), listed(sizes, place))
+    return kind(fs, path, Origin("remote", last_part(address)), listed(sizes, place), folders)
 
 
-def _sizes(fs: Any, path: str) -> list[tuple[str, object]]:
-    """The names of the files there, and their sizes."""
+_Entries = tuple[list[tuple[str, object]], list[str]]
+"""The names of files and their sizes; the names of folders."""
+
+
+def _entries(fs: Any, path: str) -> _Entries:
     entries = fs.ls(path, detail=True)
     files = [e for e in entries if e["type"] == "file" and not e["name"].endswith("/")]  # some mark folders so
     sizes = {entry["name"]: entry.get("size") for entry in files if entry["name"] != path.rstrip("/")}
     unknown = [name for name, size in sizes.items() if size is None]  # not every listing has sizes
     sizes |= dict(zip(unknown, fs.sizes(unknown), strict=True)) if unknown else {}
-    return [(posixpath.basename(name), size) for name, size in sizes.items()]
+    folders = [posixpath.basename(entry["name"].rstrip("/")) for entry in entries if entry["type"] == "directory"]
+    return [(posixpath.basename(name), size) for name, size in sizes.items()], folders
 
 
-def _s3_sizes(fs: Any, path: str) -> list[tuple[str, object]]:
-    """As `_sizes`, page by page: no more of them than a checkpoint has, nor of folders, are asked for."""
+def _s3_entries(fs: Any, path: str) -> _Entries:
+    """As `_entries`, page by page: no more of them than a checkpoint has, nor of folders, are asked for."""
     bucket, key, _ = fs.split_path(path)
     prefix = f"{key.rstrip('/')}/" if key else ""
     found: list[tuple[str, object]] = []
+    folders: list[str] = []
     more: dict[str, str] = {}
     seen = 0
     while seen <= limits.LISTING_FILES:
         page = fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, Delimiter="/", **more)
         entries = page.get("Contents", [])
         found += [(entry["Key"].removeprefix(prefix), entry["Size"]) for entry in entries if entry["Key"][-1:] != "/"]
-        seen += max(1, len(entries) + len(page.get("CommonPrefixes", [])))
+        below = page.get("CommonPrefixes", [])
+        folders += [entry.get("Prefix", "").removeprefix(prefix).rstrip("/") for entry in below]
+        seen += max(1, len(entries) + len(below))
         if not page.get("IsTruncated"):
             if seen == 1 and not entries and "CommonPrefixes" not in page:
                 raise FileNotFoundError(path)
-            return found
+            return found, folders
         more = {"ContinuationToken": page["NextContinuationToken"]}
     raise too_many(f"s3://{path}")
 

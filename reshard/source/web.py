@@ -18,6 +18,7 @@ from reshard.source.http import HttpFiles, Request, asked, busy, head, httpx, re
 from reshard.source.listing import listed, too_many
 from reshard.source.retry import Fault
 from reshard.source.watched import within
+from reshard.source.weights import named_as_sets
 
 _AT_ONCE = 8
 _PLACE_OF = re.compile(r"bytes (?:0-0|\*)/([0-9]{1,19})")
@@ -65,8 +66,9 @@ class WebFiles(HttpFiles):
         links = dict.fromkeys(link for found in _LINK.findall(page.decode(errors="replace")) for link in found)
         if len(links) > limits.LISTING_FILES:
             raise too_many(self._place)
-        names = _linked(links, self._folder)
-        if not names:
+        names, folders = _linked(links, self._folder)
+        self.folders = named_as_sets(folders)
+        if not names and not self.folders:
             raise SourceError(f"{self._place}: no files at that address; give the folder that holds the checkpoint's")
         listed(((name, 0) for name in names), self._place)  # before a request for each
         fetchers = Fetchers(_AT_ONCE)
@@ -113,20 +115,22 @@ def _split(address: str) -> SplitResult:
     return parts
 
 
-def _linked(links: Iterable[str], folder: SplitResult) -> list[str]:
-    """The names directly below a folder that its page's links lead to, each once."""
+def _linked(links: Iterable[str], folder: SplitResult) -> tuple[list[str], list[str]]:
+    """The names of files, and of folders, directly below a folder that its page's links lead to, each once."""
     base = urlunsplit(folder._replace(query=""))
-    found: dict[str, None] = {}
+    files: dict[str, None] = {}
+    folders: dict[str, None] = {}
     for each in links:
         try:
             link = urlsplit(urljoin(base, html.unescape(each)))
         except ValueError:
             continue
         rest = link.path.removeprefix(folder.path)
-        below = rest not in ("", link.path) and "/" not in rest
+        name = rest.removesuffix("/")
+        below = name != "" and rest != link.path and "/" not in name
         if below and link.scheme in ("http", "https") and link.hostname == folder.hostname and not link.query:
-            found[unquote(rest, errors="surrogateescape")] = None
-    return list(found)
+            (files if name == rest else folders)[unquote(name, errors="surrogateescape")] = None
+    return list(files), list(folders)
 
 
 def find_folder(address: str) -> WebFiles:

@@ -1,6 +1,6 @@
 """Names of the files that hold a model's weights, and which of them each engine takes."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from reshard.model.parts import PARTS
 
@@ -30,6 +30,11 @@ def engines(files: Collection[str], told: str | None = None) -> str:
 
 def _taken(file: str) -> str:
     return f"what {file} names" if file.endswith(INDEX_ENDING) else file
+
+
+def named_as_sets(folders: Iterable[str]) -> list[str]:
+    """Those of some folders that may be sets of several parts."""
+    return sorted(PARTS.keys() & set(folders))
 
 
 def sets_within(files: Collection[str], others: Collection[str]) -> list[str]:

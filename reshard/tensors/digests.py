@@ -8,12 +8,12 @@ from reshard.source.base import Source
 
 
 def file_digest(
-    source: Source, file: str, start: int = 0, stop: int | None = None, tick: Callable[[int], None] = lambda n: None
+    source: Source, file: str, stop: int | None = None, tick: Callable[[int], None] = lambda n: None
 ) -> str:
-    """BLAKE3, hex, of a file's bytes [start, stop)."""
+    """BLAKE3, hex, of a file's bytes up to `stop`, without it of all."""
     hasher = blake3()
     end = source.files()[file] if stop is None else stop
-    for block in source.blocks(file, start, end):
+    for block in source.blocks(file, 0, end):
         hasher.update(block.data)
         tick(block.size)
     return hasher.hexdigest()

@@ -9,27 +9,25 @@ reshard.verification.layer.
 # ruff: noqa: N803, N806 - the suffixes are shapes
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from reshard.checkpoint.description import Checkpoint, Extent, Layer, Tensor
+from reshard.checkpoint.description import Checkpoint, Layer
 from reshard.checks.finding import Finding
-from reshard.errors import MismatchError
 from reshard.manifest import Manifest
 from reshard.model.activation import not_computed
 from reshard.model.naming import CONFIG, layers_named
-from reshard.model.parts import DENSE_FFN
-from reshard.source.base import Source
-from reshard.tensors.header import Header, TensorInfo
-from reshard.verification.expect import expect, misfits, read_headers
+from reshard.model.parts import DENSE_FFN, EMBEDDING, Module
 from reshard.verification.gate import F64
-from reshard.verification.layer import Run, Sum, Tick, partial_sum, unsplit
-from reshard.verification.one_linear import random_input, split_linear, unsplit_linear
-from reshard.verification.reference import WORKERS, Grid, LinearGrids, Reference, stored_grid
-from reshard.workers import Workers
+from reshard.verification.layer import Computation
+from reshard.verification.linear import Product, Sum
+from reshard.verification.lookup import Lookup
+from reshard.verification.reference import LinearGrids
 
+_TOKENS, _SEED = 4, 0
 _OTHER_ROUNDINGS = 16
 
 
@@ -46,65 +44,64 @@ class LayerResult:
     bound: float
 
 
-@np.errstate(all="ignore")  # what is no number is a finding, not a warning
-def compare_computation(
-    shards: Source,
-    manifest: Manifest,
-    source: Source,
-    checkpoint: Checkpoint,
-    tokens: int = 4,
-    seed: int = 0,
-    tick: Tick = lambda n: None,
-) -> tuple[list[Finding], list[LayerResult]]:
-    """Findings, and a result for each layer that is computed; a warning for those whose activation is not known.
+class Sides(Protocol):
+    """A layer's computation, unsplit and split: each module is begun, and then the rows of its weights are read."""
 
-    checkpoint: `describe(source)`, unconverted. `tick` is called with half the bytes of each step in source and shards:
-    all the shards' bytes in the end, about.
-    """
-    findings: list[Finding] = []
-    results: list[LayerResult] = []
-    has_config = CONFIG in checkpoint.side_files
-    left_out: dict[str, list[int]] = {}
-    x_HT = np.random.default_rng(seed).standard_normal((checkpoint.model.hidden_size, tokens))
-    reference, workers = Reference(source, manifest), Workers(WORKERS, shards, source)
-    headers, unreadable = read_headers(shards, manifest)
-    if unreadable:
-        return unreadable, []
-    for layer in checkpoint.layers:
-        activation = layer.activation
-        if layer.part is DENSE_FFN and (activation is None or not activation.is_known):
-            left_out.setdefault(not_computed(activation, config=has_config) or "", []).append(layer.number)
-            continue
-        try:
-            whole = {r: reference.linear(linear, _module(layer, r, manifest)) for r, linear in layer.linears.items()}
-            ranks = _rank_linears(shards, manifest, headers, layer, whole)
-        except MismatchError as error:
-            findings.append(Finding("computation", layer.module, f"not computed: {error}"))
-            continue
-        runs = Run(workers, tick), Run(workers, tick, terms=False)
-        if activation is not None:
-            sums = unsplit(whole, activation, x_HT, runs[0])
-            split_HT = np.zeros_like(sums.value)
-            for tp_rank in headers:
-                split_HT += partial_sum(ranks[tp_rank], activation, x_HT, runs[1])
-        else:
-            (role,) = whole.values()
-            x = random_input(layer.part, role, manifest.tp_size, tokens, seed)
-            sums = unsplit_linear(layer.part, role, x, runs[0])
-            slices = [linear for tp_rank in headers for linear in ranks[tp_rank].values()]
-            split_HT = split_linear(layer.part, slices, x, runs[1])[: len(sums.value)]
+    def begin(
+        self, module: Module, whole: Sequence[LinearGrids], ranks: Sequence[LinearGrids]
+    ) -> tuple[Sequence[Product | None], Sequence[Product | None]]:
+        """What those rows are to be added to: of the module's unsplit linears, and of each rank's."""
+
+    def unsplit(self) -> Sum:
+        """[out, T]"""
+
+    def split(self) -> F64:
+        """The same, with rows of padding behind it, if there are any."""
+
+
+class Computations:
+    """Those of a checkpoint's layers, judged. checkpoint: `describe(source)`, unconverted."""
+
+    def __init__(self, manifest: Manifest, checkpoint: Checkpoint) -> None:
+        self._tp_size, self._has_config = manifest.tp_size, CONFIG in checkpoint.side_files
         # Either side's error is at most the roundings that a result goes through, one after the other (those of the two
         # sums, of the ranks' sum, a few for the activation and scales), times 2^-53 of its terms; eps is twice that.
         additions = sum(checkpoint.model.sizes.values()) + manifest.tp_size + _OTHER_ROUNDINGS
-        bound = additions * float(np.finfo(np.float64).eps)
-        difference, wrong = _judge(sums, split_HT, bound)
+        self._bound = additions * float(np.finfo(np.float64).eps)
+        self._wrong: list[Finding] = []
+        self._left_out: dict[str, list[int]] = {}
+        self.results: list[LayerResult] = []
+
+    def of(self, layer: Layer) -> Sides | None:
+        """None where the layer's activation is not known, which is noted."""
+        activation = layer.activation
+        if layer.part is DENSE_FFN and (activation is None or not activation.is_known):
+            why = not_computed(activation, config=self._has_config) or ""
+            self._left_out.setdefault(why, []).append(layer.number)
+            return None
+        rows, columns = layer.linears[layer.part.roles[0].name].tensors["weight"].shape
+        if layer.part is EMBEDDING:
+            return Lookup(rows, self._tp_size, _TOKENS, _SEED)
+        return Computation(np.random.default_rng(_SEED).standard_normal((columns, _TOKENS)), activation)
+
+    @np.errstate(all="ignore")  # what is no number is a finding, not a warning
+    def judge(self, layer: Layer, sides: Sides) -> None:
+        """To be called when every row was read."""
+        unsplit = sides.unsplit()
+        difference, wrong = _judge(unsplit, sides.split()[: len(unsplit.value)], self._bound)
         if math.isfinite(difference):
-            results.append(LayerResult(layer.index, difference, bound))
+            self.results.append(LayerResult(layer.index, difference, self._bound))
         if wrong:
-            findings.append(Finding("computation", layer.module, wrong))
-    for why, indexes in left_out.items():
-        findings.append(Finding("computation", layers_named(indexes), f"not computed: {why}", "warning"))
-    return findings, results
+            self._wrong.append(Finding("computation", layer.module, wrong))
+
+    def findings(self) -> list[Finding]:
+        """What differs, and a warning for the layers whose activation is not known."""
+        left_out = self._left_out.items()
+        unknown = (
+            Finding("computation", layers_named(indexes), f"not computed: {why}", "warning")
+            for why, indexes in left_out
+        )
+        return [*self._wrong, *unknown]
 
 
 def _judge(unsplit_HT: Sum, split_HT: F64, bound: float) -> tuple[float, str | None]:
@@ -122,36 +119,3 @@ def _judge(unsplit_HT: Sum, split_HT: F64, bound: float) -> tuple[float, str | N
         f"output {row} of token {token} is {split_HT[row, token]:.17g} split and {unsplit_HT.value[row, token]:.17g} "
         f"unsplit: {largest:.3g} of its terms' magnitude, at most {bound:.3g} is rounding"
     )
-
-
-def _module(layer: Layer, role: str, manifest: Manifest) -> str:
-    stack = layer.part.stack(role) if manifest.layout == "fused" else None
-    return layer.name(stack or role)
-
-
-def _rank_linears(
-    shards: Source,
-    manifest: Manifest,
-    headers: Mapping[int, Header],
-    layer: Layer,
-    whole: Mapping[str, LinearGrids],
-) -> list[dict[str, LinearGrids]]:
-    """Each rank's own linears by shard module. Raises MismatchError where a tensor is missing or of another shape."""
-    ranks: list[dict[str, LinearGrids]] = [{} for _ in headers]
-    for module in layer.part.laid_out(manifest.layout):
-        name, linears = layer.name(module.name), [whole[role.name] for role in module.roles]
-        expected = {rank: expect(module, name, linears, manifest, rank) for rank in headers}
-        for unfit in misfits(manifest, headers, expected):
-            raise MismatchError(f"{unfit.where}: {unfit.message}")
-        for rank, tensors in expected.items():
-            file = manifest.shards[rank].file
-            infos = [(tensor.name, headers[rank].tensors[tensor.name]) for tensor in tensors]
-            grids = {name.rpartition(".")[2]: _shard_grid(shards, file, name, info) for name, info in infos}
-            ranks[rank][module.name] = LinearGrids(linears[0].variant, linears[0].block, grids)
-    return ranks
-
-
-def _shard_grid(shards: Source, file: str, name: str, info: TensorInfo) -> Grid:
-    bare = Tensor(name, info.dtype, info.shape, ())
-    extent = Extent(file, info.start, bare.row_bytes, 0, 0, bare.rows, bare.row_bytes)
-    return stored_grid(shards, replace(bare, extents=(extent,)))

@@ -1,4 +1,4 @@
-"""A dense layer in float64, from the tensors as they are stored: the reference of what ranks compute.
+"""A layer in float64, from the tensors as they are stored: unsplit, the reference of what ranks compute, and split.
 
 Integers are exact there, and rounding is far below what any wrong slice, bias or scale changes.
 
@@ -7,165 +7,92 @@ Shapes: T tokens, H hidden_size, I intermediate_size, L a rank's share of I; x_H
 
 # ruff: noqa: N803, N806 - the suffixes are shapes
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 import numpy as np
 
 from reshard.model.activation import Activation
-from reshard.model.parts import DOWN, GATE, GATE_UP, UP
-from reshard.schemes.table import Arithmetic, Operand
+from reshard.model.parts import DENSE_FFN, DOWN, Module, Parallel
 from reshard.verification.gate import F64, carried, gated
-from reshard.verification.reference import BLOCK_ELEMENTS, WORKERS, Grid, LinearGrids, Values, scaled
+from reshard.verification.linear import Product, Sum
+from reshard.verification.reference import WORKERS, Grid, LinearGrids
 from reshard.workers import Workers
-
-Tick = Callable[[int], None]
-
-_INT8_MIN, _INT8_MAX = -128, 127
-_SERIAL_BLAS = 1 << 18  # multiplications; OpenBLAS: 4 * 65536
-
-
-@dataclass(frozen=True)
-class Sum:
-    """Values and, for each, the sum of its terms' magnitudes carried through the layer: what rounding is relative to.
-
-    A float64 sum of n terms, in whatever order, is off by at most about n * 2^-53 * sum |terms|.
-    """
-
-    value: F64
-    terms: F64
-
-
-@dataclass(frozen=True)
-class Run:
-    """`exact`: no token is quantized. `terms`: whether those of `Sum` are computed."""
-
-    workers: Workers = field(default_factory=lambda: Workers(WORKERS))
-    tick: Tick = lambda n: None
-    exact: bool = False
-    terms: bool = True
 
 
 def unsplit_layer(linears: Mapping[str, LinearGrids], activation: Activation, x_HT: F64, exact: bool = False) -> F64:
     """down(act(gate x) * up x), [H, T], of unsplit linears by role; `exact`: with no token quantized."""
-    return unsplit(linears, activation, x_HT, Run(exact=exact)).value
+    computation = Computation(x_HT, activation, exact)
+    for module in DENSE_FFN.laid_out("separate"):
+        linear = linears[module.name]
+        (product,), _ = computation.begin(module, [linear], [])
+        _read_all(linear.tensors["weight"], product)
+    return computation.unsplit().value
 
 
-def unsplit(linears: Mapping[str, LinearGrids], activation: Activation, x_HT: F64, run: Run) -> Sum:
-    """The same with what rounding is relative to."""
-    x = Sum(x_HT, np.abs(x_HT))
-    gate, up = (applied(linears[role], x, run) for role in (GATE, UP))
-    h = Sum(gated(activation, gate.value, up.value), carried(activation, gate.value, up.value, gate.terms, up.terms))
-    return applied(linears[DOWN], h, run, is_slice=True)
+def _read_all(weight: Grid, product: Product) -> None:
+    def step(block: tuple[int, int]) -> None:
+        product.add(weight.fetch(*block), block[0])
+
+    Workers(WORKERS).each(step, weight.blocks(), lambda _: None)
 
 
-def partial_sum(linears: Mapping[str, LinearGrids], activation: Activation, x_HT: F64, run: Run) -> F64:
-    """One rank's partial sum, [H, T]."""
-    x = Sum(x_HT, np.zeros_like(x_HT))
-    if GATE_UP in linears:
-        gate_LT, up_LT = np.split(applied(linears[GATE_UP], x, run).value, 2)
-    else:
-        gate_LT, up_LT = (applied(linears[role], x, run).value for role in (GATE, UP))
-    h_LT = gated(activation, gate_LT, up_LT)
-    return applied(linears[DOWN], Sum(h_LT, np.zeros_like(h_LT)), run, is_slice=True).value
+class Computation:
+    """A dense layer, or a part that is one linear: unsplit, and split as its ranks compute it.
 
-
-def applied(linear: LinearGrids, x: Sum, run: Run, is_slice: bool = False) -> Sum:
-    """W x for x [in, T], as the linear's scheme computes it. is_slice: whether ranks have other features of x."""
-    arithmetic, of = linear.scheme.arithmetics[0], linear.operands
-    weight = of[Operand.WEIGHT]
-    if arithmetic not in (Arithmetic.DYNAMIC, Arithmetic.STATIC):
-        # Weights alone are quantized: engines that round activations too do so to each slice on its own.
-        return _product(weight, scaled(weight, of.get(Operand.SCALE), linear.block), x, run)
-    step: F64 | float
-    if arithmetic is Arithmetic.STATIC:
-        levels, step = _static_levels(of, x.value, run)
-        total = _product(weight, weight.values, Sum(levels, np.abs(levels)), run)
-    else:
-        # Not a slice (down's x): its scale would be its own maximum, not that of the whole, so that split and unsplit
-        # would be two different roundings and no comparison of the cut.
-        levels, step = (x.value, 1.0) if is_slice or run.exact else _dynamic_levels(x.value)
-        terms = x.terms if levels is x.value else np.abs(levels)
-        total = _product(weight, _levels(weight, of.get(Operand.OFFSET)), Sum(levels, terms), run)
-    # The scales after the weight: where that is computed, they are known by then.
-    if arithmetic is Arithmetic.STATIC and Operand.OUTPUT_SCALE in of:
-        # It takes back what the offset adds over the full input dimension: in a row-parallel cut once for all ranks.
-        bias = of[Operand.BIAS].fetch(0, weight.rows).view(np.int32).astype(np.float64)
-        total = Sum(total.value + bias, total.terms + np.abs(bias))
-        scale = _deq_scale(of[Operand.OUTPUT_SCALE])
-    else:
-        scale = _column(of[Operand.SCALE]) * step
-    return Sum(total.value * scale, total.terms * np.abs(scale))
-
-
-def _dynamic_levels(x_KT: F64) -> tuple[F64, F64]:
-    """int8 levels, with one scale for each token."""
-    largest = np.abs(x_KT).max(axis=0, keepdims=True)
-    step = np.where(largest == 0, 1.0, largest / _INT8_MAX)
-    return np.rint(x_KT / step), step
-
-
-def _static_levels(of: Mapping[Operand, Grid], x_KT: F64, run: Run) -> tuple[F64, float]:
-    """int8 levels, with one scale and zero point for all: ModelSlim's or compressed-tensors'."""
-    zero_point, step = of.get(Operand.INPUT_OFFSET), float(of[Operand.INPUT_SCALE].all_values()[0, 0])
-    offset = float(zero_point.all_values()[0, 0]) if zero_point else 0.0
-    levels = x_KT / step + offset
-    if not run.exact:
-        # Where gate and up are floats, split and unsplit may differ in x's last bits: that they then round to different
-        # levels has a chance of about 1e-12 for each element, and is a finding.
-        levels = np.clip(np.rint(levels), _INT8_MIN, _INT8_MAX)
-    return levels if Operand.OUTPUT_SCALE in of else levels - offset, step
-
-
-def _product(weight: Grid, values: Values, x: Sum, run: Run) -> Sum:
-    """W x, [out, T], a few rows at a time: a whole matrix in float64 is 1 GB."""
-    shape = (weight.rows, x.value.shape[1])
-    value, terms = np.empty(shape), np.zeros(shape)
-    # A token's features lie together: BLAS takes 0.6 of the time for so few tokens.
-    x_KT, terms_KT = np.asfortranarray(x.value), np.asfortranarray(x.terms)
-
-    def multiply(block: tuple[int, int]) -> int:
-        top, bottom = block
-        with np.errstate(all="ignore"):  # a thread has its own
-            found = values(top, bottom).astype(np.float64)
-            _matmul(found, x_KT, value[top:bottom])
-            if run.terms:
-                _matmul(np.abs(found, out=found), terms_KT, terms[top:bottom])
-        return (bottom - top) * weight.row_bytes
-
-    run.workers.each(multiply, weight.blocks(weight.columns, BLOCK_ELEMENTS), lambda nbytes: run.tick(nbytes // 2))
-    return Sum(value, terms)
-
-
-def _matmul(block: F64, x: F64, out: F64) -> None:
-    """Multiply [n, in] by [in, T] in products so small that the BLAS library starts no threads of its own for them.
-
-    Its threads wait for one another in a loop, which on a busy host takes many times as long as the product.
+    Each module, in their order, is begun, and then given the rows of its weights.
     """
-    height = max(1, _SERIAL_BLAS // x.size)
-    whole = len(block) // height * height
-    if whole:
-        np.matmul(block[:whole].reshape(-1, height, len(x)), x, out=out[:whole].reshape(-1, height, x.shape[1]))
-    if whole < len(block):
-        np.matmul(block[whole:], x, out=out[whole:])
+
+    def __init__(self, x_KT: F64, activation: Activation | None = None, exact: bool = False) -> None:
+        x_KT = np.asfortranarray(x_KT)  # once, and not for each product
+        self._x, self._activation, self._exact = Sum(x_KT, np.abs(x_KT)), activation, exact
+        self._begun: list[tuple[Module, list[Product], list[Product]]] = []
+
+    @np.errstate(all="ignore")  # what is no number is a finding, not a warning
+    def begin(
+        self, module: Module, whole: Sequence[LinearGrids], ranks: Sequence[LinearGrids]
+    ) -> tuple[list[Product], list[Product]]:
+        """What the weights' rows are to be added to: of the module's unsplit linears, and of each rank's."""
+        x, of_ranks = self._inputs(module, len(ranks))
+        is_slice = module.parallel is Parallel.ROW
+        unsplit = [Product(linear, x, is_slice, exact=self._exact) for linear in whole]
+        split = [
+            Product(linear, Sum(x_KT, x_KT), is_slice, terms=False)
+            for linear, x_KT in zip(ranks, of_ranks, strict=True)
+        ]
+        self._begun.append((module, unsplit, split))
+        return unsplit, split
+
+    def _inputs(self, module: Module, tp_size: int) -> tuple[Sum, Sequence[F64]]:
+        if module.name != DOWN:
+            x_KT = self._x.value
+            return self._x, [x_KT] * tp_size if module.parallel is Parallel.COLUMN else np.split(x_KT, tp_size)
+        before, self._begun = self._begun, []
+        gate, up = (linear.sum() for _, unsplit, _ in before for linear in unsplit)
+        activation = cast("Activation", self._activation)  # known, or nothing is computed
+        h_IT = gated(activation, gate.value, up.value)
+        of_ranks = []
+        for rank in range(tp_size):
+            stacks = [(stack, split[rank].sum().value) for stack, _, split in before]
+            gate_LT, up_LT = (each for stack, y in stacks for each in np.split(y, len(stack.roles)))
+            of_ranks.append(gated(activation, gate_LT, up_LT))
+        return Sum(h_IT, carried(activation, gate.value, up.value, gate.terms, up.terms)), of_ranks
+
+    def unsplit(self) -> Sum:
+        """[out, T] of the last module."""
+        ((_, (linear,), _),) = self._begun
+        return linear.sum()
+
+    def split(self) -> F64:
+        """The same from the ranks' slices: added, or in rank order one below the other, rows of padding the last."""
+        ((module, _, split),) = self._begun
+        results = [linear.sum().value for linear in split]
+        return np.concatenate(results) if module.parallel is Parallel.COLUMN else added(results)
 
 
-def _levels(weight: Grid, offset: Grid | None) -> Values:
-    """The int8 levels less their channel's offset, as float32."""
-    if offset is None:
-        return weight.values
-    offsets = _column(offset).astype(np.float32)
-    return lambda top, bottom: weight.values(top, bottom) - offsets[top:bottom]
-
-
-def _column(grid: Grid) -> F64:
-    """A value for each channel, [out] or [out, 1], as [out, 1]."""
-    return grid.all_values().reshape(-1, 1).astype(np.float64)
-
-
-def _deq_scale(grid: Grid) -> F64:
-    """[out, 1]. As I64 it holds a float32's bits, read as int32 and widened."""
-    raw = grid.fetch(0, grid.rows)
-    if grid.dtype == "I64":
-        raw = np.ascontiguousarray(raw.view(np.int64).astype(np.int32)).view(np.uint8)
-    return raw.view(np.float32).astype(np.float64)
+def added(results: Sequence[F64]) -> F64:
+    """The ranks' results, added in their order."""
+    total = np.zeros_like(results[0])
+    for result in results:
+        total += result
+    return total

@@ -26,15 +26,15 @@ from reshard.tensors.dtypes import itemsize
 from reshard.tensors.numeric import F32, Array, f32_to_bf16, storage, to_f32
 from reshard.tensors.rows import Memory
 
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 21  # of stored rows: what each of 128 ranks has of them is still 16 KB
 BLOCK_ELEMENTS = 1 << 17  # of computed values: their float32 and float64 copies fit into a core's cache
 WORKERS = min(8, len(os.sched_getaffinity(0)))  # each at its own block: memory stays at WORKERS times a few MB
 
 _MEMORY = Memory()
 _INT8_MAX = np.float32(127)
 
-Values = Callable[[int, int], F32]
-"""(first row, row behind the last) -> [n, in] float32."""
+Values = Callable[[Bytes, int], F32]
+"""(n rows as they are stored, the first one's number) -> [n, in] float32; of their first columns, if they are cut."""
 
 
 @dataclass(frozen=True)
@@ -67,17 +67,18 @@ class Grid:
         """Bytes of a row."""
         return self.columns * itemsize(self.dtype)
 
-    def values(self, top: int, bottom: int) -> F32:
-        """Rows top..bottom as float32 [bottom - top, columns]."""
-        return to_f32(self.fetch(top, bottom).view(storage(self.dtype)), self.dtype)
+    def numbers(self, rows: Bytes) -> F32:
+        """What rows, or parts of them, hold, as float32."""
+        return to_f32(rows.view(storage(self.dtype)), self.dtype)
 
     def all_values(self) -> F32:
         """The whole of a small tensor, [rows, columns]."""
-        return self.values(0, self.rows)
+        return self.numbers(self.fetch(0, self.rows))
 
-    def blocks(self, row_size: int, size: int) -> Iterator[tuple[int, int]]:
-        """Row ranges that together are the whole, each about `size` at `row_size` a row."""
-        height = max(1, size // max(1, row_size))
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Row ranges that together are the whole, each about as large as it is to be at once."""
+        row, size = (self.columns, BLOCK_ELEMENTS) if self.made_by else (self.row_bytes, BLOCK_BYTES)
+        height = max(1, size // max(1, row))
         for top in range(0, self.rows, height):
             yield top, min(top + height, self.rows)
 
@@ -101,9 +102,9 @@ class LinearGrids:
         return {rule.operand: self.tensors[rule.suffix] for rule in self.variant.tensors}
 
 
-def stored_grid(source: Source, tensor: Tensor) -> Grid:
-    """A tensor whose bytes lie in files."""
-    return Grid(tensor.name, tensor.dtype, tensor.shape, partial(_fetch, source, tensor))
+def stored_grid(source: Source, tensor: Tensor, memory: Memory = _MEMORY) -> Grid:
+    """A tensor whose bytes lie in files. What is fetched is valid until the thread's next fetch into that memory."""
+    return Grid(tensor.name, tensor.dtype, tensor.shape, partial(_fetch, source, tensor, memory))
 
 
 def zero_grid(dtype: str, rows: int, columns: int, name: str = "", made_by: str | None = None) -> Grid:
@@ -112,9 +113,9 @@ def zero_grid(dtype: str, rows: int, columns: int, name: str = "", made_by: str 
     return Grid(name, dtype, (rows, columns), lambda top, bottom: np.zeros((bottom - top, size), np.uint8), made_by)
 
 
-def _fetch(source: Source, tensor: Tensor, top: int, bottom: int) -> Bytes:
-    """Rows top..bottom, put together from the parts that hold some of them; valid until the thread's next call."""
-    out = _MEMORY.shaped(bottom - top, tensor.row_bytes)
+def _fetch(source: Source, tensor: Tensor, memory: Memory, top: int, bottom: int) -> Bytes:
+    """Rows top..bottom, put together from the parts that hold some of them."""
+    out = memory.shaped(bottom - top, tensor.row_bytes)
     covered = 0
     for part in tensor.extents:
         first, last = max(top, part.row), min(bottom, part.row + part.rows)
@@ -168,10 +169,11 @@ class Reference:
             made_in = target(W8A8, MODELSLIM if with_offset else COMPRESSED_TENSORS)
             return LinearGrids(made_in, None, _Quantized(stored["weight"], values, with_offset).grids())
         weight = stored["weight"]
-        made = Grid(
-            weight.name, "BF16", weight.shape, lambda top, bottom: _bytes(f32_to_bf16(values(top, bottom))), rule
-        )
-        return LinearGrids(target(BF16), None, {"weight": made})
+
+        def rounded(top: int, bottom: int) -> Bytes:
+            return _bytes(f32_to_bf16(values(weight.fetch(top, bottom), top)))
+
+        return LinearGrids(target(BF16), None, {"weight": Grid(weight.name, "BF16", weight.shape, rounded, rule)})
 
 
 def _check_rule(rule: str, linear: LinearGrids) -> None:
@@ -193,16 +195,17 @@ def scaled(weight: Grid, scale: Grid | None, block: tuple[int, int] | None) -> V
     scale: none, [1], [out, 1] or [out], or with a block [ceil(out/b), ceil(in/k)].
     """
     if scale is None:
-        return weight.values
+        return lambda rows, top: weight.numbers(rows)
     factors = scale.all_values()  # [out, 1], or one a block
 
-    def values(top: int, bottom: int) -> F32:
-        found = weight.values(top, bottom)
+    def values(rows: Bytes, top: int) -> F32:
+        found = weight.numbers(rows)
+        bottom, columns = top + len(found), found.shape[1]
         if block is None:
             found *= factors if len(factors) == 1 else factors[top:bottom]
             return found
         tall = factors[np.arange(top, bottom) // block[0]]
-        found *= np.repeat(tall, block[1], axis=1)[:, : weight.columns]
+        found *= np.repeat(tall, block[1], axis=1)[:, :columns]
         return found
 
     return values
@@ -233,7 +236,7 @@ class _Quantized:
         return grids
 
     def _levels(self, top: int, bottom: int) -> Bytes:
-        values = self._values(top, bottom)
+        values = self._values(self._weight.fetch(top, bottom), top)
         # max|w| without a copy of |w|
         largest = np.maximum(values.max(axis=1, keepdims=True), -values.min(axis=1, keepdims=True))
         scales = largest / _INT8_MAX
@@ -248,7 +251,7 @@ class _Quantized:
 
     def _scale(self, top: int, bottom: int) -> Bytes:
         # Mostly known by now: the weight comes first.
-        for first, last in self._weight.blocks(self._weight.columns, BLOCK_ELEMENTS):
+        for first, last in self._weight.blocks():
             if first < bottom and last > top and np.isnan(self._scales[first:last]).any():
                 self._levels(first, last)
         scales = self._scales[top:bottom]

@@ -104,7 +104,7 @@ class OutputFolder:
 
     def holds(self, shard: Shard, tick: Tick) -> bool:
         with FolderSource(self.path) as there:
-            return file_digest(there, shard.file, 0, shard.size, tick) == shard.blake3
+            return file_digest(there, shard.file, shard.size, tick) == shard.blake3
 
     def remove_own_temporaries(self) -> None:
         """Remove what `temporary` named and nothing was made of."""

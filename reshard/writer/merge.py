@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reshard.checkpoint.description import Checkpoint, Identity, Layer, Tensor
+from reshard.convert.together import common_files
 from reshard.errors import SourceError
 from reshard.manifest import Slice
 from reshard.plan.plan import PlannedTensor
@@ -78,7 +79,10 @@ def merge(
 
 
 def _common(sets: Sequence[tuple[Source, Checkpoint]]) -> Mapping[str, bytes]:
-    """The side files that the sets have alike. Raises SourceError where they have not."""
+    """What goes with the merged checkpoint: the sets' own side files, which are alike, or what is true of all of them.
+
+    Raises SourceError where the sets are of two checkpoints, or no tool's files say what they hold.
+    """
     (first, one), *others = sets
     for source, other in others:
         if other.part is one.part:
@@ -88,13 +92,9 @@ def _common(sets: Sequence[tuple[Source, Checkpoint]]) -> Mapping[str, bytes]:
                 f"{first.origin.name} and {source.origin.name} were cut from {difference}: a checkpoint is put "
                 "together from sets of one; cut them from one, or merge each by itself"
             )
-        for name in sorted(one.side_files.keys() | other.side_files.keys()):
-            if one.side_files.get(name) != other.side_files.get(name):
-                raise SourceError(
-                    f"{name} of {first.origin.name} and of {source.origin.name} differ: the sets are of two "
-                    "checkpoints, or one was converted; merge each by itself"
-                )
-    return one.side_files
+    if all(checkpoint.side_files == one.side_files for _, checkpoint in sets):
+        return one.side_files
+    return common_files([(source.origin.name, checkpoint) for source, checkpoint in sets])
 
 
 def _other_origin(one: Identity, other: Identity) -> str | None:

@@ -2,11 +2,13 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from reshard.errors import OutputError
+from reshard.model.naming import parse_shard_file
 from reshard.source.address import FOLDER, Address, parse_address, parse_target
+from reshard.source.folder import FolderSource
 from reshard.writer.folder import OutputFolder
 from reshard.writer.target import Target
 
@@ -26,6 +28,20 @@ def open_target(address: str | Path, source: str | None = None, *, in_out: bool 
         raise OutputError(f"{found.place} is a link, expected a folder; remove it, or choose another OUT")
     scheme = FOLDER if found.kind == FOLDER else address.partition("://")[0].lower()
     return TARGETS.get(scheme, _fsspec)(found.place)
+
+
+def check_holds_no_set(address: str) -> None:
+    """Raises OutputError where a set lies where folders of several are to be: readers would see it alone."""
+    found = parse_target(address)
+    if found.kind != FOLDER:
+        files: Iterable[str] = open_target(address).files()
+    elif Path(found.place).is_dir():
+        with FolderSource(Path(found.place)) as source:
+            files = source.files()
+    else:
+        return
+    if any(parse_shard_file(name) for name in files):
+        raise OutputError(f"{address}: holds a shard set; several parts go into a folder without one")
 
 
 def _same_place(one: Address, other: Address) -> bool:

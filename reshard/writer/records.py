@@ -24,8 +24,12 @@ class Records:
         self._target = target
 
     def manifest(self, shards: Sequence[Shard]) -> Manifest:
-        """The set's manifest; shards by rank."""
-        return make_manifest(self._prepared.checkpoint, self._plan, self._prepared.sample, shards)
+        """The set's manifest; shards by rank. What a finished set was cut with stays said."""
+        before = parse_manifest(self._target.read(MANIFEST)).parts if self.finished() else ()
+        return self._manifest(shards, (*before, *self._prepared.parts))
+
+    def _manifest(self, shards: Sequence[Shard], parts: Sequence[str]) -> Manifest:
+        return make_manifest(self._prepared.checkpoint, self._plan, self._prepared.sample, shards, parts)
 
     def put(self, shard: Shard) -> None:
         """Say that a shard is finished."""
@@ -70,7 +74,9 @@ class Records:
             found = {shard.tp_rank: shard for shard in manifest.shards}
             if (manifest.part, manifest.tp_size) != (self._plan.part, self._plan.tp_size):
                 raise other_set(self._target, manifest.part, manifest.tp_size, self._plan)
-            if manifest != self.manifest(manifest.shards) or not all(map(self._is_planned, manifest.shards)):
+            if manifest != self._manifest(manifest.shards, manifest.parts) or not all(
+                map(self._is_planned, manifest.shards)
+            ):
                 raise OutputError(
                     f"{self._target.address}: holds a finished set of another source or of other options; choose "
                     "another folder, or --overwrite it"

@@ -86,7 +86,7 @@ class RemoteTarget:
         local = here.path / shard.file
         try:
             put = partial(self._fs.put_file, str(local), callback=watch)
-            self._attempt("written", shard.file, put, shard.size / limits.PUT_SPEED, _once_more(tick))
+            self._write(shard.file, shard.size, put, _once_more(tick))
         except BaseException:
             with contextlib.suppress(OutputError):  # where a file is seen while it is written
                 self.remove([shard.file])
@@ -114,7 +114,7 @@ class RemoteTarget:
         return hasher.hexdigest() == shard.blake3
 
     def put(self, name: str, data: bytes) -> None:
-        self._attempt("written", name, lambda path: self._fs.pipe_file(path, data))
+        self._write(name, len(data), lambda path: self._fs.pipe_file(path, data))
 
     def remove(self, names: Iterable[str]) -> None:
         there = self.files()
@@ -130,6 +130,9 @@ class RemoteTarget:
             return list(self._fs.ls(path.rstrip("/"), detail=True))
         except FileNotFoundError:
             return []
+
+    def _write(self, name: str, size: int, call: Callable[[str], object], tick: Tick = lambda n: None) -> None:
+        self._attempt("written", name, call, size / limits.PUT_SPEED, tick)
 
     def _attempt(
         self, what: str, name: str, call: Callable[[str], T], more: float = 0.0, tick: Tick = lambda n: None

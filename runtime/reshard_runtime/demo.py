@@ -22,7 +22,7 @@ import torch.distributed as dist
 import typer
 
 from reshard.cli.options import Debug
-from reshard.cli.output import Output, run
+from reshard.cli.output import Output
 from reshard.errors import GroupError, ShardError
 from reshard.model.activation import not_computed
 from reshard.plan.pipeline import Cut, prepare
@@ -34,7 +34,7 @@ from reshard.writer.team import read_place
 from reshard_runtime.ffn import DenseFFN
 from reshard_runtime.group import agreement
 from reshard_runtime.loader import load_shard, read_manifest
-from reshard_runtime.processes import rank_output, spawn
+from reshard_runtime.processes import program, rank_output, spawn
 
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 _TIMEOUT = timedelta(seconds=300)
@@ -49,19 +49,18 @@ def main(
     debug: Debug = False,
 ) -> None:
     """Run the split layers of a shard set and compare them with the unsplit ones."""
-    with Output("human", quiet=True, debug=debug).errors():
+    with Output("human", quiet=True, debug=debug).errors(), tempfile.TemporaryDirectory() as folder:
         tp_size = _tp_size(shards)
         if device not in _BACKENDS:
             raise GroupError(f"--device is {device}; it may be {', '.join(_BACKENDS)}")
-        given = (shards, tokens, device, debug)
+        given = (Path(folder), shards, tokens, device, debug)
         if "RANK" in os.environ:
             place = read_place()
             if place.size != tp_size:
                 raise GroupError(f"{shards} is cut for {tp_size} ranks, torchrun started {place.size} processes")
             _process(place.number, tp_size, "env://", *given)
         else:
-            with tempfile.TemporaryDirectory() as folder:
-                spawn(_process, tp_size, tp_size, f"file://{folder}/ranks", *given)
+            spawn(_process, tp_size, tp_size, f"file://{folder}/ranks", *given)
 
 
 def _tp_size(shards: Path) -> int:
@@ -74,20 +73,22 @@ def _tp_size(shards: Path) -> int:
     return manifest.tp_size
 
 
-def _process(rank: int, tp_size: int, meeting: str, shards: Path, tokens: int, device: str, debug: bool) -> None:
-    """One of the group."""
+def _process(
+    rank: int, tp_size: int, meeting: str, folder: Path, shards: Path, tokens: int, device: str, debug: bool
+) -> None:
+    """One of the group. folder: a temporary one, for all of them or its own."""
     with rank_output(rank, tp_size, debug) as output:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // tp_size))
         place = torch.device(device if device == "cpu" else f"{device}:{os.environ.get('LOCAL_RANK', rank)}")
         dist.init_process_group(_BACKENDS[device], init_method=meeting, rank=rank, world_size=tp_size, timeout=_TIMEOUT)
-        for line in compared(dist.group.WORLD, shards, tokens, place):
+        for line in compared(dist.group.WORLD, folder, shards, tokens, place):
             output.text(line)
         dist.barrier()
         dist.destroy_process_group()
 
 
-def compared(group: dist.ProcessGroup, shards: Path, tokens: int, place: torch.device) -> list[str]:
-    """Run every layer with `tokens` tokens of each rank; what is to be said of it, on rank 0."""
+def compared(group: dist.ProcessGroup, folder: Path, shards: Path, tokens: int, place: torch.device) -> list[str]:
+    """Run every layer with `tokens` tokens of each rank; what is to be said of it, on rank 0. folder: as above."""
     rank, start = group.rank(), time.perf_counter()
     with agreement(group):
         shard = load_shard(shards, rank, place, tp_size=group.size())
@@ -108,7 +109,7 @@ def compared(group: dist.ProcessGroup, shards: Path, tokens: int, place: torch.d
     dist.all_gather_object(said, (fact, outputs, seconds), group=group)
     if rank:
         return []
-    lines = [*(fact for fact, _, _ in said), *_compared(shards, said, layers, tokens)]
+    lines = [*(fact for fact, _, _ in said), *_compared(shards, folder, said, layers, tokens)]
     return [*lines, "error: root mean square, relative to the unsplit layer in float64"]
 
 
@@ -137,11 +138,11 @@ def _memory() -> str:
     return f"{own:.0f} MiB of its own and maps {mapped:.0f} MiB of files"
 
 
-def _compared(shards: Path, said: list[Any], layers: dict[int, DenseFFN], tokens: int) -> Iterator[str]:
+def _compared(shards: Path, folder: Path, said: list[Any], layers: dict[int, DenseFFN], tokens: int) -> Iterator[str]:
     """A line for each layer. said: each rank's (…, outputs, seconds) by layer."""
-    with open_source(str(shards)) as source, tempfile.TemporaryDirectory() as folder:
-        write_shards(prepare(source, Cut(1, pad=True)), Path(folder, "tp1"), SplitOptions())
-        whole = load_shard(Path(folder, "tp1"), 0)
+    with open_source(str(shards)) as source:
+        write_shards(prepare(source, Cut(1, pad=True)), folder / "tp1", SplitOptions())
+        whole = load_shard(folder / "tp1", 0)
         for layer in describe(source).layers:
             index, ffn = layer.number, layers[layer.number]
             x_TH = torch.cat([_tokens(rank, index, tokens, ffn).cpu() for rank in range(len(said))])
@@ -165,4 +166,4 @@ def _error(y_TH: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 if __name__ == "__main__":
-    run(lambda: typer.run(main))
+    program(main)

@@ -1,4 +1,4 @@
-"""How fast this machine runs the runtime's kernels and gloo: a rank of a group of processes that all measure at once.
+"""How fast this machine runs the runtime's kernels and exchanges: a rank of a group that all measure at once.
 
 `python -m reshard_runtime.measure PROCESSES THREADS` prints what each of them found, a JSON object: seconds, and bytes
 or operations a second, each from the shortest of several runs, which other work on the machine disturbed least. The
@@ -19,10 +19,10 @@ import torch.distributed as dist
 import typer
 
 from reshard.cli.options import Debug
-from reshard.cli.output import Output, run
+from reshard.cli.output import Output
 from reshard.model.activation import SILU, Activation
 from reshard_runtime.kernels.cpu import CpuKernels
-from reshard_runtime.processes import rank_output, spawn
+from reshard_runtime.processes import program, rank_output, spawn
 
 # A quarter of DeepSeek-R1's gate_up_proj: 264 MB as float32, 66 MB as int8, more than a share of any cache.
 _ROWS, _COLUMNS = 9216, 7168
@@ -75,26 +75,16 @@ def _kernel_costs(group: dist.ProcessGroup) -> dict[str, float]:
 
 
 def _collectives(group: dist.ProcessGroup) -> dict[str, float]:
-    """Half a round trip of a byte between ranks 0 and 1; a gather of a byte; bytes a second of a large gather."""
+    """A gather of a byte, and bytes a second of a large one, as the runtime's layers exchange tokens here."""
     gather = CpuKernels().collectives(group).gather
     byte, message = torch.zeros(1, 1, dtype=torch.int8), torch.zeros(1, _MESSAGE_BYTES, dtype=torch.int8)
     smallest = _shortest(group, lambda: gather(byte), _EXCHANGES)
     largest = _shortest(group, lambda: gather(message))
     received = (group.size() - 1) * _MESSAGE_BYTES
     return {
-        "latency_s": _shortest(group, lambda: _round_trip(group, byte), _EXCHANGES) / 2,
         "gather_s": smallest,
         "link_bytes_s": received / max(largest - smallest, 1e-9),
     }
-
-
-def _round_trip(group: dist.ProcessGroup, byte: torch.Tensor) -> None:
-    if group.rank() == 0:
-        dist.send(byte, 1, group=group)
-        dist.recv(byte, 1, group=group)
-    elif group.rank() == 1:
-        dist.recv(byte, 0, group=group)
-        dist.send(byte, 0, group=group)
 
 
 def _shortest(group: dist.ProcessGroup, call: Callable[[], object], calls: int = 1) -> float:
@@ -132,4 +122,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(lambda: typer.run(main))
+    program(main)

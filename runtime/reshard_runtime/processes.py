@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import multiprocessing
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,7 +11,14 @@ import torch
 import typer
 
 from reshard.cli.output import Output, run
+from reshard.cli.signals import end_tidily
 from reshard.errors import GroupError
+
+
+def program(main: Callable[..., None]) -> None:
+    """What `python -m` runs of a module: told to end by a signal, it removes its temporary files first."""
+    end_tidily()
+    run(lambda: typer.run(main))
 
 
 def spawn(work: Callable[..., None], size: int, *arguments: Any) -> None:
@@ -28,6 +36,11 @@ def spawn(work: Callable[..., None], size: int, *arguments: Any) -> None:
             f"process {error.error_index} of {size} was ended by {error.signal_name}; look for what sent it, such as "
             "the system where memory ran out"
         ) from None
+    except (KeyboardInterrupt, SystemExit):  # told to end, which the ranks need not have been
+        for process in multiprocessing.active_children():
+            process.terminate()
+            process.join()
+        raise
 
 
 def _rank(rank: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:

@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from tests.support.reads import Reads, counted
 from tests.vllm import inside as vllm_inside
 from tests.vllm.inside import tokens
 
@@ -191,6 +192,13 @@ def parameters(group: dist.ProcessGroup, served: Served) -> tuple[Tensors, Tenso
     return before, _tensors(model)
 
 
+def reads(group: dist.ProcessGroup, served: Served) -> Reads:
+    """What loading it reads of its model and of its sets."""
+    with counted(served.model, *([] if served.shards is None else [served.shards])) as found:
+        loaded(served)
+    return found
+
+
 def classes(group: dist.ProcessGroup, served: Served) -> dict[str, str]:
     """The class of each module."""
     _, model = loaded(served)
@@ -251,6 +259,12 @@ def load(group: dist.ProcessGroup, served: Served) -> str:
     return "loaded"
 
 
+def load_unbuilt(group: dist.ProcessGroup, served: Served) -> str:
+    """As `load`: what is raised before anything is built."""
+    with vllm_inside.nothing_is_built():
+        return load(group, served)
+
+
 def data_parallel_rank(config: Any) -> int:
     """This process's."""
     return int(config.parallel_config.data_parallel_rank)
@@ -295,6 +309,25 @@ def forward(group: dist.ProcessGroup, served: Served, counts: list[list[int]]) -
         with forward_context(config, model, each):
             results.append([mlp(x).clone() for mlp in dense_mlps(model).values()])
     return results
+
+
+def forward_of_parts(group: dist.ProcessGroup, served: Served, ids: torch.Tensor) -> Tensors:
+    """By module, the results of the embedding for `ids`, of o_proj and the LM head for as many of a rank's `tokens`.
+
+    Every rank has the same number.
+    """
+    config, model = loaded(served)
+    dtype, rank, count = config.model_config.dtype, data_parallel_rank(config), len(ids)
+    found = {}
+    with forward_context(config, model, [count] * config.parallel_config.data_parallel_size):
+        found["model.embed_tokens"] = model.model.embed_tokens(ids).clone()
+        hidden = tokens(rank, count, config.model_config.hf_config.hidden_size, dtype)
+        found["lm_head"] = model.compute_logits(hidden).clone()
+        for name, module in model.named_modules():
+            if name.endswith(".o_proj"):
+                result = module(tokens(rank, count, module.input_size, dtype))
+                found[name] = (result[0] if isinstance(result, tuple) else result).clone()
+    return found
 
 
 def exchanges_counts(group: dist.ProcessGroup, served: Served) -> bool:

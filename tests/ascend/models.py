@@ -1,6 +1,7 @@
 """Whole models around the dense layers of checkpoints, real ones and those of `tests.support.builders`."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from tests.support.builders import (
     read_safetensors,
     write_safetensors,
 )
+from tests.support.conversions import reference
 from tests.support.running import split, split_parts
 from tests.vllm.models import VOCABULARY, poisoned, write_model
 
@@ -67,6 +69,20 @@ def with_parts(name: str, folder: Path, sizes: dict[str, int]) -> Model:
     whole = around(CHECKPOINTS / name, folder / "model", o_proj=True)
     shards = split_parts(whole, folder / "parts", **sizes)
     return Model(whole, poisoned(whole, folder / "rest", sizes), shards, "bfloat16")
+
+
+def with_w8a8_o_proj(model: Path, folder: Path) -> Path:
+    """A copy of a BF16 model whose o_proj is what `--weights w8a8` must make of it, and is said to be."""
+    tensors = read_folder(model)
+    o_proj = {name: raw for name, raw in tensors.items() if ".o_proj." in name}
+    converted = reference(o_proj, "w8a8", "modelslim")
+    rest = {name: raw for name, raw in tensors.items() if name not in o_proj}
+    folder.mkdir()
+    write_safetensors(folder / "model.safetensors", rest | converted)
+    said = dict.fromkeys(rest, "FLOAT") | dict.fromkeys(converted, "W8A8_DYNAMIC")
+    (folder / "quant_model_description.json").write_text(json.dumps({"model_quant_type": "W8A8_DYNAMIC"} | said))
+    shutil.copy(model / "config.json", folder)
+    return folder
 
 
 def around(checkpoint: Path, folder: Path, *, o_proj: bool = False) -> Path:

@@ -162,7 +162,9 @@ def test_a_model_without_experts_cannot_be_split_over_data_parallel_ranks() -> N
 def test_what_is_no_json_object_is_wrong_usage() -> None:
     for text, says in (
         ("{", "--additional-config: not valid JSON"),
-        ("[8]", "holds a list"),
+        ("[8]", "--additional-config is [8]: give a JSON object"),
+        ("5", "--additional-config is 5: give a JSON object"),
+        ("null", "--additional-config is null: give a JSON object"),
         ('{"a":1,"a":2}', "duplicate key 'a'"),
     ):
         assert says in usage("--config", R1, "--additional-config", text)

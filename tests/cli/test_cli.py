@@ -193,7 +193,7 @@ def test_inspect_names_every_tensor_and_its_place(model: Path) -> None:
     assert ".safetensors @ " in line
     document = reshard("inspect", model, "--format", "json").document
     assert document["scheme"] == "w8a8_dynamic"
-    assert document["dense_bytes"] == 2 * (3 * 512 * 256 + (512 + 512 + 256) * 8)
+    assert document["part_bytes"] == 2 * (3 * 512 * 256 + (512 + 512 + 256) * 8)
     part = document["layers"][0]["linears"]["up_proj"]["tensors"][0]["parts"][0]
     raw = (model / part["file"]).read_bytes()
     length = int.from_bytes(raw[:8], "little")

@@ -16,7 +16,7 @@ from tests.support import faults
 from tests.support.hub_server import COMMIT, ORIGIN, Hub, serving
 from tests.support.hub_source import opened
 from tests.support.part_models import KEYS, Model, build
-from tests.support.running import Done, reshard, same_but_for_the_origin, split
+from tests.support.running import Done, reshard, same_but_for_the_origin, split, split_parts
 from tests.support.sets import no_fsync, snapshot  # noqa: F401
 from tests.support.teams import processes
 
@@ -46,8 +46,19 @@ def parts(right: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(right, tmp_path / "parts"))
 
 
-def same(out: Path, right: Path, *keys: str) -> bool:
-    return all(snapshot(out / key) == snapshot(right / key) for key in keys or KEYS)
+def same(out: Path, right: Path, *keys: str, together: tuple[str, ...] = ()) -> bool:
+    """Whether the sets of these parts are those of `right`, which were cut alone, but for what they were cut with."""
+    return all(same_set(out / key, right / key, together) for key in keys or KEYS)
+
+
+def same_set(out: Path, right: Path, together: tuple[str, ...]) -> bool:
+    if not together:
+        return snapshot(out) == snapshot(right)
+    ours, theirs = snapshot(out), snapshot(right)
+    said, wanted = (json.loads(files.pop("manifest.json")) for files in (ours, theirs))
+    assert said.pop("parts") == list(together)
+    assert said.pop("blake3") != wanted.pop("blake3")
+    return bool((ours, said) == (theirs, wanted))
 
 
 def refused(done: Done, code: int, says: str) -> None:
@@ -65,7 +76,7 @@ def test_each_goes_into_a_folder_of_its_name(source: Path, right: Path, tmp_path
     done = reshard("split", source, out, *ALL, "--quiet", "--format", "json")
     assert done.code == 0, done.err
     assert sorted(path.name for path in out.iterdir()) == sorted(KEYS)
-    assert same(out, right)
+    assert same(out, right, together=KEYS)
     found = {part["part"]: part for part in done.document["parts"]}
     assert list(found) == list(SIZES)
     assert {key: len(part["shards"]) for key, part in found.items()} == SIZES
@@ -107,26 +118,23 @@ def test_ranks_and_the_rest_later(source: Path, right: Path, tmp_path: Path) -> 
     done = reshard(*command, "--resume", "--format", "json")
     kept = [[shard["kept"] for shard in part["shards"]] for part in done.document["parts"]]
     assert kept == [[False, True], [False, True, False, False]]
-    assert same(tmp_path / "out", right, "lm_head", "o_proj")
-    refused(reshard(*command, "--ranks", "0-2"), 2, "--ranks 0-2: 0-2 is not within 0 to 1")
+    assert same(tmp_path / "out", right, "lm_head", "o_proj", together=("lm_head", "o_proj"))
+    refused(reshard(*command, "--ranks", "0-2"), 2, "--ranks 0-2: 0-2 is not within 0 to 1, the ranks of --tp 2")
+    says = "--ranks 0-4: 0-4 is not within 0 to 3, the ranks of --part o_proj=4"
+    refused(reshard("split", source, tmp_path / "out", "--part", "o_proj=4", "--ranks", "0-4"), 2, says)
 
 
 @pytest.mark.parametrize("key", KEYS)
 def test_a_finished_set_is_kept_or_replaced(source: Path, right: Path, parts: Path, key: str) -> None:
-    command = (
-        "split",
-        source,
-        parts,
-        "--part",
-        f"{key}={SIZES[key]}",
-        "--part",
-        "lm_head=1" if key != "lm_head" else "o_proj=1",
-    )
+    other = "lm_head" if key != "lm_head" else "o_proj"
+    command = ("split", source, parts, "--part", f"{key}={SIZES[key]}", "--part", f"{other}=1")
     refused(reshard(*command, "--quiet"), 1, "holds a finished shard set")
     refused(reshard(*command, "--quiet", "--resume"), 1, "this split is for ")
-    assert same(parts, right)
+    both = tuple(one for one in KEYS if one in (key, other))
+    assert same(parts, right, *(one for one in KEYS if one != key))
+    assert same(parts, right, key, together=both)  # finished as it was, and said to be one of the two
     assert reshard(*command, "--quiet", "--overwrite").code == 0
-    assert same(parts, right, key)
+    assert same(parts, right, key, together=both)
     assert reshard("verify", parts, "--source", source, "--quiet").code == 0
 
 
@@ -239,9 +247,12 @@ def test_inspect_shows_one_of_them(parts: Path) -> None:
 def test_several_are_cut_again(source: Path, parts: Path, tmp_path: Path) -> None:
     again = ("--part", "lm_head=4", "--part", "o_proj=2", "--part", "denseffn=2")
     assert reshard("split", parts, tmp_path / "again", *again, "--quiet").code == 0
-    for key, size in (("lm_head", 4), ("o_proj", 2), ("denseffn", 2)):
+    sizes = {"denseffn": 2, "lm_head": 4, "o_proj": 2}
+    for key, size in sizes.items():
         split(source, tmp_path / "direct" / key, Cut(size, part=PARTS[key]))
-        assert snapshot(tmp_path / "again" / key) == snapshot(tmp_path / "direct" / key)
+    assert same(tmp_path / "again", tmp_path / "direct", *sizes, together=tuple(sizes))
+    assert reshard("verify", tmp_path / "again", "--source", parts, "--quiet").code == 0
+    assert reshard("check", tmp_path / "again", "--against", parts).code == 0
     api.split(parts, tmp_path / "library", 2, part="o_proj")
     assert snapshot(tmp_path / "library") == snapshot(tmp_path / "direct/o_proj")
 
@@ -254,6 +265,65 @@ def test_a_set_is_not_written_over_while_it_is_cut_again(parts: Path, right: Pat
         done = reshard("split", parts, parts, *options, "--overwrite", "--quiet")
         refused(done, 1, "parts/lm_head: is the source itself; choose another folder for the shards")
     assert same(parts, right)
+
+
+# --- what was cut together ---
+
+
+@pytest.fixture
+def whole(source: Path, tmp_path: Path) -> Path:
+    """All of them, cut by one command."""
+    return split_parts(source, tmp_path / "whole", **SIZES)
+
+
+LOST = {
+    ("o_proj",): "lacks o_proj, cut together with embedding (its manifest.json says so): ",
+    ("denseffn", "embedding"): "lacks denseffn, embedding, cut together with o_proj (its manifest.json says so): ",
+    ("denseffn", "lm_head", "embedding"): "lacks denseffn, lm_head, embedding, cut together with o_proj (its ",
+}
+
+
+@pytest.mark.parametrize("lost", LOST)
+def test_a_lost_set_is_missed(source: Path, whole: Path, tmp_path: Path, lost: tuple[str, ...]) -> None:
+    """Of a folder that was not copied, an engine loads the part from the model, and nothing is saved of it."""
+    for key in lost:
+        shutil.rmtree(whole / key)
+    kept = [key for key in KEYS if key not in lost]
+    anew = ["split", str(whole), "OUT", *(word for key in kept for word in ("--part", f"{key}={SIZES[key]}"))]
+    says = f"{whole}: {LOST[lost]}"
+    refused(reshard("verify", whole, "--quiet"), 1, says)
+    refused(reshard("merge", whole, tmp_path / "merged", "--quiet"), 1, f": reshard {' '.join(anew)}")
+    done = reshard("check", whole, "--format", "json")
+    assert done.code == 3
+    wrong = [f for report in done.document["targets"] for f in report["findings"] if f["severity"] == "error"]
+    assert [f["check"] for f in wrong] == ["parts"]
+    assert wrong[0]["message"].startswith(says)
+    assert reshard("verify", whole / kept[0], "--quiet").code == 0  # by itself it is whole
+    anew[2] = str(tmp_path / "anew")
+    assert reshard(*anew, "--quiet").code == 0
+    assert reshard("verify", tmp_path / "anew", "--source", source, "--quiet").code == 0
+
+
+def test_a_part_that_is_added_later(source: Path, right: Path, tmp_path: Path) -> None:
+    """Cut beside the others by itself, nothing says that it belongs to them; --resume of all of them says it."""
+    out = split_parts(source, tmp_path / "out", denseffn=4, o_proj=4)
+    split(source, out / "lm_head", Cut(SIZES["lm_head"], part=PARTS["lm_head"]))
+    assert reshard("verify", out, "--source", source, "--quiet").code == 0
+    done = reshard("split", source, out, *ALL, "--resume", "--quiet", "--format", "json")
+    assert done.code == 0, done.err
+    kept = {part["part"]: {shard["kept"] for shard in part["shards"]} for part in done.document["parts"]}
+    assert kept == {"denseffn": {True}, "lm_head": {True}, "embedding": {False}, "o_proj": {True}}
+    assert same(out, right, together=KEYS)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_repaired_set_still_says_what_it_was_cut_with(source: Path, whole: Path, right: Path, alone: bool) -> None:
+    (whole / "o_proj/o_proj-rank-00001-of-00004.safetensors").unlink()
+    others = () if alone else ("--part", "embedding=1")
+    out = whole / "o_proj" if alone else whole
+    done = reshard("split", source, out, "--part", "o_proj=4", *others, "--resume", "--quiet")
+    assert done.code == 0, done.err
+    assert same(whole, right, together=KEYS)
 
 
 # --- conversions ---
@@ -294,11 +364,6 @@ def test_what_is_converted_and_what_stays(tmp_path: Path) -> None:
             (group,) = config["quantization_config"]["config_groups"].values()
             assert group["targets"] == [r"re:(model\.layers\.0\.self_attn|model\.layers\.1\.self_attn)\.(o_proj)$"]
         assert reshard("verify", out, "--source", source, "--quiet").code == 0
-        refused(
-            reshard("merge", out, tmp_path / "merged"),
-            1,
-            "differ: the sets are of two checkpoints, or one was converted",
-        )
     out = tmp_path / "bf16"
     parts = [option for key in KEYS for option in ("--part", key)]
     assert reshard("split", source, out, *parts, "--tp", 2, "--weights", "bf16", "--quiet").code == 0
@@ -334,7 +399,7 @@ def test_a_team_writes_all_of_them(source: Path, right: Path, tmp_path: Path) ->
     command = [source, tmp_path / "out", *ALL]
     ended = processes(command, command)
     assert [done.code for done in ended] == [0, 0], ended
-    assert same(tmp_path / "out", right)
+    assert same(tmp_path / "out", right, together=KEYS)
 
 
 @pytest.mark.parametrize("at", ["replace o_proj-rank-00001-of-00004.safetensors #1", "replace manifest.json #1"])

@@ -100,7 +100,7 @@ def test_each_half_is_cut_by_its_own_rows_and_put_back(tmp_path: Path, recipe: s
 def test_inspect_counts_a_stacked_tensor_once(tmp_path: Path) -> None:
     write(tmp_path / "model", Spec("bf16"))
     document = reshard("inspect", tmp_path / "model", "--format", "json").document
-    assert document["dense_bytes"] == 2 * 3 * 512 * 256 * 2
+    assert document["part_bytes"] == 2 * 3 * 512 * 256 * 2
     gate, up = (document["layers"][0]["linears"][role]["tensors"][0] for role in (GATE, UP))
     assert gate["shape"] == up["shape"] == [512, 256]
     assert up["parts"][0]["offset"] - gate["parts"][0]["offset"] == 512 * 256 * 2

@@ -1,9 +1,7 @@
 """Checkpoints of any size, without bytes, and the share of intermediate_size that a rank must get."""
 
-from dataclasses import replace
-
 from reshard.checkpoint.describe import describe_layers
-from reshard.checkpoint.description import Checkpoint, Extent, Identity, Tensor
+from reshard.checkpoint.description import Checkpoint, Identity, Tensor
 from reshard.quantization import Accounts
 from tests.support.builders import RECIPES, Spec, config_of, description_of
 from tests.support.cut_by_hand import BLOCK, GROUP
@@ -37,9 +35,7 @@ def checkpoint_of(spec: Spec, order: list[str] | None = None) -> Checkpoint:
     description = description_of(spec, {name: (*shape, b"") for name, shape in shapes.items()})
     tensors = {}
     for name in order or shapes:
-        bare = Tensor(name, *shapes[name], ())
-        extent = Extent("model.safetensors", 0, bare.row_bytes, 0, 0, bare.rows, bare.row_bytes)
-        tensors[name] = replace(bare, extents=(extent,))
+        tensors[name] = Tensor(name, *shapes[name], ()).within("model.safetensors", 0)
     named = ("quant_model_description.json", description) if description else None
     model, layers, _ = describe_layers(tensors, (), Accounts(config_of(spec), named))
     return Checkpoint(Identity("folder", "made", None, ()), model, layers, {}, len(tensors), 0)

@@ -116,6 +116,12 @@ def test_slices_say_where_each_tensor_comes_from(shards: Path) -> None:
         (lambda m: m.update(tp_size="2"), "tp_size"),
         (lambda m: m.update(tp_size=0), "tp_size"),
         (lambda m: m.update(layout="other"), "layout"),
+        (lambda m: m.update(parts=["o_proj"]), "parts are o_proj, expected denseffn among them, each once"),
+        (
+            lambda m: m.update(parts=["denseffn"] * 2),
+            "parts are denseffn, denseffn, expected denseffn among them, each",
+        ),
+        (lambda m: m.update(parts=["denseffn", "head"]), "unknown part head; known are denseffn, lm_head"),
         (lambda m: m["layers"][0]["linears"].pop("down_proj"), "gate_up_proj, expected gate_up_proj, down_proj"),
         (lambda m: m["layers"][0]["linears"].update(o_proj={"scheme": "bf16"}), "down_proj, o_proj, expected"),
         (lambda m: m["layers"][0]["activation"].update(more=1), "layers.0.activation"),

@@ -37,7 +37,7 @@ VOCABULARY = (
     "tensors.dtypes",
     "tensors.header",
 )
-SERVING_RULES = ("checks.serving_option", "checks.ascend_option", "checks.setup")
+SERVING_RULES = ("checks.serving_option", "checks.ascend_option", "checks.set_size", "checks.setup")
 RULES = ("model", "quantization", "schemes", "checkpoint", "plan.plan", "plan.manifest_builder", "convert")
 """They read nothing."""
 NO_TORCH = "import sys; sys.modules['torch'] = None"  # `import torch` raises ImportError
@@ -139,7 +139,7 @@ def test_the_runtime_takes_only_the_vocabulary() -> None:
             continue
         allowed = {f"reshard.{name}" for name in VOCABULARY}
         if path.name in ("measure.py", "processes.py"):
-            allowed |= {"reshard.cli.options", "reshard.cli.output"}
+            allowed |= {"reshard.cli.options", "reshard.cli.output", "reshard.cli.signals"}
         if "vllm" in path.parts:
             allowed |= {f"reshard.{name}" for name in SERVING_RULES}
         assert {name for name in _imports(path) if name.split(".")[0] == "reshard"} <= allowed, path

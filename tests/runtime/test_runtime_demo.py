@@ -3,6 +3,7 @@
 import importlib
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from reshard.plan.pipeline import Cut
 from reshard_runtime import demo
 from tests.support.builders import Spec, build
 from tests.support.distributed import Ranks
-from tests.support.running import split
+from tests.support.running import signalled, split
 
 TIMEOUT_SECONDS = 180
 _NUMBER = r"[0-9.e+-]+"
@@ -39,7 +40,7 @@ def _shards(tmp_path: Path, recipe: str, tp_size: int, config: dict[str, str] | 
 def test_says_what_ranks_hold_and_how_far_they_are_off(
     ranks: Callable[[int], Ranks], tmp_path: Path, recipe: str, bound: float
 ) -> None:
-    first, others = ranks(2).run(demo.compared, _shards(tmp_path, recipe, 2), 5, torch.device("cpu"))
+    first, others = ranks(2).run(demo.compared, tmp_path, _shards(tmp_path, recipe, 2), 5, torch.device("cpu"))
     assert others == []
     for rank in range(2):
         assert re.match(rf"rank {rank}: denseffn-rank-0000{rank}-of-00002.safetensors, [0-9.]+ MiB in 2 ", first[rank])
@@ -81,6 +82,22 @@ def test_a_rank_that_fails_says_so_in_one_line(tmp_path: Path) -> None:
     others = [line for line in lines if re.match(rf"error: process 0 of 2 \(.*\): rank 1 of the group .*{wrong}", line)]
     assert len(own) == 1
     assert lines == [*own, *others] or lines == [*others, *own]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("program", "moment"), [("demo", "tp1"), ("measure", "meet")])
+def test_told_to_end_it_leaves_no_temporary_folder(tmp_path: Path, program: str, moment: str) -> None:
+    """While its ranks are at work."""
+    place = tmp_path / "temporary"
+    place.mkdir()
+    arguments = [str(_shards(tmp_path, "bf16", 2))] if program == "demo" else ["2", "1"]
+    command = [sys.executable, "-m", f"reshard_runtime.{program}", *arguments]
+    for _ in range(5):  # a busy machine may let it end before
+        code = signalled(command, signal.SIGTERM, lambda: any(place.glob(f"*/{moment}")), TMPDIR=str(place))
+        if code != 0:
+            break
+    assert code == 143
+    assert list(place.iterdir()) == []
 
 
 @pytest.mark.parametrize("program", ["demo", "measure"])

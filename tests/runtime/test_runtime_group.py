@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from reshard.errors import GroupError, ReshardError, TokensError
 from reshard.plan.pipeline import Cut
-from reshard_runtime import DenseFFN, load_shard
+from reshard_runtime import DenseFFN, links, load_shard
 from reshard_runtime.collectives import Collectives, LinkedCollectives, PairwiseCollectives
 from reshard_runtime.kernels.cpu import CpuKernels
-from reshard_runtime.links import Links
+from reshard_runtime.links import Links, links_of
 from reshard_runtime.tokens import pad, token_layout
 from tests.support.builders import Spec, build
 from tests.support.distributed import Ranks
@@ -327,16 +327,42 @@ def test_rows_that_take_messages_of_their_own(ranks: Callable[[int], Ranks], lin
 def test_a_rank_that_is_gone_and_one_that_is_silent(closed: bool, message: str) -> None:
     """The second call cannot tell what belongs to the first."""
     here, there = socket.socketpair()
-    links = Links([here, None], 0.01)
+    connected = Links([here, None], 0.01)
     if closed:
         there.close()
     for text in (message, "the group's last exchange was broken off, and its ranks are out of step"):
-        said = _error(lambda: links.exchange(b"", [memoryview(b"")] * 2, [memoryview(bytearray())] * 2))
+        said = _error(lambda: connected.exchange(b"", [memoryview(b"")] * 2, [memoryview(bytearray())] * 2))
         assert said is not None
         assert said[0] == "GroupError"
         assert said[1].startswith(text)
     here.close()
     there.close()
+
+
+def _on_another_host(group: dist.ProcessGroup, folder: Path, boot: Path) -> tuple[bool, type, torch.Tensor]:
+    """Rank 1 has started up with another boot id: (whether linked, how tokens travel, the result of 3 tokens each)."""
+    boot.write_text("another host")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(links, "_connected", type(links._connected)())
+        if group.rank() == 1:
+            patched.setattr(links, "_BOOT", boot)
+        collectives = CpuKernels().collectives(group)
+        ffn = DenseFFN(load_shard(folder / "tp4", group.rank()).layer(0), group)
+        return links_of(group) is not None, type(collectives), ffn(_tokens(3, seed=group.rank()))
+
+
+def _on_one_host(group: dist.ProcessGroup, folder: Path) -> tuple[bool, type, torch.Tensor]:
+    ffn = DenseFFN(load_shard(folder / "tp4", group.rank()).layer(0), group)
+    return links_of(group) is not None, type(CpuKernels().collectives(group)), ffn(_tokens(3, seed=group.rank()))
+
+
+def test_ranks_of_two_hosts_are_not_linked(ranks: Callable[[int], Ranks], shards: Path, tmp_path: Path) -> None:
+    apart = ranks(4).run(_on_another_host, shards, tmp_path / "boot_id")
+    beside = ranks(4).run(_on_one_host, shards)
+    assert [result[:2] for result in apart] == [(False, PairwiseCollectives)] * 4
+    assert [result[:2] for result in beside] == [(True, LinkedCollectives)] * 4
+    for (*_, one), (*_, other) in zip(apart, beside, strict=True):
+        assert torch.equal(one, other)
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=9), st.integers(1, 4))

@@ -90,6 +90,29 @@ def test_a_dense_tensor_that_the_set_was_not_cut_from(cut: tuple[Path, Manifest]
         dict(read_others(_files(model), [manifest], _kept))
 
 
+def _folder_in_its_place(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-8]), r": is no whole safetensors file \(.+\); copy or"),
+        (lambda path: path.write_bytes(b""), r": is no whole safetensors file \(.+\); copy or download it again$"),
+        (Path.unlink, ": cannot be read: No such file or directory; copy or download it again$"),
+        (_folder_in_its_place, " is a folder"),
+    ],
+)
+def test_a_file_of_the_model_that_cannot_be_read(cut: tuple[Path, Manifest], change: Any, said: str) -> None:
+    """safetensors' own message names the descriptor that it was given."""
+    model, manifest = cut
+    files = _files(model)
+    change(Path(files[-1]))
+    with pytest.raises(ShardError, match=f"^{files[-1]}{said}"):
+        dict(read_others(files, [manifest], _kept))
+
+
 PREFIX = "language_model.model."
 HIDDEN, INTERMEDIATE = 64, 256
 
@@ -250,6 +273,11 @@ def test_sets_that_cannot_be_told(several: tuple[Path, Path]) -> None:
     ):
         pass
     shutil.rmtree(parts / "o_proj")
+    with (
+        pytest.raises(ShardError, match=r"parts: lacks o_proj, cut together with embedding"),
+        open_sets(parts),
+    ):
+        pass
     (parts / "lm_head").rename(parts / "o_proj")
     with (
         pytest.raises(ShardError, match="parts/o_proj: holds the model's lm_head; name the folder lm_head"),
@@ -330,6 +358,11 @@ def _setup(**changed: Any) -> SimpleNamespace:
     )
 
 
+def _refuse(config: SimpleNamespace, additional: dict[str, Any], *, ascend: bool = False, **sizes: int) -> None:
+    """sizes: of the set of each part."""
+    refuse(config, additional, True, {PARTS[key]: size for key, size in sizes.items()}, ascend=ascend)
+
+
 _XLITE = {"xlite_graph_config": {"enabled": True}}
 
 
@@ -346,7 +379,7 @@ _XLITE = {"xlite_graph_config": {"enabled": True}}
 )
 def test_what_the_option_does_not_go_with(changed: dict[str, Any], additional: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError) as caught:
-        refuse(_setup(**changed), {OPTION: 8, **additional}, True, 8)
+        _refuse(_setup(**changed), {OPTION: 8, **additional}, denseffn=8)
     assert str(caught.value).startswith(OPTION)
     assert said in str(caught.value)
 
@@ -355,30 +388,80 @@ def test_the_option_wants_the_dense_ffns_set() -> None:
     with pytest.raises(
         UsageError, match=f"{OPTION} is 8, and no set of the DenseFFN is there; cut one with reshard split"
     ):
-        refuse(_setup(), {OPTION: 8}, True, None, alone=False)
+        _refuse(_setup(), {OPTION: 8}, lm_head=1, embedding=1)
 
 
 def test_a_dense_ffn_that_the_engine_has_whole_is_its_own_beside_other_sets() -> None:
-    refuse(_setup(), {}, True, 8, alone=False)
+    _refuse(_setup(), {}, denseffn=8, lm_head=1)
     with pytest.raises(UsageError, match=f"{OPTION} is not set, the shard set is cut for 8"):
-        refuse(_setup(), {}, True, 8)
+        _refuse(_setup(), {}, denseffn=8)
     with pytest.raises(UsageError, match=f"{OPTION} is 4, the shard set is cut for 8"):
-        refuse(_setup(), {OPTION: 4}, True, 8, alone=False)
+        _refuse(_setup(), {OPTION: 4}, denseffn=8, lm_head=1)
+    with pytest.raises(UsageError, match=f"{OPTION} is not set, the shard set is cut for 8, .* are for 2: set it to 8"):
+        _refuse(_setup(tensor_parallel_size=2), {}, denseffn=8, lm_head=2)
 
 
 def test_setups_that_are_served() -> None:
-    refuse(_setup(), {}, True, None)
-    refuse(_setup(), {OPTION: 8}, True, 8)
-    refuse(_setup(tensor_parallel_size=4), {OPTION: 8}, True, 8)
-    refuse(_setup(enable_sp=True), {OPTION: 8}, True, 8)  # nothing to it at tensor-parallel size 1
+    _refuse(_setup(), {})
+    _refuse(_setup(), {OPTION: 8}, denseffn=8)
+    _refuse(_setup(tensor_parallel_size=4), {OPTION: 8}, denseffn=8)
+    _refuse(_setup(enable_sp=True), {OPTION: 8}, denseffn=8)  # nothing to it at tensor-parallel size 1
 
 
 @pytest.mark.parametrize("additional", [{}, {OPTION: 8}, _XLITE])
 def test_what_the_engine_itself_has_cut_is_its_own_affair(additional: dict[str, Any]) -> None:
     """Its layers are filled, whatever runs over them. The option says no more there than tensor parallelism does."""
-    refuse(
-        _setup(tensor_parallel_size=8, lora_config=object(), use_ubatching=True, enable_sp=True), additional, True, 8
-    )
+    setup = _setup(tensor_parallel_size=8, lora_config=object(), use_ubatching=True, enable_sp=True)
+    _refuse(setup, additional, denseffn=8)
+
+
+_HEAD = PARTS["lm_head"].option
+
+
+@pytest.mark.parametrize(
+    ("tensor", "head", "ascend", "sizes", "said"),
+    [
+        (1, 8, True, {"lm_head": 8, "o_proj": 4}, None),
+        (1, 0, True, {"lm_head": 8, "o_proj": 4}, None),  # one folder for nodes with and without the sizes
+        (4, 0, False, {"lm_head": 4, "o_proj": 4}, None),
+        (4, 0, True, {"o_proj": 8}, None),  # FLASHCOMM2 may cut it so: its layers tell
+        (1, 3, True, {"lm_head": 8}, f"{_HEAD} is 3; with data-parallel size 16 it may be 1, 2, 4, 8 or 16"),
+        (
+            *(1, 4, True, {"lm_head": 8, "o_proj": 4}),
+            f"{_HEAD} is 4, the shard set is cut for 8, the engine's LM head is for 4: set it to 8, or cut it with "
+            "reshard split --part lm_head --tp 4",
+        ),
+        (
+            *(1, 0, True, {"lm_head": 8}),
+            f"{_HEAD} is not set, the shard set is cut for 8, the engine's LM head is for 1: set it to 8, or take the "
+            "set away",
+        ),
+        (
+            *(4, 0, False, {"o_proj": 8, "lm_head": 4}),
+            "tensor-parallel size is 4, the shard set is cut for 8, the engine's o_proj is for 4: set it to 8, or cut "
+            "it with reshard split --part o_proj --tp 4",
+        ),
+        (
+            1,
+            8,
+            False,
+            {"lm_head": 8},
+            "tensor-parallel size is 1, the shard set is cut for 8",
+        ),  # nothing reads it there
+    ],
+)
+def test_a_set_of_another_size_than_the_options_say(
+    tensor: int, head: int, ascend: bool, sizes: dict[str, int], said: str | None
+) -> None:
+    """Before anything is built."""
+    additional = {"finegrained_tp_config": {_HEAD: head}}
+    setup = _setup(tensor_parallel_size=tensor)
+    if said is None:
+        _refuse(setup, additional, ascend=ascend, **sizes)
+    else:
+        with pytest.raises(UsageError) as caught:
+            _refuse(setup, additional, ascend=ascend, **sizes)
+        assert said in str(caught.value)
 
 
 def test_ranks_that_join_later() -> None:

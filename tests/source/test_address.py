@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from reshard.errors import UsageError
+from reshard.model.parts import LM_HEAD
 from reshard.source.address import Address, parse_address, parse_local_target, parse_target
+from reshard.source.open import part_address
 
 
 @pytest.mark.parametrize(
@@ -28,6 +30,24 @@ from reshard.source.address import Address, parse_address, parse_local_target, p
 )
 def test_what_an_address_means(text: str, kind: str, place: str) -> None:
     assert parse_address(text) == Address(kind, place)
+
+
+@pytest.mark.parametrize(
+    ("several", "one"),
+    [
+        ("r1-parts", "r1-parts/lm_head"),
+        ("/", "/lm_head"),
+        ("s3://bucket/r1-parts/", "s3://bucket/r1-parts/lm_head"),
+        ("memory://", "memory://lm_head"),
+        ("https://host", "https://host/lm_head"),
+        ("HTTP://host/r1/?Signature=a/b", "http://host/r1/lm_head?Signature=a/b"),
+        ("zip::s3://bucket/r1.zip", "zip://lm_head::s3://bucket/r1.zip"),
+        ("zip://::s3://bucket/r1.zip", "zip://lm_head::s3://bucket/r1.zip"),
+        ("zip://r1/::s3://bucket/r1.zip", "zip://r1/lm_head::s3://bucket/r1.zip"),
+    ],
+)
+def test_where_a_part_s_set_is(several: str, one: str) -> None:
+    assert part_address(several, LM_HEAD) == one
 
 
 def test_a_folder_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

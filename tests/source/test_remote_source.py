@@ -287,21 +287,14 @@ def test_a_stage_that_is_full(tmp_path: Path) -> None:
 # --- S3 ---
 
 
-@pytest.fixture(scope="module")
-def s3() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.stop()
-
-
 @pytest.mark.slow
-def test_a_real_s3_server(s3: Server, tmp_path: Path) -> None:
+def test_a_real_s3_server(s3_server: Server, tmp_path: Path) -> None:
     build(tmp_path / "model", Spec("fp8_block"))
     split(tmp_path / "model", tmp_path / "right", Cut(2))
-    options = {"key": KEY, "secret": SECRET, "endpoint_url": s3.environment["AWS_ENDPOINT_URL"]}
+    options = {"key": KEY, "secret": SECRET, "endpoint_url": s3_server.environment["AWS_ENDPOINT_URL"]}
 
     def run(*arguments: object) -> Done:
-        return reshard_process(*arguments, **s3.environment)
+        return reshard_process(*arguments, **s3_server.environment)
 
     upload(tmp_path / "model", "s3://bucket/models/model", **options)
     upload(tmp_path / "right", "s3://bucket/models/right", **options)

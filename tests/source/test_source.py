@@ -168,6 +168,8 @@ def test_another_hub_is_a_module_and_a_line(tmp_path: Path, monkeypatch: pytest.
     build(model, Spec())
 
     class Files:
+        folders = ()
+
         def __init__(self, repo: str, revision: str | None) -> None:
             self.origin = Origin("another", repo, revision)
             self.sizes = {path.name: path.stat().st_size for path in model.iterdir()}
@@ -207,7 +209,7 @@ def test_a_sparse_r1_is_inspected_from_its_headers(tmp_path: Path) -> None:
     document = done.document
     assert (document["total_tensors"], document["scheme"]) == (91_991, "fp8_block")
     assert [layer["index"] for layer in document["layers"]] == [0, 1, 2]
-    assert document["dense_bytes"] == 3 * 3 * (18432 * 7168 + 144 * 56 * 4)
+    assert document["part_bytes"] == 3 * 3 * (18432 * 7168 + 144 * 56 * 4)
     refused = reshard("split", tmp_path / "r1", tmp_path / "out", "--tp", 32)
     assert refused.code == 1
     assert "576 rows" in refused.err

@@ -130,7 +130,9 @@ PROGRAMS: dict[str, Callable[[Path], None]] = {
 """In a group of two."""
 
 COMMANDS: dict[str, Callable[[int, Path, Path], None]] = {
-    "demo": lambda rank, folder, shards: demo._process(rank, 2, f"file://{folder}/ranks", shards, 8, "cpu", False),
+    "demo": lambda rank, folder, shards: demo._process(
+        rank, 2, f"file://{folder}/ranks", folder, shards, 8, "cpu", False
+    ),
     "measure": lambda rank, folder, shards: measure._rank(rank, 2, 1, str(folder), False),
 }
 """What their processes do."""

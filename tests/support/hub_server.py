@@ -4,7 +4,7 @@
 /{repo}/resolve/{commit}/{file}          302 to /blobs/{commit}/{file}, with X-Repo-Commit, X-Linked-Size, X-Linked-Etag
                                          and, as for files that Xet stores, X-Xet-Hash
 /blobs/{commit}/{file}                   the bytes; ranges; no token is needed here, as at the hub's store
-/blobs/{commit}/                         a page with a link to each file: the store is a plain server, too
+/blobs/{commit}/                         a page with links to files and folders: the store is a plain server, too
 /blobs?prefix={commit}                   and S3's, of the bucket `blobs`: its list of the files
 """
 
@@ -121,7 +121,7 @@ class Handler(BaseHTTPRequestHandler):
     def _route(self, asked: Asked) -> None:
         hub = self.hub
         if asked.is_data:
-            commit, file = asked.path.removeprefix("/blobs/").split("/")
+            commit, _, file = asked.path.removeprefix("/blobs/").rpartition("/")
             path = hub.commits.get(commit, Path("nowhere")) / file
             if path.is_file():
                 self.send_range(path.read_bytes(), asked.range)
@@ -133,8 +133,8 @@ class Handler(BaseHTTPRequestHandler):
             files = sorted(hub.commits[prefix.rstrip("/")].iterdir())
             self.answer(200, bucket_list({f"{prefix}{p.name}": p.stat().st_size for p in files}))
             return
-        if match := re.fullmatch("/blobs/([^/]+)/", asked.path):
-            names = sorted(path.name for path in hub.commits[match[1]].iterdir())
+        if match := re.fullmatch("/blobs/(.+)/", asked.path):
+            names = sorted(path.name + "/" * path.is_dir() for path in hub.commits[match[1]].iterdir())
             self.answer(200, "".join(f'<a href="{name}">{name}</a>' for name in names).encode())
             return
         if self._is_refused(asked):

@@ -4,10 +4,8 @@ import os
 import signal
 from typing import Any
 
-import typer
-
-from reshard.cli.output import run
 from reshard_runtime import measure
+from reshard_runtime.processes import program
 
 measure._ROUNDS = measure._CALLS = measure._EXCHANGES = 3
 measure._ROWS, measure._COLUMNS, measure._STREAM_ELEMENTS = 256, 512, 1 << 18
@@ -23,4 +21,4 @@ def fail(group: Any) -> dict[str, float]:
 if "MEASURE_FAILS" in os.environ:
     measure.measure = fail
 if __name__ == "__main__":
-    run(lambda: typer.run(measure.main))
+    program(measure.main)

@@ -1,12 +1,14 @@
 """Running the command line, in this process or in one of its own."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from reshard.manifest import parse_manifest
 from reshard.plan.pipeline import Cut, prepare
 from reshard.source.open import open_source
 from reshard.writer.split import SplitOptions, SplitResult, write_shards
+from tests.support.paths import ROOT
 
 TIMEOUT_SECONDS = 120
 
@@ -86,6 +89,23 @@ def interrupted(
     finally:
         process.kill()
     return Done(process.returncode, out, said + err)
+
+
+def signalled(arguments: Sequence[str], number: signal.Signals, seen: Callable[[], bool], **environment: str) -> int:
+    """The exit status of a process that gets a signal when something is seen; it may end before that."""
+    deadline, quiet = time.monotonic() + TIMEOUT_SECONDS, subprocess.DEVNULL
+    with subprocess.Popen(
+        arguments, cwd=ROOT, stdout=quiet, stderr=quiet, env={**os.environ, **environment}
+    ) as process:
+        try:
+            while not seen():
+                assert time.monotonic() < deadline, f"it has not come so far within {TIMEOUT_SECONDS} s"
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return process.wait(0.001)
+            process.send_signal(number)
+            return process.wait(TIMEOUT_SECONDS)
+        finally:
+            process.kill()
 
 
 def split(source: Path, out: Path, cut: Cut, options: SplitOptions | None = None) -> SplitResult:

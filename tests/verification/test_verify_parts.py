@@ -212,7 +212,7 @@ def test_a_vocabulary_padded_otherwise(tmp_path: Path) -> None:
     edit_manifest(one.shards, lambda m: m["padding"].update(padded_size=256))
     verdict = verify(one.shards, one.source)
     assert verdict.findings[-1].message == "manifest.json: 100 is padded to 256, engines pad it to a multiple of 64"
-    assert "engines pad it to a multiple of 64" in verdict.computed[0].message
+    assert not verdict.layers
 
 
 @pytest.mark.parametrize("key", KEYS)

@@ -9,13 +9,18 @@ import pytest
 import torch
 
 from reshard.convert.rules import MODELSLIM
+from reshard.manifest import parse_manifest
 from reshard.model.activation import SILU, Activation
-from reshard.model.naming import shard_file
+from reshard.model.naming import MANIFEST, shard_file
 from reshard.plan.pipeline import Cut
 from reshard.schemes.declare import COMPRESSED_TENSORS
+from reshard.source.base import Bytes
+from reshard.source.folder import FolderSource
 from reshard.source.open import describe, open_source
+from reshard.tensors.dtypes import nbytes
 from reshard.verification.layer import unsplit_layer
 from reshard.verification.reference import stored_linear
+from reshard.verification.source import compare_with_source
 from tests.support.builders import CHECKPOINTS, RECIPES, Raw, Recipe, Spec, build, read_safetensors, write_safetensors
 from tests.support.unsplit import exact, whole_layer
 from tests.support.verifying import MLP, made, split, verify
@@ -106,6 +111,32 @@ def test_mixed_layers(gate_up: str, down: str, tmp_path: Path, monkeypatch: pyte
 def test_another_folder_name_is_no_finding(tmp_path: Path) -> None:
     source, shards = made(tmp_path, Spec(), Cut(2))
     assert verify(shards, source.rename(tmp_path / "elsewhere")).clean()
+
+
+class Counting(FolderSource):
+    """A folder that notes the sizes of what is read of its tensors."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.sizes: list[int] = []
+
+    def read_rows(self, out: Bytes, file: str, start: int, stride: int) -> None:
+        self.sizes.append(out.nbytes)
+        super().read_rows(out, file, start, stride)
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "ct_dynamic"])
+def test_a_byte_is_read_once_for_the_comparison_and_the_computation(tmp_path: Path, recipe: str) -> None:
+    """But for scales: once for each."""
+    source, shards = made(tmp_path, Spec(recipe), Cut(2))
+    with Counting(source) as original, Counting(shards) as cut:
+        manifest, checkpoint = parse_manifest((shards / MANIFEST).read_bytes()), describe(original)
+        findings, layers = compare_with_source(cut, manifest, original, checkpoint)
+        assert (findings, len(layers)) == ([], len(checkpoint.layers))
+        held = [tensor for shard in manifest.shards for tensor in shard.tensors]
+        for folder, tensors in ((original, [*checkpoint.tensors()]), (cut, held)):
+            scales = [tensor for tensor in tensors if not tensor.name.endswith(".weight")]
+            assert sum(folder.sizes) == sum(nbytes(t.dtype, t.shape) for t in (*tensors, *scales))
 
 
 # A model's checkpoint and the same model quantized by other tools: the arithmetic means what the tools meant.

@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from tests.support.reads import Reads, counted
 from tests.vllm.models import attention_backend
 
 OPTION = "denseffn_tensor_parallel_size"
@@ -139,6 +140,14 @@ def parameters(group: dist.ProcessGroup, served: Served) -> dict[str, torch.Tens
     return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
+def reads(group: dist.ProcessGroup, served: Served) -> Reads:
+    """What loading it reads of its model and of its sets."""
+    config = config_of(served)
+    with counted(served.model, *([] if served.shards is None else [served.shards])) as found:
+        unprocessed(config)
+    return found
+
+
 def load(group: dist.ProcessGroup, served: Served) -> str:
     """Load it and let it go; what was raised."""
     try:
@@ -146,6 +155,21 @@ def load(group: dist.ProcessGroup, served: Served) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "loaded"
+
+
+@contextlib.contextmanager
+def nothing_is_built() -> Iterator[None]:
+    """No DeepSeek model can be."""
+    from vllm.model_executor.models.deepseek_v2 import DeepseekV2ForCausalLM
+
+    with mock.patch.object(DeepseekV2ForCausalLM, "__init__", side_effect=AssertionError("the model is built")):
+        yield
+
+
+def load_unbuilt(group: dist.ProcessGroup, served: Served) -> str:
+    """As `load`: what is raised before anything is built."""
+    with nothing_is_built():
+        return load(group, served)
 
 
 def load_while_replaced(group: dist.ProcessGroup, served: Served, by: Path, at: str, time: int) -> str:

@@ -172,6 +172,23 @@ def with_fp8_blocks(model: Path, folder: Path) -> Path:
     return folder
 
 
+def with_bf16_o_proj(model: Path, folder: Path) -> Path:
+    """A copy of a model of `with_fp8_blocks` in which o_proj is multiplied out, and config.json says so."""
+    folder.mkdir()
+    tensors = load_file(model / "model.safetensors")
+    for name in sorted(name for name in tensors if name.endswith(".o_proj.weight")):
+        scale = tensors.pop(f"{name}_scale_inv")
+        factor = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
+        tensors[name] = (tensors[name].float() * factor).bfloat16()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((model / "config.json").read_text())
+    settings["quantization_config"]["modules_to_not_convert"] += [
+        name.removesuffix(".weight") for name in tensors if name.endswith(".o_proj.weight")
+    ]
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
 def with_int8_o_proj(model: Path, folder: Path) -> Path:
     """A copy of a model of llm-compressor's in which o_proj is quantized, too: as down is, which has its shape."""
     folder.mkdir()

@@ -3,18 +3,29 @@
 The model that the sets go with has other bytes in what they hold: whatever of it were read would show.
 """
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.support.distributed import Ranks
-from tests.support.running import split_parts
+from tests.support.reads import nbytes, spans
+from tests.support.running import reshard, split_parts
 from tests.vllm import inside
 from tests.vllm.inside import Served
-from tests.vllm.models import of_parts, poisoned, with_fp8_blocks, with_int8_o_proj, write_llama, write_model
+from tests.vllm.models import (
+    of_parts,
+    poisoned,
+    with_bf16_o_proj,
+    with_fp8_blocks,
+    with_int8_o_proj,
+    write_llama,
+    write_model,
+)
 
 ALL = {"denseffn": 2, "lm_head": 2, "embedding": 2, "o_proj": 2}
 VOCABULARY = 500  # of 512 rows, with vLLM's padding
@@ -60,6 +71,22 @@ def test_all_four_of_tensor_parallelism(pair: Ranks, odd: Path) -> None:
     }
 
 
+def test_a_rank_reads_its_own_bytes_of_a_part_once_and_nothing_of_it_from_the_model(pair: Ranks, odd: Path) -> None:
+    folder, files = odd.parent, sorted((odd.parent / "rest").glob("*.safetensors"))
+    held = of_parts({tensor for file in files for tensor in spans(file)}, ALL)
+    for rank, found in enumerate(pair.run(inside.reads, _rest(odd, folder / "parts", tensor=2))):
+        assert found.others == []
+        for file in files:
+            rest = spans(file).keys() - held
+            assert (found.tensors(file), found.nbytes(file)) == (rest, nbytes(file, rest))
+        for key in ALL:
+            for number, file in enumerate(sorted((folder / "parts" / key).glob("*.safetensors"))):
+                wanted = set(spans(file)) if number == rank else set()
+                assert (found.tensors(file), found.nbytes(file)) == (wanted, nbytes(file, wanted))
+    (engines, *_) = pair.run(inside.reads, Served(odd, tensor=2))  # that the count can find them
+    assert held <= {tensor for file in odd.glob("*.safetensors") for tensor in engines.tensors(file)}
+
+
 def test_stages_have_what_is_theirs(ranks: Callable[[int], Ranks], odd: Path) -> None:
     """The first has the embedding, the last the LM head, each the o_proj of its own layers."""
     four = ranks(4)
@@ -76,10 +103,10 @@ def test_what_the_engine_builds_whole_is_its_own_beside_others(two: Ranks, odd: 
         two.run(inside.parameters, Served(odd, odd.parent / "parts" / "denseffn", data=2, option=2)),
         two.run(inside.parameters, Served(odd, odd.parent / "parts", data=2, option=2)),
     )
-    for said in two.run(inside.load, Served(odd, odd.parent / "parts" / "lm_head", data=2)):
+    for said in two.run(inside.load_unbuilt, Served(odd, odd.parent / "parts" / "lm_head", data=2)):
         assert (
-            "lm_head: cut for 2, the engine's LM head is for 1; cut it with reshard split --part lm_head --tp 1, or "
-            "have the engine cut it for 2 (lmhead_tensor_parallel_size, or its tensor-parallel size)"
+            "tensor-parallel size is 1, the shard set is cut for 2, the engine's LM head is for 1: set it to 2, or "
+            "take the set away"
         ) in said
     for said in two.run(inside.load, Served(odd, odd.parent / "parts" / "lm_head", data=2, option=2)):
         assert "denseffn_tensor_parallel_size is 2, and no set of the DenseFFN is there; cut one with" in said
@@ -112,32 +139,79 @@ def _fewer_layers(parts: Path, model: Path) -> None:
     split_parts(other, parts / "o_proj", o_proj=2)
 
 
+def _without_one(parts: Path, model: Path) -> None:
+    """The last layer has another kind of attention there."""
+    last = "model.layers.2.self_attn."
+    _other_attention(parts, model, lambda name, value: None if name.startswith(last) else value)
+
+
+def _smaller_heads(parts: Path, model: Path) -> None:
+    _other_attention(parts, model, lambda name, value: value[:, :256] if name.endswith("o_proj.weight") else value, 64)
+
+
+def _other_attention(
+    parts: Path, model: Path, change: Callable[[str, torch.Tensor], torch.Tensor | None], v_head_dim: int = 128
+) -> None:
+    """o_proj's set is cut from a copy with other tensors."""
+    other = Path(shutil.copytree(model, model.parent / "other"))
+    for path in other.glob("*.safetensors"):
+        changed = {name: change(name, value) for name, value in load_file(path).items()}
+        save_file({name: value.clone() for name, value in changed.items() if value is not None}, path)
+    (other / "model.safetensors.index.json").unlink()
+    settings = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(settings | {"v_head_dim": v_head_dim}))
+    shutil.rmtree(parts / "o_proj")
+    split_parts(other, parts / "o_proj", o_proj=2)
+
+
+def _changed(odd: Path, folder: Path, change: Callable[[Path, Path], None]) -> Served:
+    parts, model = folder / "parts", Path(shutil.copytree(odd, folder / "model"))
+    shutil.copytree(odd.parent / "parts", parts)
+    change(parts, model)
+    return Served(model, parts, tensor=2, extra={"source": "any"})
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (
             _another_size,
-            "o_proj: cut for 4, the engine's o_proj is for 2; cut it with reshard split --part o_proj --tp 2",
+            "tensor-parallel size is 2, the shard set is cut for 4, the engine's o_proj is for 2: set it to 4, or cut "
+            "it with reshard split --part o_proj --tp 2",
         ),
         (
             _another_vocabulary,
-            "embedding: vocab_size is 510, the engine's model.embed_tokens has 500; the set is another",
+            "embedding: vocab_size is 510, the served model's is 500; the set is another model's",
         ),
         (_another_name, "embedding: holds the model's lm_head; name the folder lm_head"),
         (_without_a_manifest, "o_proj: no manifest.json (the shard set is incomplete"),
+        (_fewer_layers, "o_proj: num_hidden_layers is 2, the served model's is 3; the set is another model's"),
+    ],
+)
+def test_what_is_refused_before_the_model_is_built(
+    pair: Ranks, odd: Path, tmp_path: Path, change: Callable[[Path, Path], None], said: str
+) -> None:
+    for found in pair.run(inside.load_unbuilt, _changed(odd, tmp_path, change)):
+        assert said in found
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
         (
-            _fewer_layers,
-            "o_proj: layers 0-1 have o_proj here, of 2; the engine has built it in 0-2 of 3; cut the shards",
+            _without_one,
+            "o_proj: layers 0-1 have o_proj here, the engine has built it in 0-2; cut the shards from the very model",
+        ),
+        (
+            _smaller_heads,
+            "o_proj: attention_size is 256, the engine's model.layers.0.self_attn.o_proj has 512; the set is another",
         ),
     ],
 )
-def test_what_is_refused(
+def test_what_only_the_layers_tell(
     pair: Ranks, odd: Path, tmp_path: Path, change: Callable[[Path, Path], None], said: str
 ) -> None:
-    parts, model = tmp_path / "parts", Path(shutil.copytree(odd, tmp_path / "model"))
-    shutil.copytree(odd.parent / "parts", parts)
-    change(parts, model)
-    for found in pair.run(inside.load, Served(model, parts, tensor=2, extra={"source": "any"})):
+    for found in pair.run(inside.load, _changed(odd, tmp_path, change)):
         assert said in found
 
 
@@ -199,6 +273,25 @@ def test_quantized(
     assert whole[0]["model.layers.0.self_attn.o_proj.weight"].dtype == kind
     assert f"model.layers.2.self_attn.o_proj.{scale}" in whole[0]
     _same(whole, pair.run(inside.parameters, Served(rest, shards, tensor=2, dtype="bfloat16")))
+
+
+def test_converted(pair: Ranks, dense: Path, tmp_path: Path) -> None:
+    """The engine builds what the served config.json says: o_proj made BF16 fits where that says so, and only there."""
+    model = with_fp8_blocks(dense, tmp_path / "model")
+    done = reshard("split", model, tmp_path / "o_proj", "--part", "o_proj=2", "--weights", "bf16", "--quiet")
+    assert done.code == 0, done.err
+    ours = Served(poisoned(model, tmp_path / "rest", ["o_proj"]), tmp_path / "o_proj", tensor=2, dtype="bfloat16")
+    for said in pair.run(inside.load, ours):
+        assert (
+            "model.layers.0.self_attn.o_proj: the engine's layer has weight, weight_scale_inv, the shard (bf16) weight"
+            "; cut the shards from the very model that is served, without --weights"
+        ) in said
+    whole = with_bf16_o_proj(model, tmp_path / "whole")
+    shutil.copy(whole / "config.json", ours.model)
+    _same(
+        pair.run(inside.parameters, Served(whole, tensor=2, dtype="bfloat16")),
+        pair.run(inside.parameters, ours),
+    )
 
 
 def test_a_tied_embedding_fills_the_head_too(pair: Ranks, tmp_path: Path) -> None:

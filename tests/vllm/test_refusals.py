@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from reshard.plan.pipeline import Cut
 from tests.support.distributed import Ranks
+from tests.support.reads import spans
 from tests.support.running import reshard, split
 from tests.vllm import inside
 from tests.vllm.inside import Served
-from tests.vllm.models import poisoned, write_llama, write_model
+from tests.vllm.models import of_parts, poisoned, write_llama, write_model
 
 RANK_1 = "denseffn-rank-00001-of-00002.safetensors"
 GetRanks = Callable[[int], Ranks]
@@ -192,13 +193,26 @@ def test_dense_ffn_bytes_of_the_model_are_not_read(two: Ranks, dense: Path, tmp_
     """The same model with a hole where its DenseFFN is, filled with what would poison any result."""
     model = poisoned(dense, tmp_path / "model")
     whole = two.run(inside.parameters, Served(dense, data=2))
-    ours = two.run(inside.parameters, Served(model, dense.parent / "tp2", data=2, option=2))
+    served = Served(model, dense.parent / "tp2", data=2, option=2)
+    for found in two.run(inside.reads, served):
+        assert found.others == []
+        for file in model.glob("*.safetensors"):
+            assert found.tensors(file) == spans(file).keys() - of_parts(spans(file))
+    ours = two.run(inside.parameters, served)
     theirs = two.run(inside.parameters, Served(model, data=2))
     name = "model.layers.0.mlp.down_proj.weight"
     assert bool(theirs[0][name].isnan().all())
     for rank, (before, after) in enumerate(zip(whole, ours, strict=True)):
         assert torch.equal(before[name].chunk(2, dim=1)[rank], after[name])
         assert not any(bool(value.isnan().any()) for value in after.values())
+
+
+def test_a_file_of_the_model_that_was_cut_short(two: Ranks, dense: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(dense, tmp_path / "model"))
+    rest = model / "model-00002-of-00002.safetensors"
+    rest.write_bytes(rest.read_bytes()[:-8])
+    served = Served(model, dense.parent / "tp2", data=2, option=2, extra={"source": "any"})
+    _fails(two, served, f"ShardError: {rest}: is no whole safetensors file (", "; copy or download it again")
 
 
 def test_a_model_whose_dense_ffn_was_taken_out(two: Ranks, dense: Path, tmp_path: Path) -> None:

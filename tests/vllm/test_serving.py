@@ -19,8 +19,8 @@ import pytest
 from safetensors.torch import load_file
 
 from reshard.plan.pipeline import Cut
-from tests.support.running import split
-from tests.vllm.models import HIDDEN, INTERMEDIATE, VOCABULARY, write_model
+from tests.support.running import split, split_parts
+from tests.vllm.models import HIDDEN, INTERMEDIATE, VOCABULARY, poisoned, write_model
 from tests.vllm.server import END_SECONDS, REQUEST_SECONDS, Answer, Server, serving
 
 TOKENS = 8
@@ -146,14 +146,29 @@ def test_bf16_reduced_in_float32(tmp_path: Path) -> None:
     _same_but_ties(before, after, BF16_GAP)
 
 
-def test_tensor_parallel_with_experts(mixed: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def with_experts(mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Answer]:
+    """What a model with experts says under tensor parallelism, float32."""
+    with serving(tmp_path_factory.mktemp("engines"), mixed, tensor=2) as server:
+        return _answers(server, 1)
+
+
+def test_tensor_parallel_with_experts(mixed: Path, with_experts: list[Answer], tmp_path: Path) -> None:
     """The same weights in the same places: the same bits."""
-    with serving(tmp_path, mixed, tensor=2) as server:
-        before = _answers(server, 1)
     with serving(tmp_path, mixed, shards=mixed.parent / "tp2", tensor=2) as server:
-        after = _answers(server, 1)
+        _same(with_experts, _answers(server, 1), 0.0)
         assert "rank 1 of 2 holds dense layers 0, 1" in server.log
-    _same(before, after, 0.0)
+
+
+def test_sets_of_all_parts(mixed: Path, with_experts: list[Answer], tmp_path: Path) -> None:
+    """The same bits, from a model that has NaN in all that the sets hold."""
+    sizes = dict.fromkeys(("denseffn", "lm_head", "embedding", "o_proj"), 2)
+    shards = split_parts(mixed, tmp_path / "parts", **sizes)
+    with serving(tmp_path, poisoned(mixed, tmp_path / "rest", sizes), shards=shards, tensor=2) as server:
+        _same(with_experts, _answers(server, 1), 0.0)
+        log = server.log
+    held = {"dense layers 0, 1", "o_proj of layers 0-3", "the LM head", "the embedding"}
+    assert all(f"rank {rank} of 2 holds {what}, " in log for rank in (0, 1) for what in held)
 
 
 def test_w8a8(w8a8: Path, tmp_path: Path) -> None:

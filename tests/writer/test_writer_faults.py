@@ -8,8 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from reshard.writer.folder import OutputFolder
 from tests.support.builders import Spec, build
 from tests.support.faults import INTERRUPT, TIMEOUT, Job, Outcome, run
 from tests.support.paths import ROOT
+from tests.support.running import signalled
 from tests.support.sets import Files, hidden, snapshot
 
 OLD = Spec("modelslim_v0_static", hidden=128, intermediate=512, dense=1, seed=1)
@@ -234,23 +235,8 @@ def command(source: Path, out: Path, *options: str) -> list[str]:
     return [sys.executable, "-m", "reshard", *arguments]
 
 
-def signal_at(arguments: list[str], out: Path, moment: str, number: signal.Signals) -> int:
-    """Run a command and send it a signal when the folder shows the moment. Returns its exit status."""
-    deadline = time.monotonic() + TIMEOUT
-    with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None:
-            try:
-                seen = MOMENTS[moment](os.listdir(out))
-            except FileNotFoundError:
-                seen = False
-            if seen:
-                process.send_signal(number)
-                break
-            assert time.monotonic() < deadline, f"{moment} was not seen within {TIMEOUT:.0f} s"
-        try:
-            return process.wait(TIMEOUT)
-        finally:
-            process.kill()
+def shows(out: Path, moment: str) -> bool:
+    return out.is_dir() and MOMENTS[moment](os.listdir(out))
 
 
 @pytest.mark.parametrize(
@@ -267,7 +253,7 @@ def test_the_command_is_killed(
     source, wanted = large
     for attempt in range(5):  # a busy machine may let the command end before it is killed
         out = tmp_path / str(attempt)
-        ended = signal_at(command(source, out), out, moment, number)
+        ended = signalled(command(source, out), number, partial(shows, out, moment))
         if ended != 0:
             break
     else:

@@ -48,14 +48,14 @@ def built_for(model: nn.Module, config: Any, stored: StoredSet) -> Built:
 
     Raises ShardError where the model's layers or sizes are not the set's.
     """
+    compare_model(config, stored.manifest, str(stored.folder))
     if stored.manifest.what is DENSE_FFN:
-        return _dense(model, config, stored.manifest, str(stored.folder))
+        return _dense(model, config, str(stored.folder))
     return _other(model, config, stored.manifest, str(stored.folder))
 
 
-def _dense(model: nn.Module, config: Any, manifest: Manifest, folder: str) -> Built:
+def _dense(model: nn.Module, config: Any, folder: str) -> Built:
     mlps = dense_mlps(model)
-    compare_model(config, manifest, folder)
     compare_found(mlps, config, folder)
     linears: Linears = {
         index: {module.name: getattr(mlp, module.name) for module in DENSE_FFN.modules} for index, mlp in mlps.items()
@@ -97,11 +97,10 @@ def _compare_layers(linears: Linears, config: Any, manifest: Manifest, folder: s
         here = stage_layers(config)
         wanted = [layer.number for layer in manifest.layers if layer.number in here]
         found = sorted(layer for layer in linears if layer is not None)
-        if manifest.model.num_hidden_layers not in (None, config.num_hidden_layers) or found != wanted:
+        if found != wanted:
             raise ShardError(
-                f"{folder}: layers {numbers(wanted)} have {part.name} here, of {manifest.model.num_hidden_layers}; the "
-                f"engine has built it in {numbers(found)} of {config.num_hidden_layers}; cut the shards from the very "
-                "model that is served"
+                f"{folder}: layers {numbers(wanted)} have {part.name} here, the engine has built it in "
+                f"{numbers(found)}; cut the shards from the very model that is served"
             )
     elif not linears and (stage.is_last_rank if part.place is Place.HEAD else stage.is_first_rank):
         raise ShardError(

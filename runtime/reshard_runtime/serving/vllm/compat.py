@@ -1,26 +1,30 @@
 """What a serving setup may not have, told before a model is built."""
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from reshard.checks.ascend_option import size_of
 from reshard.checks.serving_option import OPTION, broken_rules, option_of
-from reshard.checks.setup import Setup
+from reshard.checks.set_size import broken_size
+from reshard.checks.setup import Broken, Setup
 from reshard.errors import UsageError
-from reshard.model.parts import DENSE_FFN
+from reshard.model.parts import DENSE_FFN, O_PROJ, Part
 
 
-def refuse(
-    config: Any, additional: dict[str, Any], moe: bool, shards_tp_size: int | None, *, alone: bool = True
-) -> None:
+def refuse(config: Any, additional: dict[str, Any], moe: bool, sizes: Mapping[Part, int], *, ascend: bool) -> None:
     """Raise UsageError for what the option, or a layer split over data-parallel ranks, does not go with.
 
-    config: vLLM's VllmConfig. additional: its additional_config. shards_tp_size: of the DenseFFN's set, None without
-    one. alone: whether that is the only set; beside others it need not be used.
+    Also for a set that is cut for another size than the engine will have its part for. config: vLLM's VllmConfig.
+    additional: its additional_config. sizes: of the set of each part. ascend: whether vllm-ascend is the platform.
     """
     parallel = config.parallel_config
     setup = Setup(parallel.data_parallel_size, parallel.tensor_parallel_size, moe, parallel.pipeline_parallel_size)
-    broken = broken_rules(additional, setup, shards_tp_size)
-    messages = [rule.message for rule in broken if alone or rule.rule != "unset"]
-    if shards_tp_size is None and split_size(additional, parallel.tensor_parallel_size) is not None:
+    broken = [
+        *broken_rules(additional, setup, sizes.get(DENSE_FFN), alone=len(sizes) == 1),
+        *_of_another_size(additional, setup, sizes, ascend),
+    ]
+    messages = [rule.message for rule in broken if not rule.warning]
+    if DENSE_FFN not in sizes and split_size(additional, parallel.tensor_parallel_size) is not None:
         messages.append(
             f"{OPTION} is {additional[OPTION]}, and no set of the DenseFFN is there; cut one with reshard split --part "
             f"{DENSE_FFN.key}, or leave the option out"
@@ -40,6 +44,23 @@ def refuse(
         ]
     if messages:
         raise UsageError("; ".join(messages))
+
+
+def _of_another_size(
+    additional: Mapping[str, Any], setup: Setup, sizes: Mapping[Part, int], ascend: bool
+) -> Iterator[Broken]:
+    """Of the parts beside the DenseFFN, where their options tell what the engine will have them for.
+
+    Under tensor parallelism vllm-ascend has other ways for o_proj (FLASHCOMM2, DSA context parallelism): there only the
+    layers that it has built tell.
+    """
+    for part, size in sizes.items():
+        has_other_ways = ascend and part is O_PROJ and setup.tensor_parallel_size > 1
+        if part is DENSE_FFN or (has_other_ways and size_of(additional, part.option) == 0):
+            continue
+        config = additional if ascend else None
+        if broken := broken_size(part, size, config, setup, lambda size: True, alone=len(sizes) == 1):
+            yield broken
 
 
 def split_size(additional: dict[str, Any], tensor_parallel_size: int) -> int | None:

@@ -35,7 +35,8 @@ def fill(linear: nn.Module, shard: LinearShard) -> set[str]:
     if not shard.tensors.keys() <= parameters.keys() or not absent <= _computed(linear, shard):
         raise ShardError(
             f"{shard.name}: the engine's layer has {_names(parameters)}, the shard ({shard.scheme}) "
-            f"{_names(shard.tensors)}; cut the shards from the very model that is served"
+            f"{_names(shard.tensors)}; cut the shards from the very model that is served, without --weights: what the "
+            "engine builds is what that model's config says"
         )
     parts = len(getattr(linear, "output_sizes", (1,)))
     fitted = {name: _fitted(shard, name, parameters[name], parts) for name in shard.tensors}

@@ -9,6 +9,7 @@ from torch import nn
 from vllm.config import ModelConfig
 from vllm.logger import init_logger
 
+from reshard.checks.set_size import another_size, cut_again
 from reshard.errors import ShardError
 from reshard.manifest import LayerEntry, Manifest
 from reshard.model.naming import layers_named, parse_tensor
@@ -17,7 +18,7 @@ from reshard.schemes.table import VARIANTS, Placement
 from reshard_runtime.linears import linears_of
 from reshard_runtime.loader import StoredSet, Verify, read_tensors
 from reshard_runtime.serving.vllm.activation import compare_activations
-from reshard_runtime.serving.vllm.built import Built, built_for
+from reshard_runtime.serving.vllm.built import Built
 from reshard_runtime.serving.vllm.copy_params import fill
 from reshard_runtime.serving.vllm.model_layers import compare_built, dense_mlps
 from reshard_runtime.shard import LinearShard
@@ -28,31 +29,35 @@ _MIB = 1 << 20
 _RANK_0 = frozenset(rule.suffix for variant in VARIANTS for rule in variant.tensors if rule.row is Placement.RANK_0)
 
 
+def is_used(stored: StoredSet, built: Built, *, alone: bool) -> bool:
+    """Whether the engine has built a set's part for the set's size, or this pipeline stage has nothing of it.
+
+    Not, where it has built the part whole: it is the engine's to load then, and the log says so. Raises ShardError for
+    another size, and for a set that stands alone and is not used.
+    """
+    part, cut_for = stored.manifest.what, stored.manifest.tp_size
+    if not built.places or (size := _place(built, stored)[1]) == cut_for:
+        return True
+    to_use_it = [f"set {part.option}, or the tensor-parallel size, to {cut_for}"]
+    others = [cut_again(part, size)] if size > 1 else []
+    broken = another_size(part, cut_for, size, to_use_it=to_use_it, others=others, alone=alone)
+    if not broken.warning:
+        raise ShardError(f"{stored.folder}: {broken.message}")
+    _log.warning("denseffn_shards: %s: %s", stored.folder, broken.message)
+    return False
+
+
 def fill_from(
-    model: nn.Module, model_config: ModelConfig, stored: StoredSet, verify: Verify, *, alone: bool
-) -> list[Any] | None:
+    model: nn.Module, model_config: ModelConfig, stored: StoredSet, built: Built, verify: Verify
+) -> list[Any]:
     """Fill what this process holds of a set's part; the linears. A pipeline stage may have none.
 
-    None where the engine has built the part whole: it is the engine's to load then. A set that stands alone must be
-    used. Raises ShardError where the engine's layers are not the set's, or are cut for another size.
+    Raises ShardError where the engine's layers are not the set's.
     """
     start, manifest = time.perf_counter(), stored.manifest
-    built = built_for(model, model_config.hf_text_config, stored)
     if not built.places:
         return []
     rank, size = _place(built, stored)
-    if size != manifest.tp_size:
-        if size > 1 or alone:
-            raise _of_another_size(stored, size)
-        _log.warning(
-            "denseffn_shards: the engine has built %s whole, and loads it from the model: %s is cut for %d; for less "
-            "memory and reading, set %s",
-            _named(manifest, built),
-            stored.folder,
-            manifest.tp_size,
-            manifest.what.option,
-        )
-        return None
     if manifest.what is DENSE_FFN:
         compare_built(dense_mlps(model), manifest.share, str(stored.folder))
     casts: set[str] = set()
@@ -112,16 +117,6 @@ def _place(built: Built, stored: StoredSet) -> tuple[int, int]:
         )
     (place,) = built.places
     return place
-
-
-def _of_another_size(stored: StoredSet, size: int) -> ShardError:
-    manifest, part = stored.manifest, stored.manifest.what
-    own = "dense layers are" if part.place is Place.DENSE_LAYERS else f"{part.name} is"
-    return ShardError(
-        f"{stored.folder}: cut for {manifest.tp_size}, the engine's {own} for {size}; cut it with reshard split "
-        f"--part {part.key} --tp {size}, or have the engine cut it for {manifest.tp_size} ({part.option}, or its "
-        "tensor-parallel size)"
-    )
 
 
 def _named(manifest: Manifest, built: Built) -> str:

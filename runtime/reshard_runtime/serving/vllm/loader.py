@@ -30,9 +30,10 @@ from reshard.checks.serving_option import OPTION, option_of
 from reshard.errors import ShardError, UsageError
 from reshard.manifest import Manifest
 from reshard_runtime.group import agreement
-from reshard_runtime.serving.vllm.ascend import fixed_rows, is_rehearsal
+from reshard_runtime.serving.vllm.ascend import fixed_rows, is_platform, is_rehearsal
+from reshard_runtime.serving.vllm.built import built_for
 from reshard_runtime.serving.vllm.compat import refuse, refuse_elastic, split_size
-from reshard_runtime.serving.vllm.filling import fill_from
+from reshard_runtime.serving.vllm.filling import fill_from, is_used
 from reshard_runtime.serving.vllm.groups import make_group
 from reshard_runtime.serving.vllm.model_layers import compare_model, dense_layers, intermediate_size
 from reshard_runtime.serving.vllm.other_weights import check_same, read_others
@@ -77,13 +78,13 @@ class DenseFFNShardsLoader(DefaultModelLoader):
         with agreement(*_loading_groups()) as own:
             with open_sets(self.options.shards) as sets:
                 own["shard set"] = self._built_from = digest_of(sets)
-                dense = dense_of(sets)
-            tp_size = None if dense is None else dense.manifest.tp_size
-            refuse(vllm_config, additional, model_config.is_moe, tp_size, alone=len(sets) == 1)
-            if dense is not None:
-                compare_model(config, dense.manifest, str(dense.folder))
+            sizes = {stored.manifest.what: stored.manifest.tp_size for stored in sets}
+            refuse(vllm_config, additional, model_config.is_moe, sizes, ascend=is_platform())
+            for stored in sets:
+                compare_model(config, stored.manifest, str(stored.folder))
             fixed = fixed_rows(vllm_config, size is not None, self.options.max_tokens)
             own |= {OPTION: option_of(additional), "reduce_dtype": self.options.reduce_dtype, "max_tokens": fixed}
+        dense = dense_of(sets)
         if size is None or dense is None:
             return build(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         data = get_dp_group()
@@ -110,11 +111,11 @@ class DenseFFNShardsLoader(DefaultModelLoader):
                 raise ShardError(
                     f"{self.options.shards}: was replaced since the model was built; start the engine again"
                 )
-            alone = len(sets) == 1
+            built = [(stored, built_for(model, model_config.hf_text_config, stored)) for stored in sets]
+            used = [(stored, linears) for stored, linears in built if is_used(stored, linears, alone=len(sets) == 1)]
             filled = [
-                (stored.manifest, linears)
-                for stored in sets
-                if (linears := fill_from(model, model_config, stored, self.options.verify, alone=alone)) is not None
+                (stored.manifest, fill_from(model, model_config, stored, linears, self.options.verify))
+                for stored, linears in used
             ]
         manifests, same = [manifest for manifest, _ in filled], self.options.source == "same"
         with (

@@ -10,6 +10,7 @@ from vllm.distributed.utils import get_pp_indices
 
 from reshard.errors import ShardError
 from reshard.manifest import Manifest
+from reshard.model.parts import O_PROJ, Place
 
 
 def dense_layers(model: nn.Module) -> dict[int, Any]:
@@ -51,11 +52,20 @@ def stage_layers(config: Any) -> range:
 
 
 def compare_model(config: Any, manifest: Manifest, folder: str) -> None:
-    """The served model's sizes and dense layers against the set's. Raises ShardError with both."""
-    for key in ("hidden_size", "intermediate_size"):
-        served, cut = getattr(config, key, None), getattr(manifest.model, key)
+    """The served model's sizes and layers against the set's, as far as its config says them.
+
+    Raises ShardError with both.
+    """
+    part, known = manifest.what, manifest.model
+    keys = [key for key in part.sizes if key != O_PROJ.size]  # which no config says
+    if part.place is Place.LAYERS and known.num_hidden_layers is not None:
+        keys.append("num_hidden_layers")
+    for key in keys:
+        served, cut = getattr(config, key, None), getattr(known, key)
         if served != cut:
             raise ShardError(f"{folder}: {key} is {cut}, the served model's is {served}; the set is another model's")
+    if part.place is not Place.DENSE_LAYERS:
+        return
     served, cut = dense_by_config(config), [layer.index for layer in manifest.layers]
     if served != cut:
         raise ShardError(

@@ -2,18 +2,19 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from blake3 import blake3
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from reshard.errors import ShardError
 from reshard.fit import fit_source_file
 from reshard.manifest import Manifest, SourceFile
 from reshard.model.naming import parse_tensor
-from reshard.regular import Opened
+from reshard.regular import Opened, unreadable
 from reshard.tensors.header import read_raw_header
 
 
@@ -39,13 +40,17 @@ def read_others(
 
     `passed_over`: whether the engine has no use for a tensor (another rank's experts). `same`: the files must be those
     that the sets were cut from. Raises ShardError for a tensor of a part that its set was not cut from, maybe under
-    another prefix: it can neither be used nor left out; and for a file that changed while it was read.
+    another prefix: it can neither be used nor left out; and for a file that cannot be read, or changed meanwhile.
     """
     held = replaced(manifests)
     cut_from = {file.name: (file, manifest) for manifest in manifests for file in manifest.source.files}
     for file in sorted(files, key=_natural):
         entry = cut_from.get(Path(file).name)
-        with Opened(Path(file)) as opened, safe_open(opened.same_file, framework="pt") as tensors:
+        with (
+            _by_name(file),
+            Opened(Path(file)) as opened,
+            safe_open(opened.same_file, framework="pt") as tensors,
+        ):
             if same and entry is not None:
                 _compare(opened, entry[0], _way_out(Path(file).parent, entry[1]))
             for name in tensors.keys():  # noqa: SIM118 - no mapping
@@ -66,6 +71,18 @@ def read_others(
                 yield name, tensors.get_tensor(name)
             if difference := opened.difference():
                 raise ShardError(f"{file}: {difference}; start again when nothing writes there any more")
+
+
+@contextmanager
+def _by_name(file: str) -> Iterator[None]:
+    """What is wrong with a file, in a line with its name: the engine would show safetensors' own, of a descriptor."""
+    way = "copy or download it again"
+    try:
+        yield
+    except SafetensorError as error:
+        raise ShardError(f"{file}: is no whole safetensors file ({error}); {way}") from error
+    except OSError as error:
+        raise ShardError(unreadable(Path(file), error, way)) from error
 
 
 def _is_of_part(name: str, tensors: Any, manifest: Manifest) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from reshard.errors import ShardError
+from reshard.fit import absent_parts
 from reshard.model.parts import DENSE_FFN
 from reshard.source.weights import sets_within
 from reshard_runtime.loader import StoredSet, one_set
@@ -14,14 +15,16 @@ from reshard_runtime.loader import StoredSet, one_set
 def open_sets(folder: Path) -> Iterator[list[StoredSet]]:
     """All of them, each as `one_set` has it. Raises ManifestError, ShardError."""
     with contextlib.ExitStack() as held:
-        sets = []
-        for path in _set_folders(folder):
+        sets, paths = [], _set_folders(folder)
+        for path in paths:
             stored = held.enter_context(one_set(path))
             if path != folder and path.name != stored.manifest.part:
                 raise ShardError(
                     f"{path}: holds the model's {stored.manifest.part}; name the folder {stored.manifest.part}"
                 )
             sets.append(stored)
+        if paths != [folder] and (line := absent_parts(str(folder), [stored.manifest for stored in sets])):
+            raise ShardError(line)
         yield sets
 
 

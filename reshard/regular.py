@@ -14,6 +14,8 @@ from typing import NamedTuple, Self
 MISSING = "missing"
 """Why a file is not there, where nothing stands in its place."""
 
+TOO_MANY_OPEN = "too many files are open; allow more with `ulimit -n`"
+
 _PIECE = 1 << 26  # read at once; a signal is answered between two
 _READ_BYTES = 1 << 20
 _KINDS = {
@@ -136,7 +138,7 @@ def unreadable(path: Path, error: OSError, way: str = "") -> str:
     if os.path.islink(path) and not os.path.exists(path):
         return f"{path} is {unfollowed(path, error)}"
     if error.errno == errno.EMFILE:
-        return f"{path}: cannot be read: too many files are open; allow more with `ulimit -n`"
+        return f"{path}: cannot be read: {TOO_MANY_OPEN}"
     return f"{path}: cannot be read: {error.strerror or error}{way and '; '}{way}"
 
 

@@ -11,7 +11,7 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 # A signal that arrives just before the main thread begins to wait is not seen until the wait ends.
-_LOOK_SECONDS = 0.2
+LOOK_SECONDS = 0.2
 
 
 class Cancelled(Exception):
@@ -50,15 +50,24 @@ class Workers:
 
     def _each(self, work: Callable[[A], B], items: Iterable[A], done: Callable[[B], None]) -> None:
         futures: list[Future[B]] = []
+        dealt = threading.Event()
+
+        def begin(item: A) -> B:
+            # What ends while others are dealt out may leave the pool a thread short; some work waits for all threads'.
+            dealt.wait()
+            return work(item)
+
         with ThreadPoolExecutor(self._number, thread_name_prefix="reshard") as pool:
             try:
                 for item in items:
                     self.tick(0)
-                    futures.append(pool.submit(work, item))
+                    futures.append(pool.submit(begin, item))
+                dealt.set()
                 for future in as_completed(futures):
                     done(future.result())
             except BaseException:
                 self._cancel()
+                dealt.set()
                 pool.shutdown(cancel_futures=True)
                 _raise_first(futures)
                 raise
@@ -98,7 +107,7 @@ def interruptible(call: Callable[[], A], stop: Callable[[], None]) -> A:
     def wait() -> None:
         while not results and not errors:
             with contextlib.suppress(Empty):
-                wake.get(timeout=_LOOK_SECONDS)
+                wake.get(timeout=LOOK_SECONDS)
 
     try:
         threading.Thread(target=run, name="reshard-work", daemon=True).start()

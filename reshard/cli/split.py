@@ -67,10 +67,12 @@ def split(
                 check_holds_no_set(out)
             with contextlib.ExitStack() as held:
                 jobs: list[_Job] = []
+                address, opened = source, None
                 for one, size, said in wanted:  # all of them before anything is written
                     options = SplitOptions(_parse_ranks(ranks, size, said), resume, overwrite, threads)
-                    address, opened = open_part(source, one, revision, index=index, notify=output.warn)
-                    held.enter_context(opened)
+                    if opened is None or address != source:  # a checkpoint has all of them, a folder of sets each
+                        address, opened = open_part(source, one, revision, index=index, notify=output.warn)
+                        held.enter_context(opened)
                     if one and together:
                         target = open_target(part_address(out, one), address, in_out=True)
                     else:

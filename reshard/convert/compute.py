@@ -12,9 +12,10 @@ import numpy as np
 from reshard.checkpoint.description import Checkpoint, Linear, Tensor
 from reshard.errors import MissingDependencyError, SchemeError
 from reshard.schemes.table import Operand
-from reshard.source.base import Bytes, Range, Source
+from reshard.source.base import Range, Source
 from reshard.tensors.byte_grid import BlockReader, StoredReader
 from reshard.tensors.dtypes import TORCH
+from reshard.tensors.memory import Bytes
 from reshard.tensors.numeric import storage, to_f32
 
 try:
@@ -85,8 +86,9 @@ class _Computed:
         """Fill `out` [rows, bytes] with the grid's bytes from (row, column)."""
         rows, width = out.shape
         left, right = column // self._itemsize, (column + width) // self._itemsize
-        result = self._compute(row, row + rows, left, right).contiguous()
-        out[:] = result.view(torch.uint8).reshape(rows, width).numpy()
+        for top, bottom in _chunks(rows, right - left):
+            result = self._compute(row + top, row + bottom, left, right).contiguous()
+            out[top:bottom] = result.view(torch.uint8).reshape(bottom - top, width).numpy()
 
     def ranges(self, row: int, column: int, rows: int, width: int) -> Iterator[Range]:
         """What of the weight the block is computed from."""
@@ -128,10 +130,7 @@ class _Values:
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """Row ranges that together are the whole weight, each small."""
-        rows, columns = self.weight.shape
-        height = max(1, _CHUNK_ELEMENTS // columns)
-        for top in range(0, rows, height):
-            yield top, min(top + height, rows)
+        return _chunks(*self.weight.shape)
 
 
 class _RowScales:
@@ -168,6 +167,13 @@ class _RowScales:
             )
         scales = (largest / _INT8_MAX).to(self._dtype).to(torch.float32)
         return torch.where(scales == 0, 1.0, scales)  # a row of zeros, or as good as: any scale will do
+
+
+def _chunks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    """Row ranges that together are all rows, each of few elements."""
+    height = max(1, _CHUNK_ELEMENTS // columns)
+    for top in range(0, rows, height):
+        yield top, min(top + height, rows)
 
 
 def _load(source: Source, tensor: Tensor) -> "torch.Tensor":

@@ -73,7 +73,9 @@ def prepare(source: Source, cut: Cut) -> Prepared:
 
 def make_readers(source: Source, stored: Checkpoint, checkpoint: Checkpoint) -> dict[str, BlockReader]:
     """A reader for each tensor: of its bytes where they are stored, of its values where they are computed."""
-    readers: dict[str, BlockReader] = {t.name: StoredReader(source, t) for t in checkpoint.stored() if t.extents}
+    readers: dict[str, BlockReader] = {
+        t.name: StoredReader(source, t, once=True) for t in checkpoint.stored() if t.extents
+    }
     if any(not tensor.extents for tensor in checkpoint.tensors()):
         from reshard.convert.compute import computed_readers  # the only way to torch
 

@@ -3,11 +3,11 @@
 import abc
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import TracebackType
 from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 
 from reshard.errors import HeaderError
 from reshard.limits import JSON_BYTES
@@ -16,9 +16,8 @@ from reshard.safe_text import without_secrets
 from reshard.strict_json import check_size
 from reshard.tensors import header
 from reshard.tensors.header import Header
+from reshard.tensors.memory import Bytes
 from reshard.workers import Workers
-
-Bytes = npt.NDArray[np.uint8]
 
 Range = tuple[str, int, int]
 """(file, its first byte, the byte behind the last)"""
@@ -76,8 +75,11 @@ class Source(abc.ABC):
         """A copy of bytes [start, stop). Raises SourceError where they cannot be read."""
 
     @abc.abstractmethod
-    def read_rows(self, out: Bytes, file: str, start: int, stride: int) -> None:
-        """Fill `out` [rows, bytes], row i with the file's bytes from start + i * stride. Raises as `read` does."""
+    def read_rows(self, out: Bytes, file: str, start: int, stride: int, once: bool = False) -> None:
+        """Fill `out` [rows, bytes], row i with the file's bytes from start + i * stride. Raises as `read` does.
+
+        once: nobody reads them again, so the host's memory need not hold them.
+        """
 
     def blocks(self, file: str, start: int, stop: int) -> Iterator[Bytes]:
         """Bytes [start, stop), step by step, in memory that the next step fills anew."""
@@ -87,12 +89,19 @@ class Source(abc.ABC):
             self.read_rows(block, file, at, block.size)
             yield block[0]
 
-    @abc.abstractmethod
-    def prefetch(self, ranges: Iterable[Range]) -> None:
+    def prefetch(self, ranges: Iterable[Range]) -> None:  # noqa: B027 - of a disk the kernel reads ahead
         """A hint that these are wanted soon, the first ones first."""
 
+    @cached_property
+    def headers(self) -> dict[str, Header]:
+        """Those that were read, by their files."""
+        return {}
+
     def release(self, file: str) -> None:  # noqa: B027 - nothing to release is the rule
-        """No more is wanted of a file; `check_unchanged` need not look at it."""
+        """A file of which nothing but the header was read need not stay open, nor be looked at by `check_unchanged`.
+
+        When it is read again it must be the same.
+        """
 
     def check_unchanged(self) -> None:  # noqa: B027 - a source that compares each answer with the first has nothing to do
         """After the last byte was read, and before anything that was made of them is committed.
@@ -133,8 +142,11 @@ def merged(ranges: Iterable[Range]) -> Iterator[Range]:
 
 def read_header(source: Source, file: str) -> Header:
     """A safetensors file's header. Raises HeaderError if it must not be trusted."""
-    files = source.files()
-    return header.read_header(lambda start, stop: source.read(file, start, stop), file, files[file], files)
+    known, files = source.headers.get(file), source.files()
+    if known is None:
+        known = header.read_header(lambda start, stop: source.read(file, start, stop), file, files[file], files)
+        source.headers[file] = known
+    return known
 
 
 def read_headers(source: Source, files: Sequence[str]) -> dict[str, Header]:

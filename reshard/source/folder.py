@@ -5,14 +5,15 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
 from reshard.errors import SourceError
-from reshard.regular import Opened, unfollowed, unreadable, what_stands_there
-from reshard.source.base import MISSING, Bytes, Origin, Range, Source, merged
+from reshard.regular import Identity, Opened, unfollowed, unreadable, what_stands_there
+from reshard.source.base import MISSING, Origin, Source
 from reshard.source.weights import SNAPSHOTS, WEIGHTS_ENDING
+from reshard.tensors.memory import Bytes
 from reshard.tensors.rows import RowReader
 
 _PLACES = ("*", f"{SNAPSHOTS}/*", f"models--*/{SNAPSHOTS}/*")
@@ -37,6 +38,7 @@ class FolderSource(Source):
         self.index = index
         self.origin = Origin("folder", path.resolve().name)
         self._opened: dict[str, Opened] = {}
+        self._released: dict[str, Identity] = {}
         self._readers: dict[str, RowReader] = {}
         self._lock = threading.Lock()
 
@@ -84,30 +86,21 @@ class FolderSource(Source):
             )
         return data
 
-    def read_rows(self, out: Bytes, file: str, start: int, stride: int) -> None:
+    def read_rows(self, out: Bytes, file: str, start: int, stride: int, once: bool = False) -> None:
         with self._named(file):
-            (self._readers.get(file) or self._reader(file)).read(out, start, stride)
-
-    def prefetch(self, ranges: Iterable[Range]) -> None:
-        """Ask the kernel to read ahead."""
-        for file, start, stop in merged(ranges):
-            with contextlib.suppress(SourceError):  # only a hint: the read that follows reports it
-                os.posix_fadvise(self._open(file).fileno(), start, stop - start, os.POSIX_FADV_WILLNEED)
+            (self._readers.get(file) or self._reader(file)).read(out, start, stride, once)
 
     def release(self, file: str) -> None:
         with self._lock:
-            self._opened.pop(file, None)
-            self._readers.pop(file, None)
+            if file not in self._readers and (released := self._opened.pop(file, None)):
+                self._released[file] = released.identity
 
     def check_unchanged(self) -> None:
         with self._lock:
             opened = dict(self._opened)
         for file, one in opened.items():
             if difference := one.difference():
-                raise SourceError(
-                    f"{self.path / file}: {difference}; nothing that was made of it is kept: start again when nothing "
-                    "writes there any more"
-                )
+                raise SourceError(self._changed(file, difference))
 
     def close(self) -> None:
         """Each file is closed when the last thread that reads it has done."""
@@ -125,8 +118,17 @@ class FolderSource(Source):
             raise SourceError(f"{self.path}: {file!r} is no plain file name in this folder")
         with self._lock, self._named(file):
             if file not in self._opened:
-                self._opened[file] = Opened(self.path / file)
+                opened = Opened(self.path / file)
+                if self._released.get(file, opened.identity) != opened.identity:
+                    raise SourceError(self._changed(file, "is no longer the file whose header was read"))
+                self._opened[file] = opened
             return self._opened[file]
+
+    def _changed(self, file: str, difference: str) -> str:
+        return (
+            f"{self.path / file}: {difference}; nothing that was made of it is kept: start again when nothing writes "
+            "there any more"
+        )
 
     @contextlib.contextmanager
     def _named(self, file: str) -> Iterator[None]:

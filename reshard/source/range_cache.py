@@ -23,10 +23,11 @@ from typing import IO, Protocol, TypeVar
 
 from reshard import limits
 from reshard.errors import SourceError, SpaceError
-from reshard.source.base import MISSING, Bytes, Origin, Range, Source, merged
+from reshard.source.base import MISSING, Origin, Range, Source, merged
 from reshard.source.fetchers import Fetchers, result_of
 from reshard.source.retry import Backoff, Fault, Notify, RetryPolicy
 from reshard.source.watched import watched
+from reshard.tensors.memory import Bytes
 from reshard.tensors.rows import RowReader
 from reshard.workers import interruptible
 
@@ -130,7 +131,7 @@ class StagedSource(Source):
             self._read[key] = bytes(out)
         return self._read[key]
 
-    def read_rows(self, out: Bytes, file: str, start: int, stride: int) -> None:
+    def read_rows(self, out: Bytes, file: str, start: int, stride: int, once: bool = False) -> None:
         """From the stage, when they are there. Raises Cancelled if they were not waited for."""
         rows, width = out.shape
         if not out.size:

@@ -6,7 +6,8 @@ from typing import Protocol
 import numpy as np
 
 from reshard.checkpoint.description import Extent, Tensor
-from reshard.source.base import Bytes, Range, Source
+from reshard.source.base import Range, Source
+from reshard.tensors.memory import Bytes
 
 
 class BlockReader(Protocol):
@@ -20,10 +21,11 @@ class BlockReader(Protocol):
 
 
 class StoredReader:
-    """A tensor whose bytes lie in files, in one rectangle or several."""
+    """A tensor whose bytes lie in files, in one rectangle or several. once: see `Source.read_rows`."""
 
-    def __init__(self, source: Source, tensor: Tensor) -> None:
+    def __init__(self, source: Source, tensor: Tensor, once: bool = False) -> None:
         self._source = source
+        self._once = once
         self._extents = tensor.extents
 
     def read(self, out: Bytes, row: int, column: int) -> None:
@@ -35,7 +37,7 @@ class StoredReader:
             if top < bottom and left < right:
                 file, start, _ = _span(extent, top, bottom, left, right)
                 block = out[top - row : bottom - row, left - column : right - column]
-                self._source.read_rows(block, file, start, extent.stride)
+                self._source.read_rows(block, file, start, extent.stride, self._once)
 
     def ranges(self, row: int, column: int, rows: int, width: int) -> Iterator[Range]:
         """What of the source's files holds a block of [rows, width] bytes."""

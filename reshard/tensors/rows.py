@@ -9,16 +9,17 @@ import contextlib
 import ctypes
 import mmap
 import os
-import threading
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from reshard.errors import SourceError
-from reshard.source.base import Bytes
+from reshard.tensors.direct import DirectReader
+from reshard.tensors.memory import Bytes
 
 _AT_ONCE = 1024  # IOV_MAX
+_FEW = 16
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.process_vm_writev.restype = ctypes.c_ssize_t
 _LIBC.process_vm_writev.argtypes = [ctypes.c_int, *(ctypes.c_void_p, ctypes.c_ulong) * 2, ctypes.c_ulong]
@@ -28,19 +29,6 @@ class Descriptor(Protocol):
     """An open file, closed when nothing refers to it any more."""
 
     def fileno(self) -> int: ...
-
-
-class Memory(threading.local):
-    """Memory of each thread's own: fresh one would be cleared by the kernel, page by page, to be overwritten."""
-
-    def __init__(self) -> None:
-        self._held = np.empty(0, np.uint8)
-
-    def shaped(self, rows: int, width: int) -> Bytes:
-        """[rows, width], valid until the thread's next call."""
-        if self._held.size < rows * width:
-            self._held = np.empty(rows * width, np.uint8)
-        return self._held[: rows * width].reshape(rows, width)
 
 
 class RowReader:
@@ -54,25 +42,31 @@ class RowReader:
         with contextlib.suppress(OSError, ValueError):  # no file system has to map, and nothing is mapped of no bytes
             self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
             self._address = np.frombuffer(self._map, np.uint8).ctypes.data  # nobody reads there
+        self._direct = DirectReader(stream.fileno(), self._address, len(self._map))
 
-    def read(self, out: Bytes, start: int, stride: int) -> None:
+    def read(self, out: Bytes, start: int, stride: int, once: bool = False) -> None:
         """Fill `out` [rows, bytes], row i with the file's bytes from start + i * stride.
 
-        Raises OSError where they cannot be read, SourceError where the file ends before.
+        once: nobody reads them again; they need not go through the page cache. Raises OSError where they cannot be
+        read, SourceError where the file ends before.
         """
         rows, width = out.shape
         if not out.size:
             return
         if out.flags.c_contiguous and (width == stride or rows == 1):
-            self._fill([out.data.cast("B")], start)
+            done = self._direct.read(out.reshape(-1), start) if once else 0
+            if done < out.size:
+                self._fill([out.data.cast("B")[done:]], start + done)
             return
         for top in range(0, rows, _AT_ONCE):
             block, at = out[top : top + _AT_ONCE], start + top * stride
             if width == stride:
                 self._fill([row.data for row in block], at)
                 continue
+            # Around what is read of a map the kernel reads on, megabytes of some disks: not for a few rows.
+            copied = self._gather(block, at, stride) if rows > _FEW else 0
             # Of what the kernel could not copy, or was not allowed to, each row says why, or is there after all.
-            for row in range(self._gather(block, at, stride), len(block)):
+            for row in range(copied, len(block)):
                 self._fill([block[row].data], at + row * stride)
 
     def _fill(self, parts: list[memoryview], start: int) -> None:

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from reshard.schemes.table import Arithmetic, Operand
-from reshard.source.base import Bytes
-from reshard.tensors.rows import Memory
+from reshard.tensors.memory import Bytes, Memory
 from reshard.verification.gate import F64
 from reshard.verification.reference import BLOCK_ELEMENTS, Grid, LinearGrids, Values, scaled
 

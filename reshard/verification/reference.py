@@ -21,10 +21,10 @@ from reshard.manifest import Manifest
 from reshard.model.naming import MANIFEST
 from reshard.schemes.declare import COMPRESSED_TENSORS
 from reshard.schemes.table import SCHEMES, Operand, Scheme, Variant
-from reshard.source.base import Bytes, Source
+from reshard.source.base import Source
 from reshard.tensors.dtypes import itemsize
+from reshard.tensors.memory import Bytes, Memory
 from reshard.tensors.numeric import F32, Array, f32_to_bf16, storage, to_f32
-from reshard.tensors.rows import Memory
 
 BLOCK_BYTES = 1 << 21  # of stored rows: what each of 128 ranks has of them is still 16 KB
 BLOCK_ELEMENTS = 1 << 17  # of computed values: their float32 and float64 copies fit into a core's cache

@@ -17,11 +17,11 @@ from reshard.errors import MismatchError
 from reshard.manifest import Manifest
 from reshard.model.naming import MANIFEST, linear_name
 from reshard.model.parts import Module
-from reshard.source.base import Bytes, Source
+from reshard.source.base import Source
 from reshard.tensors.dtypes import itemsize
 from reshard.tensors.header import Header
+from reshard.tensors.memory import Bytes, Memory
 from reshard.tensors.numeric import storage, to_f32
-from reshard.tensors.rows import Memory
 from reshard.verification.compute import Computations, LayerResult, Sides
 from reshard.verification.expect import Expected, Piece, expect, misfits, read_headers
 from reshard.verification.linear import Product

@@ -11,7 +11,7 @@ from pathlib import Path
 from reshard.errors import OutputError, SpaceError
 from reshard.limits import MANIFEST_BYTES
 from reshard.manifest import Shard
-from reshard.regular import read_whole, unfollowed, unreadable, what_stands_there
+from reshard.regular import TOO_MANY_OPEN, read_whole, unfollowed, unreadable, what_stands_there
 from reshard.source.folder import FolderSource
 from reshard.tensors.digests import file_digest
 from reshard.writer.file import DirectFile, sync
@@ -186,4 +186,5 @@ def os_errors(path: Path) -> Iterator[None]:
                 f"{path}: the disk is full ({error.strerror}); temporary files are removed: make room and try again "
                 "(a split goes on with --resume)"
             ) from error
-        raise OutputError(f"{error.filename or path}: {error.strerror}") from error
+        said = TOO_MANY_OPEN if error.errno == errno.EMFILE else error.strerror
+        raise OutputError(f"{error.filename or path}: {said}") from error

@@ -1,7 +1,8 @@
 """The split itself: shards by several threads, and processes, then the manifest.
 
-Each worker takes a rank at a time and streams its file front to back. A finished shard gets its name and a record;
-when every rank's is there, the manifest takes the records over and the set is complete.
+Each worker takes a rank, or some that are written in step with those of others, and streams its file front to back. A
+finished shard gets its name and a record; when every rank's is there, the manifest takes the records over and the set
+is complete.
 """
 
 import contextlib
@@ -18,15 +19,15 @@ from reshard.plan.pipeline import Prepared, wanted
 from reshard.plan.plan import Plan, PlannedShard
 from reshard.workers import Workers
 from reshard.writer.file import DirectFile
-from reshard.writer.neighbours import read_together, side_by_side
+from reshard.writer.neighbours import Group, grouped
 from reshard.writer.open import open_target
 from reshard.writer.records import Records, other_set
 from reshard.writer.stream import ShardStream, write_tensors
 from reshard.writer.target import Target, Tick, contents, record_file, stale, take_manifest_away
 from reshard.writer.team import Place, Team, share
 
-# More than this machine's cores: while one waits for the disk, another cuts and hashes.
-DEFAULT_WORKERS = min(8, 2 * len(os.sched_getaffinity(0)))
+# More than this machine's cores: while some wait for the disk, others cut and hash.
+DEFAULT_WORKERS = min(8, 4 * len(os.sched_getaffinity(0)))
 _APPEARING_SECONDS = 10.0  # a shared folder may show late what another host has put there
 
 
@@ -156,7 +157,7 @@ class _Run:
             for made in group:
                 publish(made)
 
-        groups = side_by_side(todo, self._options.workers)
+        groups = grouped(todo, self._options.workers, self._prepared.readers, self._workers.tick)
         self._workers.each(self._write_group, groups, waiting.extend if staged else keep)
         self._prepared.source.check_unchanged()
         if staged:
@@ -169,24 +170,23 @@ class _Run:
             publish(made)
         return written
 
-    def _write_group(self, group: Sequence[PlannedShard]) -> list[tuple[DirectFile, Shard]]:
+    def _write_group(self, group: Group) -> list[tuple[DirectFile, Shard]]:
         self._advance(0)  # not even begun when another worker has failed
-        readers, files = self._prepared.readers, []
+        shards, files, digests = group.shards, [], []
         with contextlib.ExitStack() as unfinished:
-            for planned in group:
+            for planned in shards:
                 files.append(self._target.create(planned.file))
                 unfinished.callback(files[-1].discard)
-            streams = [ShardStream(file) for file in files]
-            for stream, planned in zip(streams, group, strict=True):
+            streams = [ShardStream(file, group.stage_bytes) for file in files]
+            for stream, planned in zip(streams, shards, strict=True):
                 stream.write(planned.header)
-            digests = [
-                write_tensors(streams, tensors, read_together(tensors, readers), self._advance)
-                for tensors in zip(*(planned.tensors for planned in group), strict=True)
-            ]
+            for number, tensors in enumerate(zip(*(planned.tensors for planned in shards), strict=True)):
+                with group.reading(number, self._prepared.readers) as (readers, rows):
+                    digests.append(write_tensors(streams, tensors, readers, self._advance, rows))
             wholes = [digest for _, digest in (stream.close() for stream in streams)]
             self._prepared.source.check_unchanged()
             unfinished.pop_all()
-        made = zip(files, group, wholes, zip(*digests, strict=True), strict=True)
+        made = zip(files, shards, wholes, zip(*digests, strict=True), strict=True)
         return [(file, planned.entry(whole, of_tensors)) for file, planned, whole, of_tensors in made]
 
     def _advance(self, nbytes: int) -> None:

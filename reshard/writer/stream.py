@@ -1,10 +1,9 @@
 """One shard file, put together and hashed front to back.
 
-Bytes are gathered in a small page-aligned stage that stays in the processor's cache: there they are hashed, and from
-there the target takes them.
+Bytes are gathered in a small stage that stays in the processor's cache: there they are hashed, and from there the
+target takes them.
 """
 
-import mmap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -15,6 +14,7 @@ from reshard.manifest import Shard
 from reshard.plan.plan import PlannedShard, PlannedTensor
 from reshard.tensors.byte_grid import BlockReader
 from reshard.tensors.dtypes import itemsize
+from reshard.tensors.memory import Bytes, aligned
 
 STAGE_BYTES = 1 << 20
 
@@ -30,13 +30,11 @@ class Sink(Protocol):
 
 
 class ShardStream:
-    """Writes into a sink."""
+    """Writes into a sink. stage_bytes: a multiple of ALIGNMENT, by default STAGE_BYTES."""
 
-    def __init__(self, sink: Sink) -> None:
+    def __init__(self, sink: Sink, stage_bytes: int | None = None) -> None:
         self._sink = sink
-        memory = mmap.mmap(-1, STAGE_BYTES)  # page-aligned, as direct writes want it
-        self._memory = memoryview(memory)
-        self._stage = np.frombuffer(memory, np.uint8)
+        self._stage = aligned(stage_bytes or STAGE_BYTES)
         self._filled = 0
         self._written = 0
         self._hasher = blake3()
@@ -45,10 +43,10 @@ class ShardStream:
         """Append bytes."""
         view = np.frombuffer(data, np.uint8)
         while view.size:
-            size = min(view.size, STAGE_BYTES - self._filled)
-            self._stage[self._filled : self._filled + size] = view[:size]
-            self._advance(size)
-            view = view[size:]
+            room = self._room(view.size)
+            room[:] = view[: room.size]
+            self._advance(room.size)
+            view = view[room.size :]
 
     def write_tensor(
         self, tensor: PlannedTensor, readers: Mapping[str, BlockReader], tick: Callable[[int], None]
@@ -60,14 +58,15 @@ class ShardStream:
         (digest,) = write_tensors([self], [tensor], readers, tick)
         return digest
 
-    def step(self, grid: "_Grid", at: int, hasher: blake3) -> int:
-        """Append a tensor's bytes from `at`, as many as the stage has room for. Returns how many."""
-        size = min(grid.nbytes - at, STAGE_BYTES - self._filled)
-        if size:
-            grid.fill(self._stage[self._filled : self._filled + size], at)
-            hasher.update(self._memory[self._filled : self._filled + size])
-            self._advance(size)
-        return size
+    def append(self, grid: "_Grid", start: int, stop: int, hasher: blake3, tick: Callable[[int], None]) -> None:
+        """Append a tensor's bytes [start, stop). tick: called with the bytes of each step."""
+        while start < stop:
+            room = self._room(stop - start)
+            grid.fill(room, start)
+            hasher.update(room.data)
+            self._advance(room.size)
+            start += room.size
+            tick(room.size)
 
     def close(self) -> tuple[int, str]:
         """Write what is staged and make it durable. Returns the file's size and BLAKE3."""
@@ -75,13 +74,17 @@ class ShardStream:
         self._sink.close()
         return self._written, self._hasher.hexdigest()
 
+    def _room(self, wanted: int) -> Bytes:
+        """Memory for the next bytes, so many if there is room for them."""
+        return self._stage[self._filled : self._filled + wanted]
+
     def _advance(self, size: int) -> None:
         self._filled += size
-        if self._filled == STAGE_BYTES:
+        if self._filled == self._stage.size:
             self._flush()
 
     def _flush(self) -> None:
-        data = self._memory[: self._filled]
+        data = self._stage[: self._filled].data
         self._hasher.update(data)
         self._sink.write(data)
         self._written += self._filled
@@ -93,18 +96,18 @@ def write_tensors(
     tensors: Sequence[PlannedTensor],
     readers: Mapping[str, BlockReader],
     tick: Callable[[int], None],
+    rows: int | None = None,
 ) -> list[str]:
-    """Append to each stream its tensor, to all of them a step in turn. Returns the tensors' BLAKE3.
+    """Append to each stream its tensor, to all of them so many rows in turn. Returns the tensors' BLAKE3.
 
-    tick: called with the bytes of each step.
+    rows: by default all. tick: called with the bytes of each step.
     """
     grids, hashers = [_Grid(tensor, readers) for tensor in tensors], [blake3() for _ in tensors]
-    done = [0] * len(grids)
-    while done != [grid.nbytes for grid in grids]:
-        for number, (stream, grid, hasher) in enumerate(zip(streams, grids, hashers, strict=True)):
-            size = stream.step(grid, done[number], hasher)
-            done[number] += size
-            tick(size)
+    most = max(grid.rows for grid in grids)
+    for top in range(0, most, rows or most):
+        for stream, grid, hasher in zip(streams, grids, hashers, strict=True):
+            start, stop = (min(row, grid.rows) * grid.row_bytes for row in (top, top + (rows or most)))
+            stream.append(grid, start, stop, hasher, tick)
     return [hasher.hexdigest() for hasher in hashers]
 
 
@@ -134,9 +137,8 @@ class _Grid:
     """The byte grid of a planned tensor, filled range by range."""
 
     def __init__(self, tensor: PlannedTensor, readers: Mapping[str, BlockReader]) -> None:
-        rows = tensor.shape[0] if tensor.shape else 1
-        self.nbytes = tensor.nbytes
-        self._row_bytes = self.nbytes // rows
+        self.rows = tensor.shape[0] if tensor.shape else 1
+        self.row_bytes = tensor.nbytes // self.rows
         self._placed = []
         covered = 0
         for piece in tensor.slices:
@@ -146,13 +148,13 @@ class _Grid:
             place = (readers[piece.tensor], row, column, *at, n_rows, n_bytes)
             self._placed.append(place)
             covered += place[5] * place[6]
-        self._has_zeros = covered < self.nbytes
+        self._has_zeros = covered < tensor.nbytes
 
-    def fill(self, out: np.ndarray[tuple[int], np.dtype[np.uint8]], at: int) -> None:
+    def fill(self, out: Bytes, at: int) -> None:
         """Fill `out` with the grid's bytes from `at`: the rest of a row, whole rows, the start of a row."""
         if self._has_zeros:
             out.fill(0)
-        width, done = self._row_bytes, 0
+        width, done = self.row_bytes, 0
         while done < out.size:
             row, column = divmod(at + done, width)
             rows = 1 if column else max(1, (out.size - done) // width)
@@ -160,7 +162,7 @@ class _Grid:
             self._fill_block(out[done : done + size].reshape(rows, -1), row, column)
             done += size
 
-    def _fill_block(self, out: np.ndarray[tuple[int, int], np.dtype[np.uint8]], row: int, column: int) -> None:
+    def _fill_block(self, out: Bytes, row: int, column: int) -> None:
         rows, width = out.shape
         for reader, source_row, source_column, at_row, at_column, n_rows, n_bytes in self._placed:
             top, bottom = max(row, at_row), min(row + rows, at_row + n_rows)

@@ -1,8 +1,10 @@
 """One part or several on the command line: where the sets go, what is refused, what the documents say."""
 
 import json
+import os
 import shutil
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,11 @@ from reshard import api
 from reshard.errors import ReshardError, UsageError
 from reshard.model.parts import PARTS
 from reshard.plan.pipeline import Cut, prepare
+from reshard.source import hub as hub_module
+from reshard.source.folder import FolderSource
 from reshard.writer.split import SplitOptions, write_shards
 from tests.support import faults
-from tests.support.hub_server import COMMIT, ORIGIN, Hub, serving
+from tests.support.hub_server import COMMIT, ORIGIN, REPO, Hub, serving
 from tests.support.hub_source import opened
 from tests.support.part_models import KEYS, Model, build
 from tests.support.running import Done, reshard, same_but_for_the_origin, split, split_parts
@@ -393,6 +397,51 @@ def test_of_a_hub_the_part_is_read_once(source: Path, right: Path, tmp_path: Pat
                 served.update((asked.file, at) for at in range(max(first, headers[asked.file]), stop))
         assert len(served) == nbytes
         assert set(served.values()) == {1}
+
+
+def test_of_a_hub_the_parts_share_what_is_read(
+    source: Path, right: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(Hub({COMMIT: source})) as hub:
+        monkeypatch.setattr(hub_module, "find_repository", partial(hub_module.find_repository, endpoint=hub.url))
+        done = reshard("split", REPO, tmp_path / "out", *ALL, "--quiet")
+        assert done.code == 0, done.err
+        served: Counter[tuple[str, int]] = Counter()
+        for asked in hub.data_requests():
+            if asked.is_weights:
+                served.update((asked.file, at) for at in range(*asked.bounds))
+    # The length of a header is asked for, and then the header with its length.
+    assert {at for (_, at), times in served.items() if times > 1} == set(range(8))
+    assert {file for file, _ in served} == {path.name for path in source.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("change", ["replaced", "written over"])
+def test_a_file_that_changes_between_two_parts(
+    source: Path, tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first part needs nothing of it; its header is as it was then."""
+    model = Path(shutil.copytree(source, tmp_path / "model"))
+    file = next(file for file in sorted(model.glob("*.safetensors")) if b"lm_head" not in file.read_bytes())
+    release = FolderSource.release
+    released: list[str] = []
+
+    def changing(self: FolderSource, name: str) -> None:
+        release(self, name)
+        if name == file.name and not released:
+            data = bytearray(file.read_bytes())
+            data[-1] ^= 1
+            if change == "replaced":
+                file.unlink()
+            file.write_bytes(data)
+            os.utime(file, ns=(1, 1))
+            released.append(name)
+
+    monkeypatch.setattr(FolderSource, "release", changing)
+    done = reshard("split", model, tmp_path / "out", "--tp", 2, "--part", "lm_head", "--part", "o_proj", "--quiet")
+    assert released
+    assert done.code == 1, done.err
+    assert f"{file.name}: is no longer the file whose header was read" in done.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_team_writes_all_of_them(source: Path, right: Path, tmp_path: Path) -> None:

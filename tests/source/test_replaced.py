@@ -13,9 +13,10 @@ from reshard.manifest import parse_manifest
 from reshard.model.naming import shard_file
 from reshard.plan.pipeline import Cut, prepare
 from reshard.regular import Opened
-from reshard.source.base import Bytes
+from reshard.source.base import read_header
 from reshard.source.folder import FolderSource
 from reshard.source.shardset import read_shard_set
+from reshard.tensors.memory import Bytes
 from reshard.writer.merge import merge
 from reshard.writer.split import SplitOptions, write_shards
 from reshard_runtime.loader import load_shard
@@ -88,12 +89,12 @@ class Interrupted(FolderSource):
         self.views = 0
         self._at, self._change = at, change
 
-    def read_rows(self, out: Bytes, file: str, start: int, stride: int) -> None:
+    def read_rows(self, out: Bytes, file: str, start: int, stride: int, once: bool = False) -> None:
         if file.endswith(".safetensors"):
             self.views += 1
             if self.views == self._at:
                 self._change()
-        super().read_rows(out, file, start, stride)
+        super().read_rows(out, file, start, stride, once)
 
 
 @each_change
@@ -277,3 +278,31 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
         Opened(tmp_path / "pipe")
     with pytest.raises(OSError, match="is a folder, expected a file"):
         Opened(tmp_path)
+
+
+@each_change
+def test_a_file_whose_data_was_read_is_not_let_go_of(case: str, model: Path) -> None:
+    """Another part of the checkpoint needs nothing of it; the first one has some of its bytes in memory."""
+    change, said = CHANGES[case]
+    with FolderSource(model) as source:
+        prepare(source, Cut(2))
+        source.release(file_of(model).name)
+        change(file_of(model))
+        with pytest.raises(SourceError, match=said):
+            source.check_unchanged()
+
+
+@each_change
+def test_a_file_whose_header_was_read_must_be_the_same_when_it_is_read_again(case: str, model: Path) -> None:
+    change, _ = CHANGES[case]
+    name = file_of(model).name
+    with FolderSource(model) as source:
+        read_header(source, name)
+        source.release(name)
+        source.read(name, 0, 8)
+        source.release(name)
+        change(file_of(model))
+        source.check_unchanged()  # nothing of it is used
+        for _ in range(2):
+            with pytest.raises(SourceError, match=f"{name}(: is no longer the file whose header was read|: cannot be)"):
+                source.read(name, 0, 8)

@@ -13,8 +13,9 @@ import pytest
 from reshard.errors import SourceError
 from reshard.plan.pipeline import Cut, prepare
 from reshard.source.address import HUBS, Hub
-from reshard.source.base import Bytes, Origin, Source
+from reshard.source.base import Origin, Source
 from reshard.source.folder import FolderSource
+from reshard.tensors.memory import Bytes
 from reshard.writer.split import SplitOptions, write_shards
 from tests.support.builders import RECIPES, Spec, allowed_bytes, build, dense_only, read_folder
 from tests.support.paths import CONFIGS
@@ -32,9 +33,9 @@ class Watched(FolderSource):
         self.taken.append((file, start, stop))
         return super().read(file, start, stop)
 
-    def read_rows(self, out: Bytes, file: str, start: int, stride: int) -> None:
+    def read_rows(self, out: Bytes, file: str, start: int, stride: int, once: bool = False) -> None:
         self.taken.append((file, start, start + (len(out) - 1) * stride + out.shape[1]))
-        super().read_rows(out, file, start, stride)
+        super().read_rows(out, file, start, stride, once)
 
     def prefetch(self, ranges: Iterable[tuple[str, int, int]]) -> None:
         self.taken += ranges
@@ -148,7 +149,7 @@ def test_any_source_will_do(tmp_path: Path) -> None:
         def read(self, file: str, start: int, stop: int) -> bytes:
             return self._held[file][start:stop]
 
-        def read_rows(self, out: Bytes, file: str, start: int, stride: int) -> None:
+        def read_rows(self, out: Bytes, file: str, start: int, stride: int, once: bool = False) -> None:
             for row in range(len(out)):
                 at = start + row * stride
                 out[row] = np.frombuffer(self._held[file], np.uint8)[at : at + out.shape[1]]

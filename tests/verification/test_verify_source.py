@@ -14,10 +14,10 @@ from reshard.model.activation import SILU, Activation
 from reshard.model.naming import MANIFEST, shard_file
 from reshard.plan.pipeline import Cut
 from reshard.schemes.declare import COMPRESSED_TENSORS
-from reshard.source.base import Bytes
 from reshard.source.folder import FolderSource
 from reshard.source.open import describe, open_source
 from reshard.tensors.dtypes import nbytes
+from reshard.tensors.memory import Bytes
 from reshard.verification.layer import unsplit_layer
 from reshard.verification.reference import stored_linear
 from reshard.verification.source import compare_with_source
@@ -120,9 +120,9 @@ class Counting(FolderSource):
         super().__init__(path)
         self.sizes: list[int] = []
 
-    def read_rows(self, out: Bytes, file: str, start: int, stride: int) -> None:
+    def read_rows(self, out: Bytes, file: str, start: int, stride: int, once: bool = False) -> None:
         self.sizes.append(out.nbytes)
-        super().read_rows(out, file, start, stride)
+        super().read_rows(out, file, start, stride, once)
 
 
 @pytest.mark.parametrize("recipe", ["bf16", "ct_dynamic"])

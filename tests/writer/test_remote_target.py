@@ -19,10 +19,10 @@ from reshard import limits
 from reshard.errors import OutputError, SourceError, SpaceError, UsageError
 from reshard.manifest import Shard
 from reshard.plan.pipeline import Cut, prepare
-from reshard.source.base import Bytes
 from reshard.source.filesystems import same_place
 from reshard.source.folder import FolderSource
 from reshard.source.open import open_source
+from reshard.tensors.memory import Bytes
 from reshard.workers import Cancelled
 from reshard.writer.file import DirectFile
 from reshard.writer.open import open_target
@@ -256,7 +256,7 @@ def test_a_store_that_is_silent(
 
 
 def test_a_source_that_fails_midway(source: Path, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(self: FolderSource, out: Bytes, file: str, start: int, stride: int) -> None:
+    def failing(self: FolderSource, out: Bytes, file: str, start: int, stride: int, once: bool = False) -> None:
         raise SourceError(f"{file}: the disk is failing")
 
     with open_source(str(source)) as opened:

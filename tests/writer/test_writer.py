@@ -18,9 +18,9 @@ import pytest
 
 from reshard.errors import OutputError, SourceError, SpaceError
 from reshard.plan.pipeline import Cut, prepare
-from reshard.source.base import Bytes
 from reshard.source.folder import FolderSource
 from reshard.source.open import open_source
+from reshard.tensors.memory import Bytes
 from reshard.writer.split import SplitOptions, write_shards
 from tests.support.builders import Spec, build
 from tests.support.faults import TIMEOUT, Steps
@@ -184,11 +184,11 @@ def test_a_source_that_fails_midway(
     old = snapshot(tmp_path / "old")
     read_rows, seen = FolderSource.read_rows, []
 
-    def failing(self: FolderSource, out: Bytes, file: str, start: int, stride: int) -> None:
+    def failing(self: FolderSource, out: Bytes, file: str, start: int, stride: int, once: bool = False) -> None:
         seen.append(file)
         if len(seen) > calls:
             raise SourceError(f"{file}: the disk is failing")
-        read_rows(self, out, file, start, stride)
+        read_rows(self, out, file, start, stride, once)
 
     for out, overwrite in ((tmp_path / "old", True), (tmp_path / "new", False)):
         with open_source(str(source)) as opened:
@@ -210,7 +210,7 @@ def test_a_source_that_fails_midway(
 def test_interrupted_while_the_work_is_dealt_out(
     tmp_path: Path, source: Path, wanted: Files, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Some workers are at it when Ctrl-C comes before the last has its shard."""
+    """Some workers have their shards when Ctrl-C comes before the last has its own."""
     real, dealt = ThreadPoolExecutor.submit, []
 
     def submit(self: ThreadPoolExecutor, *work: Any) -> Any:

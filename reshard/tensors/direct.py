@@ -1,0 +1,95 @@
+"""Reading past the page cache what is read once.
+
+For the cache the kernel finds memory for every page, copies out of it, and drives out what else the host holds there.
+But what is in the cache already, such as a file that was just downloaded, is not read from the disk again.
+"""
+
+import contextlib
+import ctypes
+import mmap
+import os
+import threading
+import weakref
+
+import numpy as np
+
+from reshard.tensors.memory import Bytes, Memory
+
+_BLOCK = 4096  # of every disk: where a direct read begins, and what it is long, are multiples
+_LEAST = 1 << 17  # bytes; for fewer, one wait for the disk costs more than the cache
+_PIECE = 1 << 20  # read at once, and copied while it is in the processor's cache
+_REGION = 1 << 27  # that is in the cache, or not: far more than the kernel reads ahead of what is asked for
+_BOUNCE = Memory()
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+
+
+class DirectReader:
+    """Reads an open file of which `size` bytes are mapped at `address`. Safe to use from several threads.
+
+    descriptor: stays open as long as this object is used.
+    """
+
+    def __init__(self, descriptor: int, address: int, size: int) -> None:
+        self._descriptor = descriptor
+        self._address = address
+        self._size = size
+        self._lock = threading.Lock()
+        self._direct: int | None = None
+        self._refused = not address
+        self._cached: dict[int, bool] = {}
+
+    def read(self, out: Bytes, start: int) -> int:
+        """Fill `out` [bytes] with the file's bytes from `start` on. Returns how many; the cache's are the others."""
+        stop, done = start + out.size, 0
+        if out.size < _LEAST or stop > self._size or self._refused or self._is_cached(start):
+            return 0
+        descriptor = self._opened()
+        # Where memory and file begin at the same place in a block, whole blocks need no copy.
+        in_place = (out.ctypes.data - start) % _BLOCK == 0
+        while done < out.size and descriptor is not None:
+            at, rest = start + done, out.size - done
+            first = at // _BLOCK * _BLOCK
+            size = -(-(at + rest - first) // _BLOCK) * _BLOCK
+            whole = in_place and first == at and rest >= _BLOCK
+            if whole:
+                into = out[done : done + rest // _BLOCK * _BLOCK]
+            else:
+                (into,) = _BOUNCE.shaped(1, _BLOCK if in_place else min(_PIECE, size))
+            try:
+                there = os.preadv(descriptor, [into.data], first)
+            except (
+                OSError
+            ):  # a file system may take the flag and still refuse the read; a disk that fails does so again
+                self._refused = True
+                break
+            here = min(there - (at - first), rest)
+            if here <= 0:
+                break  # the file was cut short
+            if not whole:
+                out[done : done + here] = into[at - first : at - first + here]
+            done += here
+        return done
+
+    def _is_cached(self, start: int) -> bool:
+        """Whether the page cache had most of the region around a byte when one of it was first asked for."""
+        region = start // _REGION
+        if region not in self._cached:
+            first = region * _REGION
+            size = min(_REGION, self._size - first)
+            pages = np.empty(-(-size // mmap.PAGESIZE), np.uint8)
+            # Of a file that this user could not write to the kernel says that it has all.
+            failed = _LIBC.mincore(self._address + first, size, pages.ctypes.data)
+            self._cached[region] = bool(failed or 2 * np.count_nonzero(pages & 1) > pages.size)
+        return self._cached[region]
+
+    def _opened(self) -> int | None:
+        """A descriptor of its own, since the flag is the open file's; None where there is none to be had."""
+        with self._lock, contextlib.suppress(OSError):
+            if self._direct is None:
+                flags = os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC
+                self._direct = os.open(f"/proc/self/fd/{self._descriptor}", flags)
+                weakref.finalize(self, os.close, self._direct).atexit = False  # not while a thread still reads
+            return self._direct
+        self._refused = True
+        return None

@@ -31,6 +31,11 @@ ALL = {"denseffn": 2, "lm_head": 2, "embedding": 2, "o_proj": 2}
 VOCABULARY = 500  # of 512 rows, with vLLM's padding
 Parameters = list[dict[str, torch.Tensor]]
 
+with_fp8_kernels = pytest.mark.skipif(
+    "amx_tile" not in Path("/proc/cpuinfo").read_text(),
+    reason="vLLM's CPU build makes no linear of FP8 blocks on a processor without AMX",
+)
+
 
 @pytest.fixture(scope="session")
 def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -253,7 +258,10 @@ def test_another_models_layers(pair: Ranks, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("quantized", "kind", "scale"),
-    [(with_int8_o_proj, torch.int8, "weight_scale"), (with_fp8_blocks, torch.float8_e4m3fn, "weight_scale_inv")],
+    [
+        (with_int8_o_proj, torch.int8, "weight_scale"),
+        pytest.param(with_fp8_blocks, torch.float8_e4m3fn, "weight_scale_inv", marks=with_fp8_kernels),
+    ],
 )
 def test_quantized(
     pair: Ranks,
@@ -275,6 +283,7 @@ def test_quantized(
     _same(whole, pair.run(inside.parameters, Served(rest, shards, tensor=2, dtype="bfloat16")))
 
 
+@with_fp8_kernels
 def test_converted(pair: Ranks, dense: Path, tmp_path: Path) -> None:
     """The engine builds what the served config.json says: o_proj made BF16 fits where that says so, and only there."""
     model = with_fp8_blocks(dense, tmp_path / "model")

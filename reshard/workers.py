@@ -10,7 +10,8 @@ from typing import Protocol, TypeVar
 A = TypeVar("A")
 B = TypeVar("B")
 
-# A signal that arrives just before the main thread begins to wait is not seen until the wait ends.
+# How long a thread waits before it looks whether it is to end. A signal that arrives just before the main thread begins
+# to wait is not seen until the wait ends.
 LOOK_SECONDS = 0.2
 
 

@@ -13,9 +13,9 @@ from typing import TypeVar
 
 from reshard import limits
 from reshard.source.retry import Fault
+from reshard.workers import LOOK_SECONDS
 
 _AHEAD = 16  # pieces that are held
-_LOOK_SECONDS = 0.2
 
 _P = TypeVar("_P", bound=Sized)
 _T = TypeVar("_T")
@@ -44,7 +44,7 @@ def watched(pieces: Callable[[], Iterable[_P]], seconds: float, ask: Callable[[]
     try:
         while True:
             try:
-                piece = queue.get(timeout=max(0.0, min(_LOOK_SECONDS, until - time.monotonic())))
+                piece = queue.get(timeout=max(0.0, min(LOOK_SECONDS, until - time.monotonic())))
             except Empty:
                 ask()
                 if time.monotonic() < until:

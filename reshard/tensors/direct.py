@@ -6,8 +6,10 @@ But what is in the cache already, such as a file that was just downloaded, is no
 
 import contextlib
 import ctypes
+import errno
 import mmap
 import os
+import resource
 import threading
 import weakref
 
@@ -15,7 +17,7 @@ import numpy as np
 
 from reshard.tensors.memory import Bytes, Memory
 
-_BLOCK = 4096  # of every disk: where a direct read begins, and what it is long, are multiples
+BLOCK = 4096  # of every disk: where a direct read begins, and its length, are multiples
 _LEAST = 1 << 17  # bytes; for fewer, one wait for the disk costs more than the cache
 _PIECE = 1 << 20  # read at once, and copied while it is in the processor's cache
 _REGION = 1 << 27  # that is in the cache, or not: far more than the kernel reads ahead of what is asked for
@@ -40,22 +42,25 @@ class DirectReader:
         self._cached: dict[int, bool] = {}
 
     def read(self, out: Bytes, start: int) -> int:
-        """Fill `out` [bytes] with the file's bytes from `start` on. Returns how many; the cache's are the others."""
+        """Fill `out` [bytes] with the file's bytes from `start` on.
+
+        Returns how many; those behind them are to be read through the page cache.
+        """
         stop, done = start + out.size, 0
         if out.size < _LEAST or stop > self._size or self._refused or self._is_cached(start):
             return 0
         descriptor = self._opened()
         # Where memory and file begin at the same place in a block, whole blocks need no copy.
-        in_place = (out.ctypes.data - start) % _BLOCK == 0
+        in_place = (out.ctypes.data - start) % BLOCK == 0
         while done < out.size and descriptor is not None:
             at, rest = start + done, out.size - done
-            first = at // _BLOCK * _BLOCK
-            size = -(-(at + rest - first) // _BLOCK) * _BLOCK
-            whole = in_place and first == at and rest >= _BLOCK
+            first = at // BLOCK * BLOCK
+            size = -(-(at + rest - first) // BLOCK) * BLOCK
+            whole = in_place and first == at and rest >= BLOCK
             if whole:
-                into = out[done : done + rest // _BLOCK * _BLOCK]
+                into = out[done : done + rest // BLOCK * BLOCK]
             else:
-                (into,) = _BOUNCE.shaped(1, _BLOCK if in_place else min(_PIECE, size))
+                (into,) = _BOUNCE.shaped(1, BLOCK if in_place else min(_PIECE, size))
             try:
                 there = os.preadv(descriptor, [into.data], first)
             except (
@@ -84,12 +89,19 @@ class DirectReader:
         return self._cached[region]
 
     def _opened(self) -> int | None:
-        """A descriptor of its own, since the flag is the open file's; None where there is none to be had."""
+        """A descriptor of its own, since the flag is the open file's; None where there is none to be had.
+
+        The last of those that the process may have are for files that cannot be read, or written, without.
+        """
         with self._lock, contextlib.suppress(OSError):
             if self._direct is None:
                 flags = os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC
-                self._direct = os.open(f"/proc/self/fd/{self._descriptor}", flags)
-                weakref.finalize(self, os.close, self._direct).atexit = False  # not while a thread still reads
+                opened = os.open(f"/proc/self/fd/{self._descriptor}", flags)
+                if opened >= resource.getrlimit(resource.RLIMIT_NOFILE)[0] * 3 // 4:
+                    os.close(opened)
+                    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+                self._direct = opened
+                weakref.finalize(self, os.close, opened).atexit = False  # not while a thread still reads
             return self._direct
         self._refused = True
         return None

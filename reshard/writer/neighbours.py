@@ -15,6 +15,7 @@ import numpy as np
 from reshard.plan.plan import ALIGNMENT, PlannedShard, PlannedTensor
 from reshard.source.base import Range
 from reshard.tensors.byte_grid import BlockReader
+from reshard.tensors.direct import BLOCK
 from reshard.tensors.memory import Bytes, aligned
 from reshard.workers import LOOK_SECONDS
 from reshard.writer import stream
@@ -157,7 +158,7 @@ class _Strips:
                 mine = self._begun
                 self._begun += 1
                 if len(self._memory) < _STRIPS:
-                    self._memory.append(aligned(ALIGNMENT + STRIP_BYTES))
+                    self._memory.append(aligned(BLOCK + STRIP_BYTES))
             self._fill(mine)
             with self._changed:
                 self._read.add(mine)
@@ -177,9 +178,9 @@ class _Strips:
     def _fill(self, number: int) -> None:
         columns, strip = self._strips[number]
         reader, row = self._readers[columns.tensor], strip * columns.strip_rows
-        # As far behind a page's start as in the file: then the disk's blocks can be read to where they belong.
+        # As far behind a block's start as in the file: then blocks can be read to where they belong.
         place = next(iter(reader.ranges(row, columns.left, 1, columns.width)))
-        self._starts[number % _STRIPS] = place[1] % ALIGNMENT
+        self._starts[number % _STRIPS] = place[1] % BLOCK
         reader.read(self._rows(number), row, columns.left)
 
     def _rows(self, number: int) -> Bytes:

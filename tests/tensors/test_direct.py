@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import resource
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,10 +18,10 @@ from hypothesis import strategies as st
 from reshard.errors import SourceError
 from reshard.regular import Opened
 from reshard.tensors import direct
+from reshard.tensors.direct import BLOCK
 from reshard.tensors.memory import Bytes, aligned
 from reshard.tensors.rows import RowReader
 
-BLOCK = 4096
 REGION = 1 << 20
 SIZE = 3 * REGION + 1234
 DATA = np.random.default_rng(0).bytes(SIZE)
@@ -165,6 +166,15 @@ def test_a_file_system_that_knows_none(file: Path, reads: Reads, monkeypatch: py
     monkeypatch.setattr(os, "open", without)
     assert read(file, 5, 2 * REGION) == DATA[5 : 5 + 2 * REGION]
     assert (reads.past, reads.through) == (0, 2 * REGION)
+
+
+def test_the_last_descriptors_are_for_other_files(file: Path, reads: Reads, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a checkpoint of many files, all of which are open, not each can have a second one."""
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (8, 8))
+    assert read(file, 5, 2 * REGION) == DATA[5 : 5 + 2 * REGION]
+    assert (reads.past, reads.through) == (0, 2 * REGION)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_disk_that_fails(file: Path, reads: Reads) -> None:

@@ -1,5 +1,6 @@
 """Fixtures that most tests share."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from tests.support.builders import CHECKPOINTS, REAL
 from tests.support.distributed import Ranks, kept
 from tests.support.marks import set_marks
+from tests.support.page_cache import Reads
 from tests.support.s3 import Server
 
 
@@ -47,3 +49,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, pytest.Function):
             set_marks(item, seen)
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
+    """What is read past the page cache, and through it."""
+    found = Reads()
+    monkeypatch.setattr(os, "preadv", found.preadv)
+    return found

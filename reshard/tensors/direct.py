@@ -54,26 +54,24 @@ class DirectReader:
         in_place = (out.ctypes.data - start) % BLOCK == 0
         while done < out.size and descriptor is not None:
             at, rest = start + done, out.size - done
-            first = at // BLOCK * BLOCK
-            size = -(-(at + rest - first) // BLOCK) * BLOCK
-            whole = in_place and first == at and rest >= BLOCK
-            if whole:
-                into = out[done : done + rest // BLOCK * BLOCK]
+            before = at % BLOCK
+            copied = not in_place or before > 0 or rest < BLOCK
+            if copied:
+                (into,) = _BOUNCE.shaped(1, BLOCK if in_place else min(_PIECE, -(-(before + rest) // BLOCK) * BLOCK))
             else:
-                (into,) = _BOUNCE.shaped(1, BLOCK if in_place else min(_PIECE, size))
+                into = out[done : done + rest // BLOCK * BLOCK]
             try:
-                there = os.preadv(descriptor, [into.data], first)
-            except (
-                OSError
-            ):  # a file system may take the flag and still refuse the read; a disk that fails does so again
+                there = os.preadv(descriptor, [into.data], at - before)
+            except OSError:
+                # A file system may take the flag and still refuse the read. A disk that fails will do so again.
                 self._refused = True
                 break
-            here = min(there - (at - first), rest)
-            if here <= 0:
+            size = min(there - before, rest)
+            if size <= 0:
                 break  # the file was cut short
-            if not whole:
-                out[done : done + here] = into[at - first : at - first + here]
-            done += here
+            if copied:
+                out[done : done + size] = into[before : before + size]
+            done += size
         return done
 
     def _is_cached(self, start: int) -> bool:

@@ -19,7 +19,7 @@ from reshard.tensors.direct import DirectReader
 from reshard.tensors.memory import Bytes
 
 _AT_ONCE = 1024  # IOV_MAX
-_FEW = 16
+_FEW = 16  # rows
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.process_vm_writev.restype = ctypes.c_ssize_t
 _LIBC.process_vm_writev.argtypes = [ctypes.c_int, *(ctypes.c_void_p, ctypes.c_ulong) * 2, ctypes.c_ulong]

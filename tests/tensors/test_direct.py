@@ -1,14 +1,9 @@
 """What is read once goes past the page cache, byte for byte; what the cache has comes out of it."""
 
 import errno
-import fcntl
 import os
 import resource
-import subprocess
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,40 +16,11 @@ from reshard.tensors import direct
 from reshard.tensors.direct import BLOCK
 from reshard.tensors.memory import Bytes, aligned
 from reshard.tensors.rows import RowReader
+from tests.support.page_cache import Reads, drop, require_direct_reads
 
 REGION = 1 << 20
 SIZE = 3 * REGION + 1234
 DATA = np.random.default_rng(0).bytes(SIZE)
-
-READ = os.preadv
-
-
-@dataclass
-class Reads:
-    """Bytes that were read past the page cache, and through it. refuse, fail: what a direct, another read ends with."""
-
-    past: int = 0
-    through: int = 0
-    refuse: int = 0
-    fail: int = 0
-
-    def preadv(self, descriptor: int, buffers: Sequence[Any], at: int) -> int:
-        is_direct = bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT)
-        if error := self.refuse if is_direct else self.fail:
-            raise OSError(error, os.strerror(error))
-        size = READ(descriptor, buffers, at)
-        if is_direct:
-            self.past += size
-        else:
-            self.through += size
-        return size
-
-
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
-    found = Reads()
-    monkeypatch.setattr(os, "preadv", found.preadv)
-    return found
 
 
 @pytest.fixture
@@ -64,20 +30,8 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "file"
     path.write_bytes(DATA)
     drop(path)
-    try:
-        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
-    except OSError:
-        pytest.skip(f"{tmp_path} is on a file system without direct reads")
-    if subprocess.run(["stat", "-f", "-c", "%T", tmp_path], capture_output=True, text=True).stdout.strip() == "tmpfs":
-        pytest.skip(f"{tmp_path} is in memory")
+    require_direct_reads(path)
     return path
-
-
-def drop(path: Path) -> None:
-    """Out of the page cache; what is not on the disk yet goes there first."""
-    with path.open("rb") as opened:
-        os.fsync(opened.fileno())
-        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def read(path: Path, start: int, size: int, at: int = 0) -> bytes:

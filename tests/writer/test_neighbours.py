@@ -12,6 +12,8 @@ from reshard.errors import OutputError, SourceError
 from reshard.plan.pipeline import Cut, prepare
 from reshard.source.folder import FolderSource
 from reshard.source.open import open_source
+from reshard.tensors import direct
+from reshard.tensors.direct import DirectReader
 from reshard.tensors.memory import Bytes
 from reshard.writer import neighbours, stream
 from reshard.writer.file import DirectFile
@@ -19,6 +21,7 @@ from reshard.writer.neighbours import grouped
 from reshard.writer.split import SplitOptions, write_shards
 from tests.support.builders import Spec, build, dense_only
 from tests.support.cut_by_hand import check_set
+from tests.support.page_cache import Reads, require_direct_reads
 from tests.support.running import reshard_process, split
 from tests.support.sets import snapshot
 
@@ -94,6 +97,28 @@ def test_every_byte_is_read_once(
     assert counted.nbytes <= sum(len(dense[name][2]) * (1 if name in weights else 4) for name in dense)
     check_set(tmp_path / "out", dense, 4, math.ceil(1001 / 4), "fused")
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_of_a_source_that_is_not_in_the_page_cache(
+    source: Path,
+    tmp_path: Path,
+    workers: int,
+    reads: Reads,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whole blocks are read to where they belong in a strip, the ends of it by way of other memory."""
+    monkeypatch.setattr(neighbours, "STRIP_BYTES", 100 * 1001)
+    split(source, tmp_path / "cached", PADDED, SplitOptions(workers=workers))
+    assert reads.past == 0
+    for file in source.glob("*.safetensors"):
+        require_direct_reads(file)
+    monkeypatch.setattr(direct, "_LEAST", 1)
+    monkeypatch.setattr(DirectReader, "_is_cached", lambda reader, start: False)
+    split(source, tmp_path / "out", PADDED, SplitOptions(workers=workers))
+    dense = dense_only(build(tmp_path / "again", SPEC))
+    assert reads.past >= sum(len(raw[2]) for name, raw in dense.items() if name.endswith("proj.weight"))
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "cached")
 
 
 def test_strips_are_let_go_of_when_all_are_written(source: Path) -> None:
